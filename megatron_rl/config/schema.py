@@ -1,0 +1,328 @@
+"""The configuration: one typed tree, a docstring with unit for every field.
+
+Unknown keys are refused; ``load.py`` validates strictly (1.0 is no integer, "3" is no number);
+rules that span several fields live in ``checks.py``. Nothing here imports torch or Megatron.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys; the string below a field documents it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(Section):
+    """The architecture: a preset or a Hugging Face config.json, with any field overridden."""
+
+    preset: str | None = None
+    """A name of ``config/presets.py``; gives the fields below their values."""
+    hf_config: Path | None = None
+    """A Hugging Face style config.json (or its directory); gives the fields below their values."""
+    num_layers: int = Field(4, ge=1)
+    """Transformer layers, over all pipeline stages."""
+    hidden_size: int = Field(128, ge=1)
+    """Width D of the residual stream."""
+    num_attention_heads: int = Field(4, ge=1)
+    """Query heads."""
+    num_query_groups: int | None = Field(None, ge=1)
+    """Key/value heads (grouped-query attention); null: as many as query heads."""
+    head_dim: int | None = Field(None, ge=1)
+    """Width of a head; null: hidden_size / num_attention_heads."""
+    ffn_hidden_size: int = Field(256, ge=1)
+    """Inner width of the SwiGLU MLP of dense layers."""
+    num_experts: int = Field(8, ge=2)
+    """Experts E of a MoE layer."""
+    moe_top_k: int = Field(2, ge=1)
+    """Experts K a token is sent to."""
+    moe_ffn_hidden_size: int = Field(128, ge=1)
+    """Inner width of an expert."""
+    moe_layer_freq: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0, le=1)]] = 1
+    """n: every n-th layer is MoE (0, n, 2n...); a list of num_layers zeros and ones: 1 is MoE."""
+    shared_expert_ffn_hidden_size: int | None = Field(None, ge=1)
+    """Inner width of the shared expert (all shared experts together); null: no shared expert."""
+    shared_expert_gate: bool = False
+    """Sigmoid gate on the shared expert's output (Qwen2-MoE)."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """Score function of the router."""
+    router_pre_softmax: bool = False
+    """True: softmax over all experts, then top-K (the weights do not sum to one).
+
+    False: top-K first, then softmax over the K. Softmax routers only."""
+    router_expert_bias: bool = False
+    """Add a bias per expert to the scores that choose the top-K (DeepSeek-V3), not to weights."""
+    router_num_groups: int | None = Field(None, ge=1)
+    """Expert groups of group-limited routing; null: no groups."""
+    router_group_top_k: int | None = Field(None, ge=1)
+    """Groups a token may choose from."""
+    router_scaling_factor: float | None = None
+    """Factor on the top-K weights (DeepSeek-V3: 2.5)."""
+    aux_loss_coeff: float = Field(0.0, ge=0.0)
+    """Load-balancing loss; 0: off, the default, because under RL it fights the reward."""
+    z_loss_coeff: float = Field(0.0, ge=0.0)
+    """Router z-loss; 0: off."""
+    expert_bias_update_rate: float = Field(0.0, ge=0.0)
+    """Step of the auxiliary-loss-free balancing update of the expert bias; 0: frozen."""
+    freeze_router: bool = False
+    """True: router weights are not trained."""
+    vocab_size: int = Field(128, ge=2)
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    max_sequence_length: int = Field(256, ge=2)
+    """Longest sequence (prompt and answer), tokens."""
+    rope_base: float = Field(10000.0, gt=0.0)
+    """Base of the rotary position embedding."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys."""
+    qk_norm_scope: Literal["head", "layer"] = "head"
+    """head: each head is normalised by itself (Qwen3); layer: all heads together (OLMoE)."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    norm_epsilon: float = Field(1e-6, gt=0.0)
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Input embedding and output layer share their weight."""
+    init_std: float = Field(0.02, gt=0.0)
+    """Standard deviation of the initial weights."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations.
+
+    Routers, log-probabilities, main weights and gradients are always fp32.
+    """
+    transformer_engine: bool | None = None
+    """Use Transformer Engine layers; null: yes on CUDA where it is installed."""
+
+
+class ParallelConfig(Section):
+    """How the model is split. Ranks = data-parallel size x tensor x pipeline x context."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor parallel size; above 1 sequence parallelism is on as well."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    virtual_pipeline: int | None = Field(None, ge=2)
+    """Model chunks per pipeline stage (interleaved schedule); null: one."""
+    context: int = Field(1, ge=1)
+    """Context parallel size."""
+    expert: int = Field(1, ge=1)
+    """Expert parallel size."""
+    expert_tensor: int = Field(1, ge=1)
+    """Tensor parallel size inside an expert."""
+    world_size: int | None = Field(None, ge=1)
+    """Ranks the run is meant for, compared with those launched; null: any number that fits."""
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """Megatron's token dispatcher; flex needs CUDA and DeepEP."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: none, attention only, or whole layers."""
+
+
+class DeviceConfig(Section):
+    """Where the run takes place."""
+
+    kind: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a rank; null: cores of the machine / ranks on it."""
+    timeout_s: float = Field(600.0, gt=0)
+    """A collective that takes longer ends the run, seconds."""
+
+
+class TokenizerConfig(Section):
+    """The tokenizer."""
+
+    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """sentencepiece: a .model file; huggingface: a directory, or a tokenizer.json."""
+    path: Path | None = None
+    """The file or directory."""
+
+
+class DataConfig(Section):
+    """Prompts and the packing of sequences."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    train: Path | None = None
+    """JSONL file of training problems, one object a line."""
+    eval: Path | None = None
+    """JSONL file of held-out problems."""
+    prompt_key: str = "prompt"
+    """Key of the prompt: a string, or a list of chat messages."""
+    completion_key: str = "completion"
+    """Key of the reference answer (supervised fine-tuning)."""
+    shuffle: bool = True
+    """Draw the problems of each epoch in a seeded random order."""
+    pack_tokens: int = Field(4096, ge=8)
+    """Most tokens of a pack (micro-batch); no sequence may be longer."""
+    pack_multiple: int = Field(64, ge=1)
+    """Packs are as short as the batch allows, rounded up to this many tokens."""
+
+
+class RewardConfig(Section):
+    """The verifier."""
+
+    name: str = "countdown"
+    """A name of ``megatron_rl.rewards.VERIFIERS``."""
+
+
+class RolloutConfig(Section):
+    """Sampling of answers."""
+
+    engine: Literal["builtin"] = "builtin"
+    """builtin: generate with the training model itself."""
+    prompts_per_step: int = Field(64, ge=1)
+    """Problems of a step, over all ranks."""
+    samples_per_prompt: int = Field(8, ge=1)
+    """Answers G to each problem."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer, tokens."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Sampling temperature; log-probabilities everywhere are those at this temperature."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus: smallest set of tokens with this much probability; 1: off."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k likeliest tokens; 0: off."""
+    max_batch: int = Field(512, ge=1)
+    """Answers decoded at a time on a rank."""
+
+
+class RouterShiftConfig(Section):
+    """Router shift (arXiv 2510.23027 v2, eq. 5-9)."""
+
+    enabled: bool | None = None
+    """null: as the loss asks (rspo, rspo_v1: yes; others: no)."""
+    floor: float = Field(0.8, ge=0.0, le=1.0)
+    """gamma_min: lowest weight a token's ratio is scaled with."""
+
+
+class AlgorithmConfig(Section):
+    """The policy loss and what goes into it."""
+
+    name: str = "rspo"
+    """A name of ``megatron_rl.algorithms.LOSSES``."""
+    settings: dict[str, Any] = {}
+    """Overrides of ``default_settings(name)``, such as clip ranges."""
+    advantages: str = "group_norm"
+    """A name of ``megatron_rl.algorithms.ADVANTAGES``."""
+    router_shift: RouterShiftConfig = RouterShiftConfig()
+    """The per-token weight against drifting routers."""
+    mini_batches: int = Field(4, ge=1)
+    """Optimizer steps a rollout batch is split into."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a rollout batch."""
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay, and its learning rate."""
+
+    lr: float = Field(3e-4, gt=0.0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0.0)
+    """Learning rate at the end of the decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decoupled weight decay; not on biases and norms."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay of the mean of the gradients, per step."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay of the mean of their squares, per step."""
+    epsilon: float = Field(1e-8, gt=0.0)
+    """Added to the root of the mean square before dividing."""
+    clip_grad: float = Field(1.0, ge=0.0)
+    """Clip the global gradient norm to this; 0: off."""
+
+
+class TrainConfig(Section):
+    """Length of the run."""
+
+    steps: int = Field(100, ge=1)
+    """train: rollout batches; sft: optimizer steps."""
+    batch_size: int = Field(256, ge=1)
+    """sft only: sequences of an optimizer step, over all ranks."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation on ``data.eval``."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    problems: int | None = Field(None, ge=1)
+    """Use the first n problems; null: all."""
+    samples: int = Field(4, ge=0)
+    """Sampled answers k a problem for mean@k, at rollout.temperature; 0: only greedy pass@1."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: int = Field(10, ge=0)
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+    init_from: Path | None = None
+    """Run or checkpoint directory whose weights (and nothing else) a new run starts from."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest checkpoint in the run directory, if there is one."""
+
+
+class ObserveConfig(Section):
+    """What is shown and written."""
+
+    console: Literal["auto", "rich", "plain"] = "auto"
+    """auto: a progress display on a terminal, plain lines otherwise."""
+    samples: int = Field(4, ge=0)
+    """Completions a step written to samples.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+    wandb: str | None = None
+    """Weights & Biases project; needs the extra `wandb`."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run_dir: Path = Path("runs/default")
+    """The run's directory: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, report.html."""
+    seed: int = Field(1, ge=0)
+    """Seed of everything random: weights, order of problems, sampling."""
+    model: ModelConfig = ModelConfig()
+    """The architecture."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is split over ranks."""
+    device: DeviceConfig = DeviceConfig()
+    """Where the run takes place."""
+    data: DataConfig = DataConfig()
+    """Tokenizer, problems and packing."""
+    reward: RewardConfig = RewardConfig()
+    """The verifier."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling of answers."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """The policy loss."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Adam and its learning rate."""
+    train: TrainConfig = TrainConfig()
+    """Length of the run."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation on held-out problems."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    observe: ObserveConfig = ObserveConfig()
+    """What is shown and written."""

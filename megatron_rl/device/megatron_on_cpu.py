@@ -1,0 +1,149 @@
+"""The only monkey patches of the project: what Megatron-Core needs to run on a machine without CUDA.
+
+Megatron-Core asks ``torch.cuda`` for devices, streams and random states, and creates a few tensors with
+``device="cuda"``. Each patch below says why it is needed, on which version it was seen and when it can go.
+`install` replaces the few functions Megatron calls, not every call of torch (a global TorchFunctionMode costs a
+third to a half of the decoding speed). It is never called when the run uses CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, Callable
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+class _Event:
+    """Stands in for ``torch.cuda.Event``: on a CPU everything queued before is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    """Stands in for ``torch.cuda.Stream``. A class, because annotations elsewhere say ``Stream | None``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, *args: Any) -> None:
+        pass
+
+    def wait_event(self, *args: Any) -> None:
+        pass
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def install() -> None:
+    """Apply all patches; a second call changes nothing. Call before Megatron-Core is imported."""
+    if getattr(torch.cuda, "_megatron_rl_on_cpu", False):
+        return
+    torch.cuda._megatron_rl_on_cpu = True
+    _patch_torch_cuda()
+    _patch_factories()
+    _patch_tensor_methods()
+    _disable_jit_fuser()
+    _patch_megatron_random()
+    _patch_router_gating()
+    _patch_dispatcher()
+
+
+def _patch_torch_cuda() -> None:
+    """Megatron 0.16-0.19 calls these unconditionally. Can go when it takes the device from its configuration."""
+    cuda = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda *args: None
+    cuda.Event = _Event
+    cuda.Stream = _Stream
+    cuda.current_stream = lambda *args: _Stream()
+    cuda.default_stream = lambda *args: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.is_current_stream_capturing = lambda: False
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if isinstance(device, str) and device.startswith("cuda"):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _patch_factories() -> None:
+    """``device="cuda"`` is spelled out in schedules, optimizers, clip_grads and the auxiliary-loss tracker (0.16, 0.19)."""
+    for name in ("tensor", "zeros", "ones"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _patch_tensor_methods() -> None:
+    """``.cuda()`` moves embeddings and optimizer state; optimizers compare ``.type()`` with 'torch.cuda.*' (0.16, 0.19)."""
+    original_type = torch.Tensor.type
+
+    def type_as_if_on_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original_type(self).replace("torch.", "torch.cuda.", 1)
+        return original_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = type_as_if_on_cuda
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _disable_jit_fuser() -> None:
+    """Megatron decorates small functions with torch.compile at import; on a CPU that wants a C++ compiler at run time."""
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()
+
+
+def _patch_megatron_random() -> None:
+    """The random-state tracker reads and writes the CUDA generator (0.16, 0.19); here the CPU generator serves."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+
+
+def _patch_router_gating() -> None:
+    """0.16.1 defines ``te_general_gemm`` only if Transformer Engine is there, yet reads it always. Fixed later."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _patch_dispatcher() -> None:
+    """The all-to-all dispatcher turns split sizes into numbers only if they sit on CUDA (0.16, 0.19)."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host

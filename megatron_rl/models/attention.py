@@ -1,0 +1,212 @@
+"""Attention over packed sequences without Transformer Engine, and the layouts that tell it where tokens belong.
+
+A *layout* travels through Megatron in the place of its packed-sequence parameters. It carries the positions of the
+tokens (for the rotary embedding) and computes the attention itself, so that training packs, prompts being prefilled
+and single tokens being decoded with a key/value cache go through the same model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+#: A bucket holds sequences of at least this share of its longest one: at most a third of its work is padding.
+BUCKET_FILL = 0.67
+
+
+@dataclass
+class Layout(PackedSeqParams):
+    """Where each token of a row of T tokens stands. Subclasses say what it attends to."""
+
+    positions: torch.Tensor = None  #: int64 [T], position within its sequence
+
+    def attend(
+        self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Causal attention within each sequence.
+
+        Args:
+            layer_number: Megatron's global layer number, from 1.
+            query: [T, heads, head_dim] of this rank.
+            key, value: [T, groups, head_dim]; heads is a multiple of groups.
+            scale: factor on the scores.
+
+        Returns:
+            [T, heads, head_dim].
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class PackedLayout(Layout):
+    """Several whole sequences one behind the other, then padding.
+
+    Sequences of similar length are laid side by side as a batch [S, longest, ...] and go through one call of
+    scaled_dot_product_attention; with the padding at their end the causal mask alone keeps them apart. A token of
+    the row's padding is a sequence of one token.
+    """
+
+    buckets: tuple[torch.Tensor, ...] = ()  #: int64 [S_b, L_b] each, index into the row; padding repeats a valid one
+    inverse: torch.Tensor = None  #: int64 [T], where each token is in the flattened buckets
+    cumulative_lengths: torch.Tensor = None  #: int32, 0 and the end of each sequence; the padding is a last one
+    longest: int = 0  #: longest sequence, padding included
+
+    def attend(self, layer_number, query, key, value, scale):  # noqa: D102
+        outputs = [
+            _causal_attention(query[index], key[index], value[index], scale).flatten(0, 1)
+            for index in self.buckets
+        ]
+        return torch.cat(outputs)[self.inverse]
+
+
+def packed_layout(
+    lengths: Sequence[int],
+    num_tokens: int,
+    device: torch.device,
+    kind: type[PackedLayout] = PackedLayout,
+    **fields: Any,
+) -> PackedLayout:
+    """The layout of a row of ``num_tokens`` tokens that begins with sequences of these lengths.
+
+    ``kind`` and ``fields`` make a subclass of `PackedLayout` with its own fields.
+    """
+    starts, positions = [], []
+    for length in lengths:
+        starts.append(len(positions))
+        positions.extend(range(length))
+    padding = num_tokens - len(positions)
+    if padding < 0:
+        raise ValueError(f"sequences of {len(positions)} tokens do not fit a row of {num_tokens}")
+    starts.extend(range(len(positions), num_tokens))
+    positions.extend([0] * padding)
+    buckets, inverse = _buckets([*lengths, *[1] * padding], starts)
+    segments = [*lengths, padding] if padding else list(lengths)
+    return kind(
+        qkv_format="packed",
+        positions=torch.tensor(positions, device=device),
+        buckets=tuple(index.to(device) for index in buckets),
+        inverse=inverse.to(device),
+        cumulative_lengths=torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(device),
+        longest=max(segments, default=0),
+        **fields,
+    )
+
+
+def _buckets(
+    lengths: Sequence[int], starts: Sequence[int]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Group sequences of similar length; give the index of each bucket and the way back."""
+    order = sorted(range(len(lengths)), key=lambda s: -lengths[s])
+    groups: list[list[int]] = []
+    for s in order:
+        if groups and lengths[s] >= BUCKET_FILL * lengths[groups[-1][0]]:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    length_of, start_of = torch.tensor(lengths), torch.tensor(starts)
+    inverse = torch.zeros(int(length_of.sum()), dtype=torch.int64)
+    buckets, offset = [], 0
+    for members in groups:
+        longest = lengths[members[0]]
+        rows = torch.tensor(members)
+        column = torch.arange(longest)
+        valid = column[None] < length_of[rows, None]
+        index = start_of[rows, None] + torch.minimum(column[None], length_of[rows, None] - 1)
+        flat = offset + torch.arange(index.numel()).view_as(index)
+        inverse[index[valid]] = flat[valid]
+        buckets.append(index)
+        offset += index.numel()
+    return buckets, inverse
+
+
+def _causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """[S, L, heads, d] x [S, L, groups, d] -> [S, L, heads, d], causal."""
+    return dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, is_causal=True
+    ).transpose(1, 2)
+
+
+def dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    *,
+    is_causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch's scaled_dot_product_attention on [S, heads, L, d] with [S, groups, L, d] keys and values.
+
+    On a CPU bf16 is computed in fp32: torch's bf16 backward pass is four times slower there.
+    """
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype == torch.bfloat16:
+        query, key, value = query.float(), key.float(), value.float()
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.to(dtype)
+
+
+class PackedAttention(MegatronModule):
+    """The core attention of the local layer spec: hands queries, keys and values to the layout."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale=None, **__: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Layout | None = None,
+    ) -> torch.Tensor:
+        """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d]."""
+        if not isinstance(packed_seq_params, Layout):
+            raise ValueError("PackedAttention needs a Layout as packed_seq_params")
+        scale = self.softmax_scale or query.shape[-1] ** -0.5
+        output = packed_seq_params.attend(
+            self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), scale
+        )
+        return output.flatten(1).unsqueeze(1)
+
+
+class PositionalRotaryEmbedding(RotaryEmbedding):
+    """Rotary embedding at the positions the layout gives, instead of 0..T-1.
+
+    Megatron asks for a length and then for the embedding of that length; here the "length" is the tensor of positions.
+    """
+
+    def get_rotary_seq_len(  # noqa: D102
+        self, inference_context, transformer, transformer_input, config, packed_seq_params=None, **_
+    ):
+        return packed_seq_params.positions
+
+    def forward(self, positions: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """int64 [T] -> angles fp32 [T, 1, 1, rotary_dim]."""
+        inv_freq = self.inv_freq.to(positions.device)
+        angles = positions.float()[:, None] * inv_freq
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

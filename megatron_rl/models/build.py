@@ -1,0 +1,166 @@
+"""From the configuration to Megatron-Core's GPTModel chunks of this rank."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.device.select import Device
+from megatron_rl.errors import UserError
+from megatron_rl.models.attention import PositionalRotaryEmbedding
+from megatron_rl.models.initial import initialise
+from megatron_rl.models.parameters import parameter_views
+from megatron_rl.models.specs import block_spec
+from megatron_rl.parallel.groups import Groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def uses_transformer_engine(model: ModelConfig, device: Device) -> bool:
+    """Transformer Engine layers: on CUDA, where it is installed, unless the configuration says otherwise."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if model.transformer_engine and not (installed and device.kind == "cuda"):
+        raise UserError(
+            "model.transformer_engine is true, but Transformer Engine is not installed or the device is not CUDA; "
+            "install megatron_rl[te] on a CUDA machine or leave the key out"
+        )
+    return installed and device.kind == "cuda" and model.transformer_engine is not False
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, device: Device
+) -> TransformerConfig:
+    """Megatron's configuration of the same model."""
+    dtype = DTYPES[model.dtype]
+    on_cuda_with_te = uses_transformer_engine(model, device)
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }[parallel.recompute]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=device.kind == "cpu",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        moe_grouped_gemm=on_cuda_with_te,
+        **_moe_fields(model, parallel),
+        **_parallel_fields(parallel),
+        **recompute,
+    )
+
+
+def _moe_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, object]:
+    return dict(
+        num_moe_experts=model.num_experts,
+        moe_router_topk=model.moe_top_k,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_layer_freq=model.moe_layer_freq,
+        moe_shared_expert_intermediate_size=model.shared_expert_ffn_hidden_size,
+        moe_shared_expert_gate=model.shared_expert_gate,
+        moe_router_score_function=model.router_score,
+        moe_router_pre_softmax=model.router_pre_softmax,
+        moe_router_enable_expert_bias=model.router_expert_bias,
+        moe_router_bias_update_rate=model.expert_bias_update_rate,
+        moe_router_num_groups=model.router_num_groups,
+        moe_router_group_topk=model.router_group_top_k,
+        moe_router_topk_scaling_factor=model.router_scaling_factor,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss" if model.aux_loss_coeff else "none",
+        moe_aux_loss_coeff=model.aux_loss_coeff,
+        moe_z_loss_coeff=model.z_loss_coeff or None,
+        moe_token_dispatcher_type=parallel.dispatcher,
+    )
+
+
+def _parallel_fields(parallel: ParallelConfig) -> dict[str, object]:
+    interleaved = parallel.virtual_pipeline is not None
+    return dict(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.tensor > 1,
+        # With batched point-to-point calls the interleaved schedule silently mixes up tensors on gloo.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+    )
+
+
+def build_chunks(
+    model: ModelConfig, config: TransformerConfig, groups: Groups, device: Device, seed: int
+) -> list[GPTModel]:
+    """This rank's chunks of the model (one; with interleaving one per virtual stage), initialised from the seed."""
+    stages = range(groups.virtual_stages) if groups.virtual_stages else [None]
+    chunks = [_build_chunk(model, config, groups, device, stage) for stage in stages]
+    initialise(parameter_views(chunks, groups), seed, model.init_std, model.num_layers)
+    if model.freeze_router:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(".router." not in name)
+    return chunks
+
+
+def _build_chunk(
+    model: ModelConfig,
+    config: TransformerConfig,
+    groups: Groups,
+    device: Device,
+    vp_stage: int | None,
+) -> GPTModel:
+    last_virtual = vp_stage is None or vp_stage == groups.virtual_stages - 1
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(
+            config, uses_transformer_engine(model, device), vp_stage
+        ),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_sequence_length,
+        pre_process=groups.is_first_stage and vp_stage in (None, 0),
+        post_process=groups.is_last_stage and last_virtual,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rope_base,
+        vp_stage=vp_stage,
+    )
+    chunk.rotary_pos_emb = PositionalRotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=model.rope_base,
+        use_cpu_initialization=True,
+    )
+    return chunk.to(device.torch_device)

@@ -1,0 +1,135 @@
+"""The experts of a MoE layer as two grouped matrix products, without Transformer Engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import divide
+
+
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """x [N, in] sorted by expert, weight [E, out, in], offsets int32 [E] (end of each expert's rows) -> [N, out]."""
+    product = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
+    return product(x, weight.transpose(-2, -1), offs=offsets)
+
+
+class _ExpertWeight(torch.nn.Module):
+    """The weights of one linear layer of all local experts, [E_local, out, in]."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts: down(silu(gate(x)) * up(x)), scaled by the token's routing weight.
+
+    The weights are Megatron's grouped experts stacked along a first axis: ``linear_fc1.weight`` [E_local, 2F / etp, D]
+    (gate above up) and ``linear_fc2.weight`` [E_local, D, F / etp]; checkpoints use the keys of its other expert modules,
+    so that they are interchangeable.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: Any = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        inner = divide(config.moe_ffn_hidden_size, self.tp_group.size())
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        make = lambda rows, columns: _ExpertWeight(  # noqa: E731
+            (num_local_experts, rows, columns), config.params_dtype, device
+        )
+        self.linear_fc1 = make(2 * inner, config.hidden_size)
+        self.linear_fc2 = make(config.hidden_size, inner)
+        for module, axis in ((self.linear_fc1, 1), (self.linear_fc2, 2)):
+            # 'allreduce' False: the gradient is reduced over the ranks that hold the same experts, not over all
+            # data-parallel ranks. Always, not only with expert parallelism: under tensor parallelism alone Megatron
+            # 0.16.1 would else leave these gradients unreduced.
+            module.weight.allreduce = False
+            module.weight.tensor_model_parallel = self.tp_group.size() > 1
+            module.weight.partition_dim, module.weight.partition_stride = axis, 1
+
+    def forward(
+        self,
+        permuted_local_hidden_states: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        permuted_probs: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """[N, D] sorted by local expert, int [E_local], routing weights [N] -> [N, D] and no bias."""
+        x = permuted_local_hidden_states
+        offsets = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
+        gate, up = grouped_mm(x, self.linear_fc1.weight, offsets).chunk(2, dim=-1)
+        inner = (F.silu(gate) * up * permuted_probs.unsqueeze(-1)).to(x.dtype)
+        return grouped_mm(inner, self.linear_fc2.weight, offsets), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Shards of the global [E, 2F, D] and [E, D, F] under the keys of Megatron's other expert modules."""
+        return {
+            f"{prefix}linear_fc1.weight": _gated_shards(
+                f"{prefix}experts.linear_fc1.weight", self, sharded_offsets
+            ),
+            f"{prefix}linear_fc2.weight": _shard(
+                f"{prefix}experts.linear_fc2.weight",
+                self.linear_fc2.weight,
+                self,
+                sharded_offsets,
+                (2, self.tp_group.rank(), self.tp_group.size()),
+            ),
+        }
+
+
+def _shard(
+    key: str,
+    tensor: torch.Tensor,
+    experts: GroupedExperts,
+    sharded_offsets: tuple,
+    tensor_offset: tuple[int, int, int],
+) -> ShardedTensor:
+    """This rank's part of a global tensor: its experts on axis 0, its tensor-parallel slice on another."""
+    leading = len(sharded_offsets)
+    axis, rank, size = tensor_offset
+    return ShardedTensor.from_rank_offsets(
+        key,
+        tensor,
+        *sharded_offsets,
+        (leading, experts.ep_group.rank(), experts.ep_group.size()),
+        (leading + axis, rank, size),
+        replica_id=(0, 0, experts.dp_group.rank()),
+        prepend_axis_num=leading,
+    )
+
+
+def _gated_shards(
+    key: str, experts: GroupedExperts, sharded_offsets: tuple
+) -> ShardedTensorFactory:
+    """Gate and up are each split over the tensor-parallel ranks, so a rank holds two slices of the global axis."""
+    rank, size = experts.tp_group.rank(), experts.tp_group.size()
+
+    @torch.no_grad()
+    def build(key, tensor, replica_id, flattened_range=None):
+        return [
+            _shard(key, half, experts, sharded_offsets, (1, part * size + rank, 2 * size))
+            for part, half in enumerate(tensor.chunk(2, dim=1))
+        ]
+
+    @torch.no_grad()
+    def merge(halves):
+        return torch.cat(halves, dim=1)
+
+    return ShardedTensorFactory(
+        key, experts.linear_fc1.weight, build, merge, (0, 0, experts.dp_group.rank())
+    )

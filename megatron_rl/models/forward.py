@@ -1,0 +1,60 @@
+"""One forward pass of a model chunk over a row of tokens."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.models.attention import Layout
+from megatron_rl.parallel.groups import Groups
+
+
+def forward_row(model: torch.nn.Module, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Run one chunk.
+
+    Args:
+        model: a GPTModel chunk, bare or wrapped for data parallelism.
+        tokens: int64 [T].
+        layout: where the tokens stand.
+
+    Returns:
+        On the last stage logits [1, T, V / tp] in the model's type, elsewhere hidden states [T / tp, 1, D].
+    """
+    return model(
+        input_ids=tokens[None],
+        position_ids=layout.positions[None],
+        attention_mask=None,
+        packed_seq_params=layout,
+    )
+
+
+@torch.no_grad()
+def forward_stages(
+    chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, layout: Layout, groups: Groups
+) -> torch.Tensor | None:
+    """Run a row through all pipeline stages, one after the other, without gradients.
+
+    Returns:
+        Logits [T, V / tp] on the last stage, None on the others.
+    """
+    stage, stages = groups.pipeline.rank(), groups.pipeline.size()
+    if stages == 1 and len(chunks) == 1:
+        return forward_row(chunks[0], tokens, layout).squeeze(0)
+    config = chunks[0].config
+    rows = len(tokens) // (groups.tensor.size() if config.sequence_parallel else 1)
+    shape = (rows, 1, config.hidden_size)
+    output = None
+    for virtual, chunk in enumerate(chunks):
+        if stage > 0 or virtual > 0:
+            source = dist.get_global_rank(groups.pipeline, (stage - 1) % stages)
+            hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=tokens.device)
+            dist.recv(hidden, src=source, group=groups.pipeline)
+            chunk.set_input_tensor(hidden)
+        output = forward_row(chunk, tokens, layout)
+        if stage < stages - 1 or virtual < len(chunks) - 1:
+            target = dist.get_global_rank(groups.pipeline, (stage + 1) % stages)
+            dist.send(output.contiguous(), dst=target, group=groups.pipeline)
+            output = None
+    return None if output is None else output.squeeze(0)

@@ -1,0 +1,104 @@
+"""Every weight under one name that does not depend on how the model is split.
+
+A `ParameterView` is one matrix (or vector) of the whole model as this rank holds it: experts stacked in one parameter
+are one view each, layers have their global number. Initial weights, comparisons between layouts and conversions are
+written against these names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_rl.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """One weight of the whole model, or this rank's slice of it."""
+
+    name: str  #: e.g. decoder.layers.3.mlp.experts.5.linear_fc1.weight; layers and experts count from 0
+    parameter: torch.nn.Parameter
+    expert: int | None  #: index into the parameter's first axis, where experts are stacked
+    axis: int | None  #: axis of the view that is split over ``group``; None: every rank has it whole
+    gated: bool  #: the axis holds gate and up, each split on its own
+    group: ProcessGroup
+    replicas: ProcessGroup  #: ranks that hold the same slice for other data
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This view of a tensor shaped like the parameter (its data, its gradient, its moments)."""
+        return tensor if self.expert is None else tensor[self.expert]
+
+    def global_shape(self) -> torch.Size:
+        """Shape of the whole weight."""
+        shape = list(self.of(self.parameter).shape)
+        if self.axis is not None:
+            shape[self.axis] *= self.group.size()
+        return torch.Size(shape)
+
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of the whole weight."""
+        if self.axis is None:
+            return whole
+        rank, size = self.group.rank(), self.group.size()
+        if self.gated:
+            halves = whole.chunk(2, self.axis)
+            return torch.cat([half.chunk(size, self.axis)[rank] for half in halves], self.axis)
+        return whole.chunk(size, self.axis)[rank]
+
+    def gather(self, local: torch.Tensor) -> torch.Tensor:
+        """The whole weight from every rank's slice. A collective over ``group``."""
+        if self.axis is None or self.group.size() == 1:
+            return local
+        slices = [torch.empty_like(local) for _ in range(self.group.size())]
+        dist.all_gather(slices, local.contiguous(), group=self.group)
+        if not self.gated:
+            return torch.cat(slices, self.axis)
+        halves = [piece.chunk(2, self.axis) for piece in slices]
+        return torch.cat([half[part] for part in range(2) for half in halves], self.axis)
+
+
+def parameter_views(chunks: Sequence[torch.nn.Module], groups: Groups) -> Iterator[ParameterView]:
+    """The views of all parameters of this rank's model chunks (bare GPTModels), in a fixed order."""
+    for chunk in chunks:
+        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+        for local_name, parameter in chunk.named_parameters():
+            name = re.sub(
+                r"(?<=decoder\.layers\.)\d+", lambda m: str(numbers[int(m[0])]), local_name
+            )
+            yield from _views_of(name, parameter, groups, chunk.config.num_moe_experts)
+
+
+def _views_of(
+    name: str, parameter: torch.nn.Parameter, groups: Groups, num_experts: int
+) -> Iterator[ParameterView]:
+    expert = ".experts." in name
+    group = groups.expert_tensor if expert else groups.tensor
+    replicas = groups.expert_data if expert else groups.data_context
+    sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
+    axis = parameter.partition_dim if sharded else None
+    gated = ".linear_fc1." in name
+    per_expert = re.fullmatch(r"(.*\.experts)\.(linear_fc[12])\.weight(\d*)", name)
+    if per_expert is None:
+        yield ParameterView(name, parameter, None, axis, gated, group, replicas)
+        return
+    prefix, linear, number = per_expert.groups()
+    if number:  # Transformer Engine: a parameter per expert
+        first = groups.expert.rank() * (num_experts // groups.expert.size())
+        yield ParameterView(
+            f"{prefix}.{first + int(number)}.{linear}.weight",
+            parameter, None, axis, gated, group, replicas,
+        )  # fmt: skip
+        return
+    first = groups.expert.rank() * parameter.shape[0]
+    for local in range(parameter.shape[0]):
+        view_axis = None if axis is None else axis - 1
+        yield ParameterView(
+            f"{prefix}.{first + local}.{linear}.weight",
+            parameter, local, view_axis, gated, group, replicas,
+        )  # fmt: skip

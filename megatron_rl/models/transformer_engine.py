@@ -1,0 +1,60 @@
+"""Transformer Engine's attention behind the same layouts as the local one. Imported only where it is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_rl.models.attention import Layout, PackedLayout
+
+
+class LayoutTEAttention(TEDotProductAttention):
+    """Training packs go through Transformer Engine's variable-length kernels, decoding through the layout's own."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Layout | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d]."""
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        layout = packed_seq_params
+        if type(layout) is not PackedLayout:
+            scale = self.softmax_scale or query.shape[-1] ** -0.5
+            output = layout.attend(self.layer_number, query, key, value, scale)
+            return output.flatten(1).unsqueeze(1)
+        varlen = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=layout.cumulative_lengths,
+            cu_seqlens_kv=layout.cumulative_lengths,
+            max_seqlen_q=layout.longest,
+            max_seqlen_kv=layout.longest,
+        )
+        output = super().forward(
+            query,
+            key,
+            value,
+            None,
+            attn_mask_type or AttnMaskType.padding_causal,
+            packed_seq_params=varlen,
+            **kwargs,
+        )
+        return output.flatten(1).unsqueeze(1)
+
+
+def with_layout_attention(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """Put `LayoutTEAttention` into every layer of a Transformer Engine spec."""
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = LayoutTEAttention
+    return spec

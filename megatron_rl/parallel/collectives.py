@@ -1,0 +1,54 @@
+"""Collectives over an explicit group; over a group of one rank each is the identity and sends nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+def all_reduce(
+    tensor: torch.Tensor, group: ProcessGroup, op: dist.ReduceOp = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """The reduction of ``tensor`` over the group, as a new tensor. Not differentiable."""
+    if group.size() == 1:
+        return tensor
+    reduced = tensor.detach().clone()
+    dist.all_reduce(reduced, op=op, group=group)
+    return reduced
+
+
+def all_max(value: int, group: ProcessGroup, device: torch.device) -> int:
+    """The largest of the ranks' integers."""
+    return int(all_reduce(torch.tensor(value, device=device), group, dist.ReduceOp.MAX))
+
+
+def broadcast(tensor: torch.Tensor, group: ProcessGroup, source: int = 0) -> torch.Tensor:
+    """The tensor of the group's rank ``source`` on every rank (in place on the others)."""
+    if group.size() > 1:
+        dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
+    return tensor
+
+
+class _GatherFirstDim(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(gathered, tensor.contiguous(), group=group)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def gather_first_dim(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """[n, ...] on each rank -> [n * size, ...] in rank order, differentiable.
+
+    Every rank is taken to compute the same function of the result, so the backward pass is each rank's own slice
+    of its gradient, without a sum.
+    """
+    if group.size() == 1:
+        return tensor
+    return _GatherFirstDim.apply(tensor, group)

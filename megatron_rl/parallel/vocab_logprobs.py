@@ -1,0 +1,86 @@
+"""Log-probabilities from logits whose vocabulary is sharded over the tensor-parallel group.
+
+Works through the tokens in chunks in both directions, so that beside the logits themselves (in the model's type)
+nothing of size [T, V] is kept: the backward pass computes the softmax again from the logits and the saved
+normaliser [T].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+#: Elements of fp32 working memory of a chunk (4 MiB of fp32).
+CHUNK_ELEMENTS = 1 << 20
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, inverse_temperature, group):
+        num_tokens, shard = logits.shape
+        start = group.rank() * shard
+        logprobs = logits.new_empty(num_tokens, dtype=torch.float32)
+        entropy = torch.empty_like(logprobs)
+        normaliser = torch.empty_like(logprobs)
+        for rows in _chunks(num_tokens, shard):
+            x = logits[rows].float() * inverse_temperature
+            peak = _reduced(x.max(dim=-1).values, dist.ReduceOp.MAX, group)
+            shifted = x - peak[:, None]
+            exp = shifted.exp()
+            local = targets[rows] - start
+            here = (local >= 0) & (local < shard)
+            picked = shifted.gather(1, local.clamp(0, shard - 1)[:, None]).squeeze(1)
+            sums = torch.stack([exp.sum(-1), (exp * shifted).sum(-1), picked * here])
+            total, weighted, picked = _reduced(sums, dist.ReduceOp.SUM, group)
+            log_total = total.log()
+            logprobs[rows] = picked - log_total
+            entropy[rows] = log_total - weighted / total
+            normaliser[rows] = peak + log_total
+        ctx.save_for_backward(logits, targets, normaliser)
+        ctx.inverse_temperature, ctx.start = inverse_temperature, start
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _grad_entropy):
+        logits, targets, normaliser = ctx.saved_tensors
+        num_tokens, shard = logits.shape
+        grad_logits = torch.empty_like(logits)
+        for rows in _chunks(num_tokens, shard):
+            scale = grad_logprobs[rows, None] * ctx.inverse_temperature
+            x = logits[rows].float() * ctx.inverse_temperature
+            grad = (x - normaliser[rows, None]).exp_().mul_(-scale)
+            local = targets[rows] - ctx.start
+            here = ((local >= 0) & (local < shard))[:, None]
+            grad.scatter_add_(1, local.clamp(0, shard - 1)[:, None], scale * here)
+            grad_logits[rows] = grad.to(logits.dtype)
+        return grad_logits, None, None, None
+
+
+def _chunks(num_tokens: int, width: int) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // max(width, 1))
+    return [slice(i, min(i + step, num_tokens)) for i in range(0, num_tokens, step)]
+
+
+def _reduced(tensor: torch.Tensor, op: dist.ReduceOp, group: ProcessGroup) -> torch.Tensor:
+    if group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def vocab_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
+
+    Args:
+        logits: [T, V / tp] in any floating type, this rank's slice of the vocabulary, in rank order.
+        targets: int64 [T], global token ids.
+        temperature: divides the logits; > 0.
+        group: the tensor-parallel group.
+
+    Returns:
+        Log-probabilities fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats, detached.
+    """
+    return _VocabParallelLogprobs.apply(logits, targets, 1.0 / temperature, group)

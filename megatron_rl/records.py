@@ -1,0 +1,83 @@
+"""The records that travel between the stages of a step. Small, frozen, made of NumPy arrays; no torch, no Megatron.
+
+    Prompt -> RolloutGroup -> Sample -> Pack -> (scored, trained)
+
+Legend of shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion, G completions of a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Mapping
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem: its place in the data set, its token ids and the JSON object it came from."""
+
+    index: int  #: line of the data set, from 0; names the prompt in samples.jsonl and seeds its sampling
+    tokens: np.ndarray  #: int64 [P], with the beginning-of-sequence token where the tokenizer has one
+    text: str
+    record: Mapping[str, Any]  #: what the verifier needs (numbers and target, answer, tests...)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer to a prompt."""
+
+    tokens: np.ndarray  #: int64 [N], N >= 1, with the end-of-sequence token when ``finished``
+    logprobs: np.ndarray  #: float32 [N], log-probability of each token under the sampler at its temperature
+    finished: bool  #: True: it ended with the end-of-sequence token; False: cut at the length limit
+    text: str  #: decoded, without special tokens
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """A prompt with its G completions: the unit in which advantages are normalised. Never split over ranks."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to train on: a prompt and a completion, with what the loss needs to know of it.
+
+    Supervised fine-tuning makes the same record with ``advantage`` 1 and ``rollout_logprobs`` None.
+    """
+
+    tokens: np.ndarray  #: int64 [P + N]
+    prompt_length: int  #: P; tokens[P:] are trained on
+    advantage: float = 1.0
+    rollout_logprobs: np.ndarray | None = None  #: float32 [N]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Several sequences laid one behind the other in a row of T tokens: one micro-batch.
+
+    Position t predicts ``targets[t]``, the next token of the same sequence; ``mask[t]`` is True where that target
+    belongs to a completion. The row ends with padding: positions from ``sum(lengths)`` on, never in a sequence.
+    An empty pack (no sequence, all padding) is legal: it keeps the number of packs equal on every rank.
+    """
+
+    tokens: np.ndarray  #: int64 [T]
+    targets: np.ndarray  #: int64 [T]; 0 where there is none
+    positions: np.ndarray  #: int64 [T], position within the sequence, from 0
+    mask: np.ndarray  #: bool [T]
+    sequence_ids: np.ndarray  #: int64 [T], 0..S-1 in order; S (one past the last) on padding
+    lengths: tuple[int, ...]  #: S lengths, in order
+    advantages: np.ndarray  #: float32 [T], the sequence's advantage at every position; 0 on padding
+    rollout_logprobs: np.ndarray | None = None  #: float32 [T], 0 outside the mask
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return len(self.tokens)
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.lengths)

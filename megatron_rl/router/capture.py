@@ -1,0 +1,176 @@
+"""Watches the routers of the model: what they chose at scoring time, and how far they have moved since.
+
+Nothing is computed twice: `RouterCapture` wraps the `routing` method of each router instance, which receives the
+logits the router has just made and returns its choice. The wrapper only looks. Firings outside an open pass, such as
+the recomputation of activations during the backward pass, are let through unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Callable, Iterator, Protocol, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_rl.router.telemetry import RouterTelemetry
+from megatron_rl.router.trace import LayerTrace, RouterTrace, id_dtype
+
+
+class RouterError(RuntimeError):
+    """A router did not fire once in a pass, or its tokens do not match the trace: the result would be wrong."""
+
+
+class _Observer(Protocol):
+    def __call__(self, layer_number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+        """Called with logits [T_local, E] and the choice bool [T_local, E] of one router."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What a compared pass leaves behind."""
+
+    distance: torch.Tensor  #: fp32 [T_local], sum over this chunk's MoE layers of the per-layer distance
+
+
+class RouterCapture:
+    """Binds to every MoE router of the given chunks by walking them; layers are known by their global number."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], expected_layers: Sequence[Sequence[int]]) -> None:
+        """
+        Args:
+            chunks: this rank's model chunks.
+            expected_layers: for each chunk the global numbers (from 1) of the MoE layers it should hold.
+
+        Raises:
+            RouterError: a chunk holds other routers than expected, or a configuration hides their logits.
+        """
+        self._routers = [
+            {m.layer_number: m for m in chunk.modules() if isinstance(m, TopKRouter)}
+            for chunk in chunks
+        ]
+        self._observer: _Observer | None = None
+        for routers, expected in zip(self._routers, expected_layers, strict=True):
+            if sorted(routers) != sorted(expected):
+                raise RouterError(f"found routers in layers {sorted(routers)}; expected {list(expected)}")
+            for number, router in routers.items():
+                _refuse_hidden_logits(router)
+                router.routing = self._watched(number, router.routing)
+
+    def close(self) -> None:
+        """Give the routers their own method back."""
+        for routers in self._routers:
+            for router in routers.values():
+                del router.routing
+
+    def _watched(self, number: int, routing: Callable) -> Callable:
+        def watch(logits: torch.Tensor, *args, **kwargs):
+            probs, routing_map = routing(logits, *args, **kwargs)
+            if self._observer is not None:
+                with torch.no_grad():
+                    self._observer(number, logits.detach().flatten(0, -2), routing_map)
+            return probs, routing_map
+
+        return watch
+
+    @contextlib.contextmanager
+    def _pass(self, chunk: int, observe: _Observer) -> Iterator[None]:
+        """Send each router's firing to ``observe``; at the end each router of the chunk must have fired once."""
+        if self._observer is not None:
+            raise RouterError("a pass over the routers is open already")
+        fired: list[int] = []
+
+        def count(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+            fired.append(number)
+            observe(number, logits, routing_map)
+
+        self._observer = count
+        try:
+            yield
+        finally:
+            self._observer = None
+        if sorted(fired) != sorted(self._routers[chunk]):
+            raise RouterError(
+                f"routers fired in layers {sorted(fired)}; expected each of {sorted(self._routers[chunk])} once"
+            )
+
+    @contextlib.contextmanager
+    def record(self, chunk: int) -> Iterator[RouterTrace]:
+        """The forward passes inside fill the yielded trace: the old policy's choice and its log-probabilities."""
+        trace: dict[int, LayerTrace] = {}
+
+        def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+            router = self._routers[chunk][number]
+            chosen = routing_map.int().topk(router.topk, dim=1).indices.sort(dim=1).values
+            logprobs = score_logprobs(logits, chosen, router.score_function)
+            trace[number] = LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
+
+        with self._pass(chunk, observe):
+            yield trace
+
+    @contextlib.contextmanager
+    def compare(
+        self, chunk: int, trace: RouterTrace, mask: torch.Tensor, telemetry: RouterTelemetry
+    ) -> Iterator[Callable[[], torch.Tensor]]:
+        """Measure the distance of the pass inside to the trace, per token.
+
+        Args:
+            chunk: index of the model chunk that runs.
+            trace: of the same tokens, from `record`.
+            mask: bool [T_local], tokens that count in the telemetry.
+            telemetry: receives the per-layer sums.
+
+        Yields:
+            A function that gives fp32 [T_local]: the sum over this chunk's layers of mean_k |new - old|.
+        """
+        distances: list[torch.Tensor] = []
+
+        def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+            old = trace[number]
+            if len(old.expert_ids) != len(logits):
+                raise RouterError(
+                    f"layer {number}: the trace holds {len(old.expert_ids)} tokens, the pass {len(logits)}"
+                )
+            ids = old.expert_ids.long()
+            new = score_logprobs(logits, ids, self._routers[chunk][number].score_function)
+            distance = (new - old.logprobs).abs().mean(dim=1)
+            distances.append(distance)
+            overlap = routing_map.gather(1, ids).float().mean(dim=1)
+            telemetry.add(number - 1, mask, distance, overlap, _entropy(logits), routing_map)
+
+        def total() -> torch.Tensor:
+            return torch.stack(distances).sum(0) if distances else torch.zeros(len(mask), device=mask.device)
+
+        with self._pass(chunk, observe):
+            yield total
+
+
+def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str) -> torch.Tensor:
+    """log r(e) of the given experts in fp32: logits [T, E], ids int64 [T, K] -> [T, K].
+
+    softmax: over all E experts (not the renormalised dispatch weight). sigmoid: log of the expert's own score,
+    without the bias that only steers the choice.
+    """
+    logits = logits.float()
+    picked = logits.gather(1, ids)
+    if score_function == "sigmoid":
+        return F.logsigmoid(picked)
+    return picked - logits.logsumexp(dim=1, keepdim=True)
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of softmax(logits) [T, E] -> [T]."""
+    logprobs = logits.float().log_softmax(dim=1)
+    return -(logprobs.exp() * logprobs).sum(dim=1)
+
+
+def _refuse_hidden_logits(router: TopKRouter) -> None:
+    config = router.config
+    if config.moe_router_fusion:
+        raise RouterError("moe_router_fusion hides the routing from capture; turn it off")
+    if config.moe_expert_capacity_factor is not None:
+        raise RouterError("moe_expert_capacity_factor drops tokens, a token would have fewer than K experts; unset it")
+    if getattr(config, "cuda_graph_impl", "none") != "none" or getattr(config, "enable_cuda_graph", False):
+        raise RouterError("CUDA graphs replay the router without calling it; turn them off")
