@@ -1,0 +1,24 @@
+"""The pessimistic clip of PPO, for ratios and for log-ratios."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pessimistic_clip(
+    values: torch.Tensor, advantages: torch.Tensor, low: float, high: float
+) -> torch.Tensor:
+    """s * min(s * v, s * clip(v, low, high)) with s = sign(A), any shape.
+
+    That is min(v, high) where A >= 0 and max(v, low) where A < 0, so A * pessimistic_clip(r, A,
+    ...) equals PPO's min(r * A, clip(r) * A). Values beyond the bound get no gradient, values on it
+    do.
+    """
+    return torch.where(advantages >= 0, values.clamp(max=high), values.clamp(min=low))
+
+
+def is_clipped(
+    values: torch.Tensor, advantages: torch.Tensor, low: float, high: float
+) -> torch.Tensor:
+    """True where the clip cuts the gradient: v > high with A > 0, or v < low with A < 0."""
+    return ((advantages > 0) & (values > high)) | ((advantages < 0) & (values < low))

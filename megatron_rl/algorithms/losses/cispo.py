@@ -1,0 +1,40 @@
+"""CISPO: REINFORCE with a clipped, detached importance weight; no token loses its gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.algorithms.aggregate import make_segments, over_tokens
+from megatron_rl.algorithms.interface import LossInputs, LossOutputs
+from megatron_rl.algorithms.loss_metrics import loss_metrics
+from megatron_rl.algorithms.ratios import at_least_float32, exp_ratio, shifted_log_ratio
+from megatron_rl.algorithms.settings import Settings
+
+
+@dataclass(frozen=True)
+class CispoSettings(Settings):
+    """The weight is clipped to [1 - clip_low, 1 + clip_high].
+
+    clip_low = 1 is no lower bound, as in the paper, which leaves clip_high open; a cap of 5 is from
+    arXiv 2510.13786.
+    """
+
+    clip_low: float = 1.0
+    clip_high: float = 4.0
+
+
+def cispo(inputs: LossInputs, settings: CispoSettings) -> LossOutputs:
+    """-1/(sum_i |y_i|) sum_i sum_t sg(clip(w~_t)) A_t log pi_new(y_t). Denominator: tokens.
+
+    arXiv 2506.13585, eq. 4-5. Only the gradient has a meaning, not the value. clip_fraction counts
+    the weights that were cut, for either sign of A.
+    """
+    ratio = exp_ratio(shifted_log_ratio(inputs)).detach()
+    weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, ratio.dtype)
+    logprobs = torch.where(segments.mask, at_least_float32(inputs.logprobs), 0.0)
+    total, count = over_tokens(-weight * inputs.advantages.detach() * logprobs, segments)
+    clipped = over_tokens((weight != ratio).to(ratio.dtype), segments)
+    return LossOutputs(total, count, loss_metrics(inputs, segments, clipped))

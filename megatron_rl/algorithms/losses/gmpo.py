@@ -1,0 +1,53 @@
+"""GMPO: the geometric mean of the clipped token ratios of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.algorithms.aggregate import (
+    make_segments,
+    over_sequences,
+    over_tokens,
+    sequence_mean,
+)
+from megatron_rl.algorithms.clipping import is_clipped, pessimistic_clip
+from megatron_rl.algorithms.interface import LossInputs, LossOutputs
+from megatron_rl.algorithms.loss_metrics import loss_metrics
+from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
+from megatron_rl.algorithms.settings import Settings
+
+
+@dataclass(frozen=True)
+class GmpoSettings(Settings):
+    """The log-ratio of a token is clipped to [-clip_low, clip_high], nats."""
+
+    clip_low: float = 0.4
+    clip_high: float = 0.4
+
+
+def geometric_mean_loss(
+    inputs: LossInputs,
+    settings: GmpoSettings,
+    x: torch.Tensor,
+    added_after_clip: torch.Tensor | float = 0.0,
+) -> LossOutputs:
+    """-1/S sum_i A_i G_i, G_i = exp(1/|y_i| sum_t (s min(s x_t, s clip(x_t)) + added_t)).
+
+    s = sign(A_i); x, added: [T]. Gradient: A_i G_i / |y_i| at every unclipped token.
+    Denominator: sequences.
+    """
+    segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, x.dtype)
+    advantages = inputs.advantages.detach()
+    bounds = (-settings.clip_low, settings.clip_high)
+    terms = pessimistic_clip(x, advantages, *bounds) + added_after_clip
+    objective = sequence_mean(advantages, segments) * exp_ratio(sequence_mean(terms, segments))
+    clipped = over_tokens(is_clipped(x, advantages, *bounds).to(x.dtype), segments)
+    total, count = over_sequences(-objective, segments)
+    return LossOutputs(total, count, loss_metrics(inputs, segments, clipped))
+
+
+def gmpo(inputs: LossInputs, settings: GmpoSettings) -> LossOutputs:
+    """``geometric_mean_loss`` of x_t = log w_t (arXiv 2507.20673); log w~_t with router shift."""
+    return geometric_mean_loss(inputs, settings, shifted_log_ratio(inputs))

@@ -1,0 +1,57 @@
+"""GRPO: the clipped token objective, mean over a sequence's tokens, then over sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.algorithms.aggregate import (
+    Segments,
+    make_segments,
+    over_sequence_means,
+    over_tokens,
+)
+from megatron_rl.algorithms.clipping import is_clipped, pessimistic_clip
+from megatron_rl.algorithms.interface import LossInputs, LossOutputs
+from megatron_rl.algorithms.loss_metrics import loss_metrics
+from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
+from megatron_rl.algorithms.settings import Settings
+
+
+@dataclass(frozen=True)
+class GrpoSettings(Settings):
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+
+@dataclass(frozen=True)
+class ClippedTokens:
+    """The clipped objective of every token, before any aggregation."""
+
+    objective: torch.Tensor  #: float [T], min(w~ A, clip(w~) A), to be maximised
+    segments: Segments
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def clipped_tokens(inputs: LossInputs, clip_low: float, clip_high: float) -> ClippedTokens:
+    """J_t = min(w~_t A_t, clip(w~_t, 1 - clip_low, 1 + clip_high) A_t), [T].
+
+    PPO's clipped objective (arXiv 1707.06347, eq. 7), with the metrics of the pack.
+    """
+    ratio = exp_ratio(shifted_log_ratio(inputs))
+    segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, ratio.dtype)
+    advantages = inputs.advantages.detach()
+    bounds = (1 - clip_low, 1 + clip_high)
+    objective = advantages * pessimistic_clip(ratio, advantages, *bounds)
+    clipped = over_tokens(is_clipped(ratio, advantages, *bounds).to(ratio.dtype), segments)
+    return ClippedTokens(objective, segments, loss_metrics(inputs, segments, clipped))
+
+
+def grpo(inputs: LossInputs, settings: GrpoSettings) -> LossOutputs:
+    """-1/S sum_i 1/|y_i| sum_t J_t (arXiv 2402.03300, eq. 3, no KL). Denominator: sequences."""
+    tokens = clipped_tokens(inputs, settings.clip_low, settings.clip_high)
+    total, count = over_sequence_means(-tokens.objective, tokens.segments)
+    return LossOutputs(total, count, tokens.metrics)

@@ -1,0 +1,37 @@
+"""GSPO: one ratio per sequence, the geometric mean of its tokens' ratios, clipped as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.algorithms.aggregate import make_segments, over_sequences, sequence_mean
+from megatron_rl.algorithms.clipping import is_clipped, pessimistic_clip
+from megatron_rl.algorithms.interface import LossInputs, LossOutputs
+from megatron_rl.algorithms.loss_metrics import loss_metrics
+from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
+from megatron_rl.algorithms.settings import Settings
+
+
+@dataclass(frozen=True)
+class GspoSettings(Settings):
+    """The sequence ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+
+def gspo(inputs: LossInputs, settings: GspoSettings) -> LossOutputs:
+    """-1/S sum_i min(s_i A_i, clip(s_i) A_i), s_i = exp(1/|y_i| sum_t log w~_t).
+
+    arXiv 2507.18071, eq. 5-7; gradient (eq. 10) s_i A_i / |y_i| at every token of an unclipped
+    sequence. A_i is the mean of the sequence's advantages. Denominator: sequences.
+    """
+    x = shifted_log_ratio(inputs)
+    segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, x.dtype)
+    ratio = exp_ratio(sequence_mean(x, segments))
+    advantages = sequence_mean(inputs.advantages.detach(), segments)
+    bounds = (1 - settings.clip_low, 1 + settings.clip_high)
+    objective = advantages * pessimistic_clip(ratio, advantages, *bounds)
+    clipped = over_sequences(is_clipped(ratio, advantages, *bounds).to(x.dtype), segments)
+    total, count = over_sequences(-objective, segments)
+    return LossOutputs(total, count, loss_metrics(inputs, segments, clipped))

@@ -1,0 +1,45 @@
+"""SAPO: a smooth gate in the place of the clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.algorithms.aggregate import make_segments, over_sequence_means, over_tokens
+from megatron_rl.algorithms.interface import LossInputs, LossOutputs
+from megatron_rl.algorithms.loss_metrics import loss_metrics
+from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
+from megatron_rl.algorithms.settings import Settings, require_positive
+
+
+@dataclass(frozen=True)
+class SapoSettings(Settings):
+    """Temperatures of the gate for A > 0 and for A <= 0: the higher, the sooner it closes."""
+
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("tau_positive", self.tau_positive, finite=True)
+        require_positive("tau_negative", self.tau_negative, finite=True)
+
+
+def sapo(inputs: LossInputs, settings: SapoSettings) -> LossOutputs:
+    """-1/S sum_i 1/|y_i| sum_t 4/tau sigmoid(tau (w~_t - 1)) A_t. Denominator: sequences.
+
+    arXiv 2511.20347. Gradient 4 p (1 - p) w~_t A_t / |y_i|, p the sigmoid: weight 1 at w~ = 1.
+    Nothing is clipped, so clip_fraction is 0; gate_mean is the mean of 4 p (1 - p).
+    """
+    ratio = exp_ratio(shifted_log_ratio(inputs))
+    segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, ratio.dtype)
+    advantages = inputs.advantages.detach()
+    tau = torch.full_like(ratio, settings.tau_negative)
+    tau = tau.masked_fill(advantages > 0, settings.tau_positive)
+    gate = torch.sigmoid(tau * (ratio - 1))
+    total, count = over_sequence_means(-4 / tau * gate * advantages, segments)
+    nothing = over_tokens(torch.zeros_like(ratio), segments)
+    metrics = loss_metrics(inputs, segments, nothing)
+    metrics["gate_mean"] = over_tokens((4 * gate * (1 - gate)).detach(), segments)
+    return LossOutputs(total, count, metrics)

@@ -1,0 +1,56 @@
+"""Importance ratios between the policy being trained and the old one, in log space.
+
+A router-shift weight enters here and nowhere else: log w~_t = log w_t + log gamma~_t (arXiv
+2510.23027 v2, eq. 11).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rl.algorithms.interface import LossInputs
+
+#: exp(60) = 1e26: sums of millions of such tokens stay finite in float32.
+MAX_LOG_RATIO = 60.0
+
+
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """The values in float32, or unchanged where they are float64."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def log_ratio(inputs: LossInputs) -> torch.Tensor:
+    """log w_t = log pi_new(y_t) - log pi_old(y_t), [T] nats; 0 and detached outside the mask."""
+    difference = at_least_float32(inputs.logprobs) - at_least_float32(inputs.old_logprobs.detach())
+    return torch.where(inputs.mask.bool(), difference, 0.0)
+
+
+def log_shift(inputs: LossInputs) -> torch.Tensor:
+    """log gamma~_t, [T], detached; 0 outside the mask.
+
+    gamma~ = 0 counts as the smallest normal number, whose logarithm is finite. Raises ValueError
+    without ``inputs.router_shift``.
+    """
+    if inputs.router_shift is None:
+        raise ValueError(
+            "found no router_shift in the loss inputs; expected the weight gamma~ of every token; "
+            "switch router shift on, or choose a loss that does without it, such as gmpo"
+        )
+    gamma = at_least_float32(inputs.router_shift.detach())
+    gamma = torch.where(inputs.mask.bool(), gamma, 1.0)
+    return gamma.clamp(min=torch.finfo(gamma.dtype).tiny).log()
+
+
+def shifted_log_ratio(inputs: LossInputs) -> torch.Tensor:
+    """log w~_t = log w_t + log gamma~_t, [T]; log w_t without a router-shift weight.
+
+    gamma~ = 1 changes no bit.
+    """
+    if inputs.router_shift is None:
+        return log_ratio(inputs)
+    return log_ratio(inputs) + log_shift(inputs)
+
+
+def exp_ratio(log_ratios: torch.Tensor) -> torch.Tensor:
+    """exp(x), any shape; above x = MAX_LOG_RATIO constant (no gradient), so it never overflows."""
+    return log_ratios.clamp(max=MAX_LOG_RATIO).exp()

@@ -1,0 +1,54 @@
+"""How far the routers have moved, per token (router shift, arXiv 2510.23027 v2, eq. 5-9).
+
+Shapes: T tokens, L MoE layers, K experts per token. Log-probabilities are those of the K experts
+that the OLD policy chose, under the new and the old router, normalised over ALL E experts (softmax
+routers). A sigmoid router (DeepSeek-V3) gives the log of the sigmoid score without its bias, for
+the experts chosen with the bias.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rl.algorithms.aggregate import SumAndCount, make_segments, over_tokens
+from megatron_rl.algorithms.ratios import at_least_float32
+
+
+def shift_distance(new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> torch.Tensor:
+    """sum_l 1/K sum_k |log r_new,l(e(l,k)) - log r_old,l(e(l,k))|: [T, L, K] -> [T], nats.
+
+    L may be the layers of one pipeline stage, even none: distances of stages are added BEFORE
+    ``shift_weight``. Raises ValueError unless both are [T, L, K].
+    """
+    if new_logprobs.dim() != 3 or new_logprobs.shape != old_logprobs.shape:
+        raise ValueError(
+            f"found router log-probabilities of shapes {tuple(new_logprobs.shape)} and "
+            f"{tuple(old_logprobs.shape)}; expected two [T, L, K] of one shape; score OLD experts"
+        )
+    difference = at_least_float32(new_logprobs) - at_least_float32(old_logprobs)
+    return difference.abs().mean(dim=2).sum(dim=1)
+
+
+def shift_weight(distance: torch.Tensor, num_layers: int, floor: float) -> torch.Tensor:
+    """gamma~_t = stop_gradient(max(exp(-distance_t / num_layers), floor)): [T] -> [T].
+
+    num_layers counts the MoE layers of the whole model. Exactly 1 where the distance is 0.
+    Detached: with a gradient training collapses (arXiv 2510.23027 v1). Raises ValueError for
+    num_layers < 1 or a floor outside [0, 1].
+    """
+    if num_layers < 1:
+        raise ValueError(f"found num_layers={num_layers}; expected at least one MoE layer")
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"found floor={floor}; expected a number in [0, 1]; the paper's is 0.8")
+    return (-at_least_float32(distance.detach()) / num_layers).exp().clamp(min=floor)
+
+
+@torch.no_grad()
+def shift_metrics(weight: torch.Tensor, floor: float, mask: torch.Tensor) -> dict[str, SumAndCount]:
+    """Over trained tokens, (sum, count) of gamma~ and of gamma~ being the floor."""
+    segments = make_segments(mask, torch.zeros_like(mask, dtype=torch.long), 1, weight.dtype)
+    at_floor = (weight <= floor).to(weight.dtype)
+    return {
+        "router/gamma_mean": over_tokens(weight, segments),
+        "router/floor_fraction": over_tokens(at_floor, segments),
+    }

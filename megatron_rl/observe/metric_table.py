@@ -1,0 +1,184 @@
+"""The one table of metric names: unit, reduction over ranks, verbs that write it, meaning.
+
+Names ending in ``layer_NN`` stand for one name a layer, such as ``router/shift_mean/layer_03``: the
+transformer layer's number over all pipeline stages, from 0, at least two digits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Reduction = Literal["mean", "sum", "max", "min", "given"]
+
+_LAYER = re.compile(r"(?P<base>.+)/layer_(?P<layer>\d{2,})")
+_LAYER_SUFFIX = "/layer_NN"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table."""
+
+    name: str
+    unit: str
+    reduction: Reduction
+    """mean: sum of sums / sum of counts; sum, max, min: over ranks; given: set after the
+    reduction, never added."""
+    verbs: str
+    meaning: str
+
+
+_RL, _SFT, _ANY, _EVAL = "train", "sft", "train sft", "train sft evaluate"
+
+# fmt: off
+_TABLE: tuple[Metric, ...] = (
+    Metric("step", "", "given", _EVAL,
+           "Steps done; 0 holds the evaluation before the first step."),
+    Metric("loss", "", "mean", _ANY,
+           "Training loss, mean over optimizer steps."),
+    Metric("lr", "", "mean", _ANY,
+           "Learning rate, mean over optimizer steps."),
+    Metric("grad_norm", "", "mean", _ANY,
+           "Global gradient norm before clipping, mean over optimizer steps."),
+    Metric("accuracy", "fraction", "mean", _SFT,
+           "Target tokens that are the model's most likely token."),
+    Metric("tokens/step", "tokens", "sum", _ANY,
+           "Tokens of the step's sequences, prompts included, padding not."),
+    Metric("tokens_per_second", "tokens/s", "given", _ANY,
+           "tokens/step divided by time/step_s, all ranks together."),
+    Metric("reward/mean", "", "mean", _RL,
+           "Reward, mean over completions."),
+    Metric("reward/std", "", "mean", _RL,
+           "Standard deviation of the reward in a group, mean over groups."),
+    Metric("reward/solved", "fraction", "mean", _RL,
+           "Completions the verifier calls right."),
+    Metric("reward/well_formed", "fraction", "mean", _RL,
+           "Completions in the form the verifier expects, right or not."),
+    Metric("groups/zero_variance_fraction", "fraction", "mean", _RL,
+           "Groups with equal rewards: no gradient from them."),
+    Metric("response/length_mean", "tokens", "mean", _RL,
+           "Tokens of a completion."),
+    Metric("response/length_max", "tokens", "max", _RL,
+           "Tokens of the longest completion."),
+    Metric("response/finished_fraction", "fraction", "mean", _RL,
+           "Completions that ended before the length limit."),
+    Metric("clip_fraction", "fraction", "mean", _RL,
+           "Completion tokens (GSPO: sequences) whose ratio was clipped."),
+    Metric("entropy", "nat", "mean", _RL,
+           "Entropy of the policy, mean over completion tokens."),
+    Metric("kl_old", "nat", "mean", _RL,
+           "KL(old || new), k3 estimate over completion tokens; old is the policy at scoring."),
+    Metric("kl_ref", "nat", "mean", _RL,
+           "KL(new || reference), k3 estimate over completion tokens."),
+    Metric("ratio_mean", "", "mean", _RL,
+           "Importance ratio new / old without gamma, mean over completion tokens."),
+    Metric("ratio_max", "", "max", _RL,
+           "Largest importance ratio of a completion token."),
+    Metric("gate_mean", "", "mean", _RL,
+           "SAPO's gate 4 p (1 - p), mean over completion tokens."),
+    Metric("mismatch/kl", "nat", "mean", _RL,
+           "KL(sampler || old), k3 estimate over completion tokens."),
+    Metric("mismatch/logprob_max", "nat", "max", _RL,
+           "Largest |log-prob of the sampler - log-prob in scoring| of a token."),
+    Metric("mismatch/weight_mean", "", "mean", _RL,
+           "Sampler correction weight (TIS, MIS, IcePop), mean over tokens."),
+    Metric("mismatch/clipped_fraction", "fraction", "mean", _RL,
+           "Tokens whose sampler correction was capped or zeroed."),
+    Metric("router/shift_mean", "", "mean", _RL,
+           "Router-shift weight gamma before the floor, mean over completion tokens."),
+    Metric("router/shift_min", "", "min", _RL,
+           "Smallest gamma before the floor of a completion token."),
+    Metric("router/gamma_mean", "", "mean", _RL,
+           "Weight max(gamma, floor) on the ratio, mean over completion tokens."),
+    Metric("router/floor_fraction", "fraction", "mean", _RL,
+           "Completion tokens whose gamma was raised to the floor."),
+    Metric("router/distance_mean", "nat", "mean", _RL,
+           "Router distance, mean over layers and completion tokens."),
+    Metric("router/top_k_overlap", "fraction", "mean", _RL,
+           "Experts of the scoring pass chosen again in the update."),
+    Metric("router/load_max_over_mean", "", "mean", _RL,
+           "Load of the busiest expert / mean load, mean over layers."),
+    Metric("router/entropy", "nat", "mean", _RL,
+           "Entropy of the router's distribution over experts, mean over tokens."),
+    Metric("router/shift_mean/layer_NN", "", "mean", _RL,
+           "exp(-distance) of the layer alone, mean over completion tokens."),
+    Metric("router/distance_mean/layer_NN", "nat", "mean", _RL,
+           "Router distance of the layer, mean over completion tokens."),
+    Metric("router/top_k_overlap/layer_NN", "fraction", "mean", _RL,
+           "router/top_k_overlap of the layer."),
+    Metric("router/load_max_over_mean/layer_NN", "", "mean", _RL,
+           "router/load_max_over_mean of the layer."),
+    Metric("router/entropy/layer_NN", "nat", "mean", _RL,
+           "router/entropy of the layer."),
+    Metric("eval/pass@1", "fraction", "mean", _EVAL,
+           "Held-out problems solved by the greedy answer."),
+    Metric("eval/mean@k", "fraction", "mean", _EVAL,
+           "Sampled answers to held-out problems that are right, k a problem."),
+    Metric("eval/well_formed", "fraction", "mean", _EVAL,
+           "Greedy answers in the form the verifier expects."),
+    Metric("eval/problems", "problems", "sum", _EVAL,
+           "Held-out problems of the evaluation."),
+    Metric("eval/samples", "answers", "max", _EVAL,
+           "k of eval/mean@k."),
+    Metric("time/rollout_s", "s", "max", _RL,
+           "Sampling and rewarding the completions; the slowest rank."),
+    Metric("time/score_s", "s", "max", _RL,
+           "No-grad pass for old log-probs and the router trace; the slowest rank."),
+    Metric("time/update_s", "s", "max", _ANY,
+           "Forward, backward and optimizer; the slowest rank."),
+    Metric("time/sync_s", "s", "max", _RL,
+           "Sending the weights to the rollout engine; the slowest rank."),
+    Metric("time/step_s", "s", "max", _ANY,
+           "The whole step without evaluation and checkpoint; the slowest rank."),
+    Metric("time/eval_s", "s", "max", _EVAL,
+           "The evaluation written with this step; the slowest rank."),
+    Metric("time/checkpoint_s", "s", "max", _ANY,
+           "The checkpoint written after this step; the slowest rank."),
+    Metric("memory/peak_gib", "GiB", "max", _ANY,
+           "Peak memory since the start: CUDA allocations, or resident set on CPU."),
+)
+# fmt: on
+
+METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _TABLE})
+
+
+def layer_name(name: str, layer: int) -> str:
+    """The per-layer name of a metric: ``layer_name("router/shift_mean", 3)`` is
+    router/shift_mean/layer_03."""
+    return f"{name}/layer_{layer:02d}"
+
+
+def split_layer(name: str) -> tuple[str, int] | None:
+    """Inverse of ``layer_name``; None for a name that is not per layer."""
+    match = _LAYER.fullmatch(name)
+    return (match["base"], int(match["layer"])) if match else None
+
+
+def metric(name: str) -> Metric:
+    """The table's row for a name. ValueError: the table has no such name."""
+    layered = split_layer(name)
+    row = METRICS.get(f"{layered[0]}{_LAYER_SUFFIX}" if layered else name)
+    if row is None or name.endswith(_LAYER_SUFFIX):  # a row stands for its layers only
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        hint = f", such as {near[0]!r}" if near else ""
+        raise ValueError(
+            f"unknown metric {name!r}; expected a name of the table METRICS in "
+            f"megatron_rl/observe/metric_table.py{hint}; add a row there for a new metric"
+        )
+    return row
+
+
+def reduced_names(num_layers: int) -> tuple[str, ...]:
+    """Every name a rank may add, sorted; ``layer_NN`` rows once a layer 0..num_layers-1."""
+    names = []
+    for row in _TABLE:
+        if row.name.endswith(_LAYER_SUFFIX):
+            base = row.name.removesuffix(_LAYER_SUFFIX)
+            names += [layer_name(base, layer) for layer in range(num_layers)]
+        elif row.reduction != "given":
+            names.append(row.name)
+    return tuple(sorted(names))

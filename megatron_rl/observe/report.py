@@ -1,0 +1,295 @@
+"""The report of a run: one HTML page that needs nothing but itself, the plots as PNG files, and
+a one-line summary."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.observe.plot_list import PLOTS, Plot
+from megatron_rl.observe.plots import DARK, LIGHT, render
+from megatron_rl.observe.report_style import STYLE
+from megatron_rl.observe.run_files import Run, read_run
+
+REPORT_FILE = "report.html"
+PLOTS_DIR = "plots"
+_SAMPLE_STEPS = 6  # steps the sample table is drawn from, first and last among them
+_SAMPLES_A_STEP = 3
+_LONGEST_TEXT = 1500  # characters of a prompt or completion shown
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html and plots/*.png of a run and return the page's path.
+
+    UserError: config.yaml or metrics.jsonl is missing, empty or malformed.
+    """
+    run = read_run(run_dir)
+    figures = []
+    (run.directory / PLOTS_DIR).mkdir(exist_ok=True)
+    for plot in PLOTS:
+        if plot.has_data(run):
+            light, dark = render(plot, run, LIGHT), render(plot, run, DARK)
+            (run.directory / PLOTS_DIR / f"{plot.file}.png").write_bytes(light)
+            figures.append(_figure(plot, light, dark))
+    page = _page(run, figures)
+    path = run.directory / REPORT_FILE
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def summary(run_dir: Path) -> str:
+    """One line: evaluation before and after with the gain in points, or the loss where there is
+    none; steps and time.
+
+    UserError: as for ``write_report``.
+    """
+    return _summary(read_run(run_dir))
+
+
+def points(before: float, after: float) -> str:
+    """The gain of a fraction in percentage points, with its sign: +17.8."""
+    return f"{100 * (after - before):+.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for reading: 9.4s, 2m31s, 3h04m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s" if round(seconds, 1) < 60 else "1m00s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _summary(run: Run) -> str:
+    facts = [
+        text
+        for text in (
+            _before_after(run, "eval/pass@1", "solved (greedy pass@1)"),
+            _before_after(run, "eval/mean@k", _mean_at_k(run)),
+        )
+        if text
+    ]
+    problems = run.series("eval/problems")[1]
+    if facts and problems:
+        facts[-1] += f" on {problems[-1]:.0f} held-out problems"
+    losses = run.series("loss")[1]
+    if not facts and losses:
+        facts = [f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"]
+    steps = run.records[-1]["step"]
+    return ", ".join(
+        [*facts, f"{steps} step{'' if steps == 1 else 's'} in {duration(_wall_seconds(run))}"]
+    )
+
+
+def _before_after(run: Run, name: str, label: str) -> str:
+    values = run.series(name)[1]
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{label} {100 * values[0]:.1f}%"
+    before, after = values[0], values[-1]
+    return f"{label} {100 * before:.1f}% -> {100 * after:.1f}% ({points(before, after)} points)"
+
+
+def _mean_at_k(run: Run) -> str:
+    counts = run.series("eval/samples")[1]
+    return f"mean@{counts[-1]:.0f}" if counts else "mean@k"
+
+
+def _wall_seconds(run: Run) -> float:
+    """Steps, evaluations and checkpoints together; phases in place of the step where it was not
+    timed."""
+    names = (
+        ["time/step_s"]
+        if run.series("time/step_s")[0]
+        else ["time/rollout_s", "time/score_s", "time/update_s"]
+    )
+    return sum(sum(run.series(name)[1]) for name in [*names, "time/eval_s", "time/checkpoint_s"])
+
+
+def _page(run: Run, figures: Sequence[str]) -> str:
+    title = escape(run.directory.resolve().name)
+    sections = [
+        f"<header><h1>{title}</h1><p class='summary'>{escape(_summary(run))}</p></header>",
+        _tiles(run),
+        _facts(run),
+        f"<section class='plots'>{''.join(figures)}</section>",
+        _sample_table(run),
+        f"<details><summary>Configuration</summary><pre>{escape(run.config_text)}</pre></details>",
+    ]
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<meta name='color-scheme' content='light dark'>"
+        f"<title>{title}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _figure(plot: Plot, light: bytes, dark: bytes) -> str:
+    sources = [
+        f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for png in (light, dark)
+    ]
+    return (
+        f"<figure><picture><source media='(prefers-color-scheme: dark)' srcset='{sources[1]}'>"
+        f"<img src='{sources[0]}' alt='{escape(plot.title, quote=True)}'></picture>"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+    )
+
+
+def _tiles(run: Run) -> str:
+    """Before and after, side by side."""
+    tiles = []
+    for name, label in (
+        ("eval/pass@1", "pass@1, greedy"),
+        ("eval/mean@k", f"{_mean_at_k(run)}, sampled"),
+        ("eval/well_formed", "well formed"),
+        ("reward/mean", "mean reward"),
+        ("accuracy", "token accuracy"),
+        ("loss", "loss"),
+    ):
+        values = run.series(name)[1]
+        if values and (name != "loss" or not run.series("reward/mean")[0]):
+            tiles.append(_tile(label, values, fraction=name not in ("reward/mean", "loss")))
+    return f"<section class='tiles'>{''.join(tiles)}</section>"
+
+
+def _tile(label: str, values: Sequence[float], fraction: bool) -> str:
+    before, after = values[0], values[-1]
+    shown = [f"{100 * v:.1f}%" if fraction else f"{v:.3f}" for v in (before, after)]
+    change = ""
+    if len(values) > 1:
+        gain = f"{points(before, after)} points" if fraction else f"{after - before:+.3f}"
+        change = f"<span class='change'>from {shown[0]} &middot; {gain}</span>"
+    return (
+        f"<div><span class='label'>{escape(label)}</span><strong>{shown[1]}</strong>{change}</div>"
+    )
+
+
+def _facts(run: Run) -> str:
+    rows = [
+        ("Model", _model_line(_section(run, "model"))),
+        ("Layout", _layout_line(_section(run, "parallel"))),
+        ("Algorithm", _algorithm_line(run)),
+        (
+            "Optimizer",
+            _fields(
+                _section(run, "optimizer"), (("lr", "lr"), ("schedule", ""), ("clip_grad", "clip"))
+            ),
+        ),
+        ("Length", f"{run.records[-1]['step']} steps in {duration(_wall_seconds(run))}"),
+        ("Throughput", _last(run, "tokens_per_second", "{:,.0f} tokens/s at the last step")),
+        ("Memory", _last(run, "memory/peak_gib", "{:.2f} GiB at the peak of the fullest rank")),
+    ]
+    cells = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows if value)
+    return f"<dl class='facts'>{cells}</dl>"
+
+
+def _section(run: Run, name: str) -> Mapping[str, Any]:
+    section = run.config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _fields(section: Mapping[str, Any], names: Sequence[tuple[str, str]]) -> str:
+    """ "label value" of the fields that are set."""
+    return ", ".join(
+        f"{label} {section[key]}".strip() for key, label in names if section.get(key) is not None
+    )
+
+
+def _model_line(model: Mapping[str, Any]) -> str:
+    parts = [model.get("preset") or model.get("hf_config")]
+    for key, form in (
+        ("num_layers", "{} layers"),
+        ("hidden_size", "width {}"),
+        ("num_experts", "{} experts"),
+        ("moe_top_k", "top-{}"),
+        ("dtype", "{}"),
+    ):
+        value = model.get(key)
+        parts.append(None if value is None else form.format(value))
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _layout_line(parallel: Mapping[str, Any]) -> str:
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    split = [(name, name.replace("_", " ")) for name in names if (parallel.get(name) or 1) != 1]
+    ranks = _fields(parallel, (("world_size", "ranks"),))
+    return ", ".join(
+        part for part in (ranks, _fields(parallel, split) or "no model parallelism") if part
+    )
+
+
+def _algorithm_line(run: Run) -> str:
+    if not run.series("reward/mean")[0] and run.series("loss")[0]:
+        return "supervised fine-tuning"
+    algorithm = _section(run, "algorithm")
+    line = _fields(
+        algorithm, (("name", ""), ("advantages", "advantages"), ("mini_batches", "mini-batches"))
+    )
+    shift = algorithm.get("router_shift")
+    if (
+        run.series("router/shift_mean")[0]
+        and isinstance(shift, dict)
+        and shift.get("floor") is not None
+    ):
+        line += f", router-shift floor {shift['floor']}"
+    return line
+
+
+def _last(run: Run, name: str, form: str) -> str:
+    values = run.series(name)[1]
+    return form.format(values[-1]) if values else ""
+
+
+def _sample_table(run: Run) -> str:
+    rows = [_sample_row(sample) for sample in _chosen_samples(run.samples)]
+    if not rows:
+        return ""
+    head = "<tr><th>Step</th><th>Prompt</th><th>Completion</th><th>Reward</th><th>Reason</th></tr>"
+    return (
+        "<section class='samples'><h2>Completions</h2><div class='scroll'>"
+        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _chosen_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first few samples of steps spread evenly over the run."""
+    steps = sorted({sample["step"] for sample in samples})
+    if len(steps) > _SAMPLE_STEPS:
+        gaps = _SAMPLE_STEPS - 1
+        steps = [steps[round(i * (len(steps) - 1) / gaps)] for i in range(_SAMPLE_STEPS)]
+    return [
+        s for step in steps for s in [s for s in samples if s["step"] == step][:_SAMPLES_A_STEP]
+    ]
+
+
+def _sample_row(sample: Mapping[str, Any]) -> str:
+    reward = sample.get("reward")
+    number = (
+        f"{reward:.3g}"
+        if isinstance(reward, (int, float))
+        else str(reward if reward is not None else "")
+    )
+    return (
+        f"<tr><td "
+        f"class='number'>{sample['step']}</td><td><pre>{_shown(sample.get('prompt'))}</pre></td>"
+        f"<td><pre>{_shown(sample.get('completion'))}</pre></td><td "
+        f"class='number'>{escape(number)}</td>"
+        f"<td>{_shown(sample.get('reason'))}</td></tr>"
+    )
+
+
+def _shown(value: Any) -> str:
+    """Escaped text, cut where it is very long."""
+    text = "" if value is None else str(value)
+    if len(text) > _LONGEST_TEXT:
+        text = f"{text[:_LONGEST_TEXT]}... ({len(text) - _LONGEST_TEXT} more characters)"
+    return escape(text)

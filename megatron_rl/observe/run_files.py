@@ -1,0 +1,147 @@
+"""Reading and cutting the JSONL files of a run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.errors import UserError
+from megatron_rl.observe.metric_table import split_layer
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+CONFIG_FILE = "config.yaml"
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file whose every object has an integer ``step``.
+
+    A last line that is not complete JSON (the writer was killed) is left out. UserError: any
+    other line is not an object.
+    """
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:  # JSONDecodeError, and UnicodeDecodeError of a torn character
+            if number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(
+                f"{path} line {number} holds {line[:60].decode(errors='replace')!r}; expected a "
+                f"JSON object with an integer "
+                f"'step'; delete that line"
+            )
+        records.append(record)
+    return records
+
+
+def drop_after(path: Path, step: int) -> int | None:
+    """Drop the records with a step above ``step``, and a torn last line; the last step left,
+    None where none is.
+
+    The file is replaced in one rename: a crash leaves the old file or the new one. A missing
+    file stays missing.
+    """
+    if not path.exists():
+        return None
+    kept = [record for record in read_jsonl(path) if record["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(to_json_line(record) for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return max((record["step"] for record in kept), default=None)
+
+
+def to_json_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON; NaN and infinities, which JSON cannot hold, become null at any
+    depth."""
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds, for the report."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    config_text: str
+    records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, at least one, by step
+    samples: tuple[Mapping[str, Any], ...]  #: samples.jsonl; may be empty
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric where it has a finite value; two empty lists where it
+        never has."""
+        pairs = [(r["step"], r[name]) for r in self.records if _is_number(r.get(name))]
+        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+
+    def layer_series(self, name: str) -> dict[int, tuple[list[int], list[float]]]:
+        """``series`` of every ``name/layer_NN`` that has values, by layer."""
+        keys = {key for record in self.records for key in record}
+        found = {}
+        for key in keys:
+            layered = split_layer(key)
+            if layered and layered[0] == name and self.series(key)[0]:
+                found[layered[1]] = self.series(key)
+        return dict(sorted(found.items()))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read config.yaml, metrics.jsonl and, where there is one, samples.jsonl. UserError:
+    missing, empty or malformed."""
+    import yaml
+
+    run_dir = Path(run_dir)
+    for name in (CONFIG_FILE, METRICS_FILE):
+        if not (run_dir / name).is_file():
+            raise UserError(
+                f"{run_dir} holds no {name}; expected the directory of a run; pass the run_dir of "
+                f"its config"
+            )
+    records = read_jsonl(run_dir / METRICS_FILE)
+    if not records:
+        raise UserError(
+            f"{run_dir / METRICS_FILE} is empty; expected one object a step; let the run finish a "
+            f"step first"
+        )
+    text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"{run_dir / CONFIG_FILE} is not YAML ({problem}); expected the resolved config; "
+            f"restore the file"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{run_dir / CONFIG_FILE} is not a mapping; expected the resolved config; restore the "
+            f"file"
+        )
+    samples_path = run_dir / SAMPLES_FILE
+    samples = read_jsonl(samples_path) if samples_path.is_file() else []
+    ordered = tuple(sorted(records, key=lambda record: record["step"]))
+    return Run(run_dir, config, text, ordered, tuple(samples))

@@ -1,0 +1,63 @@
+"""The losses that TRL has too, judged by TRL's code: the same loss and the same gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rl.algorithms import LOSSES, make_settings
+from tests.support.loss_batches import batch_of, loss_and_gradient
+from tests.support.trl_judge import trl_loss
+
+trl = pytest.importorskip("trl", reason="trl is not installed; it comes with the extra `test`")
+gmpo = pytest.importorskip("trl.experimental.gmpo", reason="this trl has no GMPO; update it")
+GRPOTrainer, GMPOTrainer = trl.GRPOTrainer, gmpo.GMPOTrainer
+
+PPO_CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2}
+LOG_CLIP = {"epsilon_low": 0.4, "epsilon_high": 0.4}
+SEQUENCE = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+CASES = {
+    "grpo": (GRPOTrainer, {"loss_type": "grpo", **PPO_CLIP}, {}),
+    "dr_grpo": (
+        GRPOTrainer,
+        {"loss_type": "dr_grpo", "max_completion_length": 64, **PPO_CLIP},
+        {"length_divisor": 64},
+    ),
+    "dapo": (GRPOTrainer, {"loss_type": "dapo", "epsilon_low": 0.2, "epsilon_high": 0.28}, {}),
+    "gspo": (GRPOTrainer, {**SEQUENCE, "epsilon_low": 3e-4, "epsilon_high": 4e-4}, {}),
+    "cispo": (GRPOTrainer, {"loss_type": "cispo", "epsilon_high": 5.0}, {}),
+    # TRL rounds its temperatures to float32: 1.0625 survives that, 1.05 does not
+    "sapo": (
+        GRPOTrainer,
+        {"loss_type": "sapo", "temperature_neg": 1.0625},
+        {"tau_negative": 1.0625},
+    ),
+    "gmpo": (GMPOTrainer, LOG_CLIP, {}),
+    "rspo": (GMPOTrainer, LOG_CLIP, {}),
+}
+#: gspo clips at 3e-4: the smallest spread leaves most of its sequences unclipped
+SPREADS = [2e-4, 0.3, 1.0]
+WITH_AND_WITHOUT = [(name, shift) for name in CASES for shift in (False, True)]
+WITH_AND_WITHOUT.remove(("rspo", False))
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("name, shift", WITH_AND_WITHOUT)
+def test_same_loss_and_gradient(name, shift, spread) -> None:
+    trainer_class, attributes, overrides = CASES[name]
+    size_of_gradients = 0.0
+    for seed in range(10):
+        rng = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, 9, (6,), generator=rng).tolist()
+        ratios = [(spread * torch.randn(n, generator=rng)).tolist() for n in lengths]
+        gammas = [(1 - 0.2 * torch.rand(n, generator=rng)).tolist() for n in lengths]
+        advantages = torch.randn(6, generator=rng).tolist()
+        inputs = batch_of(ratios, advantages, gammas if shift else None)
+        outputs = LOSSES[name](inputs, make_settings(name, overrides))
+        loss, gradient = loss_and_gradient(outputs, inputs)
+        judge = trl_loss(trainer_class, inputs, lengths, **attributes)
+        (expected,) = torch.autograd.grad(judge, inputs.logprobs)
+        torch.testing.assert_close(loss, judge.detach(), rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-10)
+        size_of_gradients += gradient.abs().sum().item()
+    assert size_of_gradients > 0.1
