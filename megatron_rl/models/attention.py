@@ -54,17 +54,53 @@ class PackedLayout(Layout):
     the row's padding is a sequence of one token.
     """
 
-    buckets: tuple[torch.Tensor, ...] = ()  #: int64 [S_b, L_b] each, index into the row; padding repeats a valid one
-    inverse: torch.Tensor = None  #: int64 [T], where each token is in the flattened buckets
+    bucket_shapes: tuple[tuple[int, int], ...] = ()  #: (S_b, L_b): sequences and longest one of each bucket
+    to_buckets: torch.Tensor = None  #: int64 [sum S_b * L_b], row of each bucket entry; padding repeats a valid one
+    from_buckets: torch.Tensor = None  #: int64 [T], where each token is in the flattened buckets
     cumulative_lengths: torch.Tensor = None  #: int32, 0 and the end of each sequence; the padding is a last one
     longest: int = 0  #: longest sequence, padding included
 
     def attend(self, layer_number, query, key, value, scale):  # noqa: D102
-        outputs = [
-            _causal_attention(query[index], key[index], value[index], scale).flatten(0, 1)
-            for index in self.buckets
+        sizes = [rows * length for rows, length in self.bucket_shapes]
+        parts = [
+            _IntoBuckets.apply(tensor, self.to_buckets, self.from_buckets).split(sizes)
+            for tensor in (query, key, value)
         ]
-        return torch.cat(outputs)[self.inverse]
+        outputs = [
+            _causal_attention(*(part.unflatten(0, shape) for part in bucket), scale).flatten(0, 1)
+            for shape, *bucket in zip(self.bucket_shapes, *parts, strict=True)
+        ]
+        return _OutOfBuckets.apply(torch.cat(outputs), self.from_buckets)
+
+
+class _IntoBuckets(torch.autograd.Function):
+    """Rows [T, ...] -> bucket entries. No gradient reaches the padding entries, so the way back is a plain gather."""
+
+    @staticmethod
+    def forward(ctx, tensor, to_buckets, from_buckets):
+        ctx.save_for_backward(from_buckets)
+        return tensor.index_select(0, to_buckets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (from_buckets,) = ctx.saved_tensors
+        return grad.index_select(0, from_buckets), None, None
+
+
+class _OutOfBuckets(torch.autograd.Function):
+    """Bucket entries -> rows [T, ...]; the gradient of padding entries is zero."""
+
+    @staticmethod
+    def forward(ctx, tensor, from_buckets):
+        ctx.save_for_backward(from_buckets)
+        ctx.num_entries = len(tensor)
+        return tensor.index_select(0, from_buckets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (from_buckets,) = ctx.saved_tensors
+        entries = grad.new_zeros(ctx.num_entries, *grad.shape[1:])
+        return entries.index_copy_(0, from_buckets, grad), None
 
 
 def packed_layout(
@@ -87,13 +123,14 @@ def packed_layout(
         raise ValueError(f"sequences of {len(positions)} tokens do not fit a row of {num_tokens}")
     starts.extend(range(len(positions), num_tokens))
     positions.extend([0] * padding)
-    buckets, inverse = _buckets([*lengths, *[1] * padding], starts)
+    shapes, to_buckets, from_buckets = _buckets([*lengths, *[1] * padding], starts)
     segments = [*lengths, padding] if padding else list(lengths)
     return kind(
         qkv_format="packed",
         positions=torch.tensor(positions, device=device),
-        buckets=tuple(index.to(device) for index in buckets),
-        inverse=inverse.to(device),
+        bucket_shapes=shapes,
+        to_buckets=to_buckets.to(device),
+        from_buckets=from_buckets.to(device),
         cumulative_lengths=torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(device),
         longest=max(segments, default=0),
         **fields,
@@ -102,8 +139,8 @@ def packed_layout(
 
 def _buckets(
     lengths: Sequence[int], starts: Sequence[int]
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Group sequences of similar length; give the index of each bucket and the way back."""
+) -> tuple[tuple[tuple[int, int], ...], torch.Tensor, torch.Tensor]:
+    """Group sequences of similar length: shapes of the buckets, the way in and the way back."""
     order = sorted(range(len(lengths)), key=lambda s: -lengths[s])
     groups: list[list[int]] = []
     for s in order:
@@ -112,19 +149,19 @@ def _buckets(
         else:
             groups.append([s])
     length_of, start_of = torch.tensor(lengths), torch.tensor(starts)
-    inverse = torch.zeros(int(length_of.sum()), dtype=torch.int64)
-    buckets, offset = [], 0
+    back = torch.zeros(sum(lengths), dtype=torch.int64)
+    shapes, entries, offset = [], [], 0
     for members in groups:
-        longest = lengths[members[0]]
-        rows = torch.tensor(members)
+        rows, longest = torch.tensor(members), lengths[members[0]]
         column = torch.arange(longest)
-        valid = column[None] < length_of[rows, None]
-        index = start_of[rows, None] + torch.minimum(column[None], length_of[rows, None] - 1)
+        valid = column < length_of[rows, None]
+        index = start_of[rows, None] + torch.minimum(column, length_of[rows, None] - 1)
         flat = offset + torch.arange(index.numel()).view_as(index)
-        inverse[index[valid]] = flat[valid]
-        buckets.append(index)
+        back[index[valid]] = flat[valid]
+        shapes.append((len(members), longest))
+        entries.append(index.flatten())
         offset += index.numel()
-    return buckets, inverse
+    return tuple(shapes), torch.cat(entries), back
 
 
 def _causal_attention(

@@ -49,9 +49,10 @@ class RouterTelemetry:
         means = sums[layers, 1:] / sums[layers, :1]
         peaks = load[layers].max(dim=1).values / load[layers].mean(dim=1)
         metrics = {
+            "router/distance_mean": means[:, 0].mean(),
             "router/top_k_overlap": means[:, 1].mean(),
             "router/entropy": means[:, 2].mean(),
-            "router/load_max_over_mean": peaks.max(),
+            "router/load_max_over_mean": peaks.mean(),
         }
         for row, layer in enumerate(layers):
             metrics[f"router/distance_mean/layer_{layer:02d}"] = means[row, 0]

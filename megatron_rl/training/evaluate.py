@@ -1,0 +1,66 @@
+"""Evaluation on held-out problems: greedy pass@1 and sampled mean@k."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.records import Prompt
+from megatron_rl.rewards import VERIFIERS
+from megatron_rl.rollout.collect import ScoredGroup, collect
+from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.training.session import Session
+
+#: Keeps the samples of an evaluation apart from those of training; the same at every evaluation of a run.
+EVALUATION_SEED = 0x5EED
+
+
+def evaluate(
+    session: Session, engine: Engine, prompts: Sequence[Prompt], sums: MetricSums
+) -> list[ScoredGroup]:
+    """Answer every problem once greedily and k times sampled. A collective.
+
+    Args:
+        session: the run.
+        engine: generates the answers.
+        prompts: all held-out problems; each data-parallel rank answers its share.
+        sums: receives this rank's part of the metrics.
+
+    Returns:
+        This rank's greedy answers.
+    """
+    config = session.config
+    data = session.groups.data
+    mine = prompts[data.rank() :: data.size()]
+    verifier = VERIFIERS[config.reward.name]
+    with session.timers("eval"):
+        session.console.phase("evaluate, greedy")
+        greedy = collect(engine, mine, verifier, _settings(session, samples=1, greedy=True))
+        _add(sums, "eval/pass@1", "solved", greedy)
+        _add(sums, "eval/well_formed", "well_formed", greedy)
+        if config.evaluate.samples:
+            session.console.phase("evaluate, sampled")
+            settings = _settings(session, samples=config.evaluate.samples, greedy=False)
+            _add(sums, "eval/mean@k", "solved", collect(engine, mine, verifier, settings))
+            sums.add("eval/samples", config.evaluate.samples)
+    if session.counts_once:
+        sums.add("eval/problems", len(mine))
+    return greedy
+
+
+def _settings(session: Session, *, samples: int, greedy: bool) -> SamplingSettings:
+    rollout = session.config.rollout
+    return SamplingSettings(
+        samples=samples,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        greedy=greedy,
+        seed=session.config.seed + EVALUATION_SEED,
+    )
+
+
+def _add(sums: MetricSums, name: str, part: str, groups: Sequence[ScoredGroup]) -> None:
+    parts = [reward.parts.get(part, 0.0) for group in groups for reward in group.rewards]
+    sums.add(name, float(sum(parts)), float(len(parts)))

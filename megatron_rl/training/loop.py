@@ -1,0 +1,126 @@
+"""The story of a run: resume, evaluate, then step after step until the end or a signal."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Protocol
+
+from megatron_rl.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.training.policy import Policy
+from megatron_rl.training.session import Session
+from megatron_rl.training.stop import StopRequest
+
+
+class Task(Protocol):
+    """What differs between supervised fine-tuning and reinforcement learning."""
+
+    def step(self, number: int, sums: MetricSums) -> dict[str, float]:
+        """Do one step; metrics go into ``sums``, those reduced already are returned. A collective."""
+
+    def evaluate(self, sums: MetricSums) -> None:
+        """Answer the held-out problems; metrics go into ``sums``. A collective."""
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Completions of the last step, or evaluation, for samples.jsonl."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: where the data cursor stands."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from such a state."""
+
+
+def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) -> bool:
+    """Run all steps that are not done yet.
+
+    Returns:
+        True when the run is complete, False when a signal ended it early.
+    """
+    total = session.config.train.steps
+    task = make_task()
+    done = _resume(session, policy, task)
+    if done is not None and done >= total:
+        session.console.note(f"all {total} steps are done; nothing left to do in {session.run_dir}")
+        return True
+    writer = session.open_writer(done)
+    with StopRequest() as stop:
+        if done is None:
+            sums = session.new_sums()
+            task.evaluate(sums)
+            _record(session, writer, 0, session.reduce(sums), task)
+            done = 0
+        for number in range(done + 1, total + 1):
+            sums = session.new_sums()
+            with session.timers("step"):
+                reduced = task.step(number, sums)
+            if _due(session.config.evaluate.every, number) or number == total:
+                task.evaluate(sums)
+            _record(session, writer, number, session.reduce(sums) | reduced, task)
+            asked = stop.agreed(session.groups.world, session.device.torch_device)
+            if asked or number == total or _due(session.config.checkpoint.every, number):
+                _save(session, policy, task, number)
+            if asked and number < total:
+                session.console.note(f"stopped after step {number}; run the same command to continue")
+                return False
+    if writer is not None:
+        writer.close()
+    return True
+
+
+def _due(every: int, number: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _record(session: Session, writer, number: int, metrics: dict[str, float], task: Task) -> None:
+    if writer is None:
+        return
+    writer.write_metrics(number, metrics)
+    writer.write_samples(number, task.samples()[: session.config.observe.samples])
+    if "loss" in metrics:
+        session.console.step(number, metrics)
+    if "eval/pass@1" in metrics:
+        session.console.eval(number, metrics)
+
+
+def _resume(session: Session, policy: Policy, task: Task) -> int | None:
+    """Load the newest checkpoint of the run, or the weights it starts from; steps done, None for a new run."""
+    settings = session.config.checkpoint
+    newest = newest_checkpoint(session.checkpoints) if settings.resume == "auto" else None
+    common = {"architecture": session.architecture(), "groups": session.groups}
+    if newest is not None:
+        state = load_checkpoint(
+            newest,
+            chunks=policy.chunks,
+            optimizer=policy.optimizer,
+            layout=session.layout(),
+            **common,
+        )
+        policy.scheduler.load_state_dict(state["scheduler"])
+        task.load_state_dict(state["task"])
+        session.console.note(f"continuing from {newest} (step {state['step']})")
+        return state["step"]
+    if settings.init_from is not None:
+        load_weights(settings.init_from, chunks=policy.chunks, **common)
+        policy.optimizer.reload_model_params()
+        session.console.note(f"starting from the weights of {settings.init_from}")
+    return None
+
+
+def _save(session: Session, policy: Policy, task: Task, number: int) -> None:
+    session.console.phase("checkpoint")
+    with session.timers("checkpoint"):
+        save_checkpoint(
+            session.checkpoints,
+            number,
+            chunks=policy.chunks,
+            optimizer=policy.optimizer,
+            state={
+                "step": number,
+                "scheduler": policy.scheduler.state_dict(),
+                "task": task.state_dict(),
+            },
+            architecture=session.architecture(),
+            layout=session.layout(),
+            groups=session.groups,
+            keep=session.config.checkpoint.keep,
+        )

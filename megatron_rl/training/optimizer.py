@@ -1,0 +1,85 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, from the configuration."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.config.schema import Config, OptimizerConfig, ParallelConfig
+from megatron_rl.device.select import Device
+
+
+def wrap_data_parallel(
+    chunks: Sequence[GPTModel], transformer: TransformerConfig, parallel: ParallelConfig, device: Device
+) -> list[DistributedDataParallel]:
+    """Wrap each chunk: gradients are summed in fp32 over the data-parallel ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,  # training/guard.py says which weight it was
+    )
+    wrapped = [
+        # Only the first chunk's gradients are worth overlapping early; Megatron disables buckets elsewhere too.
+        DistributedDataParallel(transformer, settings, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    if parallel.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in wrapped]
+        transformer.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    return wrapped
+
+
+def build_optimizer(
+    config: Config, wrapped: Sequence[DistributedDataParallel], transformer: TransformerConfig
+) -> MegatronOptimizer:
+    """Adam with fp32 main weights; expert weights have an optimizer of their own inside the chain."""
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad,
+            bf16=transformer.bf16,
+            params_dtype=transformer.params_dtype,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        list(wrapped),
+    )
+    transformer.grad_scale_func = optimizer.scale_loss
+    transformer.finalize_model_grads_func = finalize_model_grads
+    return optimizer
+
+
+def build_scheduler(
+    settings: OptimizerConfig, optimizer: MegatronOptimizer, optimizer_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then the chosen decay down to ``min_lr`` at the last optimizer step."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(optimizer_steps, settings.warmup_steps + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,77 @@
+"""The policy being trained: this rank's part of the model, its optimizer and the capture of its routers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.config.schema import Config
+from megatron_rl.device.select import Device
+from megatron_rl.models.build import build_chunks, transformer_config
+from megatron_rl.models.specs import moe_pattern
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.router.capture import RouterCapture
+from megatron_rl.router.relay import DistanceRelay
+from megatron_rl.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything a pass over the model needs; built once."""
+
+    config: Config
+    device: Device
+    groups: Groups
+    transformer: TransformerConfig
+    chunks: tuple[GPTModel, ...]  #: bare model chunks of this rank, in order of virtual stages
+    wrapped: tuple[DistributedDataParallel, ...]  #: the same, wrapped for data parallelism
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    capture: RouterCapture
+    relay: DistanceRelay
+    num_moe_layers: int  #: L, over all pipeline stages
+
+    def chunk_index(self, model: torch.nn.Module) -> int:
+        """Which chunk Megatron's schedule is running."""
+        return next(i for i, chunk in enumerate(self.wrapped) if chunk is model)
+
+
+def build_policy(config: Config, device: Device, groups: Groups, optimizer_steps: int) -> Policy:
+    """Build the model of this rank, its optimizer and its router capture.
+
+    Args:
+        config: the whole configuration.
+        device: chosen device.
+        groups: process groups.
+        optimizer_steps: length of the learning-rate schedule.
+    """
+    model_parallel_cuda_manual_seed(config.seed)
+    transformer = transformer_config(config.model, config.parallel, device)
+    chunks = build_chunks(config.model, transformer, groups, device, config.seed)
+    wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
+    optimizer = build_optimizer(config, wrapped, transformer)
+    moe = moe_pattern(transformer)
+    expected = [
+        [layer.layer_number for layer in chunk.decoder.layers if moe[layer.layer_number - 1]]
+        for chunk in chunks
+    ]
+    return Policy(
+        config=config,
+        device=device,
+        groups=groups,
+        transformer=transformer,
+        chunks=tuple(chunks),
+        wrapped=tuple(wrapped),
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.optimizer, optimizer, optimizer_steps),
+        capture=RouterCapture(chunks, expected),
+        relay=DistanceRelay(groups.relay, len(chunks)),
+        num_moe_layers=sum(moe),
+    )

@@ -1,0 +1,168 @@
+"""One step of reinforcement learning: sample, reward, score, update."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+
+from megatron_rl.algorithms import ADVANTAGES
+from megatron_rl.algorithms.kl import k3
+from megatron_rl.config.schema import Config
+from megatron_rl.data.prompts import PromptSource
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.parallel.collectives import gather_first_dim
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.records import Prompt, Sample
+from megatron_rl.rewards import VERIFIERS
+from megatron_rl.rollout.collect import (
+    ScoredGroup,
+    collect,
+    rollout_metrics,
+    sample_rows,
+    to_samples,
+)
+from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.router.telemetry import RouterTelemetry
+from megatron_rl.training.batch import pack_mini_batches
+from megatron_rl.training.evaluate import evaluate
+from megatron_rl.training.guard import check_finite
+from megatron_rl.training.policy import Policy
+from megatron_rl.training.score import ScoredPack, score
+from megatron_rl.training.session import Session
+from megatron_rl.training.update import update, uses_router_shift
+
+
+class Reinforce:
+    """The task of `train`: see `loop.Task`."""
+
+    def __init__(
+        self,
+        session: Session,
+        policy: Policy,
+        engine: Engine,
+        train_prompts: Sequence[Prompt],
+        eval_prompts: Sequence[Prompt],
+    ) -> None:
+        config = session.config
+        self._session, self._policy, self._engine = session, policy, engine
+        self._source = PromptSource(train_prompts, seed=config.seed, shuffle=config.data.shuffle)
+        self._eval_prompts = eval_prompts
+        self._last: Sequence[ScoredGroup] = ()
+
+    def step(self, number: int, sums: MetricSums) -> dict[str, float]:
+        """Sample, reward, score, and take the optimizer steps of one rollout batch."""
+        session, config = self._session, self._session.config
+        batch = self._source.next_batch(config.rollout.prompts_per_step)
+        with session.timers("rollout"):
+            session.console.phase("rollout")
+            groups = self._collect(my_share(batch, config, session.groups), number)
+        sums.add_all(rollout_metrics(groups))
+        samples = to_samples(groups, global_advantages(groups, config, session.groups))
+        if session.counts_once:
+            sums.add("tokens/step", sum(len(sample.tokens) for sample in samples))
+        with session.timers("score"):
+            session.console.phase("score")
+            mini_batches = self._score(samples, sums)
+        with session.timers("update"):
+            telemetry = self._update(mini_batches, sums)
+            self._last = groups
+            return telemetry.reduce(session.groups.world)
+
+    def _collect(self, prompts: Sequence[Prompt], number: int) -> list[ScoredGroup]:
+        rollout = self._session.config.rollout
+        settings = SamplingSettings(
+            samples=rollout.samples_per_prompt,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            greedy=False,
+            seed=(self._session.config.seed << 32) + number,
+        )
+        verifier = VERIFIERS[self._session.config.reward.name]
+        return collect(self._engine, prompts, verifier, settings)
+
+    def _score(self, samples: Sequence[Sample], sums: MetricSums) -> list[list[ScoredPack]]:
+        """Pack the mini-batches and score all packs with the policy as it is before the first update."""
+        session, config = self._session, self._session.config
+        size = len(samples) // config.algorithm.mini_batches
+        slices = [samples[i : i + size] for i in range(0, len(samples), size)]
+        packed = pack_mini_batches(slices, config, session.groups, session.device.torch_device)
+        scored = score(
+            self._policy,
+            [pack for packs in packed for pack in packs],
+            with_traces=uses_router_shift(config.algorithm),
+        )
+        for item in scored:
+            _add_mismatch(item, sums)
+        count = len(packed[0])
+        return [scored[i : i + count] for i in range(0, len(scored), count)]
+
+    def _update(self, mini_batches: list[list[ScoredPack]], sums: MetricSums) -> RouterTelemetry:
+        model, algorithm = self._session.config.model, self._session.config.algorithm
+        telemetry = RouterTelemetry(
+            model.num_layers, model.num_experts, self._session.device.torch_device
+        )
+        total = algorithm.epochs * len(mini_batches)
+        for done in range(total):
+            self._session.console.phase("update", done, total)
+            update(self._policy, mini_batches[done % len(mini_batches)], sums, telemetry)
+        return telemetry
+
+    def evaluate(self, sums: MetricSums) -> None:
+        """Held-out problems, greedy and sampled."""
+        answers = evaluate(self._session, self._engine, self._eval_prompts, sums)
+        self._last = self._last or answers
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Completions of the last step on this rank."""
+        return sample_rows(self._last, self._session.config.observe.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the prompt cursor stands; everything else follows from seed and step."""
+        return {"prompts": self._source.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from such a state."""
+        self._source.load_state_dict(state["prompts"])
+
+
+def my_share(batch: Sequence[Prompt], config: Config, groups: Groups) -> list[Prompt]:
+    """This data-parallel rank's prompts, mini-batch by mini-batch.
+
+    Mini-batch m is the m-th slice of the whole batch whatever the number of ranks, so the optimizer sees the same
+    mini-batches under every layout.
+    """
+    slice_size = len(batch) // config.algorithm.mini_batches
+    share = slice_size // groups.data.size()
+    first = groups.data.rank() * share
+    return [
+        prompt
+        for start in range(0, len(batch), slice_size)
+        for prompt in batch[start + first : start + first + share]
+    ]
+
+
+def global_advantages(
+    groups: Sequence[ScoredGroup], config: Config, parallel: Groups
+) -> torch.Tensor:
+    """Advantages [P, G] of this rank's groups, normalised as the estimator wants over the groups of all ranks."""
+    rewards = torch.tensor([[r.value for r in group.rewards] for group in groups])
+    everyone = gather_first_dim(rewards, parallel.data)
+    return ADVANTAGES[config.algorithm.advantages](everyone).chunk(parallel.data.size())[
+        parallel.data.rank()
+    ]
+
+
+def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
+    """How far the sampler's log-probabilities are from the scoring pass's."""
+    if item.old_logprobs is None or item.pack.rollout_logprobs is None:
+        return
+    mask = item.pack.mask
+    check_finite("the scoring pass's log-probability", item.old_logprobs, mask)
+    check_finite("the sampler's log-probability", item.pack.rollout_logprobs, mask)
+    difference = torch.where(mask, item.old_logprobs - item.pack.rollout_logprobs, 0.0)
+    estimate = k3(torch.zeros_like(difference), difference)
+    sums.add("mismatch/kl", estimate.sum(), mask.sum())
+    sums.add("mismatch/logprob_max", difference.abs().max(), mask.sum())

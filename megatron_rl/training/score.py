@@ -1,0 +1,58 @@
+"""The scoring pass: log-probabilities and router traces of the old policy, before the first update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+
+from megatron_rl.models.forward import forward_row
+from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
+from megatron_rl.router.trace import RouterTrace
+from megatron_rl.training.batch import PackTensors
+from megatron_rl.training.policy import Policy
+from megatron_rl.training.schedule import run_schedule
+
+
+@dataclass(frozen=True)
+class ScoredPack:
+    """A pack with what the old policy said of it."""
+
+    pack: PackTensors
+    old_logprobs: torch.Tensor | None  #: fp32 [T]; None on stages that do not compute the loss
+    traces: tuple[RouterTrace, ...]  #: one per model chunk of this rank; empty without router shift
+
+
+@torch.no_grad()
+def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) -> list[ScoredPack]:
+    """Run every pack once without gradients. The trace stays on the rank that made it."""
+    traces: list[list[RouterTrace]] = [[] for _ in policy.chunks]
+    temperature = policy.config.rollout.temperature
+
+    def forward_step(chunk, model, index):
+        pack = packs[index]
+        if with_traces:
+            with policy.capture.record(chunk) as trace:
+                output = forward_row(model, pack.tokens, pack.layout)
+            traces[chunk].append(trace)
+        else:
+            output = forward_row(model, pack.tokens, pack.layout)
+
+        def keep(logits):
+            logprobs, _ = vocab_logprobs(
+                logits.squeeze(0), pack.targets, temperature, policy.groups.tensor
+            )
+            return torch.zeros((), device=logits.device), logprobs
+
+        return output, keep
+
+    logprobs = run_schedule(policy, packs, forward_step, forward_only=True)
+    return [
+        ScoredPack(
+            pack,
+            logprobs[i] if logprobs else None,
+            tuple(chunk[i] for chunk in traces) if with_traces else (),
+        )
+        for i, pack in enumerate(packs)
+    ]

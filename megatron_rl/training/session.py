@@ -1,0 +1,136 @@
+"""What surrounds the training of a run on one rank: device, groups, files, console, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config.load import dump_config
+from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rl.device.launch import Launch, read_launch
+from megatron_rl.device.select import Device, connect, select_device
+from megatron_rl.observe.console import Console, SilentConsole
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.observe.timers import Timers, peak_memory_gib
+from megatron_rl.observe.writers import RunWriter
+from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+
+#: Fields of ModelConfig that decide names and shapes of weights, or what they mean.
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim",
+    "ffn_hidden_size", "num_experts", "moe_top_k", "moe_ffn_hidden_size", "moe_layer_freq",
+    "shared_expert_ffn_hidden_size", "shared_expert_gate", "router_score", "router_pre_softmax",
+    "router_expert_bias", "vocab_size", "rope_base", "qk_norm", "qkv_bias", "tie_embeddings", "dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run on one rank. Rank 0 alone has a writer and a console that shows anything."""
+
+    config: Config
+    launch: Launch
+    device: Device
+    groups: Groups
+    tokenizer: Tokenizer
+    console: SilentConsole
+    timers: Timers
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that writes the run's files."""
+        return self.launch.rank == 0
+
+    @property
+    def counts_once(self) -> bool:
+        """True on one rank of those that hold the same data: the one that adds to sums over data."""
+        groups = self.groups
+        return groups.model.rank() == 0 and groups.context.rank() == 0
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return self.config.run_dir
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.run_dir / "checkpoints"
+
+    def architecture(self) -> dict[str, Any]:
+        """What a checkpoint has to agree with."""
+        return architecture(self.config.model)
+
+    def layout(self) -> dict[str, Any]:
+        """How the ranks share the model, as recorded in checkpoints."""
+        sizes = self.config.parallel.model_dump(
+            include={
+                "tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor",
+                "distributed_optimizer",
+            }
+        )  # fmt: skip
+        return sizes | {"world_size": self.launch.world_size}
+
+    def open_writer(self, resume_step: int | None) -> RunWriter | None:
+        """The writer of metrics and samples on rank 0; None elsewhere."""
+        if not self.is_main:
+            return None
+        observe = self.config.observe
+        writer = RunWriter(
+            self.run_dir,
+            tensorboard=observe.tensorboard,
+            wandb=observe.wandb,
+            resume_step=resume_step,
+        )
+        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        return writer
+
+    def new_sums(self) -> MetricSums:
+        """Empty sums for the metrics of a step."""
+        return MetricSums(self.config.model.num_layers, self.device.torch_device)
+
+    def reduce(self, sums: MetricSums) -> dict[str, float]:
+        """The step's metrics over all ranks, with the times since the last call and the peak memory. A collective."""
+        for name, seconds in self.timers.seconds().items():
+            sums.add(name, seconds)
+        self.timers.reset()
+        sums.add("memory/peak_gib", peak_memory_gib(self.device.kind))
+        metrics = sums.reduce(self.groups.world)
+        if "tokens/step" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens/step"] / metrics["time/step_s"]
+        return metrics
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """The fields of the model that its weights depend on."""
+    return model.model_dump(include=set(ARCHITECTURE), mode="json")
+
+
+@contextlib.contextmanager
+def open_session(config: Config, verb: str, total_steps: int | None) -> Iterator[Session]:
+    """Choose the device, join the other ranks, build the groups; undo it at the end."""
+    launch = read_launch()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    device = select_device(config.device, launch)
+    connect(device, launch, config.device.timeout_s)
+    groups = build_groups(config.parallel)
+    main = launch.rank == 0
+    console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()
+    timers = Timers(_synchronise if device.kind == "cuda" else None)
+    try:
+        with console:
+            yield Session(config, launch, device, groups, tokenizer, console, timers)
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()
+
+
+def _synchronise() -> None:
+    torch.cuda.synchronize()

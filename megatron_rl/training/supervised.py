@@ -1,0 +1,66 @@
+"""One step of supervised fine-tuning: next-token cross-entropy on reference answers."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+from megatron_rl.data.prompts import PromptSource
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.records import Prompt, Sample
+from megatron_rl.rollout.collect import ScoredGroup, sample_rows
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.training.batch import pack_mini_batches
+from megatron_rl.training.evaluate import evaluate
+from megatron_rl.training.policy import Policy
+from megatron_rl.training.session import Session
+from megatron_rl.training.update import supervised_update
+
+
+class Supervised:
+    """The task of `sft`: see `loop.Task`."""
+
+    def __init__(
+        self,
+        session: Session,
+        policy: Policy,
+        engine: Engine,
+        samples: Sequence[Sample],
+        eval_prompts: Sequence[Prompt],
+    ) -> None:
+        config = session.config
+        self._session, self._policy, self._engine = session, policy, engine
+        self._source = PromptSource(samples, seed=config.seed, shuffle=config.data.shuffle)
+        self._eval_prompts = eval_prompts
+        self._last: Sequence[ScoredGroup] = ()
+
+    def step(self, number: int, sums: MetricSums) -> dict[str, float]:
+        """One optimizer step on the next batch."""
+        session, config = self._session, self._session.config
+        batch = self._source.next_batch(config.train.batch_size)
+        mine = batch[session.groups.data.rank() :: session.groups.data.size()]
+        if session.counts_once:
+            sums.add("tokens/step", sum(len(sample.tokens) for sample in mine))
+        with session.timers("update"):
+            session.console.phase("update")
+            (packs,) = pack_mini_batches(
+                [mine], config, session.groups, session.device.torch_device
+            )
+            supervised_update(self._policy, packs, sums)
+        return {}
+
+    def evaluate(self, sums: MetricSums) -> None:
+        """Held-out problems, greedy and sampled."""
+        self._last = evaluate(self._session, self._engine, self._eval_prompts, sums)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Answers of the last evaluation that have not been written yet."""
+        rows, self._last = sample_rows(self._last, self._session.config.observe.samples), ()
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the data cursor stands."""
+        return {"samples": self._source.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from such a state."""
+        self._source.load_state_dict(state["samples"])

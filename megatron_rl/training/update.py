@@ -1,0 +1,155 @@
+"""The update pass: one optimizer step on the packs of a mini-batch, with the policy loss."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+
+from megatron_rl.algorithms import LOSSES, LossInputs, make_settings
+from megatron_rl.algorithms.router_shift import shift_weight
+from megatron_rl.config.schema import AlgorithmConfig
+from megatron_rl.models.forward import forward_row
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.parallel.collectives import gather_first_dim
+from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
+from megatron_rl.router.telemetry import RouterTelemetry
+from megatron_rl.training.guard import check_step
+from megatron_rl.training.policy import Policy
+from megatron_rl.training.schedule import run_schedule
+from megatron_rl.training.score import ScoredPack
+
+#: Losses that need the router-shift weight; for the others it is a plug-in.
+ROUTER_SHIFT_LOSSES = ("rspo", "rspo_v1")
+
+
+def uses_router_shift(algorithm: AlgorithmConfig) -> bool:
+    """Router shift: as configured, else as the loss asks."""
+    if algorithm.router_shift.enabled is not None:
+        return algorithm.router_shift.enabled
+    return algorithm.name in ROUTER_SHIFT_LOSSES
+
+
+def update(
+    policy: Policy, scored: Sequence[ScoredPack], sums: MetricSums, telemetry: RouterTelemetry
+) -> None:
+    """Forward, backward and one optimizer step over the packs of a mini-batch.
+
+    Each router measures its distance to the old policy in this same forward pass; the stages add theirs to a running
+    sum that reaches the loss with its micro-batch. The loss returns a sum and a denominator; Megatron adds both over
+    packs and data-parallel ranks and divides once.
+
+    Args:
+        policy: the policy.
+        scored: this rank's packs of the mini-batch, with old log-probabilities and traces.
+        sums: receives the loss's metrics.
+        telemetry: receives the routers' sums.
+    """
+    algorithm = policy.config.algorithm
+    settings = make_settings(algorithm.name, algorithm.settings)
+    with_shift = uses_router_shift(algorithm)
+
+    def forward_step(chunk, model, index):
+        item = scored[index]
+        pack, shift = item.pack, None
+        if with_shift:
+            mask = _local_rows(pack.mask, policy)
+            with policy.capture.compare(chunk, item.traces[chunk], mask, telemetry) as distance:
+                output = forward_row(model, pack.tokens, pack.layout)
+            shift = policy.relay.pass_on(chunk, distance())
+        else:
+            output = forward_row(model, pack.tokens, pack.layout)
+        return output, lambda logits: _loss(policy, item, logits, shift, settings, sums)
+
+    _optimizer_step(policy, [item.pack for item in scored], forward_step, sums)
+
+
+def _local_rows(values: torch.Tensor, policy: Policy) -> torch.Tensor:
+    """The rows of a [T] tensor that this rank's routers see under sequence parallelism."""
+    tensor = policy.groups.tensor
+    return values.chunk(tensor.size())[tensor.rank()]
+
+
+def _loss(
+    policy: Policy,
+    item: ScoredPack,
+    logits: torch.Tensor,
+    distance: torch.Tensor | None,
+    settings: Any,
+    sums: MetricSums,
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """The policy loss of one pack on the last stage: (sum, denominator, report) as Megatron's schedule wants it."""
+    pack, config = item.pack, policy.config
+    logprobs, entropy = vocab_logprobs(
+        logits.squeeze(0), pack.targets, config.rollout.temperature, policy.groups.tensor
+    )
+    gamma = None
+    if distance is not None:
+        distance = gather_first_dim(distance, policy.groups.tensor)
+        floor = config.algorithm.router_shift.floor
+        gamma = shift_weight(distance, policy.num_moe_layers, floor)
+        _add_shift(sums, distance / policy.num_moe_layers, floor, pack.mask)
+    result = LOSSES[config.algorithm.name](
+        LossInputs(
+            logprobs=logprobs,
+            old_logprobs=item.old_logprobs,
+            advantages=pack.advantages,
+            mask=pack.mask,
+            sequence_ids=pack.sequence_ids,
+            router_shift=gamma,
+            rollout_logprobs=pack.rollout_logprobs,
+            num_sequences=pack.num_sequences,
+        ),
+        settings,
+    )
+    sums.add("loss", result.loss_sum, result.denominator)
+    sums.add("entropy", (entropy * pack.mask).sum(), pack.mask.sum())
+    sums.add("clip_fraction", *result.metrics["clip_fraction"])
+    sums.add("kl_old", *result.metrics["kl_old"])
+    sums.add("ratio/mean", *result.metrics["ratio_mean"])
+    return result.loss_sum, result.denominator.round().to(torch.int), {}
+
+
+def _add_shift(
+    sums: MetricSums, mean_distance: torch.Tensor, floor: float, mask: torch.Tensor
+) -> None:
+    gamma = torch.exp(-mean_distance)
+    count = mask.sum()
+    sums.add("router/shift_mean", (gamma * mask).sum(), count)
+    sums.add("router/shift_min", torch.where(mask, gamma, 1.0).min(), count)
+    sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
+
+
+def _optimizer_step(policy: Policy, packs, forward_step, sums: MetricSums) -> None:
+    """Gradients of the packs, then one guarded step of the optimizer and of the learning rate."""
+    for chunk in policy.wrapped:
+        chunk.zero_grad_buffer()
+    policy.optimizer.zero_grad()
+    run_schedule(policy, packs, forward_step, forward_only=False)
+    policy.relay.finish()
+    policy.scheduler.step(increment=1)
+    succeeded, grad_norm, _ = policy.optimizer.step()
+    check_step(policy, succeeded, grad_norm)
+    sums.add("grad_norm", float(grad_norm))
+    sums.add("lr", policy.optimizer.param_groups[0]["lr"])
+
+
+def supervised_update(policy: Policy, packs: Sequence, sums: MetricSums) -> None:
+    """One optimizer step of next-token cross-entropy on the completions, a mean over tokens."""
+
+    def forward_step(chunk, model, index):
+        pack = packs[index]
+        output = forward_row(model, pack.tokens, pack.layout)
+
+        def loss(logits):
+            logprobs, entropy = vocab_logprobs(
+                logits.squeeze(0), pack.targets, 1.0, policy.groups.tensor
+            )
+            total = -(logprobs * pack.mask).sum()
+            count = pack.mask.sum()
+            sums.add("loss", total, count)
+            return total, count.to(torch.int), {}
+
+        return output, loss
+
+    _optimizer_step(policy, packs, forward_step, sums)
