@@ -1,8 +1,9 @@
-"""The records that travel between the stages of a step. Small, frozen, made of NumPy arrays; no torch, no Megatron.
+"""The records that travel between the stages of a step. Small, frozen, made of NumPy arrays; no
+torch, no Megatron.
 
     Prompt -> RolloutGroup -> Sample -> Pack -> (scored, trained)
-
-Legend of shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion, G completions of a prompt.
+ Legend of shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion, G
+completions of a prompt.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 class Prompt:
     """One problem: its place in the data set, its token ids and the JSON object it came from."""
 
-    index: int  #: line of the data set, from 0; names the prompt in samples.jsonl and seeds its sampling
-    tokens: np.ndarray  #: int64 [P], with the beginning-of-sequence token where the tokenizer has one
+    #: line of the data set, from 0; names the prompt in samples.jsonl and seeds its sampling
+    index: int
+    #: int64 [P], with the beginning-of-sequence token where the tokenizer has one
+    tokens: np.ndarray
     text: str
     record: Mapping[str, Any]  #: what the verifier needs (numbers and target, answer, tests...)
 
@@ -28,14 +31,17 @@ class Completion:
     """One sampled answer to a prompt."""
 
     tokens: np.ndarray  #: int64 [N], N >= 1, with the end-of-sequence token when ``finished``
-    logprobs: np.ndarray  #: float32 [N], log-probability of each token under the sampler at its temperature
+    #: float32 [N], log-probability of each token under the sampler at its temperature
+    logprobs: np.ndarray
     finished: bool  #: True: it ended with the end-of-sequence token; False: cut at the length limit
     text: str  #: decoded, without special tokens
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """A prompt with its G completions: the unit in which advantages are normalised. Never split over ranks."""
+    """A prompt with its G completions: the unit in which advantages are normalised. Never split
+    over ranks.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
@@ -58,9 +64,10 @@ class Sample:
 class Pack:
     """Several sequences laid one behind the other in a row of T tokens: one micro-batch.
 
-    Position t predicts ``targets[t]``, the next token of the same sequence; ``mask[t]`` is True where that target
-    belongs to a completion. The row ends with padding: positions from ``sum(lengths)`` on, never in a sequence.
-    An empty pack (no sequence, all padding) is legal: it keeps the number of packs equal on every rank.
+    Position t predicts ``targets[t]``, the next token of the same sequence; ``mask[t]`` is True
+    where that target belongs to a completion. The row ends with padding: positions from
+    ``sum(lengths)`` on, never in a sequence. An empty pack (no sequence, all padding) is legal: it
+    keeps the number of packs equal on every rank.
     """
 
     tokens: np.ndarray  #: int64 [T]

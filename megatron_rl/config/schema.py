@@ -19,6 +19,7 @@ class Section(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # algorithm.settings may hold an infinite bound
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )

@@ -1,9 +1,10 @@
-"""The only monkey patches of the project: what Megatron-Core needs to run on a machine without CUDA.
-
-Megatron-Core asks ``torch.cuda`` for devices, streams and random states, and creates a few tensors with
-``device="cuda"``. Each patch below says why it is needed, on which version it was seen and when it can go.
-`install` replaces the few functions Megatron calls, not every call of torch (a global TorchFunctionMode costs a
-third to a half of the decoding speed). It is never called when the run uses CUDA.
+"""The only monkey patches of the project: what Megatron-Core needs to run on a machine without
+CUDA.
+ Megatron-Core asks ``torch.cuda`` for devices, streams and random states, and creates a few tensors
+with ``device="cuda"``. Each patch below says why it is needed, on which version it was seen and
+when it can go. `install` replaces the few functions Megatron calls, not every call of torch (a
+global TorchFunctionMode costs a third to a half of the decoding speed). It is never called when the
+run uses CUDA.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class _Event:
 
 
 class _Stream:
-    """Stands in for ``torch.cuda.Stream``. A class, because annotations elsewhere say ``Stream | None``."""
+    """Stands in for ``torch.cuda.Stream``. A class, because annotations elsewhere say ``Stream |
+    None``.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -70,7 +73,9 @@ def install() -> None:
 
 
 def _patch_torch_cuda() -> None:
-    """Megatron 0.16-0.19 calls these unconditionally. Can go when it takes the device from its configuration."""
+    """Megatron 0.16-0.19 calls these unconditionally. Can go when it takes the device from its
+    configuration.
+    """
     cuda = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda device: None
@@ -98,13 +103,17 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_factories() -> None:
-    """``device="cuda"`` is spelled out in schedules, optimizers, clip_grads and the auxiliary-loss tracker (0.16, 0.19)."""
+    """``device="cuda"`` is spelled out in schedules, optimizers, clip_grads and the auxiliary-loss
+    tracker (0.16, 0.19).
+    """
     for name in ("tensor", "zeros", "ones"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def _patch_tensor_methods() -> None:
-    """``.cuda()`` moves embeddings and optimizer state; optimizers compare ``.type()`` with 'torch.cuda.*' (0.16, 0.19)."""
+    """``.cuda()`` moves embeddings and optimizer state; optimizers compare ``.type()`` with
+    'torch.cuda.*' (0.16, 0.19).
+    """
     original_type = torch.Tensor.type
 
     def type_as_if_on_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -117,14 +126,18 @@ def _patch_tensor_methods() -> None:
 
 
 def _disable_jit_fuser() -> None:
-    """Megatron decorates small functions with torch.compile at import; on a CPU that wants a C++ compiler at run time."""
+    """Megatron decorates small functions with torch.compile at import; on a CPU that wants a C++
+    compiler at run time.
+    """
     from megatron.core import jit
 
     jit.disable_jit_fuser()
 
 
 def _patch_megatron_random() -> None:
-    """The random-state tracker reads and writes the CUDA generator (0.16, 0.19); here the CPU generator serves."""
+    """The random-state tracker reads and writes the CUDA generator (0.16, 0.19); here the CPU
+    generator serves.
+    """
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -132,7 +145,9 @@ def _patch_megatron_random() -> None:
 
 
 def _patch_router_gating() -> None:
-    """0.16.1 defines ``te_general_gemm`` only if Transformer Engine is there, yet reads it always. Fixed later."""
+    """0.16.1 defines ``te_general_gemm`` only if Transformer Engine is there, yet reads it always.
+    Fixed later.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -140,7 +155,9 @@ def _patch_router_gating() -> None:
 
 
 def _patch_dispatcher() -> None:
-    """The all-to-all dispatcher turns split sizes into numbers only if they sit on CUDA (0.16, 0.19)."""
+    """The all-to-all dispatcher turns split sizes into numbers only if they sit on CUDA (0.16,
+    0.19).
+    """
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -26,7 +26,8 @@ class Device:
 
 
 def select_device(config: DeviceConfig, launch: Launch) -> Device:
-    """Choose the device, and on a CPU prepare torch and Megatron-Core for it. Call before Megatron is imported.
+    """Choose the device, and on a CPU prepare torch and Megatron-Core for it. Call before Megatron
+    is imported.
 
     Raises:
         UserError: CUDA is asked for and not there.
@@ -34,7 +35,8 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
     available = torch.cuda.is_available()
     if config.kind == "cuda" and not available:
         raise UserError(
-            "device.kind is cuda, but torch sees no CUDA device; use device.kind cpu or install a CUDA build of torch"
+            "device.kind is cuda, but torch sees no CUDA device; "
+            "use device.kind cpu or install a CUDA build of torch"
         )
     if config.kind == "cuda" or (config.kind == "auto" and available):
         torch.cuda.set_device(launch.local_rank)

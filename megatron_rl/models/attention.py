@@ -1,8 +1,9 @@
-"""Attention over packed sequences without Transformer Engine, and the layouts that tell it where tokens belong.
-
-A *layout* travels through Megatron in the place of its packed-sequence parameters. It carries the positions of the
-tokens (for the rotary embedding) and computes the attention itself, so that training packs, prompts being prefilled
-and single tokens being decoded with a key/value cache go through the same model.
+"""Attention over packed sequences without Transformer Engine, and the layouts that tell it where
+tokens belong.
+ A *layout* travels through Megatron in the place of its packed-sequence parameters. It carries the
+positions of the tokens (for the rotary embedding) and computes the attention itself, so that
+training packs, prompts being prefilled and single tokens being decoded with a key/value cache go
+through the same model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-#: A bucket holds sequences of at least this share of its longest one: at most a third of its work is padding.
+#: A bucket holds sequences of at least this share of its longest one: at most a third of its work
+#: is padding.
 BUCKET_FILL = 0.67
 
 
@@ -27,9 +29,17 @@ class Layout(PackedSeqParams):
     """Where each token of a row of T tokens stands. Subclasses say what it attends to."""
 
     positions: torch.Tensor = None  #: int64 [T], position within its sequence
+    padding: torch.Tensor | None = (
+        None  #: bool [T], True on the padding of the row; None: there is none
+    )
 
     def attend(
-        self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
         """Causal attention within each sequence.
 
@@ -49,15 +59,21 @@ class Layout(PackedSeqParams):
 class PackedLayout(Layout):
     """Several whole sequences one behind the other, then padding.
 
-    Sequences of similar length are laid side by side as a batch [S, longest, ...] and go through one call of
-    scaled_dot_product_attention; with the padding at their end the causal mask alone keeps them apart. A token of
-    the row's padding is a sequence of one token.
+    Sequences of similar length are laid side by side as a batch [S, longest, ...] and go through
+    one call of scaled_dot_product_attention; with the padding at their end the causal mask alone
+    keeps them apart. A token of the row's padding is a sequence of one token.
     """
 
-    bucket_shapes: tuple[tuple[int, int], ...] = ()  #: (S_b, L_b): sequences and longest one of each bucket
-    to_buckets: torch.Tensor = None  #: int64 [sum S_b * L_b], row of each bucket entry; padding repeats a valid one
+    bucket_shapes: tuple[
+        tuple[int, int], ...
+    ] = ()  #: (S_b, L_b): sequences and longest one of each bucket
+    to_buckets: torch.Tensor = (
+        None  #: int64 [sum S_b * L_b], row of each bucket entry; padding repeats a valid one
+    )
     from_buckets: torch.Tensor = None  #: int64 [T], where each token is in the flattened buckets
-    cumulative_lengths: torch.Tensor = None  #: int32, 0 and the end of each sequence; the padding is a last one
+    cumulative_lengths: torch.Tensor = (
+        None  #: int32, 0 and the end of each sequence; the padding is a last one
+    )
     longest: int = 0  #: longest sequence, padding included
 
     def attend(self, layer_number, query, key, value, scale):  # noqa: D102
@@ -74,7 +90,9 @@ class PackedLayout(Layout):
 
 
 class _IntoBuckets(torch.autograd.Function):
-    """Rows [T, ...] -> bucket entries. No gradient reaches the padding entries, so the way back is a plain gather."""
+    """Rows [T, ...] -> bucket entries. No gradient reaches the padding entries, so the way back is
+    a plain gather.
+    """
 
     @staticmethod
     def forward(ctx, tensor, to_buckets, from_buckets):
@@ -128,10 +146,13 @@ def packed_layout(
     return kind(
         qkv_format="packed",
         positions=torch.tensor(positions, device=device),
+        padding=torch.arange(num_tokens, device=device) >= num_tokens - padding,
         bucket_shapes=shapes,
         to_buckets=to_buckets.to(device),
         from_buckets=from_buckets.to(device),
-        cumulative_lengths=torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(device),
+        cumulative_lengths=torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(
+            device
+        ),
         longest=max(segments, default=0),
         **fields,
     )
@@ -182,7 +203,8 @@ def dot_product_attention(
     is_causal: bool = False,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention on [S, heads, L, d] with [S, groups, L, d] keys and values.
+    """torch's scaled_dot_product_attention on [S, heads, L, d] with [S, groups, L, d] keys and
+    values.
 
     On a CPU bf16 is computed in fp32: torch's bf16 backward pass is four times slower there.
     """
@@ -234,7 +256,8 @@ class PackedAttention(MegatronModule):
 class PositionalRotaryEmbedding(RotaryEmbedding):
     """Rotary embedding at the positions the layout gives, instead of 0..T-1.
 
-    Megatron asks for a length and then for the embedding of that length; here the "length" is the tensor of positions.
+    Megatron asks for a length and then for the embedding of that length; here the "length" is the
+    tensor of positions.
     """
 
     def get_rotary_seq_len(  # noqa: D102

@@ -22,11 +22,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def uses_transformer_engine(model: ModelConfig, device: Device) -> bool:
-    """Transformer Engine layers: on CUDA, where it is installed, unless the configuration says otherwise."""
+    """Transformer Engine layers: on CUDA, where it is installed, unless the configuration says
+    otherwise.
+    """
     installed = importlib.util.find_spec("transformer_engine") is not None
     if model.transformer_engine and not (installed and device.kind == "cuda"):
         raise UserError(
-            "model.transformer_engine is true, but Transformer Engine is not installed or the device is not CUDA; "
+            "model.transformer_engine is true, but Transformer Engine is not installed or the "
+            "device is not CUDA; "
             "install megatron_rl[te] on a CUDA machine or leave the key out"
         )
     return installed and device.kind == "cuda" and model.transformer_engine is not False
@@ -115,7 +118,8 @@ def _parallel_fields(parallel: ParallelConfig) -> dict[str, object]:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
-        # With batched point-to-point calls the interleaved schedule silently mixes up tensors on gloo.
+        # With batched point-to-point calls the interleaved schedule silently mixes up tensors on
+        # gloo.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
     )
@@ -124,7 +128,9 @@ def _parallel_fields(parallel: ParallelConfig) -> dict[str, object]:
 def build_chunks(
     model: ModelConfig, config: TransformerConfig, groups: Groups, device: Device, seed: int
 ) -> list[GPTModel]:
-    """This rank's chunks of the model (one; with interleaving one per virtual stage), initialised from the seed."""
+    """This rank's chunks of the model (one; with interleaving one per virtual stage), initialised
+    from the seed.
+    """
     stages = range(groups.virtual_stages) if groups.virtual_stages else [None]
     chunks = [_build_chunk(model, config, groups, device, stage) for stage in stages]
     initialise(parameter_views(chunks, groups), seed, model.init_std, model.num_layers)
@@ -145,9 +151,7 @@ def _build_chunk(
     last_virtual = vp_stage is None or vp_stage == groups.virtual_stages - 1
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(
-            config, uses_transformer_engine(model, device), vp_stage
-        ),
+        transformer_layer_spec=block_spec(config, uses_transformer_engine(model, device), vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,
         pre_process=groups.is_first_stage and vp_stage in (None, 0),

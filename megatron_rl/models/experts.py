@@ -13,7 +13,9 @@ from megatron.core.utils import divide
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """x [N, in] sorted by expert, weight [E, out, in], offsets int32 [E] (end of each expert's rows) -> [N, out]."""
+    """x [N, in] sorted by expert, weight [E, out, in], offsets int32 [E] (end of each expert's
+    rows) -> [N, out].
+    """
     product = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
     return product(x, weight.transpose(-2, -1), offs=offsets)
 
@@ -29,9 +31,9 @@ class _ExpertWeight(torch.nn.Module):
 class GroupedExperts(MegatronModule):
     """SwiGLU experts: down(silu(gate(x)) * up(x)), scaled by the token's routing weight.
 
-    The weights are Megatron's grouped experts stacked along a first axis: ``linear_fc1.weight`` [E_local, 2F / etp, D]
-    (gate above up) and ``linear_fc2.weight`` [E_local, D, F / etp]; checkpoints use the keys of its other expert modules,
-    so that they are interchangeable.
+    The weights are Megatron's grouped experts stacked along a first axis: ``linear_fc1.weight``
+    [E_local, 2F / etp, D] (gate above up) and ``linear_fc2.weight`` [E_local, D, F / etp];
+    checkpoints use the keys of its other expert modules, so that they are interchangeable.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class GroupedExperts(MegatronModule):
         self.linear_fc1 = make(2 * inner, config.hidden_size)
         self.linear_fc2 = make(config.hidden_size, inner)
         for module, axis in ((self.linear_fc1, 1), (self.linear_fc2, 2)):
-            # 'allreduce' False: the gradient is reduced over the ranks that hold the same experts, not over all
-            # data-parallel ranks. Always, not only with expert parallelism: under tensor parallelism alone Megatron
-            # 0.16.1 would else leave these gradients unreduced.
+            # 'allreduce' False: the gradient is reduced over the ranks that hold the same experts,
+            # not over all data-parallel ranks. Always, not only with expert parallelism: under
+            # tensor parallelism alone Megatron 0.16.1 would else leave these gradients unreduced.
             module.weight.allreduce = False
-            module.weight.tensor_model_parallel = self.tp_group.size() > 1
+            # Always True, as in Megatron's own experts: else every tensor-parallel rank but the
+            # first takes its experts for copies and leaves them out of the gradient norm.
+            module.weight.tensor_model_parallel = True
             module.weight.partition_dim, module.weight.partition_stride = axis, 1
 
     def forward(
@@ -67,7 +71,7 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """[N, D] sorted by local expert, int [E_local], routing weights [N] -> [N, D] and no bias."""
+        """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
         x = permuted_local_hidden_states
         offsets = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
         gate, up = grouped_mm(x, self.linear_fc1.weight, offsets).chunk(2, dim=-1)
@@ -77,7 +81,9 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Shards of the global [E, 2F, D] and [E, D, F] under the keys of Megatron's other expert modules."""
+        """Shards of the global [E, 2F, D] and [E, D, F] under the keys of Megatron's other expert
+        modules.
+        """
         return {
             f"{prefix}linear_fc1.weight": _gated_shards(
                 f"{prefix}experts.linear_fc1.weight", self, sharded_offsets
@@ -99,7 +105,9 @@ def _shard(
     sharded_offsets: tuple,
     tensor_offset: tuple[int, int, int],
 ) -> ShardedTensor:
-    """This rank's part of a global tensor: its experts on axis 0, its tensor-parallel slice on another."""
+    """This rank's part of a global tensor: its experts on axis 0, its tensor-parallel slice on
+    another.
+    """
     leading = len(sharded_offsets)
     axis, rank, size = tensor_offset
     return ShardedTensor.from_rank_offsets(
@@ -116,7 +124,9 @@ def _shard(
 def _gated_shards(
     key: str, experts: GroupedExperts, sharded_offsets: tuple
 ) -> ShardedTensorFactory:
-    """Gate and up are each split over the tensor-parallel ranks, so a rank holds two slices of the global axis."""
+    """Gate and up are each split over the tensor-parallel ranks, so a rank holds two slices of the
+    global axis.
+    """
     rank, size = experts.tp_group.rank(), experts.tp_group.size()
 
     @torch.no_grad()

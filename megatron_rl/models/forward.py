@@ -20,13 +20,15 @@ def forward_row(model: torch.nn.Module, tokens: torch.Tensor, layout: Layout) ->
         layout: where the tokens stand.
 
     Returns:
-        On the last stage logits [1, T, V / tp] in the model's type, elsewhere hidden states [T / tp, 1, D].
+        On the last stage logits [1, T, V / tp] in the model's type, elsewhere hidden states [T /
+        tp, 1, D].
     """
     return model(
         input_ids=tokens[None],
         position_ids=layout.positions[None],
         attention_mask=None,
         packed_seq_params=layout,
+        padding_mask=None if layout.padding is None else layout.padding[None],
     )
 
 

@@ -1,4 +1,6 @@
-"""Initial weights that depend on the seed and on the weight's name only, so that every layout starts alike."""
+"""Initial weights that depend on the seed and on the weight's name only, so that every layout
+starts alike.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialise(views: Iterable[ParameterView], seed: int, std: float, num_layers: int) -> None:
-    """Draw every matrix from N(0, std^2), residual outputs from N(0, std^2 / 2L); vectors keep what they have.
+    """Draw every matrix from N(0, std^2), residual outputs from N(0, std^2 / 2L); vectors keep what
+    they have.
 
-    The generator of a matrix is seeded with (seed, crc32(name)); a rank draws the whole matrix and keeps its slice.
+    The generator of a matrix is seeded with (seed, crc32(name)); a rank draws the whole matrix and
+    keeps its slice.
     """
     for view in views:
         target = view.of(view.parameter.data)

@@ -7,10 +7,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, usable under sequence parallelism.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, usable under sequence
+    parallelism.
 
-    Megatron's own local norm refuses sequence parallelism because it does not mark its weight; Megatron sums the
-    gradients of weights marked ``sequence_parallel`` over the tensor-parallel group.
+    Megatron's own local norm refuses sequence parallelism because it does not mark its weight;
+    Megatron sums the gradients of weights marked ``sequence_parallel`` over the tensor-parallel
+    group.
     """
 
     def __init__(

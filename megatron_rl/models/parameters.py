@@ -1,15 +1,14 @@
 """Every weight under one name that does not depend on how the model is split.
-
-A `ParameterView` is one matrix (or vector) of the whole model as this rank holds it: experts stacked in one parameter
-are one view each, layers have their global number. Initial weights, comparisons between layouts and conversions are
-written against these names.
+ A `ParameterView` is one matrix (or vector) of the whole model as this rank holds it: experts
+stacked in one parameter are one view each, layers have their global number. Initial weights,
+comparisons between layouts and conversions are written against these names.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Iterator, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,10 +21,13 @@ from megatron_rl.parallel.groups import Groups
 class ParameterView:
     """One weight of the whole model, or this rank's slice of it."""
 
-    name: str  #: e.g. decoder.layers.3.mlp.experts.5.linear_fc1.weight; layers and experts count from 0
+    #: e.g. decoder.layers.3.mlp.experts.5.linear_fc1.weight; layers and experts count from 0
+    name: str
     parameter: torch.nn.Parameter
     expert: int | None  #: index into the parameter's first axis, where experts are stacked
-    axis: int | None  #: axis of the view that is split over ``group``; None: every rank has it whole
+    axis: (
+        int | None
+    )  #: axis of the view that is split over ``group``; None: every rank has it whole
     gated: bool  #: the axis holds gate and up, each split on its own
     group: ProcessGroup
     replicas: ProcessGroup  #: ranks that hold the same slice for other data
@@ -64,14 +66,18 @@ class ParameterView:
 
 
 def parameter_views(chunks: Sequence[torch.nn.Module], groups: Groups) -> Iterator[ParameterView]:
-    """The views of all parameters of this rank's model chunks (bare GPTModels), in a fixed order."""
+    """The views of all parameters of this rank's chunks (bare GPTModels), in a fixed order."""
     for chunk in chunks:
         numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
         for local_name, parameter in chunk.named_parameters():
-            name = re.sub(
-                r"(?<=decoder\.layers\.)\d+", lambda m: str(numbers[int(m[0])]), local_name
-            )
+            name = _with_global_layer(local_name, numbers)
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"  # the last stage's copy of it
             yield from _views_of(name, parameter, groups, chunk.config.num_moe_experts)
+
+
+def _with_global_layer(name: str, numbers: Mapping[int, int]) -> str:
+    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(numbers[int(m[0])]), name)
 
 
 def _views_of(

@@ -1,4 +1,6 @@
-"""Layer specs: Megatron's layers with our norm, attention and experts, or with Transformer Engine's."""
+"""Layer specs: Megatron's layers with our norm, attention and experts, or with Transformer
+Engine's.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_rl.models.attention import PackedAttention
 from megatron_rl.models.experts import GroupedExperts
 from megatron_rl.models.norm import RMSNorm
+from megatron_rl.models.router import PackRouter
 
 
 def moe_pattern(config: TransformerConfig) -> list[bool]:
@@ -73,7 +76,8 @@ def local_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=_moe_spec() if moe else _dense_spec(),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses these norms into the linear layers; its key names are the checkpoint's.
+            # Transformer Engine fuses these norms into the linear layers; its key names are the
+            # checkpoint's.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 **({} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
@@ -94,6 +98,7 @@ def _moe_spec() -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
+            router=PackRouter,
             experts=ModuleSpec(module=GroupedExperts),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules()),
         ),

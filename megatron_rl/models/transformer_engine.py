@@ -1,4 +1,6 @@
-"""Transformer Engine's attention behind the same layouts as the local one. Imported only where it is installed."""
+"""Transformer Engine's attention behind the same layouts as the local one. Imported only where it
+is installed.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,17 @@ import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_rl.models.attention import Layout, PackedLayout
+from megatron_rl.models.router import PackRouter
 
 
 class LayoutTEAttention(TEDotProductAttention):
-    """Training packs go through Transformer Engine's variable-length kernels, decoding through the layout's own."""
+    """Training packs go through Transformer Engine's variable-length kernels, decoding through the
+    layout's own.
+    """
 
     def forward(
         self,
@@ -54,7 +60,9 @@ class LayoutTEAttention(TEDotProductAttention):
 
 
 def with_layout_attention(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """Put `LayoutTEAttention` into every layer of a Transformer Engine spec."""
+    """Put `LayoutTEAttention` and `PackRouter` into every layer of a Transformer Engine spec."""
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = LayoutTEAttention
+        if isinstance(layer.submodules.mlp.submodules, MoESubmodules):
+            layer.submodules.mlp.submodules.router = PackRouter
     return spec

@@ -1,4 +1,6 @@
-"""Collectives over an explicit group; over a group of one rank each is the identity and sends nothing."""
+"""Collectives over an explicit group; over a group of one rank each is the identity and sends
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ class _GatherFirstDim(torch.autograd.Function):
 def gather_first_dim(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """[n, ...] on each rank -> [n * size, ...] in rank order, differentiable.
 
-    Every rank is taken to compute the same function of the result, so the backward pass is each rank's own slice
-    of its gradient, without a sum.
+    Every rank is taken to compute the same function of the result, so the backward pass is each
+    rank's own slice of its gradient, without a sum.
     """
     if group.size() == 1:
         return tensor

@@ -42,7 +42,9 @@ class Groups:
 
 
 def build_groups(config: ParallelConfig) -> Groups:
-    """Make Megatron's groups, in the same order on every rank. torch.distributed has to be initialised."""
+    """Make Megatron's groups, in the same order on every rank. torch.distributed has to be
+    initialised.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -71,7 +73,9 @@ def build_groups(config: ParallelConfig) -> Groups:
 
 
 def _twin(group: ProcessGroup) -> ProcessGroup:
-    """A second group of the same ranks. Every rank makes all of them, in the same order; a group of one is its own."""
+    """A second group of the same ranks. Every rank makes all of them, in the same order; a group of
+    one is its own.
+    """
     if group.size() == 1:
         return group
     mine = dist.get_process_group_ranks(group)

@@ -1,8 +1,7 @@
 """Log-probabilities from logits whose vocabulary is sharded over the tensor-parallel group.
-
-Works through the tokens in chunks in both directions, so that beside the logits themselves (in the model's type)
-nothing of size [T, V] is kept: the backward pass computes the softmax again from the logits and the saved
-normaliser [T].
+ Works through the tokens in chunks in both directions, so that beside the logits themselves (in the
+model's type) nothing of size [T, V] is kept: the backward pass computes the softmax again from the
+logits and the saved normaliser [T].
 """
 
 from __future__ import annotations
@@ -75,12 +74,12 @@ def vocab_logprobs(
     """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits: [T, V / tp] in any floating type, this rank's slice of the vocabulary, in rank order.
-        targets: int64 [T], global token ids.
-        temperature: divides the logits; > 0.
-        group: the tensor-parallel group.
+        logits: [T, V / tp] in any floating type, this rank's slice of the vocabulary, in rank
+            order. targets: int64 [T], global token ids. temperature: divides the logits; > 0.
+            group: the tensor-parallel group.
 
     Returns:
-        Log-probabilities fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats, detached.
+        Log-probabilities fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats,
+        detached.
     """
     return _VocabParallelLogprobs.apply(logits, targets, 1.0 / temperature, group)

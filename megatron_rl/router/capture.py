@@ -1,8 +1,9 @@
-"""Watches the routers of the model: what they chose at scoring time, and how far they have moved since.
-
-Nothing is computed twice: `RouterCapture` wraps the `routing` method of each router instance, which receives the
-logits the router has just made and returns its choice. The wrapper only looks. Firings outside an open pass, such as
-the recomputation of activations during the backward pass, are let through unseen.
+"""Watches the routers of the model: what they chose at scoring time, and how far they have moved
+since.
+ Nothing is computed twice: `RouterCapture` wraps the `routing` method of each router instance,
+which receives the logits the router has just made and returns its choice. The wrapper only looks.
+Firings outside an open pass, such as the recomputation of activations during the backward pass, are
+let through unseen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from megatron_rl.router.trace import LayerTrace, RouterTrace, id_dtype
 
 
 class RouterError(RuntimeError):
-    """A router did not fire once in a pass, or its tokens do not match the trace: the result would be wrong."""
+    """A router did not fire once in a pass, or its tokens do not match the trace: the result would
+    be wrong.
+    """
 
 
 class _Observer(Protocol):
@@ -32,20 +35,27 @@ class _Observer(Protocol):
 class Shift:
     """What a compared pass leaves behind."""
 
-    distance: torch.Tensor  #: fp32 [T_local], sum over this chunk's MoE layers of the per-layer distance
+    distance: (
+        torch.Tensor
+    )  #: fp32 [T_local], sum over this chunk's MoE layers of the per-layer distance
 
 
 class RouterCapture:
-    """Binds to every MoE router of the given chunks by walking them; layers are known by their global number."""
+    """Binds to every MoE router of the given chunks by walking them; layers are known by their
+    global number.
+    """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], expected_layers: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], expected_layers: Sequence[Sequence[int]]
+    ) -> None:
         """
         Args:
-            chunks: this rank's model chunks.
-            expected_layers: for each chunk the global numbers (from 1) of the MoE layers it should hold.
+            chunks: this rank's model chunks. expected_layers: for each chunk the global numbers
+                (from 1) of the MoE layers it should hold.
 
         Raises:
-            RouterError: a chunk holds other routers than expected, or a configuration hides their logits.
+            RouterError: a chunk holds other routers than expected, or a configuration hides their
+                logits.
         """
         self._routers = [
             {m.layer_number: m for m in chunk.modules() if isinstance(m, TopKRouter)}
@@ -54,7 +64,9 @@ class RouterCapture:
         self._observer: _Observer | None = None
         for routers, expected in zip(self._routers, expected_layers, strict=True):
             if sorted(routers) != sorted(expected):
-                raise RouterError(f"found routers in layers {sorted(routers)}; expected {list(expected)}")
+                raise RouterError(
+                    f"found routers in layers {sorted(routers)}; expected {list(expected)}"
+                )
             for number, router in routers.items():
                 _refuse_hidden_logits(router)
                 router.routing = self._watched(number, router.routing)
@@ -77,7 +89,9 @@ class RouterCapture:
 
     @contextlib.contextmanager
     def _pass(self, chunk: int, observe: _Observer) -> Iterator[None]:
-        """Send each router's firing to ``observe``; at the end each router of the chunk must have fired once."""
+        """Send each router's firing to ``observe``; at the end each router of the chunk must have
+        fired once.
+        """
         if self._observer is not None:
             raise RouterError("a pass over the routers is open already")
         fired: list[int] = []
@@ -93,12 +107,15 @@ class RouterCapture:
             self._observer = None
         if sorted(fired) != sorted(self._routers[chunk]):
             raise RouterError(
-                f"routers fired in layers {sorted(fired)}; expected each of {sorted(self._routers[chunk])} once"
+                f"routers fired in layers {sorted(fired)}; "
+                f"expected each of {sorted(self._routers[chunk])} once"
             )
 
     @contextlib.contextmanager
     def record(self, chunk: int) -> Iterator[RouterTrace]:
-        """The forward passes inside fill the yielded trace: the old policy's choice and its log-probabilities."""
+        """The forward passes inside fill the yielded trace: the old policy's choice and its
+        log-probabilities.
+        """
         trace: dict[int, LayerTrace] = {}
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
@@ -123,7 +140,8 @@ class RouterCapture:
             telemetry: receives the per-layer sums.
 
         Yields:
-            A function that gives fp32 [T_local]: the sum over this chunk's layers of mean_k |new - old|.
+            A function that gives fp32 [T_local]: the sum over this chunk's layers of mean_k |new -
+            old|.
         """
         distances: list[torch.Tensor] = []
 
@@ -131,7 +149,8 @@ class RouterCapture:
             old = trace[number]
             if len(old.expert_ids) != len(logits):
                 raise RouterError(
-                    f"layer {number}: the trace holds {len(old.expert_ids)} tokens, the pass {len(logits)}"
+                    f"layer {number}: the trace holds {len(old.expert_ids)} tokens, "
+                    f"the pass {len(logits)}"
                 )
             ids = old.expert_ids.long()
             new = score_logprobs(logits, ids, self._routers[chunk][number].score_function)
@@ -141,7 +160,11 @@ class RouterCapture:
             telemetry.add(number - 1, mask, distance, overlap, _entropy(logits), routing_map)
 
         def total() -> torch.Tensor:
-            return torch.stack(distances).sum(0) if distances else torch.zeros(len(mask), device=mask.device)
+            return (
+                torch.stack(distances).sum(0)
+                if distances
+                else torch.zeros(len(mask), device=mask.device)
+            )
 
         with self._pass(chunk, observe):
             yield total
@@ -150,8 +173,8 @@ class RouterCapture:
 def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str) -> torch.Tensor:
     """log r(e) of the given experts in fp32: logits [T, E], ids int64 [T, K] -> [T, K].
 
-    softmax: over all E experts (not the renormalised dispatch weight). sigmoid: log of the expert's own score,
-    without the bias that only steers the choice.
+    softmax: over all E experts (not the renormalised dispatch weight). sigmoid: log of the expert's
+    own score, without the bias that only steers the choice.
     """
     logits = logits.float()
     picked = logits.gather(1, ids)
@@ -171,6 +194,11 @@ def _refuse_hidden_logits(router: TopKRouter) -> None:
     if config.moe_router_fusion:
         raise RouterError("moe_router_fusion hides the routing from capture; turn it off")
     if config.moe_expert_capacity_factor is not None:
-        raise RouterError("moe_expert_capacity_factor drops tokens, a token would have fewer than K experts; unset it")
-    if getattr(config, "cuda_graph_impl", "none") != "none" or getattr(config, "enable_cuda_graph", False):
+        raise RouterError(
+            "moe_expert_capacity_factor drops tokens, which leaves some with fewer than K experts; "
+            "unset it"
+        )
+    if getattr(config, "cuda_graph_impl", "none") != "none" or getattr(
+        config, "enable_cuda_graph", False
+    ):
         raise RouterError("CUDA graphs replay the router without calling it; turn them off")

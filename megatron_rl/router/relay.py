@@ -1,8 +1,8 @@
 """Carries each micro-batch's running distance from stage to stage, beside the activations.
-
-A stage needs to add only its own layers' sum: 4 bytes a token and boundary, no gather of traces, no second forward
-pass. Sends do not block and receives match in order: both schedules of Megatron (1F1B and interleaved) run the forward
-passes of a stage pair in the same order on either side, so a channel (one direction between neighbours) is a queue.
+ A stage needs to add only its own layers' sum: 4 bytes a token and boundary, no gather of traces,
+no second forward pass. Sends do not block and receives match in order: both schedules of Megatron
+(1F1B and interleaved) run the forward passes of a stage pair in the same order on either side, so a
+channel (one direction between neighbours) is a queue.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class DistanceRelay:
         """Add this chunk's distances [T_local] to the running sum of its micro-batch.
 
         Returns:
-            The sum over all layers on the last chunk of the last stage; None elsewhere, after sending it on.
+            The sum over all layers on the last chunk of the last stage; None elsewhere, after
+            sending it on.
         """
         stage, stages = self._group.rank(), self._group.size()
         total = distance.float().contiguous()

@@ -10,8 +10,9 @@ from torch.distributed import ProcessGroup
 class RouterTelemetry:
     """Sums over the real tokens of a step; reduced once at its end.
 
-    Every rank holds sums of the layers and tokens it saw and zeros elsewhere, so one sum over all ranks is right under
-    any split: pipeline stages hold other layers, tensor (sequence-parallel), context and data ranks other tokens.
+    Every rank holds sums of the layers and tokens it saw and zeros elsewhere, so one sum over all
+    ranks is right under any split: pipeline stages hold other layers, tensor (sequence-parallel),
+    context and data ranks other tokens.
     """
 
     COLUMNS = ("tokens", "distance", "overlap", "entropy")
@@ -29,14 +30,18 @@ class RouterTelemetry:
         entropy: torch.Tensor,
         routing_map: torch.Tensor,
     ) -> None:
-        """Count one pack of layer ``layer`` (from 0): mask, distance, overlap, entropy [T_local], map bool [T_local, E]."""
+        """Count one pack of layer ``layer`` (from 0): mask, distance, overlap, entropy [T_local],
+        map bool [T_local, E].
+        """
         weights = mask.to(distance.dtype)
         columns = torch.stack([torch.ones_like(distance), distance, overlap, entropy])
         self.sums[layer] += columns @ weights
         self.load[layer] += weights @ routing_map.to(weights.dtype)
 
     def reduce(self, world: ProcessGroup) -> dict[str, float]:
-        """Metrics of the step over all ranks; names as in observe/README.md. A collective; one host copy."""
+        """Metrics of the step over all ranks; names as in observe/README.md. A collective; one host
+        copy.
+        """
         flat = torch.cat([self.sums.flatten(), self.load.flatten()])
         if world.size() > 1:
             dist.all_reduce(flat, group=world)

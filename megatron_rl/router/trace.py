@@ -1,4 +1,6 @@
-"""The router trace: which experts the old policy chose for each token, and with which log-probability."""
+"""The router trace: which experts the old policy chose for each token, and with which
+log-probability.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import torch
 class LayerTrace:
     """One MoE layer's routing of the tokens this rank saw.
 
-    Per token K ids in the smallest type that holds E experts and K fp32 log-probabilities: fp32, so that the distance
-    to an unchanged router is exactly zero.
+    Per token K ids in the smallest type that holds E experts and K fp32 log-probabilities: fp32, so
+    that the distance to an unchanged router is exactly zero.
     """
 
     expert_ids: torch.Tensor  #: uint8, int16 or int32 [T_local, K], ascending

@@ -1,4 +1,4 @@
-"""From samples to the packs of a mini-batch on the device: the same packs serve scoring and update."""
+"""From samples to packs on the device: the same packs serve scoring and update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from megatron_rl.records import Pack, Sample
 
 @dataclass(frozen=True)
 class PackTensors:
-    """A pack as tensors on the device, with the layout the model wants. Shapes as in `records.Pack`."""
+    """A pack as tensors on the device, with the layout the model wants. Shapes as in
+    `records.Pack`.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -50,18 +52,22 @@ def to_device(pack: Pack, device: torch.device) -> PackTensors:
 def pack_mini_batches(
     mini_batches: Sequence[Sequence[Sample]], config: Config, groups: Groups, device: torch.device
 ) -> list[list[PackTensors]]:
-    """Pack each mini-batch of this rank; all ranks get equally many packs of equal length. A collective.
+    """Pack each mini-batch of this rank; all ranks get equally many packs of equal length. A
+    collective.
 
-    Packs are as long as the largest mini-batch of any rank needs in one piece, ``data.pack_tokens`` at most, rounded up
-    to ``data.pack_multiple``. Ranks with less to do are given empty packs.
+    Packs are as long as the largest mini-batch of any rank needs in one piece, ``data.pack_tokens``
+    at most, rounded up to ``data.pack_multiple``. Ranks with less to do are given empty packs, and
+    so are all ranks until the interleaved schedule can deal its packs out evenly over the pipeline
+    stages.
     """
-    multiple = config.data.pack_multiple * groups.tensor.size() * 2 * groups.context.size()
-    multiple = config.data.pack_multiple if groups.tensor_context.size() == 1 else multiple
+    multiple = config.data.pack_multiple
     needed = max(sum(len(sample.tokens) for sample in batch) for batch in mini_batches)
     needed = all_max(needed, groups.data_context, device)
-    length = min(round_up(needed, multiple), round_up(config.data.pack_tokens, multiple))
+    length = min(round_up(needed, multiple), config.data.pack_tokens)
     counts = [len(plan_packs([len(s.tokens) for s in batch], length)) for batch in mini_batches]
     num_packs = all_max(max(counts), groups.data_context, device)
+    if groups.virtual_stages:
+        num_packs = round_up(num_packs, groups.pipeline_stages)
     return [
         [
             to_device(pack, device)

@@ -11,7 +11,8 @@ from megatron_rl.rollout.collect import ScoredGroup, collect
 from megatron_rl.rollout.engine import Engine, SamplingSettings
 from megatron_rl.training.session import Session
 
-#: Keeps the samples of an evaluation apart from those of training; the same at every evaluation of a run.
+#: Keeps the samples of an evaluation apart from those of training; the same at every evaluation of
+#: a run.
 EVALUATION_SEED = 0x5EED
 
 

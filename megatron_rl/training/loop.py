@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, Protocol
 
-from megatron_rl.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
+from megatron_rl.checkpoint.directory import newest_checkpoint
+from megatron_rl.checkpoint.identity import architecture_of, layout_of
+from megatron_rl.checkpoint.load import load_checkpoint, load_weights
+from megatron_rl.checkpoint.save import save_checkpoint
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.session import Session
@@ -15,7 +18,7 @@ class Task(Protocol):
     """What differs between supervised fine-tuning and reinforcement learning."""
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
-        """Do one step; metrics go into ``sums``, those reduced already are returned. A collective."""
+        """Do one step. Metrics go into ``sums``; returns those reduced already. A collective."""
 
     def evaluate(self, sums: MetricSums) -> None:
         """Answer the held-out problems; metrics go into ``sums``. A collective."""
@@ -60,7 +63,9 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
             if asked or number == total or _due(session.config.checkpoint.every, number):
                 _save(session, policy, task, number)
             if asked and number < total:
-                session.console.note(f"stopped after step {number}; run the same command to continue")
+                session.console.note(
+                    f"stopped after step {number}; run the same command to continue"
+                )
                 return False
     if writer is not None:
         writer.close()
@@ -83,16 +88,18 @@ def _record(session: Session, writer, number: int, metrics: dict[str, float], ta
 
 
 def _resume(session: Session, policy: Policy, task: Task) -> int | None:
-    """Load the newest checkpoint of the run, or the weights it starts from; steps done, None for a new run."""
+    """Load the newest checkpoint of the run, or the weights it starts from; steps done, None for a
+    new run.
+    """
     settings = session.config.checkpoint
     newest = newest_checkpoint(session.checkpoints) if settings.resume == "auto" else None
-    common = {"architecture": session.architecture(), "groups": session.groups}
+    common = {"architecture": architecture_of(session.config.model), "groups": session.groups}
     if newest is not None:
         state = load_checkpoint(
             newest,
             chunks=policy.chunks,
             optimizer=policy.optimizer,
-            layout=session.layout(),
+            layout=layout_of(session.config.parallel, session.launch.world_size),
             **common,
         )
         policy.scheduler.load_state_dict(state["scheduler"])
@@ -119,8 +126,8 @@ def _save(session: Session, policy: Policy, task: Task, number: int) -> None:
                 "scheduler": policy.scheduler.state_dict(),
                 "task": task.state_dict(),
             },
-            architecture=session.architecture(),
-            layout=session.layout(),
+            architecture=architecture_of(session.config.model),
+            layout=layout_of(session.config.parallel, session.launch.world_size),
             groups=session.groups,
             keep=session.config.checkpoint.keep,
         )

@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, from the configuration."""
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from megatron_rl.device.select import Device
 
 
 def wrap_data_parallel(
-    chunks: Sequence[GPTModel], transformer: TransformerConfig, parallel: ParallelConfig, device: Device
+    chunks: Sequence[GPTModel],
+    transformer: TransformerConfig,
+    parallel: ParallelConfig,
+    device: Device,
 ) -> list[DistributedDataParallel]:
     """Wrap each chunk: gradients are summed in fp32 over the data-parallel ranks."""
     settings = DistributedDataParallelConfig(
@@ -30,7 +33,8 @@ def wrap_data_parallel(
         check_for_nan_in_grad=False,  # training/guard.py says which weight it was
     )
     wrapped = [
-        # Only the first chunk's gradients are worth overlapping early; Megatron disables buckets elsewhere too.
+        # Only the first chunk's gradients are worth overlapping early; Megatron disables buckets
+        # elsewhere too.
         DistributedDataParallel(transformer, settings, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]

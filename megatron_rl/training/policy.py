@@ -1,4 +1,6 @@
-"""The policy being trained: this rank's part of the model, its optimizer and the capture of its routers."""
+"""The policy being trained: this rank's part of the model, its optimizer and the capture of its
+routers.
+"""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ class Reinforce:
         return collect(self._engine, prompts, verifier, settings)
 
     def _score(self, samples: Sequence[Sample], sums: MetricSums) -> list[list[ScoredPack]]:
-        """Pack the mini-batches and score all packs with the policy as it is before the first update."""
+        """Pack the mini-batches and score all packs with the policy as it is before the first
+        update.
+        """
         session, config = self._session, self._session.config
         size = len(samples) // config.algorithm.mini_batches
         slices = [samples[i : i + size] for i in range(0, len(samples), size)]
@@ -131,8 +133,8 @@ class Reinforce:
 def my_share(batch: Sequence[Prompt], config: Config, groups: Groups) -> list[Prompt]:
     """This data-parallel rank's prompts, mini-batch by mini-batch.
 
-    Mini-batch m is the m-th slice of the whole batch whatever the number of ranks, so the optimizer sees the same
-    mini-batches under every layout.
+    Mini-batch m is the m-th slice of the whole batch whatever the number of ranks, so the optimizer
+    sees the same mini-batches under every layout.
     """
     slice_size = len(batch) // config.algorithm.mini_batches
     share = slice_size // groups.data.size()
@@ -147,7 +149,9 @@ def my_share(batch: Sequence[Prompt], config: Config, groups: Groups) -> list[Pr
 def global_advantages(
     groups: Sequence[ScoredGroup], config: Config, parallel: Groups
 ) -> torch.Tensor:
-    """Advantages [P, G] of this rank's groups, normalised as the estimator wants over the groups of all ranks."""
+    """Advantages [P, G] of this rank's groups, normalised as the estimator wants over the groups of
+    all ranks.
+    """
     rewards = torch.tensor([[r.value for r in group.rewards] for group in groups])
     everyone = gather_first_dim(rewards, parallel.data)
     return ADVANTAGES[config.algorithm.advantages](everyone).chunk(parallel.data.size())[

@@ -6,7 +6,8 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from megatron_rl.checkpoint import load_weights
+from megatron_rl.checkpoint.identity import architecture_of
+from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import load_prompts, load_samples
 from megatron_rl.models.build import build_chunks, transformer_config
@@ -52,9 +53,7 @@ def _run(
 
 
 def _reinforce(session: Session, policy: Policy, engine: Engine) -> Task:
-    return Reinforce(
-        session, policy, engine, _prompts(session, "train"), _prompts(session, "eval")
-    )
+    return Reinforce(session, policy, engine, _prompts(session, "train"), _prompts(session, "eval"))
 
 
 def _supervised(session: Session, policy: Policy, engine: Engine) -> Task:
@@ -130,7 +129,7 @@ def _load_engine(session: Session) -> BuiltinEngine:
     load_weights(
         config.checkpoint.init_from or session.run_dir,
         chunks=chunks,
-        architecture=session.architecture(),
+        architecture=architecture_of(config.model),
         groups=session.groups,
     )
     return _engine(session, chunks, transformer)
@@ -140,9 +139,11 @@ def _show_header(session: Session, policy: Policy) -> None:
     config, groups = session.config, session.groups
     session.console.header(
         {
-            "model": f"{config.model.num_layers} layers, {config.model.num_experts} experts, top-{config.model.moe_top_k}",
-            "layout": f"data {groups.data.size()} tensor {groups.tensor.size()} pipeline {groups.pipeline.size()} "
-            f"context {groups.context.size()} expert {groups.expert.size()}",
+            "model": f"{config.model.num_layers} layers, {config.model.num_experts} experts, "
+            f"top-{config.model.moe_top_k}",
+            "layout": f"data {groups.data.size()} tensor {groups.tensor.size()} "
+            f"pipeline {groups.pipeline.size()} context {groups.context.size()} "
+            f"expert {groups.expert.size()}",
             "device": f"{session.device.kind}, {config.model.dtype}",
         }
     )

@@ -19,7 +19,8 @@ def run_schedule(
     """Run every pack forward (and backward) through the pipeline.
 
     Returns:
-        What the loss function reported for each pack, in order, on the last stage; an empty list elsewhere.
+        What the loss function reported for each pack, in order, on the last stage; an empty list
+        elsewhere.
     """
 
     def step(iterator, model):

@@ -1,4 +1,4 @@
-"""The scoring pass: log-probabilities and router traces of the old policy, before the first update."""
+"""The scoring pass: log-probabilities and router traces of the old policy."""
 
 from __future__ import annotations
 

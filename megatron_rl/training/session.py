@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.config.load import dump_config
-from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, connect, select_device
@@ -20,15 +20,6 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
-
-#: Fields of ModelConfig that decide names and shapes of weights, or what they mean.
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim",
-    "ffn_hidden_size", "num_experts", "moe_top_k", "moe_ffn_hidden_size", "moe_layer_freq",
-    "shared_expert_ffn_hidden_size", "shared_expert_gate", "router_score", "router_pre_softmax",
-    "router_expert_bias", "vocab_size", "rope_base", "qk_norm", "qkv_bias", "tie_embeddings", "dtype",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Session:
@@ -49,7 +40,7 @@ class Session:
 
     @property
     def counts_once(self) -> bool:
-        """True on one rank of those that hold the same data: the one that adds to sums over data."""
+        """True on one of the ranks that hold the same data: it adds to sums over data."""
         groups = self.groups
         return groups.model.rank() == 0 and groups.context.rank() == 0
 
@@ -62,20 +53,6 @@ class Session:
     def checkpoints(self) -> Path:
         """Where the run's checkpoints are."""
         return self.run_dir / "checkpoints"
-
-    def architecture(self) -> dict[str, Any]:
-        """What a checkpoint has to agree with."""
-        return architecture(self.config.model)
-
-    def layout(self) -> dict[str, Any]:
-        """How the ranks share the model, as recorded in checkpoints."""
-        sizes = self.config.parallel.model_dump(
-            include={
-                "tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor",
-                "distributed_optimizer",
-            }
-        )  # fmt: skip
-        return sizes | {"world_size": self.launch.world_size}
 
     def open_writer(self, resume_step: int | None) -> RunWriter | None:
         """The writer of metrics and samples on rank 0; None elsewhere."""
@@ -96,7 +73,9 @@ class Session:
         return MetricSums(self.config.model.num_layers, self.device.torch_device)
 
     def reduce(self, sums: MetricSums) -> dict[str, float]:
-        """The step's metrics over all ranks, with the times since the last call and the peak memory. A collective."""
+        """The step's metrics over all ranks, with the times since the last call and the peak
+        memory. A collective.
+        """
         for name, seconds in self.timers.seconds().items():
             sums.add(name, seconds)
         self.timers.reset()
@@ -105,11 +84,6 @@ class Session:
         if "tokens/step" in metrics:
             metrics["tokens_per_second"] = metrics["tokens/step"] / metrics["time/step_s"]
         return metrics
-
-
-def architecture(model: ModelConfig) -> dict[str, Any]:
-    """The fields of the model that its weights depend on."""
-    return model.model_dump(include=set(ARCHITECTURE), mode="json")
 
 
 @contextlib.contextmanager

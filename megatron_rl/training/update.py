@@ -10,10 +10,12 @@ from megatron_rl.algorithms import LOSSES, LossInputs, make_settings
 from megatron_rl.algorithms.router_shift import shift_weight
 from megatron_rl.config.schema import AlgorithmConfig
 from megatron_rl.models.forward import forward_row
+from megatron_rl.models.router import set_router_loss_scale
 from megatron_rl.observe.metrics import MetricSums
-from megatron_rl.parallel.collectives import gather_first_dim
+from megatron_rl.parallel.collectives import all_reduce, gather_first_dim
 from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
 from megatron_rl.router.telemetry import RouterTelemetry
+from megatron_rl.training.batch import PackTensors
 from megatron_rl.training.guard import check_step
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.schedule import run_schedule
@@ -35,9 +37,9 @@ def update(
 ) -> None:
     """Forward, backward and one optimizer step over the packs of a mini-batch.
 
-    Each router measures its distance to the old policy in this same forward pass; the stages add theirs to a running
-    sum that reaches the loss with its micro-batch. The loss returns a sum and a denominator; Megatron adds both over
-    packs and data-parallel ranks and divides once.
+    Each router measures its distance to the old policy in this same forward pass; the stages add
+    theirs to a running sum that reaches the loss with its micro-batch. The loss returns a sum and a
+    denominator; Megatron adds both over packs and data-parallel ranks and divides once.
 
     Args:
         policy: the policy.
@@ -61,7 +63,10 @@ def update(
             output = forward_row(model, pack.tokens, pack.layout)
         return output, lambda logits: _loss(policy, item, logits, shift, settings, sums)
 
-    _optimizer_step(policy, [item.pack for item in scored], forward_step, sums)
+    packs = [item.pack for item in scored]
+    if _has_router_losses(policy):
+        _scale_router_losses(policy, packs, [_denominator(policy, p, settings) for p in packs])
+    _optimizer_step(policy, packs, forward_step, sums)
 
 
 def _local_rows(values: torch.Tensor, policy: Policy) -> torch.Tensor:
@@ -78,7 +83,9 @@ def _loss(
     settings: Any,
     sums: MetricSums,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """The policy loss of one pack on the last stage: (sum, denominator, report) as Megatron's schedule wants it."""
+    """The policy loss of one pack on the last stage: (sum, denominator, report) as Megatron's
+    schedule wants it.
+    """
     pack, config = item.pack, policy.config
     logprobs, entropy = vocab_logprobs(
         logits.squeeze(0), pack.targets, config.rollout.temperature, policy.groups.tensor
@@ -104,9 +111,7 @@ def _loss(
     )
     sums.add("loss", result.loss_sum, result.denominator)
     sums.add("entropy", (entropy * pack.mask).sum(), pack.mask.sum())
-    sums.add("clip_fraction", *result.metrics["clip_fraction"])
-    sums.add("kl_old", *result.metrics["kl_old"])
-    sums.add("ratio/mean", *result.metrics["ratio_mean"])
+    sums.add_all(result.metrics)
     return result.loss_sum, result.denominator.round().to(torch.int), {}
 
 
@@ -118,6 +123,40 @@ def _add_shift(
     sums.add("router/shift_mean", (gamma * mask).sum(), count)
     sums.add("router/shift_min", torch.where(mask, gamma, 1.0).min(), count)
     sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
+
+
+def _has_router_losses(policy: Policy) -> bool:
+    return bool(policy.config.model.aux_loss_coeff or policy.config.model.z_loss_coeff)
+
+
+def _denominator(policy: Policy, pack: PackTensors, settings: Any) -> torch.Tensor:
+    """The loss's denominator of a pack, which no log-probability has a part in; known on every
+    stage.
+    """
+    zeros = torch.zeros_like(pack.advantages)
+    inputs = LossInputs(
+        logprobs=zeros,
+        old_logprobs=zeros,
+        advantages=pack.advantages,
+        mask=pack.mask,
+        sequence_ids=pack.sequence_ids,
+        router_shift=torch.ones_like(zeros),
+        rollout_logprobs=zeros,
+        num_sequences=pack.num_sequences,
+    )
+    return LOSSES[policy.config.algorithm.name](inputs, settings).denominator
+
+
+def _scale_router_losses(
+    policy: Policy, packs: Sequence[PackTensors], denominators: Sequence[torch.Tensor]
+) -> None:
+    """Make the routers' losses means over the tokens of all packs: D / N, see `PackRouter`. A
+    collective.
+    """
+    tokens = sum((~pack.layout.padding).sum() for pack in packs)
+    local = torch.stack([sum(denominators).double(), tokens.double()])
+    denominator, total = all_reduce(local, policy.groups.data_context).tolist()
+    set_router_loss_scale(policy.chunks, denominator / max(total, 1.0))
 
 
 def _optimizer_step(policy: Policy, packs, forward_step, sums: MetricSums) -> None:
@@ -142,9 +181,7 @@ def supervised_update(policy: Policy, packs: Sequence, sums: MetricSums) -> None
         output = forward_row(model, pack.tokens, pack.layout)
 
         def loss(logits):
-            logprobs, entropy = vocab_logprobs(
-                logits.squeeze(0), pack.targets, 1.0, policy.groups.tensor
-            )
+            logprobs, _ = vocab_logprobs(logits.squeeze(0), pack.targets, 1.0, policy.groups.tensor)
             total = -(logprobs * pack.mask).sum()
             count = pack.mask.sum()
             sums.add("loss", total, count)
@@ -152,4 +189,6 @@ def supervised_update(policy: Policy, packs: Sequence, sums: MetricSums) -> None
 
         return output, loss
 
+    if _has_router_losses(policy):
+        _scale_router_losses(policy, packs, [pack.mask.sum() for pack in packs])
     _optimizer_step(policy, packs, forward_step, sums)

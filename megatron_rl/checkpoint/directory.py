@@ -1,0 +1,132 @@
+"""The directory of checkpoints: names, publishing, the newest one, and which are deleted.
+
+    checkpoints/
+      latest               "step_20": the checkpoint published last
+      step_10/  step_20/   complete checkpoints
+      .step_30.partial/    being written, or left behind by a run that was killed
+      .step_20.replaced/   complete; there for the moment in which step 20 is saved again
+      .step_5.deleted/     being deleted
+
+A directory gets its final name by one rename, after all its files are on the disk: what is called
+step_N is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron_rl.checkpoint.manifest import MANIFEST
+from megatron_rl.errors import UserError
+
+LATEST = "latest"
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step_{step}"
+
+
+def _hidden(root: Path, name: str, state: str) -> Path:
+    return root / f".{name}.{state}"
+
+
+def complete_checkpoints(root: Path) -> dict[int, Path]:
+    """The complete checkpoints of a directory, by increasing step; empty if it does not exist."""
+    found: dict[int, Path] = {}
+    if root.is_dir():
+        for path in sorted(root.iterdir()):  # ".step_N.replaced" comes before "step_N"
+            match = re.fullmatch(r"step_(\d+)|\.step_(\d+)\.replaced", path.name)
+            if match and (path / MANIFEST).is_file():
+                found[int(match[1] or match[2])] = path
+    return dict(sorted(found.items()))
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; if that is not complete, that of the highest step."""
+    complete = complete_checkpoints(root)
+    if not complete:
+        return None
+    try:
+        named = (root / LATEST).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        named = ""
+    match = re.fullmatch(r"step_(\d+)", named)
+    newest = max(complete)
+    return complete.get(int(match[1]) if match else newest, complete[newest])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by a path: itself, or the newest of a run or of a checkpoints directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    if found is None:
+        state = "holds no complete checkpoint" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {state}; expected a run directory, its checkpoints directory or a step_N "
+            "in it; check the path"
+        )
+    return found
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty directory for the files of a step; tidies up after killed runs. One rank only."""
+    root.mkdir(parents=True, exist_ok=True)
+    for replaced in root.glob(".step_*.replaced"):
+        final = root / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not final.exists():
+            os.rename(replaced, final)
+    _remove(root, "partial", "replaced", "deleted")
+    partial = _hidden(root, f"step_{step}", "partial")
+    partial.mkdir()
+    return partial
+
+
+def publish(root: Path, step: int, keep: int) -> Path:
+    """Name the finished directory, update ``latest``, delete all but ``keep``. One rank only."""
+    final = step_directory(root, step)
+    partial = _hidden(root, final.name, "partial")
+    for directory, _, _ in os.walk(partial, topdown=False):
+        _sync_directory(Path(directory))
+    if final.exists():  # the same step again, after resuming from it or from an older one
+        os.rename(final, _hidden(root, final.name, "replaced"))
+    os.rename(partial, final)
+    _sync_directory(root)
+    _write_latest(root, final.name)
+    others = [path for path in complete_checkpoints(root).values() if path != final]
+    for path in others[: max(0, len(others) - (keep - 1))]:
+        os.rename(path, _hidden(root, path.name, "deleted"))  # so that none is seen half deleted
+    _remove(root, "replaced", "deleted")
+    return final
+
+
+def _write_latest(root: Path, name: str) -> None:
+    temporary = root / f".{LATEST}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, root / LATEST)
+    _sync_directory(root)
+
+
+def _remove(root: Path, *states: str) -> None:
+    for state in states:
+        for path in root.glob(f".step_*.{state}"):
+            shutil.rmtree(path)
+
+
+def _sync_directory(path: Path) -> None:
+    """Write a directory's entries (its names, not its files) to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""What a checkpoint is of: the architecture (must agree to be loaded) and the layout (need not)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_rl.config.layout import moe_layers
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.errors import UserError
+
+#: Fields of ModelConfig that change neither the shape nor the meaning of the weights.
+NOT_ARCHITECTURE = {
+    "preset",
+    "hf_config",
+    "max_sequence_length",
+    "aux_loss_coeff",
+    "z_loss_coeff",
+    "expert_bias_update_rate",
+    "freeze_router",
+    "init_std",
+    "transformer_engine",
+}
+
+
+def architecture_of(model: ModelConfig) -> dict[str, Any]:
+    """The fields that decide which weights there are and what they compute, defaults filled in."""
+    fields = model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
+    fields["num_query_groups"] = model.num_query_groups or model.num_attention_heads
+    fields["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
+    fields["moe_layer_freq"] = [int(is_moe) for is_moe in moe_layers(model)]
+    return fields
+
+
+def layout_of(parallel: ParallelConfig, world_size: int) -> dict[str, Any]:
+    """How the weights and the optimizer state are spread over the ranks."""
+    split = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    return {
+        "world_size": world_size,
+        **{name: getattr(parallel, name) for name in split},
+        "distributed_optimizer": parallel.distributed_optimizer,
+    }
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON gives it back (lists for tuples), to compare with what was stored."""
+    return json.loads(json.dumps(value))
+
+
+def check_architecture(
+    stored: dict[str, Any], wanted: dict[str, Any], where: str, ignore: tuple[str, ...] = ()
+) -> None:
+    """Refuse a checkpoint of another architecture, naming every field that differs.
+
+    Raises:
+        UserError: a field differs or is there only on one side.
+    """
+    wanted = as_json(wanted)
+    fields = [name for name in {**stored, **wanted} if name not in ignore]
+    missing = "not set"
+    differing = [
+        (name, stored.get(name, missing), wanted.get(name, missing))
+        for name in fields
+        if stored.get(name, missing) != wanted.get(name, missing)
+    ]
+    if not differing:
+        return
+    found = ", ".join(f"{name} {value}" for name, value, _ in differing)
+    expected = ", ".join(f"{name} {value}" for name, _, value in differing)
+    raise UserError(
+        f"{where} is of a model with {found}; the configuration's model has {expected}; "
+        "use the model section of the run that wrote it, or another directory"
+    )

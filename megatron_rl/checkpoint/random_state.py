@@ -1,0 +1,32 @@
+"""The random state of a rank: torch's generators and Megatron's named states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+RANDOM = "random"
+
+
+def random_file(directory: Path, rank: int) -> Path:
+    """Where a rank's random state is, within a checkpoint."""
+    return directory / RANDOM / f"rank_{rank}.pt"
+
+
+def save_random_state(path: Path) -> None:
+    """Write this rank's random state: tensors only, readable with ``weights_only``."""
+    state = {"cpu": torch.get_rng_state(), "megatron": dict(get_cuda_rng_tracker().get_states())}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    torch.save(state, path)
+
+
+def load_random_state(path: Path) -> None:
+    """Set this rank's random state to the stored one; a CUDA state only where there is CUDA."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,0 +1,111 @@
+"""Saving a checkpoint.
+
+step_N/
+  manifest.json    what it is of; size and SHA-256 of every other file
+  state.json       the caller's state (data cursor, scheduler...)
+  shards/          weights and optimizer state, in Megatron-Core's torch_dist format
+  random/          rank_R.pt: random state of every rank
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_rl.checkpoint.directory import begin, publish, step_directory
+from megatron_rl.checkpoint.identity import as_json
+from megatron_rl.checkpoint.manifest import Manifest, fingerprints, write_manifest
+from megatron_rl.checkpoint.optimizer_state import optimizer_shards, optimizer_step
+from megatron_rl.checkpoint.random_state import RANDOM, random_file, save_random_state
+from megatron_rl.checkpoint.together import together
+from megatron_rl.checkpoint.torch_dist import shard_files, write_shards
+from megatron_rl.parallel.groups import Groups
+
+SHARDS = "shards"
+STATE = "state.json"
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    state: dict[str, Any],
+    architecture: dict[str, Any],
+    layout: dict[str, Any],
+    groups: Groups,
+    keep: int,
+) -> Path:
+    """Write and publish ``root/step_N``, then delete all but the newest ``keep``.
+
+    A collective over all ranks. A run killed at any moment leaves a complete newest checkpoint:
+    this one or the one before.
+
+    Args:
+        root: directory of checkpoints, on storage that every rank sees.
+        step: N.
+        chunks: this rank's bare GPTModels.
+        optimizer: None to save the weights alone.
+        state: JSON-able; rank 0's is stored and given back by `load_checkpoint`.
+        architecture: of `identity.architecture_of`; a checkpoint of another one is not loaded.
+        layout: of `identity.layout_of`.
+        groups: the process groups.
+        keep: complete checkpoints left over afterwards, this one included; at least 1.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        OSError: writing failed; raised on all ranks, and nothing is published.
+    """
+    world, is_first = groups.world, groups.world.rank() == 0
+    state, architecture, layout = as_json(state), as_json(architecture), as_json(layout)
+    partial = together(world, lambda: _begin(root, step) if is_first else None)[0]
+    sharded = {"model": model_shards(chunks, groups)}
+    updates = None
+    if optimizer is not None:
+        updates = optimizer_step(optimizer, world)
+        sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=False)
+    write_shards(sharded, partial / SHARDS)
+    written = together(world, lambda: _write_own(partial, world.rank(), state))
+
+    def finish() -> None:
+        files = {name: entry for entries in written for name, entry in sorted(entries.items())}
+        versions = {name: version(name) for name in ("torch", "megatron-core")}
+        write_manifest(partial, Manifest(step, architecture, layout, updates, files, versions))
+        publish(root, step, keep)
+
+    together(world, lambda: finish() if is_first else None)
+    return step_directory(root, step)
+
+
+def model_shards(chunks: Sequence[torch.nn.Module], groups: Groups) -> dict[str, Any]:
+    """The chunks' tensors as shards of the whole model's; keys do not depend on the layout."""
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.data_context}
+    return {
+        str(number): chunk.sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def _begin(root: Path, step: int) -> Path:
+    partial = begin(root, step)
+    (partial / SHARDS).mkdir()
+    (partial / RANDOM).mkdir()
+    return partial
+
+
+def _write_own(partial: Path, rank: int, state: dict[str, Any]) -> dict[str, list]:
+    """Write this rank's small files; the fingerprints of all files it wrote."""
+    own = [*shard_files(partial / SHARDS), random_file(partial, rank)]
+    save_random_state(own[-1])
+    if rank == 0:
+        own.append(partial / STATE)
+        own[-1].write_text(json.dumps(state, indent=1), encoding="utf-8")
+    return fingerprints(partial, own)

@@ -1,0 +1,93 @@
+"""Reading and writing Megatron-Core's torch_dist format in the calling process."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_rl.errors import UserError
+
+
+class InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):
+    """Megatron's strategy for the torch_dist format, written by torch's own writer in this process.
+
+    Megatron 0.16 writes even a synchronous save in forked processes that answer through the queue
+    of a spawned manager. That one imports the main module again: 3 to 10 s at the first save, and a
+    hang where the main module has no guard (or psutil is missing). The files are the same. Can go
+    when Megatron writes synchronous saves in the process itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """Write the shards this rank is the main replica of, and on rank 0 the index of all."""
+        by_key, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        checkpoint.save(
+            megatron_torch.mcore_to_pyt_state_dict(by_key, False),
+            # Syncing is left to the checksum pass, which opens every file anyway.
+            storage_writer=checkpoint.FileSystemWriter(
+                checkpoint_dir, thread_count=1, sync_files=False
+            ),
+            planner=megatron_torch.MCoreSavePlanner(
+                dedup_replicated_tensors=False, flatten_state_dict=False
+            ),
+        )
+
+
+def write_shards(sharded: dict[str, Any], directory: Path) -> None:
+    """Write the shards of all ranks into an existing, empty directory. A collective over all ranks.
+
+    Raises:
+        OSError: writing failed on some rank.
+    """
+    try:
+        dist_checkpointing.save(sharded, str(directory), sharded_strategy=InProcessSave())
+    except CheckpointException as error:  # a BaseException, which 'except Exception' misses
+        raise OSError(f"{directory} could not be written: {_first_reason(error)}") from error
+
+
+def read_shards(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The stored values of the shards asked for, in their structure. A collective, all ranks.
+
+    Raises:
+        UserError: one is not stored, or has another shape.
+    """
+    try:
+        with warnings.catch_warnings():  # Megatron calls a function torch is about to rename
+            warnings.simplefilter("ignore", FutureWarning)
+            return dist_checkpointing.load(sharded, str(directory))
+    except (CheckpointException, CheckpointingException) as error:
+        raise UserError(
+            f"{directory} does not hold what model and optimizer need ({_first_reason(error)}); "
+            "expected the same trained parameters; resume with the configuration it was written "
+            "with, or start a new run from its weights with checkpoint.init_from"
+        ) from error
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The files of a shard directory that this rank wrote; on rank 0 with the index files."""
+    own, rank = f"__{dist.get_rank()}_", dist.get_rank()
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.name.startswith(own) or (rank == 0 and not path.name.startswith("__"))
+    ]
+
+
+def _first_reason(error: BaseException) -> str:
+    """The innermost message, on one line of bearable length."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

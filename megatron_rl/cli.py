@@ -1,0 +1,221 @@
+"""The command line: ``megatron-rl VERB CONFIG [--section.key value ...]``.
+
+Arguments and config are read and checked before torch or Megatron is imported, so a mistake costs
+no time and no GPU. Exit codes: 0 success, 2 a user's mistake (one line on stderr), 130 interrupted,
+1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn, Sequence
+
+from megatron_rl import __version__
+from megatron_rl.config.checks import check_config, input_files
+from megatron_rl.config.estimate import GIB, count_parameters, rank_memory, trace_bytes_per_token
+from megatron_rl.config.layout import data_parallel_size, ranks_wanted
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.device.launch import read_launch
+from megatron_rl.errors import UserError
+
+#: Verb -> what it does, as the help shows it.
+VERBS = {
+    "train": "reinforcement learning on data.train",
+    "sft": "supervised fine-tuning on data.train",
+    "evaluate": "measure the model on data.eval",
+    "generate": "answer the prompts given with --prompt",
+    "report": "write report.html of a finished or running run",
+    "check": "check a config and show its layout, parameters and memory; starts nothing",
+}
+
+#: Flags that are no fields of the config; all take a value except help and version.
+OWN_FLAGS = {"--prompt", "--world-size", "--for"}
+
+_CONFIG_HELP = (
+    "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
+    "--rollout.temperature 0.8 --algorithm.settings.clip 0.3. "
+    "Paths are relative to the current directory."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors other than a user's propagate.
+
+    As usual with argparse, ``-h`` and ``--version`` end in SystemExit(0).
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        own, overrides = split_overrides(words)
+        _run(_parser().parse_args(own), overrides)
+    except UserError as error:
+        _print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line words -> (for argparse, overrides of config fields), each in its order.
+
+    Every ``--name`` but the few flags of the command line itself is an override, and takes the next
+    word as its value unless that is a flag again (``load_config`` reports the missing value).
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name = word.partition("=")[0]
+        if name in OWN_FLAGS:
+            own += [word] if "=" in word or not rest else [f"{word}={rest.pop(0)}"]
+        elif not word.startswith("--") or name in ("--help", "--version"):
+            own.append(word)
+        else:
+            overrides.append(word)
+            if "=" not in word and rest and not rest[0].startswith("--"):
+                overrides.append(rest.pop(0))
+    return own, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} -h")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="megatron-rl",
+        description="Reinforcement learning of Mixture-of-Experts models on Megatron-Core.",
+        epilog="Several ranks: torchrun --nproc-per-node N -m megatron_rl VERB CONFIG ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-rl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(
+            verb,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=None if verb == "report" else _CONFIG_HELP,
+            allow_abbrev=False,
+        )
+        if verb == "report":
+            sub.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's directory")
+            continue
+        sub.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file")
+        if verb == "generate":
+            sub.add_argument(
+                "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again"
+            )
+        if verb == "check":
+            sub.add_argument(
+                "--world-size", type=int, metavar="N", help="ranks; default: as the config says"
+            )
+            runs = [v for v in VERBS if v not in ("report", "check")]
+            sub.add_argument(
+                "--for", dest="purpose", choices=runs, default="train", help="default: train"
+            )
+    return parser
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Check what the arguments name, then import and call what the verb needs."""
+    if args.verb is None:
+        raise UserError(f"no verb given; expected one of {', '.join(VERBS)}; see megatron-rl -h")
+    if args.verb == "report":
+        if overrides:
+            raise UserError(f"report: found {overrides[0]}; expected only RUN_DIR")
+        from megatron_rl.observe.report import write_report
+
+        print(write_report(args.run_dir))
+        return
+    config = load_config(args.config, overrides)
+    if args.verb == "check":
+        _show_check(config, args.world_size, args.purpose)
+        return
+    if args.verb == "generate" and not args.prompt:
+        raise UserError("generate: no prompt given; expected at least one --prompt TEXT")
+    check_config(config, read_launch().world_size, args.verb)
+    _start(args, config)
+
+
+def _start(args: argparse.Namespace, config: Config) -> None:
+    """Import the training and hand over."""
+    from megatron_rl.training import run
+
+    if args.verb == "train":
+        run.train(config)
+    elif args.verb == "sft":
+        run.sft(config)
+    elif args.verb == "evaluate":
+        run.evaluate(config)
+    else:
+        run.generate(config, args.prompt)
+
+
+def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
+    """Check the config for ``purpose`` and print its size; files are listed, not required."""
+    if world_size is not None:
+        if world_size < 1:
+            raise UserError(f"--world-size is {world_size}; expected at least 1")
+        parallel = config.parallel.model_copy(update={"world_size": world_size})
+        config = config.model_copy(update={"parallel": parallel})
+    check_config(config, None, purpose, files=False)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title=f"valid for {purpose}")
+    for name, text in check_rows(config):
+        table.add_row(name, text)
+    Console().print(table)
+
+
+def check_rows(config: Config) -> list[tuple[str, str]]:
+    """What ``check`` shows: (name, value) of ranks, layout, sizes and input files."""
+    p, ranks = config.parallel, ranks_wanted(config.parallel)
+    total, active = count_parameters(config.model)
+    memory = rank_memory(config, ranks)
+    layout = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    split = [f"{name} {getattr(p, name)}" for name in layout if getattr(p, name) not in (None, 1)]
+    trace = trace_bytes_per_token(config.model)
+    return [
+        ("ranks", str(ranks)),
+        ("layout", ", ".join([f"data {data_parallel_size(p, ranks)}", *split])),
+        ("parameters", f"{total:,} ({active:,} active for a token)"),
+        ("memory per rank", f"{_gib(memory.total)} in an update, of which"),
+        ("  weights", f"{_gib(memory.weights)} ({config.model.dtype})"),
+        ("  gradients", f"{_gib(memory.gradients)}"),
+        ("  optimizer state", f"{_gib(memory.optimizer)}"),
+        ("  activations", f"{_gib(memory.activations)} (approximate)"),
+        ("  logits", f"{_gib(memory.logits)}"),
+        ("router trace", f"{trace:,} bytes per token, over all stages"),
+        *((name, _file_state(path)) for name, path in input_files(config).items()),
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+def _file_state(path: Path | None) -> str:
+    if path is None:
+        return "not given"
+    return str(path) if path.exists() else f"{path} (missing)"
+
+
+def _print_error(error: UserError) -> None:
+    """One line on stderr, once a machine: its other ranks make the same mistake."""
+    message = " ".join(str(error).split("\n"))
+    try:
+        launch = read_launch()
+    except UserError:  # it is the mistake being reported
+        launch = None
+    if launch is None or launch.local_rank == 0:
+        print(f"megatron-rl: error: {message}", file=sys.stderr)

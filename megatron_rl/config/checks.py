@@ -1,0 +1,178 @@
+"""Rules that span several fields: one function each, named after it. They refuse, never repair.
+
+Each raises UserError("found; expected; remedy"). ``check_config`` runs the rules a verb needs.
+Types and bounds of single fields are in ``schema.py``, rules of the architecture in
+``checks_model.py``, of the parallel layout in ``checks_layout.py``, of training and files here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+from megatron_rl.config.checks_layout import (
+    LAYOUT_RULES,
+    layout_fits_world,
+    ranks_are_as_configured,
+)
+from megatron_rl.config.checks_model import MODEL_RULES
+from megatron_rl.config.layout import data_parallel_size, ranks_wanted
+from megatron_rl.config.names import ADVANTAGE_NAMES, LOSS_NAMES, VERIFIER_NAMES
+from megatron_rl.config.nearest import did_you_mean
+from megatron_rl.config.schema import Config
+from megatron_rl.errors import UserError
+
+
+def answers_leave_room_for_prompts(config: Config) -> None:
+    """A prompt has at least one token."""
+    new, longest = config.rollout.max_new_tokens, config.model.max_sequence_length
+    if new >= longest:
+        raise UserError(
+            f"rollout.max_new_tokens {new} leaves no room for the prompt in "
+            f"model.max_sequence_length {longest}; expected less; lower rollout.max_new_tokens"
+        )
+
+
+def loss_is_known(config: Config) -> None:
+    """``algorithm.name`` is a loss."""
+    _known("algorithm.name", config.algorithm.name, LOSS_NAMES)
+
+
+def advantages_are_known(config: Config) -> None:
+    """``algorithm.advantages`` is an advantage estimator."""
+    _known("algorithm.advantages", config.algorithm.advantages, ADVANTAGE_NAMES)
+
+
+def verifier_is_known(config: Config) -> None:
+    """``reward.name`` is a verifier."""
+    _known("reward.name", config.reward.name, VERIFIER_NAMES)
+
+
+def groups_have_several_answers(config: Config) -> None:
+    """An advantage is taken against the other answers to the same prompt."""
+    if config.rollout.samples_per_prompt < 2:
+        raise UserError(
+            "rollout.samples_per_prompt is 1: its advantage is always 0; expected at least 2 "
+            "answers a prompt"
+        )
+
+
+def prompts_split_over_ranks(config: Config, world_size: int) -> None:
+    """Every data-parallel rank gets as many whole prompts, cut evenly in mini-batches."""
+    prompts, parts = config.rollout.prompts_per_step, config.algorithm.mini_batches
+    replicas = data_parallel_size(config.parallel, world_size)
+    if prompts % replicas:
+        raise UserError(
+            f"rollout.prompts_per_step {prompts} is no multiple of the data-parallel size "
+            f"{replicas}; expected a multiple; change rollout.prompts_per_step"
+        )
+    if (prompts // replicas) % parts:
+        raise UserError(
+            f"{prompts // replicas} prompts a data-parallel rank are no multiple of "
+            f"algorithm.mini_batches {parts}; expected a multiple, since a group is never split; "
+            "change rollout.prompts_per_step or algorithm.mini_batches"
+        )
+
+
+def batch_splits_over_ranks(config: Config, world_size: int) -> None:
+    """Every data-parallel rank gets as many sequences of a fine-tuning batch as the others."""
+    replicas = data_parallel_size(config.parallel, world_size)
+    if config.train.batch_size % replicas:
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} is no multiple of the data-parallel size "
+            f"{replicas}; expected a multiple; change train.batch_size"
+        )
+
+
+def learning_rate_decays(config: Config) -> None:
+    """The learning rate ends at or below its peak."""
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}; "
+            "expected at most that; lower optimizer.min_lr"
+        )
+
+
+#: Files a verb cannot do without.
+NEEDED_FILES: dict[str, tuple[str, ...]] = {
+    "train": ("data.tokenizer.path", "data.train", "data.eval"),
+    "sft": ("data.tokenizer.path", "data.train", "data.eval"),
+    "evaluate": ("data.tokenizer.path", "data.eval"),
+    "generate": ("data.tokenizer.path",),
+}
+
+
+def input_files(config: Config) -> dict[str, Path | None]:
+    """Every path a run reads, by the name of its field."""
+    return {
+        "data.tokenizer.path": config.data.tokenizer.path,
+        "data.train": config.data.train,
+        "data.eval": config.data.eval,
+        "checkpoint.init_from": config.checkpoint.init_from,
+    }
+
+
+def files_exist(config: Config, verb: str) -> None:
+    """The files a verb reads are named and there; run_dir, if there, is a directory."""
+    files = input_files(config)
+    for name in NEEDED_FILES[verb]:
+        if files[name] is None:
+            raise UserError(
+                f"{name} is not given; expected a path, which {verb} needs; set --{name}"
+            )
+    for name in (*NEEDED_FILES[verb], "checkpoint.init_from"):
+        path = files[name]
+        if path is not None and not path.exists():
+            raise UserError(
+                f"{name}: {path} does not exist; expected a path from the current directory "
+                f"({Path.cwd()})"
+            )
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise UserError(f"run_dir {config.run_dir} is a file; expected a directory or a new name")
+
+
+VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
+    "train": (
+        loss_is_known,
+        advantages_are_known,
+        verifier_is_known,
+        groups_have_several_answers,
+        answers_leave_room_for_prompts,
+    ),
+    "sft": (verifier_is_known, answers_leave_room_for_prompts),
+    "evaluate": (verifier_is_known, answers_leave_room_for_prompts),
+    "generate": (answers_leave_room_for_prompts,),
+}
+
+RANK_RULES: dict[str, tuple[Callable[[Config, int], None], ...]] = {
+    "train": (prompts_split_over_ranks,),
+    "sft": (batch_splits_over_ranks,),
+    "evaluate": (),
+    "generate": (),
+}
+
+
+def check_config(config: Config, world_size: int | None, verb: str, files: bool = True) -> None:
+    """Refuse a config that ``verb`` (train, sft, evaluate, generate) could not run.
+
+    ``world_size``: ranks there are; None: unknown, so those the config asks for.
+    ``files``: also look whether the files it names exist.
+    """
+    for rule in (*MODEL_RULES, *LAYOUT_RULES, learning_rate_decays, *VERB_RULES[verb]):
+        rule(config)
+    if world_size is None:
+        world_size = ranks_wanted(config.parallel)
+    else:
+        ranks_are_as_configured(config, world_size, verb)
+    layout_fits_world(config, world_size)
+    for rank_rule in RANK_RULES[verb]:
+        rank_rule(config, world_size)
+    if files:
+        files_exist(config, verb)
+
+
+def _known(field: str, name: str, names: tuple[str, ...]) -> None:
+    if name not in names:
+        hint = did_you_mean(name, names)
+        raise UserError(f"{field} is {name!r}{hint}; expected one of {', '.join(names)}")

@@ -1,0 +1,203 @@
+"""Size of a run before it starts: parameters, memory of the fullest rank, bytes of router trace.
+
+Pure arithmetic on the config; no torch. Weights, gradients and optimizer state follow from the
+layout; activations are an approximation, stated at ``activation_bytes``. Not counted: the KV cache
+of the rollout, communication buffers, the allocator's overhead, the libraries themselves.
+
+Legend: D hidden, H query heads, G key/value heads, d head_dim, F dense MLP width, E experts,
+K top-K, Fe expert width, Fs shared-expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.config.layout import (
+    data_parallel_size,
+    expert_data_parallel_size,
+    moe_layers,
+    stage_layers,
+)
+from megatron_rl.config.schema import Config, ModelConfig
+
+GIB = 2**30
+#: Bytes of a weight or activation.
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """Their sum, bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def attention_parameters(model: ModelConfig) -> tuple[int, int]:
+    """Of a layer: (split over tensor ranks, whole on each), its two norms over D included.
+
+    Split: q and o, 2 H d D; k and v, 2 G d D; with qkv_bias (H + 2 G) d. Whole: 2 D, and the norms
+    of queries and keys, 2 d per head or (H + G) d over all heads.
+    """
+    heads, groups, width = _heads(model)
+    split = 2 * (heads + groups) * width * model.hidden_size
+    if model.qkv_bias:
+        split += (heads + 2 * groups) * width
+    whole = 2 * model.hidden_size
+    if model.qk_norm:
+        whole += 2 * width if model.qk_norm_scope == "head" else (heads + groups) * width
+    return split, whole
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Of one expert: gate, up and down projections, 3 D Fe."""
+    return 3 * model.hidden_size * model.moe_ffn_hidden_size
+
+
+def mlp_parameters(model: ModelConfig, is_moe: bool) -> tuple[int, int]:
+    """Of a layer without its routed experts: (split over tensor ranks, whole on each).
+
+    Dense: 3 D F split. MoE: shared expert 3 D Fs split; router D E and shared gate D whole. The
+    expert bias is a buffer, no parameter.
+    """
+    if not is_moe:
+        return 3 * model.hidden_size * model.ffn_hidden_size, 0
+    shared = 3 * model.hidden_size * (model.shared_expert_ffn_hidden_size or 0)
+    gate = model.hidden_size if model.shared_expert_gate else 0
+    return shared, model.hidden_size * model.num_experts + gate
+
+
+def count_parameters(model: ModelConfig) -> tuple[int, int]:
+    """(all, active for a token): embeddings V D, untied output V D, final norm D and every layer.
+
+    Active counts K of E experts in each MoE layer, and the embeddings in full.
+    """
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    total = embeddings + model.hidden_size
+    routed = 0
+    for is_moe in moe_layers(model):
+        total += sum(attention_parameters(model)) + sum(mlp_parameters(model, is_moe))
+        routed += expert_parameters(model) * is_moe
+    active = total + model.moe_top_k * routed
+    return total + model.num_experts * routed, active
+
+
+def trace_bytes_per_token(model: ModelConfig) -> int:
+    """Router trace: MoE layers x K x (bytes of an expert id + 4 for its log-probability).
+
+    An id takes 1 byte up to 256 experts, 2 up to 65536, else 4. Over all pipeline stages.
+    """
+    id_bytes = 1 if model.num_experts <= 2**8 else 2 if model.num_experts <= 2**16 else 4
+    return sum(moe_layers(model)) * model.moe_top_k * (id_bytes + 4)
+
+
+def rank_memory(config: Config, world_size: int) -> Memory:
+    """Memory of the fullest rank in an update, over the pipeline stages."""
+    stages = range(config.parallel.pipeline)
+    return max((_stage_memory(config, world_size, s) for s in stages), key=lambda m: m.total)
+
+
+def _stage_memory(config: Config, world_size: int, stage: int) -> Memory:
+    """Memory of a rank of one pipeline stage.
+
+    Weights: bytes of dtype a parameter. Gradients: fp32, 4 bytes a parameter. Optimizer: Adam's two
+    moments, 8 bytes, and for bf16 the fp32 main weights, 4 more; the distributed optimizer shares
+    them among the ranks with the same parameters (data-parallel x context, expert-data-parallel).
+    """
+    parallel, element = config.parallel, DTYPE_BYTES[config.model.dtype]
+    dense, experts = _rank_parameters(config, stage)
+    state = 8 + (4 if element == 2 else 0)
+    if parallel.distributed_optimizer:
+        dense_shards = data_parallel_size(parallel, world_size) * parallel.context
+        expert_shards = expert_data_parallel_size(parallel, world_size)
+        held = dense / dense_shards + experts / expert_shards
+    else:
+        held = dense + experts
+    last = stage == parallel.pipeline - 1
+    return Memory(
+        weights=(dense + experts) * element,
+        gradients=(dense + experts) * 4,
+        optimizer=held * state,
+        activations=activation_bytes(config, stage),
+        logits=logit_bytes(config) if last else 0,
+    )
+
+
+def _rank_parameters(config: Config, stage: int) -> tuple[float, float]:
+    """(dense, expert) parameters: split ones / tensor, experts / (expert x expert_tensor)."""
+    model, parallel = config.model, config.parallel
+    is_moe = moe_layers(model)
+    split = whole = experts = 0
+    for layer in stage_layers(model.num_layers, parallel)[stage]:
+        for a, b in (attention_parameters(model), mlp_parameters(model, is_moe[layer])):
+            split, whole = split + a, whole + b
+        experts += expert_parameters(model) * model.num_experts * is_moe[layer]
+    table = model.vocab_size * model.hidden_size
+    last = stage == parallel.pipeline - 1
+    if stage == 0:
+        split += table
+    if last:
+        whole += model.hidden_size
+        # a tied output layer is the embedding itself, or its copy on another stage
+        split += table if not model.tie_embeddings or stage > 0 else 0
+    return split / parallel.tensor + whole, experts / (parallel.expert * parallel.expert_tensor)
+
+
+def activation_bytes(config: Config, stage: int) -> float:
+    """Approximate activations kept for the backward pass: tokens x elements x bytes of dtype.
+
+    Tokens: pack_tokens / (tensor x context). Elements a token and layer: attention and norms
+    4 D + 2 (H + G) d; dense MLP 3 F; MoE K (2 D + 3 Fe) + 3 Fs + 2 E (the router's in fp32), tokens
+    spread evenly over the experts. recompute selective: without the core attention's output, H d.
+    recompute full: the input D of every layer, and one layer whole while it is recomputed. The
+    schedule keeps ``pipeline - stage`` packs; with virtual stages ``pipeline + (pipeline - 1) /
+    virtual`` of them.
+    """
+    model, parallel = config.model, config.parallel
+    tokens = config.data.pack_tokens / (parallel.tensor * parallel.context)
+    is_moe = moe_layers(model)
+    layers = stage_layers(model.num_layers, parallel)[stage]
+    per_layer = [_layer_elements(config, is_moe[layer]) for layer in layers]
+    packs: float = parallel.pipeline - stage
+    if parallel.virtual_pipeline:
+        packs = parallel.pipeline + (parallel.pipeline - 1) / parallel.virtual_pipeline
+    if parallel.recompute == "full":
+        kept = packs * len(layers) * model.hidden_size + max(per_layer)
+    else:
+        kept = packs * sum(per_layer)
+    return tokens * kept * DTYPE_BYTES[model.dtype]
+
+
+def _layer_elements(config: Config, is_moe: bool) -> int:
+    """Elements a token leaves in one layer, see ``activation_bytes``."""
+    model = config.model
+    heads, groups, width = _heads(model)
+    elements = 4 * model.hidden_size + 2 * (heads + groups) * width
+    if config.parallel.recompute == "selective":
+        elements -= heads * width
+    if not is_moe:
+        return elements + 3 * model.ffn_hidden_size
+    routed = model.moe_top_k * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size)
+    router = 2 * model.num_experts * 4 // DTYPE_BYTES[model.dtype]
+    return elements + routed + 3 * (model.shared_expert_ffn_hidden_size or 0) + router
+
+
+def logit_bytes(config: Config) -> float:
+    """Logits of a pack and their gradient in fp32: 8 pack_tokens V / (tensor x context)."""
+    parallel = config.parallel
+    share = parallel.tensor * parallel.context
+    return 8 * config.data.pack_tokens * config.model.vocab_size / share
+
+
+def _heads(model: ModelConfig) -> tuple[int, int, int]:
+    """(H, G, d) with their defaults resolved."""
+    heads = model.num_attention_heads
+    return heads, model.num_query_groups or heads, model.head_dim or model.hidden_size // heads

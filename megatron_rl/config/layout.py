@@ -1,0 +1,45 @@
+"""Arithmetic of the parallel layout: ranks needed, data-parallel sizes, layers of a stage."""
+
+from __future__ import annotations
+
+from math import lcm
+
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
+
+
+def smallest_world(parallel: ParallelConfig) -> int:
+    """Fewest ranks the layout fits: pipeline x lcm(tensor x context, expert x expert_tensor)."""
+    dense = parallel.tensor * parallel.context
+    return parallel.pipeline * lcm(dense, parallel.expert * parallel.expert_tensor)
+
+
+def ranks_wanted(parallel: ParallelConfig) -> int:
+    """``parallel.world_size`` where it is given, else the fewest ranks the layout fits."""
+    return parallel.world_size or smallest_world(parallel)
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas that draw different problems: world / (tensor x pipeline x context)."""
+    return world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+
+def expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Copies of each expert: world / (pipeline x expert x expert_tensor)."""
+    return world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
+
+
+def moe_layers(model: ModelConfig) -> list[bool]:
+    """Whether each of the ``num_layers`` layers, over all stages, is a MoE layer."""
+    if isinstance(model.moe_layer_freq, int):
+        return [layer % model.moe_layer_freq == 0 for layer in range(model.num_layers)]
+    return [bool(mark) for mark in model.moe_layer_freq]
+
+
+def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
+    """Layers of each pipeline stage; with virtual stages, chunk c belongs to stage c % pipeline."""
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    size = num_layers // chunks
+    return [
+        [c * size + i for c in range(stage, chunks, parallel.pipeline) for i in range(size)]
+        for stage in range(parallel.pipeline)
+    ]

@@ -1,0 +1,209 @@
+"""Load a config: YAML, overrides, model preset -> ``Config``. Mistakes name their place.
+
+Precedence: schema defaults < ``model.preset`` or ``model.hf_config`` < YAML < command line. A field
+written in the YAML therefore wins over a preset named on the command line. Paths (data, tokenizer,
+run_dir, init_from, hf_config) are relative to the current working directory, not to the YAML file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from megatron_rl.config.fields import choices, expectation, is_dict, is_text, leaf_fields
+from megatron_rl.config.hf_config import read_hf_config
+from megatron_rl.config.nearest import did_you_mean
+from megatron_rl.config.presets import MODEL_PRESETS
+from megatron_rl.config.schema import Config
+from megatron_rl.config.yaml_text import dump_yaml, parse_value, read_yaml
+from megatron_rl.errors import UserError
+
+
+class _Value(NamedTuple):
+    """A value and where it was written: ``run.yaml:3``, ``--seed``, ``preset tiny_moe``."""
+
+    value: Any
+    origin: str
+
+
+class _Keys(NamedTuple):
+    """The names the schema has."""
+
+    leaves: dict[str, FieldInfo]
+    sections: frozenset[str]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration: preset values filled in, overrides applied, every type checked.
+
+    ``overrides`` are command-line words, ``--section.key value`` or ``--section.key=value``, with
+    the value in YAML: ``--seed 3``, ``--algorithm.settings.clip 0.3``, ``--model.moe_layer_freq
+    [0,1]``. Of two for one key the last wins. Rules that span fields are in ``checks.py``.
+
+    Raises UserError: unknown key (with the nearest valid one), wrong type or bound, invalid YAML,
+    missing file, duplicate key, unknown preset, a Hugging Face config that is not understood.
+    """
+    keys = _schema_keys()
+    tree, lines = read_yaml(Path(path))
+    values = _flatten(tree, keys, lines, str(path))
+    for flag, text in _split_flags(overrides):
+        name = flag[2:]
+        field = _field_of(name, keys, flag)
+        value = _parse_flag(flag, text, field)
+        if field is None:  # an entry of a dict: joins those that are there
+            name, _, entry = name.rpartition(".")
+            value = {**_entries(name, values, keys), entry: value}
+        values[name] = _Value(value, flag)
+    return _validate({**_architecture(values), **values}, keys)
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, every field written out; ``load_config`` reads it back."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def _schema_keys() -> _Keys:
+    leaves = leaf_fields()
+    parts = [name.split(".")[:-1] for name in leaves]
+    sections = frozenset(".".join(p[: i + 1]) for p in parts for i in range(len(p)))
+    return _Keys(leaves, sections)
+
+
+def _flatten(
+    tree: Any, keys: _Keys, lines: dict[str, str], file: str, prefix: str = ""
+) -> dict[str, _Value]:
+    """Nested YAML -> dotted leaves; refuses unknown keys and values where a section belongs."""
+    found: dict[str, _Value] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        origin = lines.get(name, file)
+        if name in keys.sections:
+            if value is None:  # `observe:` with every line below it commented out
+                continue
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{origin}: {name} is {value!r}; expected a section, `{name}:` with keys below"
+                )
+            found.update(_flatten(value, keys, lines, file, name + "."))
+        else:
+            _field_of(name, keys, origin)
+            found[name] = _Value(value, origin)
+    return found
+
+
+def _field_of(name: str, keys: _Keys, origin: str) -> FieldInfo | None:
+    """The field of a dotted name; None for an entry of a dict (``algorithm.settings.clip``)."""
+    if name in keys.leaves:
+        return keys.leaves[name]
+    above, _, entry = name.rpartition(".")
+    if above in keys.leaves and is_dict(keys.leaves[above]) and entry:
+        return None
+    if name in keys.sections:
+        inside = [leaf for leaf in keys.leaves if leaf.startswith(name + ".")]
+        raise UserError(f"{origin}: {name} is a section; expected a key in it, such as {inside[0]}")
+    where = "" if origin == f"--{name}" else f"{origin}: "
+    shown = f"--{name}" if origin == f"--{name}" else name
+    hint = did_you_mean(name, keys.leaves) or "; expected a field of megatron_rl/config/schema.py"
+    raise UserError(f"{where}unknown key {shown}{hint}")
+
+
+def _split_flags(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Command-line words -> (``--name``, text) pairs."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, text = word.partition("=")
+        if not flag.startswith("--") or len(flag) == 2:
+            raise UserError(f"found {word!r} on the command line; expected --section.key value")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{flag} has no value; expected {flag} VALUE")
+            text = rest.pop(0)
+        pairs.append((flag, text))
+    return pairs
+
+
+def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
+    """A flag's text as YAML; where the field takes a string or path, all but null stays text."""
+    text_only = field is not None and is_text(field)
+    try:
+        value = parse_value(text)
+    except yaml.YAMLError as error:
+        if text_only:
+            return text
+        raise UserError(
+            f"{flag}: {text!r} is not a YAML value; expected e.g. 3, 0.7, [0, 1]"
+        ) from error
+    return text if text_only and value is not None and not isinstance(value, str) else value
+
+
+def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
+    """The ``model.*`` values of the preset or of the Hugging Face config, where one is named."""
+    preset = values.get("model.preset", _Value(None, ""))
+    hf_config = values.get("model.hf_config", _Value(None, ""))
+    if preset.value is not None and hf_config.value is not None:
+        raise UserError(
+            f"{hf_config.origin}: found model.hf_config and also model.preset ({preset.origin}); "
+            "expected one; set the other to null"
+        )
+    if isinstance(preset.value, str):
+        if preset.value not in MODEL_PRESETS:
+            hint = did_you_mean(preset.value, MODEL_PRESETS)
+            raise UserError(
+                f"{preset.origin}: unknown model.preset {preset.value!r}{hint}; expected one of "
+                f"{', '.join(MODEL_PRESETS)}"
+            )
+        fields, origin = MODEL_PRESETS[preset.value], f"preset {preset.value}"
+    elif isinstance(hf_config.value, str):
+        fields, origin = read_hf_config(Path(hf_config.value)), hf_config.value
+    else:  # none named, or of a wrong type: validation says so
+        return {}
+    return {f"model.{name}": _Value(value, origin) for name, value in fields.items()}
+
+
+def _entries(name: str, values: dict[str, _Value], keys: _Keys) -> dict[str, Any]:
+    """The entries a dict field has so far."""
+    found = values.get(name, _Value({}, ""))
+    if found.value is not None and not isinstance(found.value, dict):
+        raise _wrong_value(name, found, keys)
+    return found.value or {}
+
+
+def _validate(values: dict[str, _Value], keys: _Keys) -> Config:
+    """Dotted leaves -> ``Config``; the first mistake of type or bound becomes a UserError."""
+    nested: dict[str, Any] = {}
+    for name, entry in values.items():
+        *above, last = name.split(".")
+        branch = nested
+        for part in above:
+            branch = branch.setdefault(part, {})
+        branch[last] = entry.value
+    try:
+        # through JSON, because pydantic's strict mode takes paths as strings only from there
+        return Config.model_validate_json(json.dumps(nested, default=str), strict=True)
+    except ValidationError as error:
+        raise _type_error(error, values, keys) from error
+
+
+def _type_error(error: ValidationError, values: dict[str, _Value], keys: _Keys) -> UserError:
+    """Name the first wrong value, where it stands, and what its field expects."""
+    location = [str(part) for part in error.errors()[0]["loc"]]
+    # pydantic appends the branch of a union and the index in a list to the field's name
+    names = [".".join(location[:n]) for n in range(len(location), 0, -1)]
+    name = next((n for n in names if n in keys.leaves), None)
+    if name is None:  # a string that is no Unicode text
+        raise UserError(f"the config is not valid: {error.errors()[0]['msg']}") from error
+    return _wrong_value(name, values[name], keys)
+
+
+def _wrong_value(name: str, found: _Value, keys: _Keys) -> UserError:
+    hint = did_you_mean(str(found.value), choices(keys.leaves[name]))
+    shown = json.dumps(found.value, default=str)
+    where = found.origin if found.origin == f"--{name}" else f"{found.origin}: {name}"
+    return UserError(f"{where} is {shown}{hint}; expected {expectation(keys.leaves[name])}")

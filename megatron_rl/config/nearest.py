@@ -1,0 +1,28 @@
+"""The nearest valid name to a misspelt one."""
+
+from __future__ import annotations
+
+from difflib import SequenceMatcher
+from typing import Iterable
+
+
+def nearest(found: str, valid: Iterable[str]) -> str | None:
+    """The valid name most like ``found``; None where none is alike.
+
+    Dotted names are compared whole, and by their last part alone: ``model.temperature`` finds
+    ``rollout.temperature``. The whole name decides between equals.
+    """
+
+    def likeness(name: str) -> tuple[float, float]:
+        whole = SequenceMatcher(None, found, name).ratio()
+        last = SequenceMatcher(None, found.rpartition(".")[2], name.rpartition(".")[2]).ratio()
+        return max(whole, last), whole
+
+    best = max(valid, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= 0.6 else None
+
+
+def did_you_mean(found: str, valid: Iterable[str]) -> str:
+    """`` (did you mean NAME?)`` or nothing."""
+    name = nearest(found, valid)
+    return "" if name is None else f" (did you mean {name}?)"

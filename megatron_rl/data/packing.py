@@ -1,0 +1,136 @@
+"""Packing: sequences laid one behind the other into micro-batches of a fixed number of tokens.
+
+Shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence, TypeVar
+
+import numpy as np
+
+from megatron_rl.errors import UserError
+from megatron_rl.records import Pack, Sample
+
+Item = TypeVar("Item")
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` (>= 1) that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    """Which sequences go into which pack: first-fit decreasing.
+
+    Longest first, ties by index, each into the first pack with room: at most 11/9 of the least
+    number of packs, plus 6/9 (Dosa 2007). Returns the indices of each pack in ascending order;
+    every index occurs once. ``UserError`` if a sequence is longer than a pack.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
+    if sizes.size and sizes.max() > pack_tokens:
+        raise UserError(
+            f"sequence {int(sizes.argmax())} of {int(sizes.max())} tokens; "
+            f"a pack holds {pack_tokens}; "
+            "raise data.pack_tokens or shorten the sequences"
+        )
+    room = np.full(len(sizes), pack_tokens, dtype=np.int64)  # as many packs as could ever be needed
+    packs: list[list[int]] = []
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        place = int(np.argmax(room >= sizes[index]))
+        if place == len(packs):
+            packs.append([])
+        packs[place].append(index)
+        room[place] -= sizes[index]
+    return [sorted(pack) for pack in packs]
+
+
+def pack_samples(
+    samples: Sequence[Sample],
+    pack_tokens: int,
+    num_packs: int | None = None,
+    *,
+    vocab_size: int,
+    with_rollout_logprobs: bool | None = None,
+) -> list[Pack]:
+    """Packs of T = ``pack_tokens`` tokens by the plan of ``plan_packs``, followed by empty packs up
+    to ``num_packs``.
+
+    Padding holds the token ids t mod ``vocab_size`` at position t: one id everywhere would send all
+    padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs carry
+    them; None: as the samples do (an empty list of samples cannot tell). ValueError: more packs
+    than ``num_packs``, or samples that lack what is asked for.
+    """
+    if with_rollout_logprobs is None:
+        with_rollout_logprobs = any(sample.rollout_logprobs is not None for sample in samples)
+    for index, sample in enumerate(samples):
+        _check_sample(index, sample, with_rollout_logprobs)
+    plan = plan_packs([len(sample.tokens) for sample in samples], pack_tokens)
+    if num_packs is not None:
+        if len(plan) > num_packs:
+            raise ValueError(f"{len(plan)} packs are needed, num_packs is {num_packs}")
+        plan += [[] for _ in range(num_packs - len(plan))]
+    return [
+        _build_pack(
+            [samples[index] for index in members], pack_tokens, vocab_size, with_rollout_logprobs
+        )
+        for members in plan
+    ]
+
+
+def split_mini_batches(items: Sequence[Item], n: int) -> list[list[Item]]:
+    """n consecutive parts whose sizes differ by one at most, larger ones first; with fewer items
+    than n some are empty.
+    """
+    if n < 1:
+        raise ValueError(f"{n} parts")
+    size, extra = divmod(len(items), n)
+    bounds = [part * size + min(part, extra) for part in range(n + 1)]
+    return [list(items[start:stop]) for start, stop in zip(bounds, bounds[1:])]
+
+
+def _build_pack(
+    samples: Sequence[Sample], pack_tokens: int, vocab_size: int, with_rollout_logprobs: bool
+) -> Pack:
+    """One pack. Position t of a sequence predicts its token t + 1; its last position predicts
+    nothing.
+    """
+    tokens = np.arange(pack_tokens, dtype=np.int64) % vocab_size
+    targets = np.zeros(pack_tokens, dtype=np.int64)
+    positions = np.zeros(pack_tokens, dtype=np.int64)
+    mask = np.zeros(pack_tokens, dtype=bool)
+    sequence_ids = np.full(pack_tokens, len(samples), dtype=np.int64)
+    advantages = np.zeros(pack_tokens, dtype=np.float32)
+    logprobs = np.zeros(pack_tokens, dtype=np.float32) if with_rollout_logprobs else None
+    start = 0
+    for number, sample in enumerate(samples):
+        stop = start + len(sample.tokens)
+        tokens[start:stop] = sample.tokens
+        targets[start : stop - 1] = sample.tokens[1:]
+        positions[start:stop] = np.arange(stop - start)
+        sequence_ids[start:stop] = number
+        advantages[start:stop] = sample.advantage
+        trained = slice(start + sample.prompt_length - 1, stop - 1)  # these predict the completion
+        mask[trained] = True
+        if logprobs is not None:
+            logprobs[trained] = sample.rollout_logprobs
+        start = stop
+    lengths = tuple(len(sample.tokens) for sample in samples)
+    return Pack(tokens, targets, positions, mask, sequence_ids, lengths, advantages, logprobs)
+
+
+def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> None:
+    length, prompt = len(sample.tokens), sample.prompt_length
+    if not 1 <= prompt < length:
+        raise ValueError(
+            f"sample {index}: prompt of {prompt} in {length} tokens; "
+            "both parts need at least one token"
+        )
+    if with_rollout_logprobs:
+        if sample.rollout_logprobs is None:
+            raise ValueError(f"sample {index} has no rollout log-probabilities")
+        if len(sample.rollout_logprobs) != length - prompt:
+            found = len(sample.rollout_logprobs)
+            raise ValueError(
+                f"sample {index}: {found} rollout log-probabilities for {length - prompt} tokens"
+            )

@@ -1,0 +1,255 @@
+"""Tokenizers behind one small interface: SentencePiece models and Hugging Face tokenizers. Never
+uses the network.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, Sequence
+
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rl.config.schema import TokenizerConfig
+
+#: A prompt: text, or chat messages, each with "role" and "content".
+PromptText = str | Sequence[Mapping[str, Any]]
+
+#: Stands in a decoded text for every id past the tokenizer's vocabulary (a model may have more rows
+#: than that).
+REPLACEMENT = "\ufffd"
+
+#: End-of-sequence tokens looked for in a tokenizer.json that comes without a tokenizer_config.json.
+_END_TOKENS = (
+    "</s>",
+    "<eos>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "[EOS]",
+)
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    vocab_size: int  #: one past the largest id
+    bos_id: int | None
+    eos_id: int
+    pad_id: int  #: the end-of-sequence id where the tokenizer has no padding token
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens; ``REPLACEMENT`` for each id past the vocabulary."""
+
+    def encode_prompt(self, prompt: PromptText) -> list[int]:
+        """Ids a completion is to follow: with the beginning-of-sequence token, chat messages
+        through the template.
+        """
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece ``.model`` file (arXiv 1808.06226). It has no chat template: prompts are
+    plain text.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_proto=path.read_bytes())
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} cannot be read as a SentencePiece model ({error}); "
+                "expected a .model file; "
+                "correct data.tokenizer.path or data.tokenizer.kind"
+            ) from error
+        self.vocab_size: int = self._processor.vocab_size()
+        bos, eos, pad = (
+            self._processor.bos_id(),
+            self._processor.eos_id(),
+            self._processor.pad_id(),
+        )
+        if eos < 0:
+            raise UserError(
+                f"{path} has no end-of-sequence token; expected one; "
+                "train the tokenizer with eos_id set"
+            )
+        self.bos_id: int | None = bos if bos >= 0 else None
+        self.eos_id: int = eos
+        self.pad_id: int = pad if pad >= 0 else eos
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return _decode_runs(ids, self.vocab_size, self._processor.decode)
+
+    def encode_prompt(self, prompt: PromptText) -> list[int]:
+        if not isinstance(prompt, str):
+            raise UserError(
+                "a prompt of chat messages; "
+                "a SentencePiece tokenizer expects text, it has no chat template; "
+                "use data.tokenizer.kind huggingface or prompts of plain text"
+            )
+        start = [] if self.bos_id is None else [self.bos_id]
+        return start + self.encode(prompt)
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer from a directory, or from a ``tokenizer.json``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tokenizer = _load_huggingface(path)
+        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{path} has no end-of-sequence token; expected one; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.eos_id: int = self._tokenizer.eos_token_id
+        pad = self._tokenizer.pad_token_id
+        self.pad_id: int = self.eos_id if pad is None else pad
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return _decode_runs(ids, self.vocab_size, self._decode_known)
+
+    def encode_prompt(self, prompt: PromptText) -> list[int]:
+        """Begun as the tokenizer itself begins a text, but never ended; chat by its template."""
+        if not isinstance(prompt, str):
+            return self.encode(self._render(prompt))  # the template writes its own special tokens
+        ids = self._tokenizer.encode(prompt, add_special_tokens=True)
+        added = self._num_ends(ids) - self._num_ends(self.encode(prompt))
+        return ids[: len(ids) - added] if added > 0 else ids
+
+    def _num_ends(self, ids: list[int]) -> int:
+        """End-of-sequence tokens at the end."""
+        return next((n for n, token in enumerate(reversed(ids)) if token != self.eos_id), len(ids))
+
+    def _decode_known(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"a prompt of chat messages, but {self._path} has no chat template; "
+                "expected one in "
+                "chat_template.jinja or tokenizer_config.json; add it or use prompts of plain text"
+            )
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"chat messages the template of {self._path} refuses: {error}; correct the prompt"
+            ) from error
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a configuration; ``UserError`` if the path is not set, missing, or of
+    another kind.
+    """
+    if config.path is None:
+        raise UserError(
+            "data.tokenizer.path is not set; expected a tokenizer file or directory; set it"
+        )
+    if not config.path.exists():
+        raise UserError(
+            f"tokenizer {config.path} does not exist; expected a file or directory; "
+            "set data.tokenizer.path"
+        )
+    if config.kind == "huggingface":
+        return HuggingFaceTokenizer(config.path)
+    if not config.path.is_file():
+        raise UserError(
+            f"tokenizer {config.path} is a directory; "
+            "data.tokenizer.kind sentencepiece expects a .model file; "
+            "name the file or set the kind to huggingface"
+        )
+    return SentencePieceTokenizer(config.path)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """``UserError`` if the tokenizer has ids past the model's embedding of ``vocab_size`` rows;
+    fewer ids are fine.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {vocab_size}; "
+            "expected at least as many "
+            f"rows as ids; set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+
+
+def _decode_runs(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int]], str]) -> str:
+    """Decodes the runs of known ids, with ``REPLACEMENT`` for every id in between."""
+    pieces, run = [], []
+    for token in map(int, ids):
+        if 0 <= token < vocab_size:
+            run.append(token)
+            continue
+        pieces += [decode(run) if run else "", REPLACEMENT]
+        run = []
+    return "".join(pieces) + (decode(run) if run else "")
+
+
+def _load_huggingface(path: Path):
+    from transformers import AutoTokenizer
+
+    folder = path.parent if path.is_file() else path
+    _check_tokenizer_json(path if path.is_file() else path / "tokenizer.json")
+    if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
+        return _load_tokenizer_json(path)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} cannot be read as a Hugging Face tokenizer ({detail}); expected "
+            "tokenizer.json and tokenizer_config.json; correct data.tokenizer.path"
+        ) from error
+
+
+def _check_tokenizer_json(path: Path) -> None:
+    """Refuses what the tokenizers library would answer with an untyped exception."""
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        content = error
+    if not isinstance(content, dict) or "model" not in content:
+        raise UserError(
+            f"{path} is not the file of a Hugging Face fast tokenizer; expected a JSON object "
+            "with the key 'model'; correct data.tokenizer.path"
+        )
+
+
+def _load_tokenizer_json(path: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    vocabulary = tokenizer.get_vocab()
+    ends = [token for token in _END_TOKENS if token in vocabulary]
+    if len(ends) != 1:
+        found = " and ".join(ends) or f"none of {', '.join(_END_TOKENS)}"
+        raise UserError(
+            f"{path} has {found}; expected exactly one end-of-sequence token; "
+            "add a tokenizer_config.json that names eos_token"
+        )
+    tokenizer.eos_token = ends[0]
+    return tokenizer

@@ -1,0 +1,50 @@
+"""What a verifier is: a function from a prompt's record and a completion to a reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Protocol
+
+from megatron_rl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The verdict on one completion.
+
+    Every verifier of this package fills two parts, each 0.0 or 1.0: ``solved`` (the answer is
+    right) and ``well_formed`` (an answer could be read at all).
+    """
+
+    value: float  #: what the policy is trained on
+    #: named components, averaged in the metrics
+    parts: dict[str, float] = field(default_factory=dict)
+    reason: str = ""  #: a short text for people, at most a few hundred characters
+
+
+class Verifier(Protocol):
+    """Judges a completion; safe to call from several threads, and never raises on a completion.
+
+    ``UserError`` is raised only where the record or the machine lacks what the verifier needs.
+    """
+
+    def __call__(self, record: Mapping[str, Any], completion: str) -> Reward: ...
+
+
+def make_reward(
+    solved: bool, well_formed: bool, reason: str, well_formed_value: float = 0.0
+) -> Reward:
+    """1 if solved, else ``well_formed_value`` if well formed, else 0; with both parts filled."""
+    value = 1.0 if solved else well_formed_value if well_formed else 0.0
+    return Reward(value, {"solved": float(solved), "well_formed": float(well_formed)}, reason)
+
+
+def require(record: Mapping[str, Any], key: str, verifier: str) -> Any:
+    """``record[key]``; where it is not there, a ``UserError`` that names the keys found."""
+    if key not in record:
+        found = ", ".join(sorted(map(str, record))) or "no keys"
+        raise UserError(
+            f"record with {found}; the verifier {verifier!r} expects {key!r}; "
+            f"add {key!r} to every line of the data set or set reward.name to another verifier"
+        )
+    return record[key]

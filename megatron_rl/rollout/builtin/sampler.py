@@ -1,0 +1,101 @@
+"""From logits to tokens: temperature, top-k, top-p, greedy.
+
+Randomness comes as uniform numbers, a fixed sequence of them for each answer, and a token is found
+by inverting the cumulative distribution in vocabulary order. So an answer depends on the seed, its
+prompt and its number among the prompt's answers, and not on the batch, the rank or the layout it is
+generated in.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+import torch
+
+from megatron_rl.rollout.engine import SamplingSettings
+
+#: Elements of the double-precision cumulative distribution held at a time (256 MiB).
+CHUNK_ELEMENTS = 1 << 25
+
+
+def uniforms(seed: int, sequences: Sequence[tuple[int, int]], count: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) of each sequence (prompt index, sample number): float64 [R, count].
+
+    Philox 4x64 (Salmon et al., SC 2011) with key (seed, 0); the sequence is the upper half of its
+    counter, so that the sequences of a seed never overlap.
+    """
+    numbers = np.empty((len(sequences), count))
+    for row, (index, sample) in enumerate(sequences):
+        counter = np.array([0, 0, sample, index], dtype=np.uint64)
+        bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
+        numbers[row] = np.random.Generator(bits).random(count)
+    return numbers
+
+
+def sample(
+    logits: torch.Tensor, uniform: torch.Tensor | None, settings: SamplingSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token for each row.
+
+    Args:
+        logits: [R, V] in any floating type.
+        uniform: float64 [R] in [0, 1); None under greedy.
+        settings: temperature, top_k, top_p, greedy.
+
+    Returns:
+        Tokens int64 [R], and their log-probabilities fp32 [R] under softmax(logits / temperature)
+        over the whole vocabulary, also where top-k or top-p left only a part of it, and under
+        greedy.
+    """
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    parts = []
+    for first in range(0, max(len(logits), 1), rows):
+        chunk = slice(first, first + rows)
+        part = None if uniform is None else uniform[chunk]
+        parts.append(_sample_chunk(logits[chunk], part, settings))
+    tokens, logprobs = zip(*parts)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _sample_chunk(
+    logits: torch.Tensor, uniform: torch.Tensor | None, settings: SamplingSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs = torch.log_softmax(logits.float() / settings.temperature, dim=-1)
+    if settings.greedy:
+        tokens = logits.argmax(dim=-1)
+    else:
+        probs = truncated(logprobs, settings.top_k, settings.top_p)
+        tokens = invert_cdf(probs, uniform)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def truncated(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Probabilities [R, V], not normalised, zero outside the top-k and then outside the nucleus.
+
+    The nucleus is the smallest set of the likeliest tokens whose share of the probability left by
+    top-k reaches ``top_p`` (Holtzman et al., arXiv 1904.09751, eq. 2). Tokens as likely as the last
+    one kept are kept as well, so that the result does not hang on how a sort breaks ties.
+    """
+    probs = logprobs.exp()
+    if 0 < top_k < probs.shape[1]:
+        last = probs.topk(top_k, dim=-1).values[:, -1:]
+        probs = probs.masked_fill(probs < last, 0.0)
+    if top_p < 1.0:
+        ordered = probs.sort(dim=-1, descending=True).values
+        mass = ordered.double().cumsum(-1)
+        # The first token is always in; every other one is in if those before it do not reach top_p.
+        inside = (mass - ordered) < top_p * mass[:, -1:]
+        last = ordered.masked_fill(~inside, float("inf")).amin(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < last, 0.0)
+    return probs
+
+
+def invert_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token whose part of the distribution holds ``uniform`` [R]; its own is never 0."""
+    cdf = probs.double().cumsum(-1)
+    total = cdf[:, -1]
+    # The smallest token with cdf > point has probability; below the total there is always one.
+    # Rounding may bring u * total up to the total itself.
+    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, point[:, None], right=True).squeeze(1)

@@ -1,0 +1,115 @@
+"""From prompts to scored groups, to training samples, to metrics and sample lines."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import numpy as np
+
+from megatron_rl.records import Prompt, RolloutGroup, Sample
+from megatron_rl.rewards.base import Reward, Verifier
+from megatron_rl.rollout.engine import Engine, SamplingSettings
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group and the reward of each of its completions, in order."""
+
+    group: RolloutGroup
+    rewards: tuple[Reward, ...]
+
+    @property
+    def values(self) -> np.ndarray:
+        """Reward values, float64 [G]."""
+        return np.array([reward.value for reward in self.rewards], dtype=np.float64)
+
+
+def collect(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    verifier: Verifier,
+    settings: SamplingSettings,
+    threads: int = 8,
+) -> list[ScoredGroup]:
+    """Generate answers to this rank's prompts and score them. Collective where the engine is.
+
+    The verifier runs in this many threads: some wait for a process of their own.
+    """
+    groups = engine.generate(prompts, settings)
+    pairs = [(group.prompt.record, answer.text) for group in groups for answer in group.completions]
+    with ThreadPoolExecutor(threads) as pool:
+        rewards = pool.map(lambda pair: verifier(*pair), pairs)
+        return [
+            ScoredGroup(group, tuple(next(rewards) for _ in group.completions)) for group in groups
+        ]
+
+
+def to_samples(groups: Sequence[ScoredGroup], advantages: np.ndarray) -> list[Sample]:
+    """One training sequence for each completion, prompt by prompt; ``advantages`` is [P, G]."""
+    samples = []
+    for scored, row in zip(groups, advantages, strict=True):
+        prompt = scored.group.prompt.tokens
+        for completion, advantage in zip(scored.group.completions, row, strict=True):
+            samples.append(
+                Sample(
+                    tokens=np.concatenate([prompt, completion.tokens]),
+                    prompt_length=len(prompt),
+                    advantage=float(advantage),
+                    rollout_logprobs=completion.logprobs,
+                )
+            )
+    return samples
+
+
+def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, float]]:
+    """Metrics of this rank's groups as (sum, count), to be added up over ranks before dividing.
+
+    ``reward/std`` and ``groups/zero_variance_fraction`` are means over groups: of the standard
+    deviation (over G) of the rewards, and of whether all rewards of the group are the same, so that
+    it teaches nothing. ``reward/solved`` and ``reward/well_formed`` are means of those parts of the
+    reward, over completions that have them.
+    """
+    rewards = [reward for scored in groups for reward in scored.rewards]
+    completions = [answer for scored in groups for answer in scored.group.completions]
+    metrics = {
+        "reward/mean": _sum_and_count(reward.value for reward in rewards),
+        "reward/std": _sum_and_count(scored.values.std() for scored in groups),
+        "response/length_mean": _sum_and_count(len(answer.tokens) for answer in completions),
+        "response/finished_fraction": _sum_and_count(answer.finished for answer in completions),
+        "groups/zero_variance_fraction": _sum_and_count(
+            np.ptp(scored.values) == 0.0 for scored in groups
+        ),
+    }
+    for part in ("solved", "well_formed"):
+        metrics[f"reward/{part}"] = _sum_and_count(
+            reward.parts[part] for reward in rewards if part in reward.parts
+        )
+    return metrics
+
+
+def _sum_and_count(numbers: Any) -> tuple[float, float]:
+    numbers = [float(number) for number in numbers]
+    return sum(numbers), float(len(numbers))
+
+
+def sample_rows(groups: Sequence[ScoredGroup], limit: int) -> list[dict[str, Any]]:
+    """At most ``limit`` objects for samples.jsonl; every prompt before a prompt's second answer."""
+    longest = max((len(scored.rewards) for scored in groups), default=0)
+    order = [(n, scored) for n in range(longest) for scored in groups if n < len(scored.rewards)]
+    rows = []
+    for number, scored in order[:limit]:
+        completion, reward = scored.group.completions[number], scored.rewards[number]
+        rows.append(
+            {
+                "index": scored.group.prompt.index,
+                "prompt": scored.group.prompt.text,
+                "completion": completion.text,
+                "reward": reward.value,
+                "reason": reward.reason,
+                "tokens": len(completion.tokens),
+                "finished": completion.finished,
+            }
+        )
+    return rows

@@ -1,0 +1,38 @@
+"""What a rollout engine is: prompts in, groups of completions with log-probabilities out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Sequence
+
+from megatron_rl.records import Prompt, RolloutGroup
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How answers are drawn."""
+
+    samples: int  #: answers G to each prompt, >= 1
+    max_new_tokens: int  #: longest answer, tokens, >= 1
+    temperature: float = (
+        1.0  #: > 0; log-probabilities are those at this temperature, under greedy too
+    )
+    top_p: float = 1.0  #: nucleus, in (0, 1]; 1: off
+    top_k: int = 0  #: sample among the k likeliest tokens; 0: off
+    greedy: bool = False  #: take the likeliest token; top_p and top_k have no effect
+    seed: int = (
+        0  #: with the prompt's index and the sample's number it determines an answer's randomness
+    )
+
+
+class Engine(Protocol):
+    """Samples answers from the current policy."""
+
+    def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
+        """One group for each prompt, in the order given.
+
+        Every rank calls it with its own prompts, possibly none, and with the same settings; ranks
+        of one tensor- or pipeline-parallel group with the same prompts. Where experts are split
+        over ranks the call is collective.
+        """
+        ...

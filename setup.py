@@ -1,0 +1,53 @@
+"""Package metadata. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+VERSION = re.search(
+    r'__version__ = "([^"]+)"', (HERE / "megatron_rl" / "__init__.py").read_text(encoding="utf-8")
+).group(1)
+
+setup(
+    name="megatron_rl",
+    version=VERSION,
+    description="Reinforcement learning of Mixture-of-Experts language models on Megatron-Core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The megatron_rl authors",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
+    package_data={"megatron_rl": ["**/README.md"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy>=1.26",
+        "pydantic>=2.7,<3",
+        "pyyaml>=6",
+        "rich>=13",
+        "sentencepiece>=0.2",
+        "transformers>=4.55",  # tokenizers only; weights are read from safetensors directly
+        "safetensors>=0.4",
+        "psutil>=5.9",  # Megatron's checkpoints need it and do not declare it
+        "matplotlib>=3.8",
+        "tensorboard>=2.14",
+        "math-verify>=0.7",
+    ],
+    # Apex, which Megatron-Core can use for fused kernels, is on no package index: build it from its
+    # source. Nothing here needs it.
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.4"],  # CUDA only
+        "vllm": ["vllm>=0.11"],
+        "wandb": ["wandb>=0.18"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "trl>=0.20"],
+    },
+    entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

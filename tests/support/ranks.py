@@ -1,0 +1,233 @@
+"""Rank processes for distributed tests: started once, then given one function after the other.
+
+    def work(a, b): ...                    # a top-level function of a test or support file
+    results = run_on_ranks(2, work, a, b)  # what work(a, b) returned on each rank
+
+Every call is a fresh gloo world without model-parallel groups; the function builds those it needs
+(`tests.support.tiny`). Run as a script, this file is the worker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import gc
+import importlib
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Starting (importing torch and Megatron) takes seconds, on a busy machine many; a call's time
+#: begins when all ranks are up.
+START_TIMEOUT_S = 300.0
+#: After one rank has failed, the others (perhaps waiting for it) get this long to answer.
+GRACE_S = 5.0
+#: A worker whose parent is gone, waiting in a collective, ends after this long.
+COLLECTIVE_TIMEOUT_S = 300.0
+
+
+class RankFailure(AssertionError):
+    """A function raised on a rank, or a rank died or took too long."""
+
+
+_pools: dict[int, _Pool] = {}
+
+
+def run_on_ranks(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """Run ``function(*args)`` on every rank of a gloo world of ``num_ranks`` processes.
+
+    Args:
+        function: at the top level of a file below the repository's root.
+        args: picklable.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        RankFailure: with the traceback of each rank that raised, or the output of one that died.
+    """
+    if num_ranks not in _pools:
+        _pools[num_ranks] = _Pool(num_ranks)
+    pool = _pools[num_ranks]
+    try:
+        answers = pool.call(function, args, timeout_s)
+    except BaseException:
+        del _pools[num_ranks]
+        pool.kill()
+        raise
+    failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+    if failures:
+        raise RankFailure(f"{function.__name__} failed on\n" + "\n".join(failures))
+    return [result for _, result in answers]
+
+
+@atexit.register
+def _kill_all() -> None:
+    for pool in _pools.values():
+        pool.kill()
+    _pools.clear()
+
+
+class _Pool:
+    def __init__(self, num_ranks: int) -> None:
+        import torch.distributed as dist
+
+        # Port 0: the system chooses a free one, and it is taken from that moment on.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[subprocess.Popen] = []
+        self._pipes: list[Connection] = []
+        self._outputs = []
+        self._starting = list(range(num_ranks))
+        for rank in range(num_ranks):
+            ours, theirs = Pipe()
+            output = tempfile.TemporaryFile()
+            numbers = [theirs.fileno(), rank, num_ranks, self._store.port]
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, *map(str, numbers)],
+                    cwd=ROOT,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+            theirs.close()
+            self._pipes.append(ours)
+            self._outputs.append(output)
+
+    def call(
+        self, function: Callable[..., Any], args: tuple, timeout_s: float
+    ) -> list[tuple[bool, Any]]:
+        """(True, result) or (False, traceback) of each rank."""
+        self._wait_for_start()
+        name = _module_name(function)
+        message = pickle.dumps((name, function.__qualname__, pickle.dumps(args)))
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send_bytes(message)
+            except OSError:
+                raise RankFailure(self._last_words(rank, "has died before the call")) from None
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(answers) < len(self._pipes):
+            waiting = {p: r for r, p in enumerate(self._pipes) if r not in answers}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankFailure(self._silence(answers, list(waiting.values()), timeout_s))
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    answers[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    raise RankFailure(self._last_words(rank, "has died")) from None
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def _wait_for_start(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self._starting:
+            rank = self._starting[0]
+            if not self._pipes[rank].poll(max(0.0, deadline - time.monotonic())):
+                raise RankFailure(self._silence({}, self._starting, START_TIMEOUT_S))
+            try:
+                self._pipes[rank].recv_bytes()
+            except EOFError:
+                raise RankFailure(self._last_words(rank, "has died while starting")) from None
+            self._starting.pop(0)
+
+    def _silence(self, answers: dict, missing: list[int], timeout_s: float) -> str:
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in answers.items() if not ok]
+        if failures:
+            return "\n".join([*failures, f"ranks {missing} were waiting for it and were ended"])
+        return f"ranks {missing} have not answered within {timeout_s} s and were ended"
+
+    def _last_words(self, rank: int, event: str) -> str:
+        try:
+            code = self._processes[rank].wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        output = self._outputs[rank]
+        output.seek(0)
+        text = output.read().decode(errors="replace")[-3000:]
+        return f"rank {rank} {event} (exit code {code}):\n{text}"
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        for resource in (*self._pipes, *self._outputs):
+            resource.close()
+
+
+def _module_name(function: Callable[..., Any]) -> str:
+    """Dotted name of the function's file from the root: tests.distributed.test_generate."""
+    path = Path(inspect.getsourcefile(function)).resolve().relative_to(ROOT)
+    return ".".join(path.with_suffix("").parts)
+
+
+def _work(descriptor: int, rank: int, num_ranks: int, port: int) -> None:
+    """Answer calls until the parent closes the pipe."""
+    sys.path[0] = str(ROOT)
+    pipe = Connection(descriptor)
+    import torch.distributed as dist
+
+    from megatron_rl.config.schema import DeviceConfig
+    from megatron_rl.device.launch import Launch
+    from megatron_rl.device.select import select_device
+
+    launch = Launch(rank, num_ranks, rank, num_ranks, launched=True)
+    select_device(DeviceConfig(kind="cpu", threads=1), launch)
+    from megatron.core import parallel_state
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    pipe.send_bytes(b"ready")
+    call = 0
+    while True:
+        try:
+            name, qualified_name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        call += 1
+        if dist.is_initialized():
+            # Here every rank has answered the last call, so none still talks to this one.
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+            # Groups live on in the cycles of dead models; each keeps three gloo threads that poll.
+            gc.collect()
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(f"call_{call}", store),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        )
+        pipe.send_bytes(_answer(name, qualified_name, args))
+
+
+def _answer(name: str, qualified_name: str, args: bytes) -> bytes:
+    try:
+        function = importlib.import_module(name)
+        for part in qualified_name.split("."):
+            function = getattr(function, part)
+        return pickle.dumps((True, function(*pickle.loads(args))))
+    except BaseException:  # noqa: BLE001  whatever it is, the parent reports it
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    _work(*map(int, sys.argv[1:]))

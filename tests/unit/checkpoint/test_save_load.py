@@ -1,0 +1,303 @@
+"""Saving, resuming and refusing, in one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl.checkpoint.directory import newest_checkpoint
+from megatron_rl.errors import UserError
+from tests.support.tiny import cpu_device, tiny_config
+from tests.support.tiny_training import build_training
+
+PLAIN = tiny_config()
+VARIANTS = {
+    "fp32": PLAIN,
+    "fp32 distributed optimizer": tiny_config(parallel={"distributed_optimizer": True}),
+    "bf16": tiny_config(model={"dtype": "bf16"}),
+    "bf16 distributed optimizer": tiny_config(
+        model={"dtype": "bf16"}, parallel={"distributed_optimizer": True}
+    ),
+    "expert bias, tied embeddings, dense layer": tiny_config(
+        model={
+            "router_score": "sigmoid",
+            "router_expert_bias": True,
+            "expert_bias_update_rate": 0.05,
+            "tie_embeddings": True,
+            "moe_layer_freq": [0, 1],
+            "shared_expert_ffn_hidden_size": 16,
+        }
+    ),
+    "frozen router": tiny_config(model={"freeze_router": True}),
+}
+STATE = {"cursor": {"epoch": 1, "position": 30}, "scheduler": [0.1, None], "name": "läuft"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def prepared():
+    """Megatron has to be imported after the CPU is prepared for it."""
+    cpu_device()
+
+
+def save(training, root, step=3, keep=2, **changes):
+    from megatron_rl.checkpoint.save import save_checkpoint
+
+    arguments = {**training.for_checkpoint(), "state": STATE, **changes}
+    return save_checkpoint(Path(root), step, keep=keep, **arguments)
+
+
+def load(training, path, **changes):
+    from megatron_rl.checkpoint.load import load_checkpoint
+
+    return load_checkpoint(path, **{**training.for_checkpoint(), **changes})
+
+
+def load_weights(training, path, **changes):
+    from megatron_rl.checkpoint.load import load_weights
+
+    arguments = {**training.for_checkpoint(), **changes}
+    del arguments["optimizer"], arguments["layout"]
+    return load_weights(path, **arguments)
+
+
+def all_equal(left, right):
+    assert len(left) == len(right) > 0
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_resuming_is_bit_for_bit_the_run_that_never_stopped(config, tmp_path):
+    uninterrupted = build_training(config)
+    expected = [uninterrupted.step(i) for i in range(6)]
+    assert len(set(expected)) == 6
+
+    first = build_training(config)
+    assert [first.step(i) for i in range(3)] == expected[:3]
+    path = save(first, tmp_path)
+    next_random = torch.rand(4)
+    assert [first.step(i) for i in range(3, 6)] == expected[3:]  # saving has disturbed nothing
+
+    resumed = build_training(config, seed=99)
+    torch.manual_seed(5)
+    assert load(resumed, path) == STATE
+    assert torch.equal(torch.rand(4), next_random)
+    assert [resumed.step(i) for i in range(3, 6)] == expected[3:]
+    assert all_equal(resumed.main_weights(), uninterrupted.main_weights())
+    assert all_equal(list(resumed.weights().values()), list(uninterrupted.weights().values()))
+    assert torch.equal(resumed.logits(), uninterrupted.logits())
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16 distributed optimizer"])
+def test_a_checkpoint_of_an_untrained_model_resumes(name, tmp_path):
+    untrained = build_training(VARIANTS[name])
+    path = save(untrained, tmp_path, step=0)
+    resumed = build_training(VARIANTS[name], seed=99)
+    load(resumed, path)
+    assert [resumed.step(i) for i in range(2)] == [untrained.step(i) for i in range(2)]
+
+
+def test_bf16_main_weights_are_not_the_rounded_ones(tmp_path):
+    training = build_training(VARIANTS["bf16"])
+    training.step(0)
+    path = save(training, tmp_path)
+    resumed = build_training(VARIANTS["bf16"], seed=99)
+    load(resumed, path)
+    assert all_equal(resumed.main_weights(), training.main_weights())
+    assert any(
+        not torch.equal(weight, weight.bfloat16().float()) for weight in resumed.main_weights()
+    )
+
+
+def test_a_checkpoint_loads_with_the_other_kind_of_optimizer(tmp_path):
+    training = build_training(VARIANTS["bf16 distributed optimizer"])
+    for number in range(2):
+        training.step(number)
+    path = save(training, tmp_path)
+    resumed = build_training(VARIANTS["bf16"], seed=99)
+    load(resumed, path)
+    assert [resumed.step(i) for i in (2, 3)] == [training.step(i) for i in (2, 3)]
+
+
+def test_megatrons_random_states_come_back(tmp_path):
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    training = build_training(PLAIN)
+    path = save(training, tmp_path)
+    stored = get_cuda_rng_tracker().get_states()
+    resumed = build_training(PLAIN, seed=99)
+    assert not torch.equal(
+        get_cuda_rng_tracker().get_states()["model-parallel-rng"], stored["model-parallel-rng"]
+    )
+    load(resumed, path)
+    restored = get_cuda_rng_tracker().get_states()
+    assert restored.keys() == stored.keys() >= {"model-parallel-rng"}
+    assert all(torch.equal(restored[name], stored[name]) for name in stored)
+
+
+def test_the_random_state_of_another_layout_is_left_alone(tmp_path):
+    training = build_training(PLAIN)
+    path = save(training, tmp_path)
+    layout = {**training.for_checkpoint()["layout"], "expert": 2}
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    load(training, path, layout=layout)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_the_directory_holds_what_it_should_and_no_process_was_started(tmp_path):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    training = build_training(PLAIN)
+    training.step(0)
+    path = save(training, tmp_path / "checkpoints", step=7)
+    assert path == tmp_path / "checkpoints" / "step_7" == newest_checkpoint(path.parent)
+    manifest = json.loads((path / "manifest.json").read_text())
+    stored = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert stored == {*manifest["files"], "manifest.json"}
+    assert stored >= {"state.json", "random/rank_0.pt", "shards/__0_0.distcp", "shards/.metadata"}
+    assert (manifest["step"], manifest["optimizer_step"]) == (7, 1)
+    assert manifest["layout"]["world_size"] == 1
+    assert manifest["architecture"]["hidden_size"] == 32
+    torch.load(path / "random" / "rank_0.pt", weights_only=True)
+    assert filesystem_async._results_queue is None
+
+
+def test_old_checkpoints_and_leftovers_go(tmp_path):
+    training = build_training(PLAIN)
+    (tmp_path / ".step_9.partial" / "shards").mkdir(parents=True)
+    for step in (1, 2, 3):
+        save(training, tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_2", "step_3"]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_a_kill_before_publishing_leaves_the_old_newest(tmp_path, monkeypatch):
+    from megatron_rl.checkpoint import save as saving
+
+    training = build_training(PLAIN)
+    training.step(0)
+    old = save(training, tmp_path, 1)
+    weights = training.weights()
+    training.step(1)
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "publish", killed)
+        with pytest.raises(Killed):
+            save(training, tmp_path, 2)
+    assert (tmp_path / ".step_2.partial" / "manifest.json").is_file()
+    assert newest_checkpoint(tmp_path) == old
+    load(training, old)
+    assert all_equal(list(training.weights().values()), list(weights.values()))
+    save(training, tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_1", "step_3"]
+
+
+def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError):
+        save(build_training(PLAIN), tmp_path / "root", state={"cursor": object()})
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(training, run directory) with checkpoints of steps 1 and 2."""
+    training = build_training(PLAIN)
+    run = tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        training.step(step)
+        save(training, run / "checkpoints", step)
+    return training, run
+
+
+def test_weights_are_found_from_a_run_its_checkpoints_or_a_step(saved):
+    training, run = saved
+    expected, root = training.logits(), run / "checkpoints"
+    for path in (run, root, root / "step_2"):
+        other = build_training(PLAIN, seed=99)
+        assert not torch.equal(other.logits(), expected)
+        assert load_weights(other, path) == root / "step_2"
+        assert torch.equal(other.logits(), expected)
+    assert load_weights(other, root / "step_1") == root / "step_1"
+    assert not torch.equal(other.logits(), expected)
+    with pytest.raises(UserError, match="does not exist"):
+        load_weights(other, run / "elsewhere")
+
+
+def test_weights_load_in_the_models_own_dtype(saved):
+    training, run = saved
+    other = build_training(VARIANTS["bf16"], seed=99)
+    load_weights(other, run)
+    other.optimizer.reload_model_params()
+    for name, weight in training.weights().items():
+        assert torch.equal(other.weights()[name], weight.bfloat16())
+    assert all(torch.equal(w, w.bfloat16().float()) for w in other.main_weights())
+
+
+@pytest.mark.parametrize("field, value", [("moe_ffn_hidden_size", 16), ("rope_base", 500.0)])
+@pytest.mark.parametrize("loading", [load, load_weights])
+def test_another_architecture_is_refused_with_the_fields_name(saved, loading, field, value):
+    training, run = saved
+    other = build_training(tiny_config(model={field: value}))
+    before = other.weights()
+    with pytest.raises(UserError, match=f"{field} .*; .*{field} {value}; use ") as error:
+        loading(other, run / "checkpoints" / "step_2")
+    assert "\n" not in str(error.value)
+    assert all_equal(list(other.weights().values()), list(before.values()))
+
+
+def test_resuming_in_another_dtype_is_refused(saved):
+    _, run = saved
+    with pytest.raises(UserError, match="dtype fp32; .* dtype bf16; "):
+        load(build_training(VARIANTS["bf16"]), run / "checkpoints" / "step_2")
+
+
+def test_a_checkpoint_without_optimizer_gives_weights_but_does_not_resume(tmp_path):
+    training = build_training(PLAIN)
+    path = save(training, tmp_path, optimizer=None)
+    other = build_training(PLAIN, seed=99)
+    with pytest.raises(UserError, match="holds weights only; .*; .*init_from"):
+        load(other, path)
+    assert load(other, path, optimizer=None) == STATE
+    assert torch.equal(other.logits(), training.logits())
+
+
+def test_a_parameter_without_stored_state_is_named(tmp_path):
+    path = save(build_training(VARIANTS["frozen router"]), tmp_path)
+    with pytest.raises(UserError, match=r"optimizer\.state\.exp_avg.*router.*; .*; ") as error:
+        load(build_training(PLAIN), path)
+    assert "\n" not in str(error.value)
+
+
+def flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    "damage, words", [(flip_byte, "SHA-256"), (cut, "bytes"), (Path.unlink, "is missing")]
+)
+@pytest.mark.parametrize("file", ["shards/__0_0.distcp", "shards/.metadata", "state.json"])
+def test_a_damaged_file_is_named_and_nothing_is_loaded(tmp_path, damage, words, file):
+    training = build_training(PLAIN)
+    path = save(training, tmp_path)
+    damage(path / file)
+    other = build_training(PLAIN, seed=99)
+    before = other.weights()
+    for loading in (load, load_weights):
+        with pytest.raises(UserError, match=f"{path / file} .*{words}.*; .*manifest.*; ") as error:
+            loading(other, path)
+        assert "\n" not in str(error.value)
+    assert all_equal(list(other.weights().values()), list(before.values()))

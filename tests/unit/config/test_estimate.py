@@ -1,0 +1,139 @@
+"""Sizes: published parameter counts, a tiny model by hand, and how the layout divides memory."""
+
+import pytest
+
+from megatron_rl.config.estimate import (
+    activation_bytes,
+    count_parameters,
+    logit_bytes,
+    rank_memory,
+    trace_bytes_per_token,
+)
+from megatron_rl.config.presets import MODEL_PRESETS
+from megatron_rl.config.schema import Config, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [  # billions, as the models' publishers give them
+        ("qwen3_30b_a3b", 30.5, 3.3),
+        ("qwen3_235b_a22b", 235, 22),
+        ("qwen1_5_moe_a2_7b", 14.3, 2.7),
+        ("mixtral_8x7b", 46.7, 12.9),
+        ("olmoe_1b_7b", 6.9, 1.3),
+    ],
+)
+def test_parameters_are_those_published(preset, total, active):
+    counted = count_parameters(ModelConfig(**MODEL_PRESETS[preset]))
+    assert counted[0] / 1e9 == pytest.approx(total, rel=0.005)
+    assert counted[1] / 1e9 == pytest.approx(active, rel=0.02)
+
+
+#: D 6, H 2, G 1, d 4, F 10, E 4, K 2, Fe 3, V 20; layer 0 dense, layer 1 MoE.
+SMALL = {
+    **{"num_layers": 2, "hidden_size": 6, "num_attention_heads": 2, "num_query_groups": 1},
+    **{"head_dim": 4, "ffn_hidden_size": 10, "num_experts": 4, "moe_top_k": 2},
+    **{"moe_ffn_hidden_size": 3, "moe_layer_freq": [0, 1], "vocab_size": 20, "qk_norm": True},
+}
+ATTENTION = 6 * 8 + 2 * 6 * 4 + 8 * 6  # q, k and v, o: 144
+NORMS = 2 * 6 + 2 * 4  # of the layer, of queries and keys: 20
+DENSE, EXPERT, ROUTER, TABLE = 3 * 6 * 10, 3 * 6 * 3, 6 * 4, 20 * 6  # 180, 54, 24, 120
+
+
+def test_parameters_by_hand():
+    others = 2 * (ATTENTION + NORMS) + DENSE + ROUTER + 2 * TABLE + 6
+    assert count_parameters(ModelConfig(**SMALL)) == (others + 4 * EXPERT, others + 2 * EXPERT)
+    tied = ModelConfig(**SMALL, tie_embeddings=True)
+    assert count_parameters(tied)[0] == others + 4 * EXPERT - TABLE
+    # shared expert of width 5 with its gate; biases of q, k, v; norms over all heads
+    more = ModelConfig(
+        **SMALL,
+        shared_expert_ffn_hidden_size=5,
+        shared_expert_gate=True,
+        qkv_bias=True,
+        qk_norm_scope="layer",
+    )
+    extra = 3 * 6 * 5 + 6 + 2 * (8 + 4 + 4) + 2 * ((8 + 4) - 2 * 4)
+    assert count_parameters(more)[0] == others + 4 * EXPERT + extra
+
+
+@pytest.mark.parametrize(("experts", "id_bytes"), [(8, 1), (256, 1), (257, 2), (65537, 4)])
+def test_trace_bytes(experts, id_bytes):
+    model = ModelConfig(num_layers=4, moe_layer_freq=[0, 1, 1, 1], num_experts=experts, moe_top_k=2)
+    assert trace_bytes_per_token(model) == 3 * 2 * (id_bytes + 4)
+
+
+def test_trace_bytes_of_qwen3():
+    assert trace_bytes_per_token(ModelConfig(**MODEL_PRESETS["qwen3_30b_a3b"])) == 48 * 8 * 5
+
+
+def make(dtype="fp32", pack_tokens=100, **parallel):
+    data = {"pack_tokens": pack_tokens}
+    return Config.model_validate(
+        {"model": {**SMALL, "dtype": dtype}, "parallel": parallel, "data": data}
+    )
+
+
+def test_memory_of_one_rank_is_that_of_all_parameters():
+    parameters = count_parameters(ModelConfig(**SMALL))[0]
+    memory = rank_memory(make(), 1)
+    assert (memory.weights, memory.gradients) == (4 * parameters, 4 * parameters)
+    assert memory.optimizer == 8 * parameters
+    half = rank_memory(make("bf16"), 1)
+    assert (half.weights, half.gradients) == (2 * parameters, 4 * parameters)
+    assert half.optimizer == 12 * parameters  # two moments and the fp32 main weights
+
+
+def test_tensor_and_expert_parallel_divide_what_is_split():
+    split = 2 * ATTENTION + DENSE + 2 * TABLE
+    whole = 2 * NORMS + ROUTER + 6
+    memory = rank_memory(make(tensor=2, expert=4), 4)
+    assert memory.weights == 4 * (split / 2 + whole + 4 * EXPERT / 4)
+    both = rank_memory(make(expert=2, expert_tensor=2), 4)
+    assert both.weights == 4 * (split + whole + 4 * EXPERT / 4)
+
+
+def test_the_distributed_optimizer_divides_its_state_among_equal_ranks():
+    others = 2 * (ATTENTION + NORMS) + DENSE + ROUTER + 2 * TABLE + 6
+    memory = rank_memory(make(expert=2, distributed_optimizer=True), 8)
+    # 8 ranks hold the same dense parameters, 8 / 2 the same half of the experts
+    assert memory.optimizer == 8 * (others / 8 + 2 * EXPERT / 4)
+    assert memory.weights == 4 * (others + 2 * EXPERT)
+
+
+def test_the_fullest_pipeline_stage_counts():
+    first = ATTENTION + NORMS + DENSE + TABLE
+    last = ATTENTION + NORMS + ROUTER + 4 * EXPERT + TABLE + 6
+    assert first < last
+    short = rank_memory(make(pipeline=2, pack_tokens=8), 2)
+    assert (short.weights, short.logits) == (4 * last, 8 * 8 * 20)
+    # the first stage keeps the activations of two packs, which weigh more when packs are long
+    long = rank_memory(make(pipeline=2, pack_tokens=100), 2)
+    assert (long.weights, long.logits) == (4 * first, 0)
+    parts = (long.weights, long.gradients, long.optimizer, long.activations, long.logits)
+    assert long.total == sum(parts)
+
+
+def test_activations_by_hand():
+    attention = 4 * 6 + 2 * (2 + 1) * 4  # 48
+    dense, moe = attention + 3 * 10, attention + 2 * (2 * 6 + 3 * 3) + 2 * 4
+    assert activation_bytes(make(), 0) == 100 * 4 * (dense + moe)
+    assert activation_bytes(make(recompute="selective"), 0) == 100 * 4 * (dense + moe - 2 * 8)
+    assert activation_bytes(make(recompute="full"), 0) == 100 * 4 * (2 * 6 + max(dense, moe))
+    # 50 tokens a rank; the first of two stages keeps two packs of its one layer
+    assert activation_bytes(make(tensor=2, pipeline=2), 0) == 50 * 4 * 2 * dense
+    assert activation_bytes(make(tensor=2, pipeline=2), 1) == 50 * 4 * moe
+    # bf16: the router's two rows of E stay fp32, which is twice as many elements
+    assert activation_bytes(make("bf16"), 0) == 100 * 2 * (dense + moe + 2 * 4)
+
+
+def test_virtual_stages_keep_more_packs():
+    config = make(pipeline=2, virtual_pipeline=2)
+    model = config.model.model_copy(update={"num_layers": 4, "moe_layer_freq": [0, 0, 0, 0]})
+    config = config.model_copy(update={"model": model})
+    dense = 4 * 6 + 2 * 3 * 4 + 3 * 10
+    assert activation_bytes(config, 0) == 100 * 4 * (2 + 1 / 2) * 2 * dense
+
+
+def test_logits_are_split_over_tensor_and_context():
+    assert logit_bytes(make(tensor=2, context=2)) == 8 * 100 * 20 / 4

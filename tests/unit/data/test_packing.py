@@ -1,0 +1,144 @@
+"""Packing: rows written out by hand, and what holds for any samples."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.data.packing import pack_samples, plan_packs, round_up, split_mini_batches
+from megatron_rl.errors import UserError
+from megatron_rl.records import Sample
+
+
+def sample(tokens, prompt_length, advantage=1.0, logprobs=None):
+    values = None if logprobs is None else np.array(logprobs, dtype=np.float32)
+    return Sample(np.array(tokens, dtype=np.int64), prompt_length, advantage, values)
+
+
+def test_one_pack_by_hand():
+    samples = [
+        sample([5, 6, 7, 8], 2, advantage=0.5, logprobs=[-0.25, -0.5]),
+        sample([9, 4, 3], 1, advantage=-2.0, logprobs=[-1.0, -2.0]),
+    ]
+    (pack,) = pack_samples(samples, 10, vocab_size=8)
+    assert pack.tokens.tolist() == [5, 6, 7, 8, 9, 4, 3, 7, 0, 1]  # 7, 8, 9 mod 8
+    assert pack.targets.tolist() == [6, 7, 8, 0, 4, 3, 0, 0, 0, 0]
+    assert pack.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 0, 0]
+    assert pack.mask.tolist() == [False, True, True, False, True, True, *[False] * 4]
+    assert pack.sequence_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert pack.lengths == (4, 3)
+    assert pack.advantages.tolist() == [0.5] * 4 + [-2.0] * 3 + [0.0] * 3
+    assert pack.rollout_logprobs.tolist() == [0, -0.25, -0.5, 0, -1, -2, 0, 0, 0, 0]
+    assert (pack.num_tokens, pack.num_sequences) == (10, 2)
+    assert [pack.tokens.dtype, pack.targets.dtype, pack.positions.dtype] == [np.int64] * 3
+    assert [pack.advantages.dtype, pack.rollout_logprobs.dtype] == [np.float32] * 2
+    assert (pack.mask.dtype, pack.sequence_ids.dtype) == (np.bool_, np.int64)
+
+
+def test_empty_packs_fill_up():
+    packs = pack_samples([sample([5, 6], 1)], 4, 3, vocab_size=3)
+    assert [pack.lengths for pack in packs] == [(2,), (), ()]
+    assert packs[2].tokens.tolist() == [0, 1, 2, 0]
+    assert packs[2].sequence_ids.tolist() == [0, 0, 0, 0]
+    assert not packs[2].mask.any() and not packs[2].advantages.any()
+    assert packs[2].rollout_logprobs is None
+
+
+def test_empty_packs_carry_logprobs_where_the_others_do():
+    packs = pack_samples([sample([5, 6], 1, logprobs=[-1])], 4, 2, vocab_size=9)
+    assert packs[1].rollout_logprobs.tolist() == [0, 0, 0, 0]
+    packs = pack_samples([], 4, 1, vocab_size=9, with_rollout_logprobs=True)
+    assert packs[0].rollout_logprobs.tolist() == [0, 0, 0, 0]
+    assert pack_samples([], 4, vocab_size=9) == []
+
+
+def test_plan_by_hand():
+    # Longest first: 6 -> A, 5 -> B, 4 -> A, 4 -> B, 2 -> C, 1 -> B
+    assert plan_packs([4, 6, 2, 5, 4, 1], 10) == [[0, 1], [3, 4, 5], [2]]
+    assert plan_packs([3, 3, 3], 3) == [[0], [1], [2]]
+    assert plan_packs([], 3) == []
+
+
+def first_fit_decreasing(lengths, pack_tokens):
+    packs = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for pack in packs:
+            if sum(lengths[i] for i in pack) + lengths[index] <= pack_tokens:
+                pack.append(index)
+                break
+        else:
+            packs.append([index])
+    return [sorted(pack) for pack in packs]
+
+
+@given(st.lists(st.integers(2, 20), max_size=40), st.integers(20, 50))
+def test_plan_is_first_fit_decreasing(lengths, pack_tokens):
+    assert plan_packs(lengths, pack_tokens) == first_fit_decreasing(lengths, pack_tokens)
+
+
+@st.composite
+def any_samples(draw):
+    samples = []
+    for number in range(draw(st.integers(0, 12))):
+        prompt, completion = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+        tokens = 1000 * (number + 1) + np.arange(prompt + completion)
+        logprobs = -1.0 - np.arange(completion) - 100 * number
+        samples.append(sample(tokens, prompt, float(number + 1), logprobs))
+    return samples
+
+
+@given(any_samples(), st.integers(16, 40), st.integers(0, 3))
+def test_nothing_is_lost(samples, pack_tokens, extra):
+    needed = len(plan_packs([len(item.tokens) for item in samples], pack_tokens))
+    packs = pack_samples(samples, pack_tokens, needed + extra, vocab_size=50)
+    assert len(packs) == needed + extra
+    assert all(len(pack.tokens) == pack_tokens for pack in packs)
+    found = []
+    for pack in packs:
+        starts = np.cumsum([0, *pack.lengths])
+        for number, (start, stop) in enumerate(zip(starts, starts[1:])):
+            row = slice(start, stop)
+            original = int(pack.tokens[start]) // 1000 - 1
+            item = samples[original]
+            found.append(original)
+            trained = np.flatnonzero(pack.mask[row])
+            assert pack.tokens[row].tolist() == item.tokens.tolist()
+            assert (pack.sequence_ids[row] == number).all()
+            assert (pack.advantages[row] == item.advantage).all()
+            # what the mask points at is the completion, with its log-probabilities
+            completion = item.tokens[item.prompt_length :].tolist()
+            assert pack.targets[row][trained].tolist() == completion
+            assert pack.rollout_logprobs[row][trained].tolist() == item.rollout_logprobs.tolist()
+        assert pack.mask.sum() == np.count_nonzero(pack.rollout_logprobs)
+        rest = slice(starts[-1], None)
+        assert (pack.sequence_ids[rest] == len(pack.lengths)).all()
+        assert not pack.mask[rest].any()
+        assert (pack.tokens[rest] < 50).all()
+        members = found[len(found) - len(pack.lengths) :]
+        assert members == sorted(members)
+    assert sorted(found) == list(range(len(samples)))
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="sequence 1 of 5 tokens; a pack holds 4"):
+        plan_packs([4, 5], 4)
+    with pytest.raises(ValueError, match="2 packs are needed, num_packs is 1"):
+        pack_samples([sample([1, 2, 3], 1)] * 2, 4, 1, vocab_size=9)
+    for prompt_length in (0, 3):
+        with pytest.raises(ValueError, match="both parts"):
+            pack_samples([sample([1, 2, 3], prompt_length)], 4, vocab_size=9)
+    with pytest.raises(ValueError, match="sample 1 has no rollout"):
+        pack_samples([sample([1, 2], 1, logprobs=[0]), sample([1, 2], 1)], 4, vocab_size=9)
+    with pytest.raises(ValueError, match="1 rollout log-probabilities for 2 tokens"):
+        pack_samples([sample([1, 2, 3], 1, logprobs=[0])], 4, vocab_size=9)
+
+
+def test_round_up():
+    assert [round_up(n, 8) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
+
+
+def test_split_mini_batches():
+    assert split_mini_batches([1, 2, 3, 4, 5, 6, 7], 3) == [[1, 2, 3], [4, 5], [6, 7]]
+    assert split_mini_batches([1, 2], 3) == [[1], [2], []]
+    with pytest.raises(ValueError):
+        split_mini_batches([1], 0)

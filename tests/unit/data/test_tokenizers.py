@@ -1,0 +1,148 @@
+"""Tokenizers: round trips, special tokens, and what a user may get wrong."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.data.tokenizers import check_vocabulary, load_tokenizer
+from megatron_rl.errors import UserError
+from tools.data.train_tokenizer import train_tokenizer
+
+WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "one": 3, "two": 4, "user": 5, "go": 6, "<unk>": 7}
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}go{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sp") / "t.model"
+    path.write_bytes(train_tokenizer(["12 ab\n"], "char", 64))
+    return load_tokenizer(TokenizerConfig(path=path))
+
+
+def raw_tokenizer(words: dict[str, int]) -> RawTokenizer:
+    tokenizer = RawTokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    return tokenizer
+
+
+def hugging_face_folder(folder: Path, **settings: str) -> Path:
+    raw_tokenizer(WORDS).save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def hugging_face(path: Path):
+    return load_tokenizer(TokenizerConfig(kind="huggingface", path=path))
+
+
+def test_sentencepiece_ids(sentencepiece):
+    assert (sentencepiece.pad_id, sentencepiece.bos_id, sentencepiece.eos_id) == (0, 2, 3)
+    assert sentencepiece.vocab_size == 4 + 6  # special tokens; 1 2 space a b newline
+    ids = sentencepiece.encode("12")
+    assert len(ids) == 2 and min(ids) > 3
+    assert sentencepiece.encode_prompt("12") == [2, *ids]
+
+
+def test_sentencepiece_decodes_without_special_tokens(sentencepiece):
+    one, two = sentencepiece.encode("12")
+    assert sentencepiece.decode([2, one, two, 3, 0]) == "12"
+    assert sentencepiece.decode([]) == ""
+
+
+def test_ids_past_the_vocabulary_stay_visible(sentencepiece, tmp_path):
+    one, two = sentencepiece.encode("12")
+    assert sentencepiece.decode([one, 10, 11, two, 99]) == "1\ufffd\ufffd2\ufffd"
+    other = hugging_face(hugging_face_folder(tmp_path))
+    assert other.decode([3, 8, 4]) == "one\ufffdtwo"
+
+
+def test_sentencepiece_has_no_chat_template(sentencepiece):
+    with pytest.raises(UserError, match="chat"):
+        sentencepiece.encode_prompt([{"role": "user", "content": "1"}])
+
+
+def test_hugging_face_folder(tmp_path):
+    tokenizer = hugging_face(hugging_face_folder(tmp_path, pad_token="<pad>"))
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert tokenizer.vocab_size == 8
+    assert tokenizer.encode("one two") == [3, 4]
+    assert tokenizer.encode_prompt("one two") == [1, 3, 4]  # begun, but not ended
+    assert tokenizer.encode_prompt("one </s>") == [1, 3, 2]  # the user's own end stays, once
+    assert tokenizer.decode([1, 3, 4, 2, 0]) == "one two"
+
+
+def test_padding_falls_back_to_the_end_token(tmp_path):
+    assert hugging_face(hugging_face_folder(tmp_path)).pad_id == 2
+
+
+def test_chat_template(tmp_path):
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    tokenizer = hugging_face(hugging_face_folder(tmp_path, chat_template=TEMPLATE))
+    assert tokenizer.encode_prompt(messages) == [5, 3, 5, 4, 6]
+
+
+def test_chat_without_a_template(tmp_path):
+    tokenizer = hugging_face(hugging_face_folder(tmp_path))
+    with pytest.raises(UserError, match="no chat template"):
+        tokenizer.encode_prompt([{"role": "user", "content": "one"}])
+
+
+def test_a_template_may_refuse(tmp_path):
+    template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer = hugging_face(hugging_face_folder(tmp_path, chat_template=template))
+    with pytest.raises(UserError, match="roles must alternate"):
+        tokenizer.encode_prompt([{"role": "user", "content": "one"}])
+
+
+def test_a_tokenizer_json_alone(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    raw_tokenizer(WORDS).save(str(path))
+    tokenizer = hugging_face(path)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (2, None, 2)
+    assert tokenizer.encode("two one") == [4, 3]
+
+
+def test_a_tokenizer_json_with_two_possible_ends(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    raw_tokenizer({**WORDS, "<|im_end|>": 8}).save(str(path))
+    with pytest.raises(UserError, match=re.escape("</s> and <|im_end|>; expected exactly one")):
+        hugging_face(path)
+
+
+def test_check_vocabulary(sentencepiece):
+    check_vocabulary(sentencepiece, 10)
+    check_vocabulary(sentencepiece, 128)
+    with pytest.raises(UserError, match="10 ids, model.vocab_size is 9.* to 10 or more"):
+        check_vocabulary(sentencepiece, 9)
+
+
+def test_users_mistakes(tmp_path):
+    with pytest.raises(UserError, match="not set"):
+        load_tokenizer(TokenizerConfig())
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(TokenizerConfig(path=tmp_path / "none.model"))
+    with pytest.raises(UserError, match="is a directory"):
+        load_tokenizer(TokenizerConfig(path=tmp_path))
+    junk = tmp_path / "tokenizer.json"
+    junk.write_text("junk")
+    with pytest.raises(UserError, match="SentencePiece model"):
+        load_tokenizer(TokenizerConfig(path=junk))
+    with pytest.raises(UserError, match="not the file of a Hugging Face fast tokenizer"):
+        hugging_face(junk)
+    junk.unlink()
+    with pytest.raises(UserError, match="cannot be read as a Hugging Face tokenizer"):
+        hugging_face(tmp_path)

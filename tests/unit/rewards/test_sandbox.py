@@ -1,0 +1,221 @@
+"""What model output can and cannot do."""
+
+import os
+import struct
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.rewards import sandbox
+from megatron_rl.rewards.sandbox import Limits, Outcome, run_program
+from megatron_rl.rewards.sandbox_child import build_filter
+
+GOOD = "def f(x):\n    return x + 1\n"
+WRONG = "def f(x):\n    return x\n"
+TESTS = "def check(candidate):\n    assert candidate(1) == 2\n"
+LIMITS = Limits(cpu_s=1, wall_s=20.0, memory_mib=256)
+
+
+def run(program: str, tests: str = TESTS) -> Outcome:
+    return run_program(program, tests, "f", LIMITS)
+
+
+def test_a_right_program_passes():
+    assert run(GOOD) == Outcome(True, True, "all tests passed")
+
+
+def test_a_wrong_program_fails():
+    assert run(WRONG) == Outcome(False, True, "AssertionError")
+
+
+def test_plain_assertions_are_tests_too():
+    assert run(GOOD, "assert f(1) == 2\nassert f(2) == 3").passed
+    assert run(GOOD, "assert f(1) == 2\nassert f(2) == 4").reason == "AssertionError"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        GOOD + "import sys; sys.exit(0)",
+        GOOD + "import os; os._exit(0)",
+        GOOD + "raise KeyboardInterrupt",
+        "def f(x):\n    import sys; sys.exit(0)",
+        "def f(x):\n    import os; os._exit(0)",
+        WRONG + "print('all tests passed'); print('passed')",
+        WRONG
+        + "import os\nfor fd in range(64):\n try: os.write(fd, b'passed\\n')\n except OSError: 0",
+        WRONG + "import os; os.closerange(3, 64)",
+        WRONG + "def check(candidate): pass",
+        WRONG + "import atexit, os; atexit.register(os._exit, 0)",
+        WRONG + "import sys; sys.excepthook = lambda *_: None",
+        "def g(x): return x + 1",
+        "",
+    ],
+)
+def test_success_cannot_be_faked(program):
+    assert not run(program).passed
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "os.fork()",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "os.execv('/bin/true', ['true'])",
+        "subprocess.run(['true'])",
+        "socket.socket()",
+        "socket.create_connection(('127.0.0.1', 80))",
+        "os.kill(os.getppid(), 9)",
+        "open('here.txt', 'w')",
+        "open('/tmp/there.txt', 'a')",
+        "os.open('/dev/null', os.O_RDWR)",
+        "os.mkdir('folder')",
+        "os.unlink(VICTIM)",
+        "os.rename(VICTIM, VICTIM + '2')",
+        "os.chmod(VICTIM, 0)",
+        "os.truncate(VICTIM, 0)",
+        "os.symlink(VICTIM, 'link')",
+    ],
+)
+def test_the_world_outside_is_out_of_reach(action, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    program = GOOD + f"import os, socket, subprocess\nVICTIM = {str(victim)!r}\n"
+    assert run(program).passed  # so it is the action that fails
+    outcome = run(program + action)
+    assert not outcome.passed
+    assert outcome.reason.startswith("PermissionError: [Errno 1]")
+    assert victim.read_text() == "precious"
+
+
+def test_no_threads():
+    outcome = run(GOOD + "import threading; threading.Thread(target=print).start()")
+    assert outcome.reason == "RuntimeError: can't start new thread"
+
+
+def test_a_fork_bomb_that_ignores_errors_ends_with_its_time():
+    program = "import os\nwhile True:\n try: os.fork()\n except OSError: pass\n"
+    assert run(program).reason == "stopped after 1 s of processor time"
+
+
+def test_sleeping_ends_at_the_deadline():
+    start = time.monotonic()
+    limits = Limits(cpu_s=1, wall_s=1.0, memory_mib=256)
+    outcome = run_program(GOOD + "import time; time.sleep(60)", TESTS, "f", limits)
+    assert outcome == Outcome(False, True, "stopped after 1 s")
+    assert 1.0 <= time.monotonic() - start < 30
+
+
+def test_memory_is_limited():
+    assert run(GOOD + "x = bytearray(300 * 2**20)").reason == "MemoryError"
+    assert run(GOOD + "x = bytearray(100 * 2**20)").passed
+
+
+def test_limits_cannot_be_raised():
+    program = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))\n"
+    assert not run(GOOD + program).passed
+
+
+def test_output_is_thrown_away():
+    assert run(GOOD + "for _ in range(300):\n    print('x' * 100000)").passed
+
+
+def test_crashes_and_syntax_errors_are_failures():
+    assert run(GOOD + "import ctypes; ctypes.string_at(0)").reason.startswith("ended before")
+    assert run("def f(x:").compiled is False
+    assert run("def f(\0").compiled is False
+    assert run("\ud800").compiled is False
+    assert run("(" * 100_000).compiled is False
+    assert run(GOOD + "def g(): g()\ng()").reason.startswith("RecursionError")
+
+
+def test_a_programs_own_exception_is_only_named():
+    program = "class Odd(Exception):\n    def __str__(self): raise SystemExit\nraise Odd\n"
+    assert run(program).reason == "Odd"
+
+
+def test_environment_and_folder_are_empty(monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THE_USER", "1")
+    program = "import os, sys\nassert 'SECRET_OF_THE_USER' not in os.environ\n"
+    program += "assert os.listdir('.') == []\nassert sys.flags.isolated\nassert not input_left()\n"
+    reader = "import sys\ndef input_left(): return sys.stdin.read()\n"
+    assert run(reader + program + GOOD) == Outcome(True, True, "all tests passed")
+
+
+def children() -> str:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+
+def test_no_descriptor_and_no_process_is_left_over():
+    run(GOOD)
+    before = sorted(os.listdir("/proc/self/fd")), children()
+    for program in (GOOD, WRONG, "import os; os._exit(3)"):
+        run(program)
+    assert (sorted(os.listdir("/proc/self/fd")), children()) == before
+
+
+def test_threads_may_call_it_at_once():
+    programs = [GOOD, WRONG] * 4
+    outcomes: list[bool | None] = [None] * len(programs)
+
+    def judge(place: int) -> None:
+        outcomes[place] = run(programs[place]).passed
+
+    threads = [threading.Thread(target=judge, args=(place,)) for place in range(len(programs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [True, False] * 4
+
+
+def test_without_a_sandbox_nothing_is_run(tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    child.write_text("import os, sys\nos.write(int(sys.argv[2]), b'OSError: no seccomp\\n')\n")
+    monkeypatch.setattr(sandbox, "_CHILD", child)
+    with pytest.raises(
+        sandbox.UserError, match="not available: OSError: no seccomp; expected Linux"
+    ):
+        run(GOOD)
+
+
+def decide(code: bytes, architecture: int, number: int, arguments: tuple[int, ...] = ()) -> bool:
+    """Interprets the four BPF instructions the filter uses; True: the call is allowed."""
+    arguments = (*arguments, *[0] * (6 - len(arguments)))
+    data = struct.pack("IIQ6Q", number, architecture, 0, *arguments)
+    instructions = list(struct.iter_unpack("HBBI", code))
+    counter, register = 0, 0
+    while True:
+        operation, if_true, if_false, operand = instructions[counter]
+        counter += 1
+        if operation == 0x20:
+            register = struct.unpack_from("I", data, operand)[0]
+        elif operation == 0x15:
+            counter += if_true if register == operand else if_false
+        elif operation == 0x45:
+            counter += if_true if register & operand else if_false
+        else:
+            assert operation == 0x06
+            return operand == 0x7FFF0000
+
+
+@pytest.mark.parametrize(
+    ("machine", "architecture", "openat", "allowed", "refused"),
+    [
+        # read, write, mmap, exit_group | socket, clone, fork, execve, kill, unlink, ptrace, clone3
+        ("x86_64", 0xC000003E, 257, (0, 1, 9, 231), (41, 56, 57, 59, 62, 87, 101, 435)),
+        # read, write, mmap, exit_group | socket, clone, execve, kill, unlinkat, ptrace, clone3
+        ("aarch64", 0xC00000B7, 56, (63, 64, 222, 94), (198, 220, 221, 129, 35, 117, 435)),
+    ],
+)
+def test_filter(machine, architecture, openat, allowed, refused):
+    code = build_filter(machine)
+    assert all(decide(code, architecture, number) for number in allowed)
+    assert not any(decide(code, architecture, number) for number in refused)
+    assert not any(decide(code, 0x40000003, number) for number in allowed)  # 32-bit calls
+    assert not any(decide(code, architecture, 0x40000000 | number) for number in allowed)  # x32
+    assert decide(code, architecture, openat, (0, 0, os.O_RDONLY | os.O_CLOEXEC))
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE):
+        assert not decide(code, architecture, openat, (0, 0, flags))

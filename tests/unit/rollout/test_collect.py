@@ -1,0 +1,110 @@
+"""Scored groups, samples, metrics and sample lines, with numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from megatron_rl.records import Completion, Prompt, RolloutGroup
+from megatron_rl.rewards.base import Reward
+from megatron_rl.rollout.collect import collect, rollout_metrics, sample_rows, to_samples
+from megatron_rl.rollout.engine import SamplingSettings
+
+SETTINGS = SamplingSettings(samples=2, max_new_tokens=4)
+
+
+def completion(tokens, finished, text):
+    tokens = np.array(tokens)
+    return Completion(tokens, -np.arange(1, len(tokens) + 1, dtype=np.float32), finished, text)
+
+
+class FixedEngine:
+    """Gives two fixed answers to every prompt."""
+
+    def generate(self, prompts, settings):
+        assert settings is SETTINGS
+        answers = completion([7, 8, 9], True, "yes"), completion([4], False, "no")
+        return [RolloutGroup(prompt, answers) for prompt in prompts]
+
+
+def prompts():
+    tokens = np.array([1, 2, 3]), np.array([5, 6])
+    return [Prompt(i, t, f"p{i}", {"right": r}) for i, t, r in zip((10, 11), tokens, ("yes", "*"))]
+
+
+def verifier(record, text):
+    if record["right"] == "*":
+        return Reward(0.25, {"solved": 0.0, "well_formed": 1.0}, "neither")
+    right = text == record["right"]
+    return Reward(float(right), {"solved": float(right), "well_formed": float(right)}, text)
+
+
+@pytest.fixture
+def scored():
+    return collect(FixedEngine(), prompts(), verifier, SETTINGS)
+
+
+def test_collect_scores_every_completion_in_order(scored):
+    assert [[reward.value for reward in s.rewards] for s in scored] == [[1.0, 0.0], [0.25, 0.25]]
+    assert [s.group.prompt.index for s in scored] == [10, 11]
+    assert [reward.reason for reward in scored[0].rewards] == ["yes", "no"]
+    assert collect(FixedEngine(), [], verifier, SETTINGS) == []
+
+
+def test_samples_carry_prompt_completion_and_advantage(scored):
+    samples = to_samples(scored, np.array([[1.0, -1.0], [0.5, 0.0]]))
+    assert [s.tokens.tolist() for s in samples] == [
+        [1, 2, 3, 7, 8, 9],
+        [1, 2, 3, 4],
+        [5, 6, 7, 8, 9],
+        [5, 6, 4],
+    ]
+    assert [s.prompt_length for s in samples] == [3, 3, 2, 2]
+    assert [s.advantage for s in samples] == [1.0, -1.0, 0.5, 0.0]
+    assert [s.rollout_logprobs.tolist() for s in samples[:2]] == [[-1.0, -2.0, -3.0], [-1.0]]
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 3)])
+def test_advantages_of_another_shape_are_refused(scored, shape):
+    with pytest.raises(ValueError):
+        to_samples(scored, np.zeros(shape))
+
+
+def test_metrics_by_hand(scored):
+    assert rollout_metrics(scored) == {
+        "reward/mean": (1.5, 4.0),
+        "reward/std": (0.5, 2.0),
+        "reward/solved": (1.0, 4.0),
+        "reward/well_formed": (3.0, 4.0),
+        "response/length_mean": (8.0, 4.0),
+        "response/finished_fraction": (2.0, 4.0),
+        "groups/zero_variance_fraction": (1.0, 2.0),
+    }
+
+
+def test_metrics_of_a_rank_without_prompts_add_nothing(scored):
+    empty = rollout_metrics([])
+    assert empty.keys() == rollout_metrics(scored).keys()
+    assert set(empty.values()) == {(0.0, 0.0)}
+
+
+def test_parts_a_verifier_does_not_give_are_not_counted():
+    groups = collect(FixedEngine(), prompts(), lambda record, text: Reward(1.0), SETTINGS)
+    assert rollout_metrics(groups)["reward/solved"] == (0.0, 0.0)
+
+
+def test_sample_rows_take_every_prompt_before_a_second_answer(scored):
+    rows = sample_rows(scored, 3)
+    assert [(row["prompt"], row["completion"]) for row in rows] == [
+        ("p10", "yes"),
+        ("p11", "yes"),
+        ("p10", "no"),
+    ]
+    assert rows[2] == {
+        "index": 10,
+        "prompt": "p10",
+        "completion": "no",
+        "reward": 0.0,
+        "reason": "no",
+        "tokens": 1,
+        "finished": False,
+    }
+    assert len(sample_rows(scored, 99)) == 4

@@ -1,0 +1,232 @@
+"""Generation on one rank: against transformers, scoring, and itself in other batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.engine import SamplingSettings
+from tests.support.tiny import EOS, build_tiny, random_prompts, spell, tiny_config, tiny_engine
+
+LENGTHS = [5, 1, 12, 7, 3, 9]
+NEVER = 99  #: an end-of-sequence id outside the vocabulary
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = tiny_config()
+    groups, megatron_config, chunks = build_tiny(config)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in chunks[0].parameters():
+        if parameter.dim() == 1:  # norms start at one; make each of them matter
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    return config, groups, megatron_config, chunks
+
+
+def answers(groups):
+    return [[answer.tokens.tolist() for answer in group.completions] for group in groups]
+
+
+def to_transformers(chunk, model):
+    """transformers' Qwen3-MoE model with the chunk's weights."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    source = chunk.state_dict()
+    heads, groups, width = model.num_attention_heads, model.num_query_groups, model.head_dim
+    weights = {
+        "model.embed_tokens.weight": source["embedding.word_embeddings.weight"],
+        "model.norm.weight": source["decoder.final_layernorm.weight"],
+        "lm_head.weight": source["output_layer.weight"],
+    }
+    for layer in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        qkv = source[ours + "self_attention.linear_qkv.weight"]
+        parts = qkv.view(groups, -1, width, model.hidden_size).split([heads // groups, 1, 1], dim=1)
+        for name, part in zip("qkv", parts):
+            weights[f"{theirs}self_attn.{name}_proj.weight"] = part.reshape(-1, model.hidden_size)
+        for theirs_name, ours_name in {
+            "self_attn.o_proj": "self_attention.linear_proj",
+            "self_attn.q_norm": "self_attention.q_layernorm",
+            "self_attn.k_norm": "self_attention.k_layernorm",
+            "input_layernorm": "input_layernorm",
+            "post_attention_layernorm": "pre_mlp_layernorm",
+            "mlp.gate": "mlp.router",
+        }.items():
+            weights[f"{theirs}{theirs_name}.weight"] = source[f"{ours}{ours_name}.weight"]
+        # transformers 5 stacks the experts in memory.
+        weights[f"{theirs}mlp.experts.gate_up_proj"] = source[
+            ours + "mlp.experts.linear_fc1.weight"
+        ]
+        weights[f"{theirs}mlp.experts.down_proj"] = source[ours + "mlp.experts.linear_fc2.weight"]
+    config = Qwen3MoeConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        moe_intermediate_size=model.moe_ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=width,
+        num_experts=model.num_experts,
+        num_experts_per_tok=model.moe_top_k,
+        norm_topk_prob=True,
+        rope_theta=model.rope_base,
+        rms_norm_eps=model.norm_epsilon,
+        max_position_embeddings=model.max_sequence_length,
+        tie_word_embeddings=False,
+    )
+    reference = Qwen3MoeForCausalLM(config).float().eval()
+    if "model.layers.0.mlp.experts.gate_up_proj" not in reference.state_dict():
+        weights = one_tensor_an_expert(weights)
+    reference.load_state_dict(weights)
+    return reference
+
+
+def one_tensor_an_expert(weights):
+    """The names of transformers 4."""
+    single = {}
+    for name, weight in weights.items():
+        if ".experts." not in name:
+            single[name] = weight
+            continue
+        prefix, kind = name.rsplit(".", 1)
+        for expert, matrix in enumerate(weight):
+            names = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else ["down_proj"]
+            for part_name, part in zip(names, matrix.chunk(len(names))):
+                single[f"{prefix}.{expert}.{part_name}.weight"] = part
+    return single
+
+
+def test_greedy_equals_transformers(tiny):
+    config, groups, megatron_config, chunks = tiny
+    reference = to_transformers(chunks[0], config.model)
+    prompts = random_prompts(LENGTHS)
+    settings = SamplingSettings(samples=1, max_new_tokens=20, greedy=True, temperature=0.7)
+    engine = tiny_engine(config, groups, megatron_config, chunks, NEVER)
+    for prompt, group in zip(prompts, engine.generate(prompts, settings)):
+        tokens = torch.tensor(prompt.tokens)[None]
+        for token, logprob in zip(group.completions[0].tokens, group.completions[0].logprobs):
+            with torch.no_grad():
+                logits = reference(tokens, use_cache=False).logits[0, -1]
+            assert token == logits.argmax()
+            expected = torch.log_softmax(logits / 0.7, 0)[token].item()
+            assert logprob == pytest.approx(expected, abs=2e-5)
+            tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
+
+
+def test_logprobs_equal_those_of_scoring_packed_sequences(tiny):
+    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.forward import forward_row
+    from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
+
+    config, groups, megatron_config, chunks = tiny
+    engine = tiny_engine(config, groups, megatron_config, chunks, max_batch=7)
+    settings = SamplingSettings(samples=3, max_new_tokens=16, temperature=1.3, top_p=0.9, seed=2)
+    sequences, expected = [], []
+    for group in engine.generate(random_prompts(LENGTHS), settings):
+        for answer in group.completions:
+            sequences.append(np.concatenate([group.prompt.tokens, answer.tokens]))
+            expected.append((len(group.prompt.tokens), answer.logprobs))
+    row = torch.tensor(np.concatenate(sequences))
+    layout = packed_layout([len(s) for s in sequences], len(row), row.device)
+    with torch.no_grad():
+        logits = forward_row(chunks[0], row, layout).squeeze(0)
+    scored, _ = vocab_logprobs(logits, row.roll(-1), 1.3, groups.tensor)
+    start = 0
+    for sequence, (prompt_length, logprobs) in zip(sequences, expected):
+        part = scored[start + prompt_length - 1 : start + len(sequence) - 1]
+        np.testing.assert_allclose(logprobs, part.numpy(), atol=1e-5)
+        assert logprobs.dtype == np.float32
+        start += len(sequence)
+
+
+def test_an_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
+    from megatron_rl.rollout.builtin import generate
+
+    prompts = random_prompts(LENGTHS)
+    settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11)
+    engine = tiny_engine(*tiny)
+    together = engine.generate(prompts, settings)
+    lengths = [len(answer) for group in answers(together) for answer in group]
+    assert len(set(lengths)) > 4 and max(lengths) == 24  # rows leave at different steps
+    alone = [engine.generate([prompt], settings)[0] for prompt in prompts]
+    small = tiny_engine(*tiny, max_batch=5).generate(prompts, settings)
+    single = tiny_engine(*tiny, max_batch=1).generate(prompts[:2], settings)
+    backwards = engine.generate(prompts[::-1], settings)[::-1]
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 10)
+    monkeypatch.setattr(generate, "COMPACT_BELOW", 0.0)  # finished rows stay until the end
+    otherwise = engine.generate(prompts, settings)
+    for other in (alone, small, backwards, otherwise):
+        assert answers(other) == answers(together)
+        for group, reference in zip(other, together):
+            assert group.prompt is reference.prompt
+            for answer, expected in zip(group.completions, reference.completions):
+                np.testing.assert_allclose(answer.logprobs, expected.logprobs, atol=1e-5)
+    assert answers(single) == answers(together)[:2]
+
+
+def test_the_seed_and_the_sample_number_change_the_answer(tiny):
+    prompts = random_prompts([6])
+    engine = tiny_engine(*tiny, eos_id=NEVER)
+    first = answers(engine.generate(prompts, SamplingSettings(3, 12, seed=1)))[0]
+    again = answers(engine.generate(prompts, SamplingSettings(5, 12, seed=1)))[0]
+    other = answers(engine.generate(prompts, SamplingSettings(3, 12, seed=2)))[0]
+    assert again[:3] == first
+    assert len({tuple(a) for a in [*first, *other]}) == 6
+
+
+def test_stops_behind_the_end_token(tiny):
+    prompts = random_prompts(LENGTHS)
+    settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11)
+    endless = tiny_engine(*tiny, eos_id=NEVER).generate(prompts, settings)
+    stopping = tiny_engine(*tiny).generate(prompts, settings)
+    finished = 0
+    for group, reference in zip(stopping, endless):
+        for answer, whole in zip(group.completions, reference.completions):
+            tokens = whole.tokens.tolist()
+            assert len(tokens) == 24 and not whole.finished and whole.text == spell(tokens)
+            end = tokens.index(EOS) + 1 if EOS in tokens else 24
+            assert answer.tokens.tolist() == tokens[:end]
+            np.testing.assert_allclose(answer.logprobs, whole.logprobs[:end], atol=1e-5)
+            assert answer.finished == (EOS in tokens)
+            assert answer.text == spell(tokens[: end - answer.finished])
+            finished += answer.finished
+    assert 0 < finished < 24
+
+
+def test_cut_at_the_longest_sequence(tiny):
+    prompts = random_prompts(LENGTHS)
+    settings = SamplingSettings(samples=2, max_new_tokens=10, seed=3)
+    whole = tiny_engine(*tiny, eos_id=NEVER).generate(prompts, settings)
+    cut = tiny_engine(*tiny, eos_id=NEVER, max_sequence_length=14).generate(prompts, settings)
+    for group, reference in zip(answers(cut), answers(whole)):
+        for answer, expected in zip(group, reference):
+            assert answer == expected[: len(answer)]
+    lengths = [len(group[0]) for group in answers(cut)]
+    assert lengths == [9, 10, 2, 7, 10, 5]
+
+
+def test_the_model_is_as_before(tiny):
+    config, groups, megatron_config, chunks = tiny
+    engine = tiny_engine(*tiny)
+    before = {
+        name: value.clone() for name, value in chunks[0].state_dict().items() if value is not None
+    }
+    for mode in (True, False):
+        chunks[0].train(mode)
+        engine.generate(random_prompts([4]), SamplingSettings(2, 3))
+        assert all(module.training == mode for module in chunks[0].modules())
+    for name, value in before.items():
+        assert torch.equal(chunks[0].state_dict()[name], value), name
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_no_prompts_no_groups(tiny):
+    assert tiny_engine(*tiny).generate([], SamplingSettings(2, 3)) == []
+
+
+@pytest.mark.parametrize("length", [0, 14])
+def test_a_prompt_without_room_for_an_answer_is_refused(tiny, length):
+    engine = tiny_engine(*tiny, max_sequence_length=14)
+    with pytest.raises(UserError, match=f"prompt 0 has {length} tokens"):
+        engine.generate(random_prompts([length]), SamplingSettings(1, 1))

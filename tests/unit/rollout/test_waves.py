@@ -1,0 +1,32 @@
+"""Cutting prompts into waves and prefill passes."""
+
+import pytest
+
+from megatron_rl.rollout.builtin.waves import split_by_tokens, split_into_waves
+from tests.support.tiny import random_prompts
+
+
+def test_waves_cover_every_row_once_and_are_nearly_equal():
+    waves = split_into_waves(random_prompts([1] * 5), samples=3, max_batch=4)
+    assert [len(wave.prompt_of) for wave in waves] == [3, 4, 4, 4]
+    rows = [
+        (wave.prompts[p].index, number)
+        for wave in waves
+        for p, number in zip(wave.prompt_of, wave.sample_numbers)
+    ]
+    assert rows == [(index, number) for index in range(5) for number in range(3)]
+    assert [len(wave.prompts) for wave in waves] == [1, 2, 2, 2]
+
+
+def test_a_wave_may_hold_some_answers_of_one_prompt():
+    waves = split_into_waves(random_prompts([1]), samples=5, max_batch=2)
+    assert [wave.sample_numbers for wave in waves] == [[0], [1, 2], [3, 4]]
+    assert split_into_waves([], samples=5, max_batch=2) == []
+
+
+@pytest.mark.parametrize(
+    "budget, expected", [(10, [[4, 6], [3], [12], [1, 2]]), (100, [[4, 6, 3, 12, 1, 2]])]
+)
+def test_prefill_passes_hold_consecutive_prompts_within_the_budget(budget, expected):
+    batches = split_by_tokens(random_prompts([4, 6, 3, 12, 1, 2]), budget)
+    assert [[len(prompt.tokens) for prompt in batch] for batch in batches] == expected
