@@ -67,7 +67,7 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
     header = dict(line.split("  ", 1) for line in lines[:8])
     assert {name: text.strip() for name, text in header.items()} == {
         "run": "runs/rl",
-        "model": "35,232 parameters, 22,944 active for a token: 2 layers (2 MoE), 4 experts, top-2",
+        "model": "35,296 parameters, 23,008 active for a token: 2 layers (2 MoE), 4 experts, top-2",
         "layout": "2 ranks: data 2, expert 2",
         "device": "cpu, fp32",
         "data": "24 problems (data/train.jsonl), 16 held-out (data/eval.jsonl), reward countdown",
