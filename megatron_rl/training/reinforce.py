@@ -26,7 +26,7 @@ from megatron_rl.rollout.engine import Engine, SamplingSettings
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import pack_mini_batches
 from megatron_rl.training.evaluate import evaluate
-from megatron_rl.training.guard import check_finite
+from megatron_rl.training.guard import check_answers, not_finite, raise_together
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.score import ScoredPack, score
 from megatron_rl.training.session import Session
@@ -57,7 +57,10 @@ class Reinforce:
         with session.timers("rollout"):
             session.console.phase("rollout")
             groups = self._collect(my_share(batch, config, session.groups), number)
+            check_answers(groups, session.groups.world)
         sums.add_all(rollout_metrics(groups))
+        lengths = [len(answer.tokens) for scored in groups for answer in scored.group.completions]
+        sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
         if session.counts_once:
             sums.add("tokens/step", sum(len(sample.tokens) for sample in samples))
@@ -96,8 +99,8 @@ class Reinforce:
             [pack for packs in packed for pack in packs],
             with_traces=uses_router_shift(config.algorithm),
         )
-        for item in scored:
-            _add_mismatch(item, sums)
+        problems = [_add_mismatch(item, sums) for item in scored]
+        raise_together(next(filter(None, problems), None), session.groups.world)
         count = len(packed[0])
         return [scored[i : i + count] for i in range(0, len(scored), count)]
 
@@ -159,14 +162,15 @@ def global_advantages(
     ]
 
 
-def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
-    """How far the sampler's log-probabilities are from the scoring pass's."""
+def _add_mismatch(item: ScoredPack, sums: MetricSums) -> str | None:
+    """How far the sampler's log-probabilities are from the scoring pass's; the problem, if the
+    latter are not finite.
+    """
     if item.old_logprobs is None or item.pack.rollout_logprobs is None:
-        return
+        return None
     mask = item.pack.mask
-    check_finite("the scoring pass's log-probability", item.old_logprobs, mask)
-    check_finite("the sampler's log-probability", item.pack.rollout_logprobs, mask)
     difference = torch.where(mask, item.old_logprobs - item.pack.rollout_logprobs, 0.0)
     estimate = k3(torch.zeros_like(difference), difference)
     sums.add("mismatch/kl", estimate.sum(), mask.sum())
     sums.add("mismatch/logprob_max", difference.abs().max(), mask.sum())
+    return not_finite("the scoring pass's log-probability", item.old_logprobs, mask)
