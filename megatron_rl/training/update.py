@@ -9,14 +9,14 @@ import torch
 from megatron_rl.algorithms import LOSSES, LossInputs, make_settings
 from megatron_rl.algorithms.router_shift import shift_weight
 from megatron_rl.config.schema import AlgorithmConfig
-from megatron_rl.models.forward import forward_row
 from megatron_rl.models.router import set_router_loss_scale
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import all_reduce, gather_first_dim
-from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
+from megatron_rl.parallel.sequence_shards import tensor_slice
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import PackTensors
 from megatron_rl.training.guard import check_step
+from megatron_rl.training.pass_over_pack import forward_pack, pack_logprobs
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.schedule import run_schedule
 from megatron_rl.training.score import ScoredPack
@@ -55,24 +55,18 @@ def update(
         item = scored[index]
         pack, shift = item.pack, None
         if with_shift:
-            mask = _local_rows(pack.mask, policy)
+            mask = tensor_slice(pack.shards.local(pack.mask), policy.groups.tensor)
             with policy.capture.compare(chunk, item.traces[chunk], mask, telemetry) as distance:
-                output = forward_row(model, pack.tokens, pack.layout)
+                output = forward_pack(model, pack)
             shift = policy.relay.pass_on(chunk, distance())
         else:
-            output = forward_row(model, pack.tokens, pack.layout)
+            output = forward_pack(model, pack)
         return output, lambda logits: _loss(policy, item, logits, shift, settings, sums)
 
     packs = [item.pack for item in scored]
     if _has_router_losses(policy):
         _scale_router_losses(policy, packs, [_denominator(policy, p, settings) for p in packs])
     _optimizer_step(policy, packs, forward_step, sums)
-
-
-def _local_rows(values: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """The rows of a [T] tensor that this rank's routers see under sequence parallelism."""
-    tensor = policy.groups.tensor
-    return values.chunk(tensor.size())[tensor.rank()]
 
 
 def _loss(
@@ -87,12 +81,10 @@ def _loss(
     schedule wants it.
     """
     pack, config = item.pack, policy.config
-    logprobs, entropy = vocab_logprobs(
-        logits.squeeze(0), pack.targets, config.rollout.temperature, policy.groups.tensor
-    )
+    logprobs, entropy = pack_logprobs(logits, pack, config.rollout.temperature, policy.groups)
     gamma = None
     if distance is not None:
-        distance = gather_first_dim(distance, policy.groups.tensor)
+        distance = pack.shards.whole(gather_first_dim(distance, policy.groups.tensor))
         floor = config.algorithm.router_shift.floor
         gamma = shift_weight(distance, policy.num_moe_layers, floor)
         _add_shift(sums, distance / policy.num_moe_layers, floor, pack.mask)
@@ -112,7 +104,19 @@ def _loss(
     sums.add("loss", result.loss_sum, result.denominator)
     sums.add("entropy", (entropy * pack.mask).sum(), pack.mask.sum())
     sums.add_all(result.metrics)
-    return result.loss_sum, result.denominator.round().to(torch.int), {}
+    return result.loss_sum, _counted_once(result.denominator, policy), {}
+
+
+def _counted_once(denominator: torch.Tensor, policy: Policy) -> torch.Tensor:
+    """The denominator as Megatron wants it: an integer, on one of the ranks that share the pack.
+
+    Megatron adds gradients and denominators over packs and over the data x context ranks, and
+    divides. Every context rank computes the loss of the whole pack, but its gradients are those
+    through its own tokens only, so their sum counts the loss once; the denominators must not be
+    counted once a rank.
+    """
+    counts = denominator if policy.groups.context.rank() == 0 else torch.zeros_like(denominator)
+    return counts.round().to(torch.int)
 
 
 def _add_shift(
@@ -151,11 +155,11 @@ def _scale_router_losses(
     policy: Policy, packs: Sequence[PackTensors], denominators: Sequence[torch.Tensor]
 ) -> None:
     """Make the routers' losses means over the tokens of all packs: D / N, see `PackRouter`. A
-    collective.
+    collective over the data ranks: the context ranks share their packs.
     """
-    tokens = sum((~pack.layout.padding).sum() for pack in packs)
+    tokens = sum((pack.sequence_ids < pack.num_sequences).sum() for pack in packs)
     local = torch.stack([sum(denominators).double(), tokens.double()])
-    denominator, total = all_reduce(local, policy.groups.data_context).tolist()
+    denominator, total = all_reduce(local, policy.groups.data).tolist()
     set_router_loss_scale(policy.chunks, denominator / max(total, 1.0))
 
 
@@ -178,14 +182,14 @@ def supervised_update(policy: Policy, packs: Sequence, sums: MetricSums) -> None
 
     def forward_step(chunk, model, index):
         pack = packs[index]
-        output = forward_row(model, pack.tokens, pack.layout)
+        output = forward_pack(model, pack)
 
         def loss(logits):
-            logprobs, _ = vocab_logprobs(logits.squeeze(0), pack.targets, 1.0, policy.groups.tensor)
+            logprobs, _ = pack_logprobs(logits, pack, 1.0, policy.groups)
             total = -(logprobs * pack.mask).sum()
             count = pack.mask.sum()
             sums.add("loss", total, count)
-            return total, count.to(torch.int), {}
+            return total, _counted_once(count, policy), {}
 
         return output, loss
 
