@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_rl.records import Sample
 from tests.support.ranks import run_on_ranks
@@ -82,7 +83,7 @@ def test_tensors_hold_what_the_pack_holds():
     from megatron_rl.training.batch import to_device
 
     (pack,) = pack_samples([sample(3, 0.5), sample(2, -2.0)], 8, vocab_size=64)
-    tensors = to_device(pack, torch.device("cpu"))
+    tensors = to_device(pack, torch.device("cpu"), dist.group.WORLD)
     assert tensors.tokens.tolist()[:5] == [0, 1, 2, 0, 1]
     assert tensors.mask.tolist() == [True, True, False, True, False, False, False, False]
     assert tensors.advantages.tolist()[:5] == [0.5, 0.5, 0.5, -2.0, -2.0]
