@@ -32,7 +32,7 @@ def raise_together(problem: str | None, world: ProcessGroup) -> None:
     if not found:
         return
     rank, text = found[0]
-    others = f" and on {len(found) - 1} more ranks" if len(found) > 1 else ""
+    others = "" if len(found) == 1 else f" and {len(found) - 1} more"
     raise NotFinite(
         f"{text} (rank {rank}{others}); the weights in memory are lost, the last checkpoint is "
         "not; lower optimizer.lr or optimizer.clip_grad, or look at the samples of the last step"

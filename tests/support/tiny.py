@@ -31,7 +31,7 @@ TINY_MODEL = {
 }
 
 #: A token that tiny models draw now and then, so that answers end at different lengths.
-EOS = 32
+EOS = 31
 
 
 def tiny_config(**overrides: Mapping[str, Any]) -> Config:

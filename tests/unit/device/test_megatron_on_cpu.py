@@ -33,3 +33,11 @@ def test_a_second_installation_changes_nothing():
     before = torch.zeros, torch.Tensor.type
     megatron_on_cpu.install()
     assert (torch.zeros, torch.Tensor.type) == before
+
+
+def test_megatrons_small_functions_are_left_uncompiled_and_torch_compile_as_it_was():
+    cpu_device()
+    from megatron.core.fusions.fused_bias_swiglu import swiglu
+
+    assert not hasattr(swiglu, "_torchdynamo_orig_callable")
+    assert hasattr(torch.compile(lambda x: x, backend="eager"), "_torchdynamo_orig_callable")

@@ -96,7 +96,7 @@ def _raised(problems):
     [
         ((None, None), None),
         ((None, "mine is bad"), "mine is bad (rank 1)"),
-        (("first", "second"), "first (rank 0 and on 1 more ranks)"),
+        (("first", "second"), "first (rank 0 and 1 more)"),
     ],
 )
 def test_all_ranks_raise_together_and_name_the_first_problem(problems, message):
