@@ -86,5 +86,10 @@ def _twin(group: ProcessGroup) -> ProcessGroup:
 
 
 def destroy_groups() -> None:
-    """Forget Megatron's groups, so that others can be built in the same process."""
+    """Forget Megatron's groups and end their communicators, so that others can be built here."""
+    made = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
+    for group in made:
+        # Ranks that are no members hold None or a number in a group's place.
+        if isinstance(group, ProcessGroup) and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)

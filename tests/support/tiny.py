@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Mapping, Sequence
 
 import numpy as np
@@ -62,6 +63,8 @@ def build_tiny(config: Config, seed: int = 1) -> tuple[Any, Any, list[torch.nn.M
 
     if parallel_state.model_parallel_is_initialized():
         destroy_groups()
+        # Dead models keep their groups alive in cycles; each costs gloo threads that poll.
+        gc.collect()
     groups = build_groups(config.parallel)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     megatron_config = transformer_config(config.model, config.parallel, device)
