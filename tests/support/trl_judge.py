@@ -32,13 +32,12 @@ def trl_loss(
     if inputs.router_shift is not None:
         old = old - inputs.router_shift.log()
     logprobs = padded(inputs.logprobs, lengths)
+    entropy = torch.zeros_like(inputs.logprobs) if inputs.entropy is None else inputs.entropy
     mask = padded(inputs.mask.long(), lengths)
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (
             logprobs,
-            torch.zeros_like(logprobs)
-            if inputs.entropy is None
-            else padded(inputs.entropy, lengths),
+            padded(entropy, lengths),
             None,
         ),
         _metrics=defaultdict(lambda: defaultdict(list)),

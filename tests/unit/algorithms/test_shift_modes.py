@@ -185,7 +185,8 @@ def test_range_of_gmpo_by_hand():
 
 
 def test_range_of_gspo_is_that_of_the_mean_gamma():
-    # s_0 = exp(3e-4), mean gamma 0.75: the bound 1 + 4e-4 * 0.75 = 1.0003 is below it; not at gamma 1
+    # s_0 = exp(3e-4), mean gamma 0.75: the bound 1 + 4e-4 * 0.75 = 1.0003 is below it, that of
+    # gamma 1 is not
     ratios = [[3e-4, 3.0003e-4], [0.0]]
     outputs, loss, gradient = by_hand("gspo", "range", ratios, [[0.5, 1.0], [1.0]])
     assert loss == pytest.approx(-(2 * 1.0003 - 1) / 2, abs=1e-12)
