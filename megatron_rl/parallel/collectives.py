@@ -4,6 +4,8 @@ nothing.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -30,6 +32,18 @@ def broadcast(tensor: torch.Tensor, group: ProcessGroup, source: int = 0) -> tor
     if group.size() > 1:
         dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
     return tensor
+
+
+Item = TypeVar("Item")
+
+
+def gather_objects(item: Item, group: ProcessGroup) -> list[Item]:
+    """The ranks' items, in rank order, on every rank. They are pickled: for small things."""
+    if group.size() == 1:
+        return [item]
+    items: list[Item] = [item] * group.size()
+    dist.all_gather_object(items, item, group=group)
+    return items
 
 
 class _GatherFirstDim(torch.autograd.Function):

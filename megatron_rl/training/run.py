@@ -41,7 +41,13 @@ def _run(
     make_task: Callable[[Session, Policy, Engine], Task],
 ) -> None:
     with open_session(config, verb, config.train.steps) as session:
-        policy = build_policy(config, session.device, session.groups, optimizer_steps)
+        policy = build_policy(
+            config,
+            session.device,
+            session.groups,
+            optimizer_steps,
+            with_reference=verb == "train" and config.algorithm.reference == "initial",
+        )
         _show_header(session, policy)
         engine = _engine(session, policy.chunks, policy.transformer)
         complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
