@@ -49,9 +49,18 @@ def sequence_sum(values: torch.Tensor, segments: Segments) -> torch.Tensor:
     return torch.zeros_like(segments.lengths, dtype=kept.dtype).index_add(0, segments.ids, kept)
 
 
-def sequence_mean(values: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """[T] -> [N]: mean over the trained tokens of each sequence; 0 for a sequence without one."""
-    return sequence_sum(values, segments) / segments.lengths.clamp(min=1)
+def sequence_mean(
+    values: torch.Tensor, segments: Segments, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[T] -> [N]: mean over the trained tokens of each sequence; 0 for a sequence without one.
+
+    With weights [T] > 0: sum_t weight_t value_t / sum_t weight_t. Weights of 1 change no bit.
+    """
+    if weights is None:
+        return sequence_sum(values, segments) / segments.lengths.clamp(min=1)
+    kept = torch.where(segments.mask, weights, 0.0)
+    total = sequence_sum(kept, segments)
+    return sequence_sum(kept * values, segments) / torch.where(total > 0, total, 1.0)
 
 
 def over_tokens(values: torch.Tensor, segments: Segments) -> SumAndCount:

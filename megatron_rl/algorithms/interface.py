@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
+#: How gamma~ enters a loss, see README.md: on the ratio, on the ratio where A < 0 only, on the clip
+#: range, or as the weight of a token in a geometric mean.
+SHIFT_MODES = ("ratio", "negative_only", "range", "token_weight")
+
 
 @dataclass(frozen=True)
 class LossInputs:
     """The tokens of whole sequences laid one behind the other, in any order.
 
-    Raises ValueError if a tensor is not [T]. Everything but ``logprobs`` is a constant: losses
-    detach it.
+    Raises ValueError if a tensor is not [T], or for an unknown ``shift_mode``. Everything but
+    ``logprobs`` and ``entropy`` is a constant: losses detach it.
     """
 
     logprobs: torch.Tensor  #: float [T], log pi_new(y_t), attached to the graph; nats
@@ -25,12 +29,19 @@ class LossInputs:
     advantages: torch.Tensor  #: float [T], the advantage of the sequence at each of its tokens
     mask: torch.Tensor  #: bool (or 0/1) [T], True on the tokens that are trained on
     sequence_ids: torch.Tensor  #: int64 [T], 0..S-1; padding may have the extra id S
-    router_shift: torch.Tensor | None = None  #: float [T], gamma~ in [0, 1] of ``shift_weight``
+    router_shift: torch.Tensor | None = None  #: float [T], gamma~ >= 0 of ``shift_weight``
     rollout_logprobs: torch.Tensor | None = None  #: float [T], log mu(y_t) of the sampler
     ref_logprobs: torch.Tensor | None = None  #: float [T], log pi_ref(y_t)
     num_sequences: int | None = None  #: S; none: T, an upper bound found without asking the device
+    shift_mode: str = "ratio"  #: one of ``SHIFT_MODES``: how ``router_shift`` enters
+    sampler_weights: torch.Tensor | None = None  #: float [T], factors of the terms (``mismatch``)
+    entropy: torch.Tensor | None = None  #: float [T], nats, attached; see ``regularisers``
 
     def __post_init__(self) -> None:
+        if self.shift_mode not in SHIFT_MODES:
+            raise ValueError(
+                f"found shift_mode {self.shift_mode!r}; expected one of {', '.join(SHIFT_MODES)}"
+            )
         shape = self.logprobs.shape
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor) and (value.dim() != 1 or value.shape != shape):

@@ -1,7 +1,7 @@
 """Importance ratios between the policy being trained and the old one, in log space.
 
-A router-shift weight enters here and nowhere else: log w~_t = log w_t + log gamma~_t (arXiv
-2510.23027 v2, eq. 11).
+A router-shift weight enters here: log w~_t = log w_t + log gamma~_t (arXiv 2510.23027 v2, eq. 11).
+The other modes of ``interface.SHIFT_MODES`` leave the ratio alone, for all or for some tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def log_ratio(inputs: LossInputs) -> torch.Tensor:
 
 
 def log_shift(inputs: LossInputs) -> torch.Tensor:
-    """log gamma~_t, [T], detached; 0 outside the mask.
+    """log gamma~_t, [T], detached; 0 outside the mask, and where the mode leaves the ratio alone.
 
     gamma~ = 0 counts as the smallest normal number, whose logarithm is finite. Raises ValueError
     without ``inputs.router_shift``.
@@ -36,19 +36,42 @@ def log_shift(inputs: LossInputs) -> torch.Tensor:
             "found no router_shift in the loss inputs; expected the weight gamma~ of every token; "
             "switch router shift on, or choose a loss that does without it, such as gmpo"
         )
+    gamma = positive_shift(inputs)
+    if inputs.shift_mode == "negative_only":
+        gamma = torch.where(inputs.advantages.detach() < 0, gamma, 1.0)
+    elif inputs.shift_mode != "ratio":
+        gamma = torch.ones_like(gamma)
+    return gamma.log()
+
+
+def positive_shift(inputs: LossInputs) -> torch.Tensor:
+    """gamma~_t, [T], detached; 1 outside the mask, never below the smallest normal number."""
     gamma = at_least_float32(inputs.router_shift.detach())
     gamma = torch.where(inputs.mask.bool(), gamma, 1.0)
-    return gamma.clamp(min=torch.finfo(gamma.dtype).tiny).log()
+    return gamma.clamp(min=torch.finfo(gamma.dtype).tiny)
 
 
 def shifted_log_ratio(inputs: LossInputs) -> torch.Tensor:
-    """log w~_t = log w_t + log gamma~_t, [T]; log w_t without a router-shift weight.
+    """log w~_t = log w_t + ``log_shift``, [T]; log w_t without a router-shift weight.
 
     gamma~ = 1 changes no bit.
     """
     if inputs.router_shift is None:
         return log_ratio(inputs)
     return log_ratio(inputs) + log_shift(inputs)
+
+
+def shifted_ratio(inputs: LossInputs) -> torch.Tensor:
+    """w~_t, [T], of a loss that is a sum over tokens.
+
+    Raises ValueError in the mode token_weight, which weighs the tokens of a geometric mean.
+    """
+    if inputs.shift_mode == "token_weight":
+        raise ValueError(
+            "found shift_mode token_weight in a loss over tokens; expected a loss with one ratio a "
+            "sequence: gspo, gmpo, rspo or rspo_v1; choose one of these or another mode"
+        )
+    return exp_ratio(shifted_log_ratio(inputs))
 
 
 def exp_ratio(log_ratios: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,18 @@ import torch
 from megatron_rl.algorithms.aggregate import SumAndCount, make_segments, over_tokens
 from megatron_rl.algorithms.ratios import at_least_float32
 
+#: How the layers' distances d_l become one: their mean, or the largest of them.
+LAYERS = ("mean", "max")
 
-def shift_distance(new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> torch.Tensor:
+
+def shift_distance(
+    new_logprobs: torch.Tensor, old_logprobs: torch.Tensor, layers: str = "mean"
+) -> torch.Tensor:
     """sum_l 1/K sum_k |log r_new,l(e(l,k)) - log r_old,l(e(l,k))|: [T, L, K] -> [T], nats.
 
     L may be the layers of one pipeline stage, even none: distances of stages are added BEFORE
-    ``shift_weight``. Raises ValueError unless both are [T, L, K].
+    ``shift_weight``. With ``layers`` max: max_l instead of sum_l, and of stages the largest; then
+    ``shift_weight`` takes num_layers 1. Raises ValueError unless both are [T, L, K].
     """
     if new_logprobs.dim() != 3 or new_logprobs.shape != old_logprobs.shape:
         raise ValueError(
@@ -26,7 +32,21 @@ def shift_distance(new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> to
             f"{tuple(old_logprobs.shape)}; expected two [T, L, K] of one shape; score OLD experts"
         )
     difference = at_least_float32(new_logprobs) - at_least_float32(old_logprobs)
-    return difference.abs().mean(dim=2).sum(dim=1)
+    return over_layers(difference.abs().mean(dim=2), layers)
+
+
+def over_layers(distances: torch.Tensor, layers: str) -> torch.Tensor:
+    """Distances [T, L] of these layers -> [T]: the sum ("mean") or maximum ("max"); L may be 0."""
+    if layers not in LAYERS:
+        raise ValueError(f"found layers {layers!r}; expected one of {', '.join(LAYERS)}")
+    if layers == "mean" or distances.shape[1] == 0:
+        return distances.sum(dim=1)
+    return distances.amax(dim=1)
+
+
+def layer_divisor(num_layers: int, layers: str) -> int:
+    """``num_layers`` for ``shift_weight``: L of the whole model for a sum, 1 for a maximum."""
+    return num_layers if layers == "mean" else 1
 
 
 def shift_weight(distance: torch.Tensor, num_layers: int, floor: float) -> torch.Tensor:
@@ -41,6 +61,27 @@ def shift_weight(distance: torch.Tensor, num_layers: int, floor: float) -> torch
     if not 0.0 <= floor <= 1.0:
         raise ValueError(f"found floor={floor}; expected a number in [0, 1]; the paper's is 0.8")
     return (-at_least_float32(distance.detach()) / num_layers).exp().clamp(min=floor)
+
+
+@torch.no_grad()
+def acting_sum(
+    weight: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, mode: str
+) -> SumAndCount:
+    """Sum and count of gamma~ over the trained tokens it acts on: all, or those with A < 0.
+
+    The latter for the mode negative_only. Those of all packs and ranks are added before
+    ``normalise_shift``.
+    """
+    acting = mask.bool()
+    if mode == "negative_only":
+        acting = acting & (advantages.detach() < 0)
+    segments = make_segments(acting, torch.zeros_like(acting, dtype=torch.long), 1, torch.float64)
+    return over_tokens(weight.detach().double(), segments)
+
+
+def normalise_shift(weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """gamma~_t / mean, [T], detached: its mean over the batch is then 1. A mean of 1: same bits."""
+    return weight.detach() / mean.to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Each raises UserError("found; expected; remedy"). ``check_config`` runs the rules a verb needs.
 Types and bounds of single fields are in ``schema.py``, rules of the architecture in
-``checks_model.py``, of the parallel layout in ``checks_layout.py``, of training and files here.
+``checks_model.py``, of the parallel layout in ``checks_layout.py``, of the loss in
+``checks_algorithm.py``, of training and files here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Callable
 
+from megatron_rl.config.checks_algorithm import ALGORITHM_RULES, known
 from megatron_rl.config.checks_layout import (
     LAYOUT_RULES,
     layout_fits_world,
@@ -17,8 +19,7 @@ from megatron_rl.config.checks_layout import (
 )
 from megatron_rl.config.checks_model import MODEL_RULES
 from megatron_rl.config.layout import data_parallel_size, ranks_wanted
-from megatron_rl.config.names import ADVANTAGE_NAMES, LOSS_NAMES, VERIFIER_NAMES
-from megatron_rl.config.nearest import did_you_mean
+from megatron_rl.config.names import VERIFIER_NAMES
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 
@@ -33,19 +34,9 @@ def answers_leave_room_for_prompts(config: Config) -> None:
         )
 
 
-def loss_is_known(config: Config) -> None:
-    """``algorithm.name`` is a loss."""
-    _known("algorithm.name", config.algorithm.name, LOSS_NAMES)
-
-
-def advantages_are_known(config: Config) -> None:
-    """``algorithm.advantages`` is an advantage estimator."""
-    _known("algorithm.advantages", config.algorithm.advantages, ADVANTAGE_NAMES)
-
-
 def verifier_is_known(config: Config) -> None:
     """``reward.name`` is a verifier."""
-    _known("reward.name", config.reward.name, VERIFIER_NAMES)
+    known("reward.name", config.reward.name, VERIFIER_NAMES)
 
 
 def groups_have_several_answers(config: Config) -> None:
@@ -134,8 +125,7 @@ def files_exist(config: Config, verb: str) -> None:
 
 VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "train": (
-        loss_is_known,
-        advantages_are_known,
+        *ALGORITHM_RULES,
         verifier_is_known,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
@@ -170,9 +160,3 @@ def check_config(config: Config, world_size: int | None, verb: str, files: bool 
         rank_rule(config, world_size)
     if files:
         files_exist(config, verb)
-
-
-def _known(field: str, name: str, names: tuple[str, ...]) -> None:
-    if name not in names:
-        hint = did_you_mean(name, names)
-        raise UserError(f"{field} is {name!r}{hint}; expected one of {', '.join(names)}")

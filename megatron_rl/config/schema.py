@@ -179,6 +179,11 @@ class RewardConfig(Section):
 
     name: str = "countdown"
     """A name of ``megatron_rl.rewards.VERIFIERS``."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Soft overlong punishment (arXiv 2503.14476, eq. 13): the last tokens of max_new_tokens, over
+    which the reward falls; 0: off."""
+    overlong_penalty: float = Field(1.0, gt=0.0)
+    """What an answer of rollout.max_new_tokens tokens loses with it."""
 
 
 class RolloutConfig(Section):
@@ -200,6 +205,10 @@ class RolloutConfig(Section):
     """Sample among the k likeliest tokens; 0: off."""
     max_batch: int = Field(512, ge=1)
     """Answers decoded at a time on a rank."""
+    dynamic_sampling: bool = False
+    """Draw more problems until prompts_per_step of them have answers of unequal reward."""
+    max_rounds: int = Field(10, ge=1, le=255)
+    """Dynamic sampling gives up after this many rounds and fills up with groups of equal reward."""
 
 
 class RouterShiftConfig(Section):
@@ -209,6 +218,16 @@ class RouterShiftConfig(Section):
     """null: as the loss asks (rspo, rspo_v1: yes; others: no)."""
     floor: float = Field(0.8, ge=0.0, le=1.0)
     """gamma_min: lowest weight a token's ratio is scaled with."""
+    mode: Literal["ratio", "negative_only", "range", "token_weight"] = "ratio"
+    """Where gamma enters; ratio: the paper.
+
+    ratio: on the ratio, before clip and mean (rspo_v1: after the clip). negative_only: the same
+    where the advantage is negative. range: on the clip range, not on the ratio. token_weight: as
+    the weight of a token in the geometric mean of gspo, gmpo and rspo."""
+    normalise: Literal["none", "batch_mean"] = "none"
+    """batch_mean: divide gamma by its mean over the mini-batch; costs one more forward pass."""
+    layers: Literal["mean", "max"] = "mean"
+    """How the distances of the MoE layers become one; mean: the paper."""
 
 
 class AlgorithmConfig(Section):
@@ -222,6 +241,20 @@ class AlgorithmConfig(Section):
     """A name of ``megatron_rl.algorithms.ADVANTAGES``."""
     router_shift: RouterShiftConfig = RouterShiftConfig()
     """The per-token weight against drifting routers."""
+    mismatch: Literal["none", "tis", "mis_token", "mis_sequence", "icepop"] = "none"
+    """Weight on the loss for what sampler and scoring pass disagree in, pi_old / mu."""
+    mismatch_low: float = Field(0.5, ge=0.0)
+    """icepop: lowest pi_old / mu that is kept."""
+    mismatch_high: float | None = Field(None, gt=0.0)
+    """tis, mis: the cap C; icepop: highest pi_old / mu that is kept; null: 2, for icepop 5."""
+    kl_coef: float = Field(0.0, ge=0.0)
+    """Coefficient of the KL penalty towards the reference, a mean over tokens; 0: off."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that penalty (``algorithms/kl.py``)."""
+    reference: Literal["none", "initial"] = "none"
+    """initial: keep the weights the run starts from in host memory and score them in every step."""
+    entropy_coef: float = Field(0.0, ge=0.0)
+    """Coefficient of the entropy bonus, a mean over tokens; 0: off."""
     mini_batches: int = Field(4, ge=1)
     """Optimizer steps a rollout batch is split into."""
     epochs: int = Field(1, ge=1)

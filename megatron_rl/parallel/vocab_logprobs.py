@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, inverse_temperature, group):
+    def forward(ctx, logits, targets, inverse_temperature, group, differentiable_entropy):
         num_tokens, shard = logits.shape
         start = group.rank() * shard
         logprobs = logits.new_empty(num_tokens, dtype=torch.float32)
@@ -36,25 +36,35 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             logprobs[rows] = picked - log_total
             entropy[rows] = log_total - weighted / total
             normaliser[rows] = peak + log_total
-        ctx.save_for_backward(logits, targets, normaliser)
         ctx.inverse_temperature, ctx.start = inverse_temperature, start
-        ctx.mark_non_differentiable(entropy)
+        if differentiable_entropy:
+            ctx.save_for_backward(logits, targets, normaliser, entropy)
+        else:
+            ctx.save_for_backward(logits, targets, normaliser)
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _grad_entropy):
-        logits, targets, normaliser = ctx.saved_tensors
+    def backward(ctx, grad_logprobs, grad_entropy):
+        logits, targets, normaliser, *entropy = ctx.saved_tensors
         num_tokens, shard = logits.shape
         grad_logits = torch.empty_like(logits)
         for rows in _chunks(num_tokens, shard):
             scale = grad_logprobs[rows, None] * ctx.inverse_temperature
             x = logits[rows].float() * ctx.inverse_temperature
-            grad = (x - normaliser[rows, None]).exp_().mul_(-scale)
+            log_p = x - normaliser[rows, None]
+            if entropy:
+                # d H / d x_j = -p_j (log p_j + H), and d log p_y / d x_j = [j = y] - p_j
+                weight = grad_entropy[rows, None] * ctx.inverse_temperature
+                factor = (log_p + entropy[0][rows, None]).mul_(weight).add_(scale).neg_()
+                grad = log_p.exp_().mul_(factor)
+            else:
+                grad = log_p.exp_().mul_(-scale)
             local = targets[rows] - ctx.start
             here = ((local >= 0) & (local < shard))[:, None]
             grad.scatter_add_(1, local.clamp(0, shard - 1)[:, None], scale * here)
             grad_logits[rows] = grad.to(logits.dtype)
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
 
 
 def _chunks(num_tokens: int, width: int) -> list[slice]:
@@ -69,7 +79,12 @@ def _reduced(tensor: torch.Tensor, op: dist.ReduceOp, group: ProcessGroup) -> to
 
 
 def vocab_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: ProcessGroup
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    group: ProcessGroup,
+    *,
+    differentiable_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
@@ -77,9 +92,13 @@ def vocab_logprobs(
         logits: [T, V / tp] in any floating type, this rank's slice of the vocabulary, in rank
             order. targets: int64 [T], global token ids. temperature: divides the logits; > 0.
             group: the tensor-parallel group.
+        differentiable_entropy: for a loss with an entropy bonus; keeps the entropies [T] for the
+            backward pass, which needs no communication and no other memory.
 
     Returns:
         Log-probabilities fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats,
-        detached.
+        detached unless asked otherwise.
     """
-    return _VocabParallelLogprobs.apply(logits, targets, 1.0 / temperature, group)
+    return _VocabParallelLogprobs.apply(
+        logits, targets, 1.0 / temperature, group, differentiable_entropy
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Sequence
 
 import numpy as np
 
 from megatron_rl.records import Prompt, RolloutGroup, Sample
 from megatron_rl.rewards.base import Reward, Verifier
+from megatron_rl.rewards.overlong import overlong_offset
 from megatron_rl.rollout.engine import Engine, SamplingSettings
 
 
@@ -24,6 +25,11 @@ class ScoredGroup:
     def values(self) -> np.ndarray:
         """Reward values, float64 [G]."""
         return np.array([reward.value for reward in self.rewards], dtype=np.float64)
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether the rewards differ: else every advantage is 0 and the group teaches nothing."""
+        return bool(np.ptp(self.values) > 0.0)
 
 
 def collect(
@@ -44,6 +50,29 @@ def collect(
         return [
             ScoredGroup(group, tuple(next(rewards) for _ in group.completions)) for group in groups
         ]
+
+
+def shape_overlong(
+    groups: Sequence[ScoredGroup], longest: int, buffer: int, penalty: float
+) -> list[ScoredGroup]:
+    """The groups with ``overlong_offset`` added to each reward, and noted as its part overlong."""
+
+    def shaped(reward: Reward, length: int) -> Reward:
+        offset = overlong_offset(length, longest, buffer, penalty)
+        return replace(
+            reward, value=reward.value + offset, parts={**reward.parts, "overlong": offset}
+        )
+
+    return [
+        replace(
+            scored,
+            rewards=tuple(
+                shaped(reward, len(answer.tokens))
+                for reward, answer in zip(scored.rewards, scored.group.completions, strict=True)
+            ),
+        )
+        for scored in groups
+    ]
 
 
 def to_samples(groups: Sequence[ScoredGroup], advantages: np.ndarray) -> list[Sample]:

@@ -119,7 +119,12 @@ class RouterCapture:
 
     @contextlib.contextmanager
     def compare(
-        self, chunk: int, trace: RouterTrace, mask: torch.Tensor, telemetry: RouterTelemetry
+        self,
+        chunk: int,
+        trace: RouterTrace,
+        mask: torch.Tensor,
+        telemetry: RouterTelemetry,
+        layers: str = "mean",
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """Measure the distance of the pass inside to the trace, per token.
 
@@ -128,10 +133,11 @@ class RouterCapture:
             trace: of the same tokens, from `record`.
             mask: bool [T_local], tokens that count in the telemetry.
             telemetry: receives the per-layer sums.
+            layers: "mean" or "max": the sum or the maximum over the layers.
 
         Yields:
-            A function that gives fp32 [T_local]: the sum over this chunk's layers of mean_k |new -
-            old|.
+            A function that gives fp32 [T_local]: the sum (maximum) over this chunk's layers of
+            mean_k |new - old|.
         """
         distances: list[torch.Tensor] = []
 
@@ -150,11 +156,10 @@ class RouterCapture:
             telemetry.add(number - 1, mask, distance, overlap, _entropy(logits), routing_map)
 
         def total() -> torch.Tensor:
-            return (
-                torch.stack(distances).sum(0)
-                if distances
-                else torch.zeros(len(mask), device=mask.device)
-            )
+            if not distances:
+                return torch.zeros(len(mask), device=mask.device)
+            stacked = torch.stack(distances)
+            return stacked.amax(0) if layers == "max" else stacked.sum(0)
 
         with self._pass(chunk, observe):
             yield total

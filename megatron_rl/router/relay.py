@@ -15,28 +15,30 @@ from torch.distributed import ProcessGroup
 class DistanceRelay:
     """The side channel of one rank. With one stage and one chunk nothing is sent."""
 
-    def __init__(self, group: ProcessGroup, num_chunks: int) -> None:
+    def __init__(self, group: ProcessGroup, num_chunks: int, layers: str = "mean") -> None:
         """
         Args:
             group: a process group of the pipeline's ranks that nothing else uses.
             num_chunks: virtual stages per rank.
+            layers: "mean": the running value is the sum over the layers so far; "max": the largest.
         """
         self._group = group
         self._num_chunks = num_chunks
+        self._combine = {"mean": torch.add, "max": torch.maximum}[layers]
         self._pending: list[tuple[dist.Work, torch.Tensor]] = []
         self._waiting: list[torch.Tensor] = []
 
     def pass_on(self, chunk: int, distance: torch.Tensor) -> torch.Tensor | None:
-        """Add this chunk's distances [T_local] to the running sum of its micro-batch.
+        """Add this chunk's distances [T_local] to the running sum (maximum) of its micro-batch.
 
         Returns:
-            The sum over all layers on the last chunk of the last stage; None elsewhere, after
-            sending it on.
+            The sum (maximum) over all layers on the last chunk of the last stage; None elsewhere,
+            after sending it on.
         """
         stage, stages = self._group.rank(), self._group.size()
         total = distance.float().contiguous()
         if stage > 0 or chunk > 0:
-            total = total + self._receive((stage - 1) % stages, total)
+            total = self._combine(total, self._receive((stage - 1) % stages, total))
         if stage == stages - 1 and chunk == self._num_chunks - 1:
             return total
         self._send((stage + 1) % stages, total)

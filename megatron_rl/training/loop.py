@@ -98,6 +98,11 @@ def _resume(session: Session, policy: Policy, task: Task) -> int | None:
     settings = session.config.checkpoint
     newest = newest_checkpoint(session.checkpoints) if settings.resume == "auto" else None
     common = {"architecture": architecture_of(session.config.model), "groups": session.groups}
+    if settings.init_from is not None and (newest is None or policy.reference is not None):
+        load_weights(settings.init_from, chunks=policy.chunks, **common)
+        policy.optimizer.reload_model_params()
+    if policy.reference is not None:
+        policy.reference.take()  # of the weights the run starts from, on resuming as well
     if newest is not None:
         state = load_checkpoint(
             newest,
@@ -111,8 +116,6 @@ def _resume(session: Session, policy: Policy, task: Task) -> int | None:
         session.console.note(f"continuing from {newest} (step {state['step']})")
         return state["step"]
     if settings.init_from is not None:
-        load_weights(settings.init_from, chunks=policy.chunks, **common)
-        policy.optimizer.reload_model_params()
         session.console.note(f"starting from the weights of {settings.init_from}")
     return None
 

@@ -20,7 +20,12 @@ def forward_pack(model: torch.nn.Module, pack: PackTensors) -> torch.Tensor:
 
 
 def pack_logprobs(
-    logits: torch.Tensor, pack: PackTensors, temperature: float, groups: Groups
+    logits: torch.Tensor,
+    pack: PackTensors,
+    temperature: float,
+    groups: Groups,
+    *,
+    differentiable_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the pack's targets, and entropies. A collective.
 
@@ -28,9 +33,14 @@ def pack_logprobs(
         logits: [1, T / context, V / tp], of this rank's tokens. temperature: divides them.
 
     Returns:
-        fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats, detached.
+        fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats, detached unless
+        asked for.
     """
     logprobs, entropy = vocab_logprobs(
-        logits.squeeze(0), pack.shards.local(pack.targets), temperature, groups.tensor
+        logits.squeeze(0),
+        pack.shards.local(pack.targets),
+        temperature,
+        groups.tensor,
+        differentiable_entropy=differentiable_entropy,
     )
     return pack.shards.whole(logprobs), pack.shards.whole(entropy)

@@ -22,6 +22,7 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.router.capture import RouterCapture
 from megatron_rl.router.relay import DistanceRelay
 from megatron_rl.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_rl.training.reference import ReferenceWeights
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,21 @@ class Policy:
     capture: RouterCapture
     relay: DistanceRelay
     num_moe_layers: int  #: L, over all pipeline stages
+    reference: ReferenceWeights | None = None  #: None: no reference policy is scored
 
     def chunk_index(self, model: torch.nn.Module) -> int:
         """Which chunk Megatron's schedule is running."""
         return next(i for i, chunk in enumerate(self.wrapped) if chunk is model)
 
 
-def build_policy(config: Config, device: Device, groups: Groups, optimizer_steps: int) -> Policy:
+def build_policy(
+    config: Config,
+    device: Device,
+    groups: Groups,
+    optimizer_steps: int,
+    *,
+    with_reference: bool = False,
+) -> Policy:
     """Build the model of this rank, its optimizer and its router capture.
 
     Args:
@@ -53,6 +62,7 @@ def build_policy(config: Config, device: Device, groups: Groups, optimizer_steps
         device: chosen device.
         groups: process groups.
         optimizer_steps: length of the learning-rate schedule.
+        with_reference: make room for a reference policy; its weights are still to be taken.
     """
     model_parallel_cuda_manual_seed(config.seed)
     transformer = transformer_config(config.model, config.parallel, device)
@@ -74,6 +84,7 @@ def build_policy(config: Config, device: Device, groups: Groups, optimizer_steps
         optimizer=optimizer,
         scheduler=build_scheduler(config.optimizer, optimizer, optimizer_steps),
         capture=RouterCapture(chunks, expected),
-        relay=DistanceRelay(groups.relay, len(chunks)),
+        relay=DistanceRelay(groups.relay, len(chunks), config.algorithm.router_shift.layers),
         num_moe_layers=sum(moe),
+        reference=ReferenceWeights(chunks) if with_reference else None,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Sequence, TypeVar
 
 import torch
 
 from megatron_rl.algorithms import ADVANTAGES
 from megatron_rl.algorithms.kl import k3
+from megatron_rl.config.algorithm import uses_router_shift
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import PromptSource
 from megatron_rl.observe.metrics import MetricSums
@@ -20,17 +21,19 @@ from megatron_rl.rollout.collect import (
     collect,
     rollout_metrics,
     sample_rows,
+    shape_overlong,
     to_samples,
 )
+from megatron_rl.rollout.dynamic import collect_informative
 from megatron_rl.rollout.engine import Engine, SamplingSettings
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import pack_mini_batches
 from megatron_rl.training.evaluate import evaluate
 from megatron_rl.training.guard import check_answers, not_finite, raise_together
 from megatron_rl.training.policy import Policy
-from megatron_rl.training.score import ScoredPack, score
+from megatron_rl.training.score import ScoredPack, score, score_reference
 from megatron_rl.training.session import Session
-from megatron_rl.training.update import update, uses_router_shift
+from megatron_rl.training.update import update
 
 
 class Reinforce:
@@ -53,12 +56,10 @@ class Reinforce:
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
         """Sample, reward, score, and take the optimizer steps of one rollout batch."""
         session, config = self._session, self._session.config
-        batch = self._source.next_batch(config.rollout.prompts_per_step)
         with session.timers("rollout"):
             session.console.phase("rollout")
-            groups = self._collect(my_share(batch, config, session.groups), number)
+            groups = self._roll_out(number, sums)
             check_answers(groups, session.groups.world)
-        sums.add_all(rollout_metrics(groups))
         lengths = [len(answer.tokens) for scored in groups for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
@@ -72,8 +73,33 @@ class Reinforce:
             self._last = groups
             return telemetry.reduce(session.groups.world)
 
-    def _collect(self, prompts: Sequence[Prompt], number: int) -> list[ScoredGroup]:
-        rollout = self._session.config.rollout
+    def _roll_out(self, number: int, sums: MetricSums) -> list[ScoredGroup]:
+        """This rank's groups of the step's batch. Metrics are of all groups that were sampled."""
+        session, config = self._session, self._session.config
+        wanted = config.rollout.prompts_per_step
+        if not config.rollout.dynamic_sampling:
+            batch = self._source.next_batch(wanted)
+            groups = self._collect(my_share(batch, config, session.groups), number)
+            sums.add_all(rollout_metrics(groups))
+            return groups
+        batch = collect_informative(
+            self._source.next_batch,
+            lambda prompts, attempt: self._collect(prompts, number, attempt),
+            wanted,
+            config.rollout.max_rounds,
+            session.groups.data,
+        )
+        sums.add_all(rollout_metrics(batch.drawn))
+        sums.add("groups/rounds", batch.rounds)
+        if session.counts_once:
+            sums.add("groups/drawn", len(batch.drawn))
+        return my_share(batch.chosen, config, session.groups)
+
+    def _collect(
+        self, prompts: Sequence[Prompt], number: int, attempt: int = 0
+    ) -> list[ScoredGroup]:
+        """Sample and reward; ``attempt``: the round of dynamic sampling, < 256."""
+        rollout, reward = self._session.config.rollout, self._session.config.reward
         settings = SamplingSettings(
             samples=rollout.samples_per_prompt,
             max_new_tokens=rollout.max_new_tokens,
@@ -81,10 +107,15 @@ class Reinforce:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             greedy=False,
-            seed=(self._session.config.seed << 32) + number,
+            # A prompt that is drawn again within a step gets other answers.
+            seed=(self._session.config.seed << 32) + (attempt << 24) + number,
         )
-        verifier = VERIFIERS[self._session.config.reward.name]
-        return collect(self._engine, prompts, verifier, settings)
+        groups = collect(self._engine, prompts, VERIFIERS[reward.name], settings)
+        if not reward.overlong_buffer:
+            return groups
+        return shape_overlong(
+            groups, rollout.max_new_tokens, reward.overlong_buffer, reward.overlong_penalty
+        )
 
     def _score(self, samples: Sequence[Sample], sums: MetricSums) -> list[list[ScoredPack]]:
         """Pack the mini-batches and score all packs with the policy as it is before the first
@@ -99,6 +130,8 @@ class Reinforce:
             [pack for packs in packed for pack in packs],
             with_traces=uses_router_shift(config.algorithm),
         )
+        if self._policy.reference is not None:
+            scored = score_reference(self._policy, scored)
         problems = [_add_mismatch(item, sums) for item in scored]
         raise_together(next(filter(None, problems), None), session.groups.world)
         count = len(packed[0])
@@ -133,8 +166,11 @@ class Reinforce:
         self._source.load_state_dict(state["prompts"])
 
 
-def my_share(batch: Sequence[Prompt], config: Config, groups: Groups) -> list[Prompt]:
-    """This data-parallel rank's prompts, mini-batch by mini-batch.
+Item = TypeVar("Item", Prompt, ScoredGroup)
+
+
+def my_share(batch: Sequence[Item], config: Config, groups: Groups) -> list[Item]:
+    """This data-parallel rank's prompts (or groups), mini-batch by mini-batch.
 
     Mini-batch m is the m-th slice of the whole batch whatever the number of ranks, so the optimizer
     sees the same mini-batches under every layout.
@@ -143,9 +179,9 @@ def my_share(batch: Sequence[Prompt], config: Config, groups: Groups) -> list[Pr
     share = slice_size // groups.data.size()
     first = groups.data.rank() * share
     return [
-        prompt
+        item
         for start in range(0, len(batch), slice_size)
-        for prompt in batch[start + first : start + first + share]
+        for item in batch[start + first : start + first + share]
     ]
 
 

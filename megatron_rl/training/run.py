@@ -77,7 +77,13 @@ def _run(
 ) -> None:
     with open_session(config, verb, config.train.steps, tokenizer) as session:
         session.console.header({**run_facts(session), **facts})
-        policy = build_policy(config, session.device, session.groups, optimizer_steps)
+        policy = build_policy(
+            config,
+            session.device,
+            session.groups,
+            optimizer_steps,
+            with_reference=verb == "train" and config.algorithm.reference == "initial",
+        )
         engine = _engine(session, policy.chunks, policy.transformer)
         complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
         if session.is_main:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Sequence
 
 import torch
@@ -23,6 +23,7 @@ class ScoredPack:
     pack: PackTensors
     old_logprobs: torch.Tensor | None  #: fp32 [T]; None on stages that do not compute the loss
     traces: tuple[RouterTrace, ...]  #: one per model chunk of this rank; empty without router shift
+    ref_logprobs: torch.Tensor | None = None  #: fp32 [T]; None without a reference policy
 
 
 @torch.no_grad()
@@ -54,4 +55,13 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
             tuple(chunk[i] for chunk in traces) if with_traces else (),
         )
         for i, pack in enumerate(packs)
+    ]
+
+
+def score_reference(policy: Policy, scored: Sequence[ScoredPack]) -> list[ScoredPack]:
+    """The same packs with the reference policy's log-probabilities, from a second pass."""
+    with policy.reference.in_place():
+        reference = score(policy, [item.pack for item in scored], with_traces=False)
+    return [
+        replace(item, ref_logprobs=other.old_logprobs) for item, other in zip(scored, reference)
     ]

@@ -9,10 +9,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 Settings = Mapping[str, float]
+
+
+class Token(NamedTuple):
+    """A trained token: log-probabilities, and what router shift and the sampler make of it."""
+
+    new: torch.Tensor
+    old: float
+    gamma: float  #: factor of the ratio
+    width: float  #: factor of the clip range
+    weight: float  #: in a geometric mean
+    sampler: float  #: factor of the term
+
+
+def token(
+    new: torch.Tensor, old: float, advantage: float, gamma: float, mode: str, sampler: float
+) -> Token:
+    """gamma where the mode wants it, 1 in the other places."""
+    if mode == "ratio" or (mode == "negative_only" and advantage < 0):
+        return Token(new, old, gamma, 1.0, 1.0, sampler)
+    if mode == "range":
+        return Token(new, old, 1.0, gamma, 1.0, sampler)
+    if mode == "token_weight":
+        return Token(new, old, 1.0, 1.0, gamma, sampler)
+    return Token(new, old, 1.0, 1.0, 1.0, sampler)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def slow_loss(
@@ -24,101 +53,137 @@ def slow_loss(
     sequence_ids: list[int],
     settings: Settings,
     router_shift: list[float] | None = None,
+    shift_mode: str = "ratio",
+    sampler_weights: list[float] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """(loss_sum, denominator) of a batch; logprobs float64 [T] with requires_grad."""
     gammas = [1.0] * len(mask) if router_shift is None else router_shift
+    weights = [1.0] * len(mask) if sampler_weights is None else sampler_weights
     total = torch.zeros((), dtype=torch.float64)
     num_sequences, num_tokens = 0, 0
     for sequence in sorted(set(sequence_ids)):
         places = [t for t in range(len(mask)) if mask[t] and sequence_ids[t] == sequence]
         if not places:
             continue
-        tokens = [(logprobs[t], old_logprobs[t], gammas[t]) for t in places]
-        total = total - OBJECTIVES[name](tokens, advantages[places[0]], settings)
+        advantage = advantages[places[0]]
+        tokens = [
+            token(logprobs[t], old_logprobs[t], advantage, gammas[t], shift_mode, weights[t])
+            for t in places
+        ]
+        total = total - OBJECTIVES[name](tokens, advantage, settings)
         num_sequences += 1
         num_tokens += len(places)
     return total, num_tokens if name in TOKEN_MEAN else num_sequences
 
 
-def _clipped_terms(tokens: list, advantage: float, settings: Settings) -> list[torch.Tensor]:
-    """min(w~ A, clip(w~) A) of each token."""
+def _clipped_terms(tokens: list[Token], advantage: float, settings: Settings) -> list[torch.Tensor]:
+    """min(w~ A, clip(w~) A) of each token, times its sampler weight."""
     terms = []
-    for new, old, gamma in tokens:
-        ratio = torch.exp(new - old) * gamma
-        lowest, highest = 1 - settings["clip_low"], 1 + settings["clip_high"]
+    for t in tokens:
+        ratio = torch.exp(t.new - t.old) * t.gamma
+        lowest, highest = 1 - settings["clip_low"] * t.width, 1 + settings["clip_high"] * t.width
         clipped = torch.tensor(lowest, dtype=torch.float64) if ratio < lowest else ratio
         clipped = torch.tensor(highest, dtype=torch.float64) if ratio > highest else clipped
         first, second = ratio * advantage, clipped * advantage
-        terms.append(min(first, second))
+        terms.append(min(first, second) * t.sampler)
     return terms
 
 
-def _grpo(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
+def _grpo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     return sum(_clipped_terms(tokens, advantage, settings)) / len(tokens)
 
 
-def _dr_grpo(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
+def _dr_grpo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     return sum(_clipped_terms(tokens, advantage, settings)) / settings["length_divisor"]
 
 
-def _dapo(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
+def _dapo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     return sum(_clipped_terms(tokens, advantage, settings))
 
 
-def _gspo(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
+def _gspo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     product = torch.ones((), dtype=torch.float64)
-    for new, old, gamma in tokens:
-        product = product * torch.exp(new - old) * gamma
-    ratio = product ** (1 / len(tokens))
-    clipped = min(max(ratio.item(), 1 - settings["clip_low"]), 1 + settings["clip_high"])
+    for t in tokens:
+        product = product * (torch.exp(t.new - t.old) * t.gamma) ** t.weight
+    ratio = product ** (1 / sum(t.weight for t in tokens))
+    width, sampler = _mean([t.width for t in tokens]), _mean([t.sampler for t in tokens])
+    lowest, highest = 1 - settings["clip_low"] * width, 1 + settings["clip_high"] * width
+    clipped = min(max(ratio.item(), lowest), highest)
     if clipped * advantage < ratio.item() * advantage:
-        return torch.tensor(clipped * advantage, dtype=torch.float64)
-    return ratio * advantage
+        return torch.tensor(clipped * advantage * sampler, dtype=torch.float64)
+    return ratio * advantage * sampler
 
 
 def _geometric(
-    tokens: list, advantage: float, settings: Settings, gamma_before_clip: bool
+    tokens: list[Token], advantage: float, settings: Settings, gamma_before_clip: bool
 ) -> torch.Tensor:
     """A times the geometric mean of the tokens' clipped ratios, as a product, not in log space."""
-    lowest, highest = math.exp(-settings["clip_low"]), math.exp(settings["clip_high"])
     product = torch.ones((), dtype=torch.float64)
-    for new, old, gamma in tokens:
-        ratio = torch.exp(new - old) * (gamma if gamma_before_clip else 1.0)
+    for t in tokens:
+        lowest = math.exp(-settings["clip_low"] * t.width)
+        highest = math.exp(settings["clip_high"] * t.width)
+        ratio = torch.exp(t.new - t.old) * (t.gamma if gamma_before_clip else 1.0)
         if advantage > 0 and ratio > highest:
             ratio = torch.tensor(highest, dtype=torch.float64)
         if advantage < 0 and ratio < lowest:
             ratio = torch.tensor(lowest, dtype=torch.float64)
-        product = product * ratio * (1.0 if gamma_before_clip else gamma)
-    return advantage * product ** (1 / len(tokens))
+        product = product * (ratio * (1.0 if gamma_before_clip else t.gamma)) ** t.weight
+    mean = product ** (1 / sum(t.weight for t in tokens))
+    return advantage * mean * _mean([t.sampler for t in tokens])
 
 
-def _gmpo(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
+def _gmpo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     return _geometric(tokens, advantage, settings, gamma_before_clip=True)
 
 
-def _rspo_v1(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
+def _rspo_v1(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     return _geometric(tokens, advantage, settings, gamma_before_clip=False)
 
 
-def _cispo(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
+def _cispo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for new, old, gamma in tokens:
-        ratio = math.exp(new.item() - old) * gamma
-        weight = min(max(ratio, 1 - settings["clip_low"]), 1 + settings["clip_high"])
-        total = total + weight * advantage * new
+    for t in tokens:
+        ratio = math.exp(t.new.item() - t.old) * t.gamma
+        lowest, highest = 1 - settings["clip_low"] * t.width, 1 + settings["clip_high"] * t.width
+        total = total + min(max(ratio, lowest), highest) * advantage * t.new * t.sampler
     return total
 
 
-def _sapo(tokens: list, advantage: float, settings: Settings) -> torch.Tensor:
-    tau = settings["tau_positive"] if advantage > 0 else settings["tau_negative"]
+def _sapo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for new, old, gamma in tokens:
-        ratio = torch.exp(new - old) * gamma
-        total = total + 4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * advantage
+    for t in tokens:
+        tau = settings["tau_positive"] if advantage > 0 else settings["tau_negative"]
+        tau = tau / t.width
+        ratio = torch.exp(t.new - t.old) * t.gamma
+        gate = 4 / tau / (1 + torch.exp(-tau * (ratio - 1)))
+        total = total + gate * advantage * t.sampler
     return total / len(tokens)
 
 
-OBJECTIVES: dict[str, Callable[[list, float, Settings], torch.Tensor]] = {
+def slow_regularisers(
+    logprobs: torch.Tensor,
+    ref_logprobs: list[float],
+    entropy: torch.Tensor,
+    mask: list[bool],
+    estimator: str,
+    kl_coef: float,
+    entropy_coef: float,
+) -> torch.Tensor:
+    """kl_coef * mean KL estimate - entropy_coef * mean entropy over the trained tokens."""
+    places = [t for t in range(len(mask)) if mask[t]]
+    total = torch.zeros((), dtype=torch.float64)
+    for t in places:
+        log_r = ref_logprobs[t] - logprobs[t]
+        kl = {
+            "k1": -log_r,
+            "k2": log_r * log_r / 2,
+            "k3": torch.exp(log_r) - 1 - log_r,
+        }[estimator]
+        total = total + kl_coef * kl - entropy_coef * entropy[t]
+    return total / max(len(places), 1)
+
+
+OBJECTIVES: dict[str, Callable[[list[Token], float, Settings], torch.Tensor]] = {
     "grpo": _grpo,
     "dr_grpo": _dr_grpo,
     "dapo": _dapo,

@@ -25,17 +25,19 @@ def trl_loss(
     """The loss of a batch without padding, attached to ``inputs.logprobs``.
 
     attributes: what ``_compute_loss`` reads from the trainer (``loss_type``, ``epsilon_low``...); a
-    router-shift weight is handed over as old log-probabilities lowered by log gamma~.
+    router-shift weight is handed over as old log-probabilities lowered by log gamma~. Sampler
+    weights, reference log-probabilities and entropies of the inputs go where TRL wants them.
     """
     old = inputs.old_logprobs
     if inputs.router_shift is not None:
         old = old - inputs.router_shift.log()
     logprobs = padded(inputs.logprobs, lengths)
+    entropy = torch.zeros_like(inputs.logprobs) if inputs.entropy is None else inputs.entropy
     mask = padded(inputs.mask.long(), lengths)
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (
             logprobs,
-            torch.zeros_like(logprobs),
+            padded(entropy, lengths),
             None,
         ),
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -45,20 +47,30 @@ def trl_loss(
         off_policy_mask_threshold=None,
         importance_sampling_level="token",
         beta=0.0,
-        use_vllm=False,
+        use_vllm=inputs.sampler_weights is not None,
+        vllm_importance_sampling_correction=True,
+        use_adaptive_entropy=False,
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
         accelerator=SimpleNamespace(
-            num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x
+            num_processes=1,
+            sync_gradients=False,
+            reduce=lambda x, reduction: x,
+            gather=lambda x: x,
         ),
         args=SimpleNamespace(
             delta=None,
             steps_per_generation=1,
+            use_bias_correction_kl=False,
             sapo_temperature_pos=attributes.pop("temperature_pos", 1.0),
             sapo_temperature_neg=attributes.pop("temperature_neg", 1.05),
         ),
     )
     vars(trainer).update(attributes)
+    optional = {
+        "importance_sampling_ratio": inputs.sampler_weights,
+        "ref_per_token_logps": inputs.ref_logprobs,
+    }
     first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
     return trainer_class._compute_loss(
         trainer,
@@ -71,5 +83,6 @@ def trl_loss(
             "advantages": inputs.advantages[first],
             "old_per_token_logps": padded(old, lengths),
             "num_items_in_batch": mask.sum(),
+            **{name: padded(v, lengths) for name, v in optional.items() if v is not None},
         },
     )

@@ -9,8 +9,10 @@ import torch
 from megatron_rl.algorithms.aggregate import make_segments, over_tokens
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
-from megatron_rl.algorithms.ratios import at_least_float32, exp_ratio, shifted_log_ratio
+from megatron_rl.algorithms.mismatch import weigh_tokens
+from megatron_rl.algorithms.ratios import at_least_float32, shifted_ratio
 from megatron_rl.algorithms.settings import Settings
+from megatron_rl.algorithms.shift_modes import clip_bounds, range_scale
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,12 @@ def cispo(inputs: LossInputs, settings: CispoSettings) -> LossOutputs:
     arXiv 2506.13585, eq. 4-5. Only the gradient has a meaning, not the value. clip_fraction counts
     the weights that were cut, for either sign of A.
     """
-    ratio = exp_ratio(shifted_log_ratio(inputs)).detach()
-    weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    ratio = shifted_ratio(inputs).detach()
+    bounds = clip_bounds(1.0, settings.clip_low, settings.clip_high, range_scale(inputs))
+    weight = ratio.clamp(*bounds)
     segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, ratio.dtype)
     logprobs = torch.where(segments.mask, at_least_float32(inputs.logprobs), 0.0)
-    total, count = over_tokens(-weight * inputs.advantages.detach() * logprobs, segments)
+    objective = weigh_tokens(weight * inputs.advantages.detach() * logprobs, inputs)
+    total, count = over_tokens(-objective, segments)
     clipped = over_tokens((weight != ratio).to(ratio.dtype), segments)
     return LossOutputs(total, count, loss_metrics(inputs, segments, clipped))

@@ -15,8 +15,10 @@ from megatron_rl.algorithms.aggregate import (
 from megatron_rl.algorithms.clipping import is_clipped, pessimistic_clip
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
+from megatron_rl.algorithms.mismatch import weigh_sequences
 from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
 from megatron_rl.algorithms.settings import Settings
+from megatron_rl.algorithms.shift_modes import clip_bounds, mean_weights, range_scale
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ def geometric_mean_loss(
 ) -> LossOutputs:
     """-1/S sum_i A_i G_i, G_i = exp(1/|y_i| sum_t (s min(s x_t, s clip(x_t)) + added_t)).
 
-    s = sign(A_i); x, added: [T]. Gradient: A_i G_i / |y_i| at every unclipped token.
-    Denominator: sequences.
+    s = sign(A_i); x, added: [T]. Gradient: A_i G_i / |y_i| at every unclipped token (in the mode
+    token_weight A_i G_i g_t / sum_t g_t). Denominator: sequences.
     """
     segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, x.dtype)
     advantages = inputs.advantages.detach()
-    bounds = (-settings.clip_low, settings.clip_high)
+    bounds = clip_bounds(0.0, settings.clip_low, settings.clip_high, range_scale(inputs))
     terms = pessimistic_clip(x, advantages, *bounds) + added_after_clip
-    objective = sequence_mean(advantages, segments) * exp_ratio(sequence_mean(terms, segments))
+    ratio = exp_ratio(sequence_mean(terms, segments, mean_weights(inputs)))
+    objective = weigh_sequences(sequence_mean(advantages, segments) * ratio, inputs, segments)
     clipped = over_tokens(is_clipped(x, advantages, *bounds).to(x.dtype), segments)
     total, count = over_sequences(-objective, segments)
     return LossOutputs(total, count, loss_metrics(inputs, segments, clipped))

@@ -15,8 +15,10 @@ from megatron_rl.algorithms.aggregate import (
 from megatron_rl.algorithms.clipping import is_clipped, pessimistic_clip
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
-from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
+from megatron_rl.algorithms.mismatch import weigh_tokens
+from megatron_rl.algorithms.ratios import shifted_ratio
 from megatron_rl.algorithms.settings import Settings
+from megatron_rl.algorithms.shift_modes import clip_bounds, range_scale
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class GrpoSettings(Settings):
 class ClippedTokens:
     """The clipped objective of every token, before any aggregation."""
 
-    objective: torch.Tensor  #: float [T], min(w~ A, clip(w~) A), to be maximised
+    objective: torch.Tensor  #: float [T], min(w~ A, clip(w~) A) weighed, to be maximised
     segments: Segments
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -39,13 +41,15 @@ class ClippedTokens:
 def clipped_tokens(inputs: LossInputs, clip_low: float, clip_high: float) -> ClippedTokens:
     """J_t = min(w~_t A_t, clip(w~_t, 1 - clip_low, 1 + clip_high) A_t), [T].
 
-    PPO's clipped objective (arXiv 1707.06347, eq. 7), with the metrics of the pack.
+    PPO's clipped objective (arXiv 1707.06347, eq. 7) times the sampler weight, where there is one;
+    with the metrics of the pack.
     """
-    ratio = exp_ratio(shifted_log_ratio(inputs))
+    ratio = shifted_ratio(inputs)
     segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, ratio.dtype)
     advantages = inputs.advantages.detach()
-    bounds = (1 - clip_low, 1 + clip_high)
+    bounds = clip_bounds(1.0, clip_low, clip_high, range_scale(inputs))
     objective = advantages * pessimistic_clip(ratio, advantages, *bounds)
+    objective = weigh_tokens(objective, inputs)
     clipped = over_tokens(is_clipped(ratio, advantages, *bounds).to(ratio.dtype), segments)
     return ClippedTokens(objective, segments, loss_metrics(inputs, segments, clipped))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_rl.algorithms import LOSSES, make_settings
+from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
 from tests.support.loss_batches import batch_of, loss_and_gradient
 from tests.support.trl_judge import trl_loss
 
@@ -61,3 +64,64 @@ def test_same_loss_and_gradient(name, shift, spread) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-10)
         size_of_gradients += gradient.abs().sum().item()
     assert size_of_gradients > 0.1
+
+
+def with_everything(lengths, seed):
+    """A batch with sampler weights, reference log-probabilities and entropies."""
+    rng = torch.Generator().manual_seed(seed)
+    ratios = [(0.3 * torch.randn(n, generator=rng)).tolist() for n in lengths]
+    inputs = batch_of(ratios, torch.randn(len(lengths), generator=rng).tolist())
+    size = sum(lengths)
+    weights = 2 * torch.rand(size, generator=rng, dtype=torch.float64)
+    noise = torch.randn(size, generator=rng, dtype=torch.float64)
+    return dataclasses.replace(
+        inputs,
+        sampler_weights=torch.where(weights < 0.5, 0.0, weights),
+        ref_logprobs=inputs.old_logprobs + 0.3 * noise,
+        entropy=torch.rand(size, generator=rng, dtype=torch.float64).requires_grad_(),
+    )
+
+
+GRPO_TRAINER = sorted(name for name, case in CASES.items() if case[0] is GRPOTrainer)
+
+
+@pytest.mark.parametrize("name", GRPO_TRAINER)
+def test_same_with_sampler_weights_and_entropy_bonus(name) -> None:
+    """TRL too takes the mean entropy over tokens, and the sequence's mean weight in gspo."""
+    trainer_class, attributes, overrides = CASES[name]
+    if name == "gspo":  # wider, so that there is a gradient to compare
+        attributes = {**attributes, "epsilon_low": 0.2, "epsilon_high": 0.2}
+        overrides = {"clip_low": 0.2, "clip_high": 0.2}
+    lengths = [3, 8, 1, 5]
+    for seed in range(10):
+        inputs = dataclasses.replace(with_everything(lengths, seed), ref_logprobs=None)
+        outputs = LOSSES[name](inputs, make_settings(name, overrides))
+        outputs = add_regularisers(outputs, inputs, Regularisers(entropy_coef=0.05))
+        bonus = {"_entropy_bonus_enabled": True, "entropy_coef": 0.05}
+        same_as_trl(
+            outputs, inputs, trl_loss(trainer_class, inputs, lengths, **attributes, **bonus)
+        )
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "cispo", "gspo", "sapo", "gmpo"])
+def test_same_with_a_kl_penalty(name) -> None:
+    """Losses over sequences: of one length, since TRL takes the KL's mean as the loss takes its."""
+    trainer_class, attributes, overrides = CASES[name]
+    lengths = [3, 8, 1, 5] if name in ("dapo", "cispo") else [6] * 4
+    for seed in range(10):
+        inputs = dataclasses.replace(with_everything(lengths, seed), sampler_weights=None)
+        outputs = LOSSES[name](inputs, make_settings(name, overrides))
+        outputs = add_regularisers(outputs, inputs, Regularisers(kl_coef=0.1))
+        judge = trl_loss(trainer_class, inputs, lengths, beta=0.1, **attributes)
+        same_as_trl(outputs, inputs, judge)
+
+
+def same_as_trl(outputs, inputs, judge) -> None:
+    loss = outputs.loss_sum / outputs.denominator
+    torch.testing.assert_close(loss.detach(), judge.detach(), rtol=1e-7, atol=1e-10)
+    leaves = [inputs.logprobs, inputs.entropy]
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    for got, want in zip(found, torch.autograd.grad(judge, leaves, allow_unused=True)):
+        if got is not None or want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10)
+            assert got.abs().sum() > 1e-3
