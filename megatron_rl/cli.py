@@ -40,7 +40,7 @@ PATIENCE_S = 10.0
 
 _CONFIG_HELP = (
     "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
-    "--rollout.temperature 0.8 --algorithm.settings.clip 0.3. "
+    "--rollout.temperature 0.8 --algorithm.settings.clip_low 0.3. "
     "Paths are relative to the current directory."
 )
 

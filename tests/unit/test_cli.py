@@ -56,10 +56,10 @@ def refusal(capsys, *words):
 
 @pytest.mark.parametrize("verb", ["train", "sft", "evaluate"])
 def test_a_verb_gets_the_config_with_its_overrides(run_yaml, training, verb):
-    assert main([verb, run_yaml, "--seed", "5", "--algorithm.settings.clip=0.3"]) == 0
+    assert main([verb, run_yaml, "--seed", "5", "--algorithm.settings.clip_low=0.3"]) == 0
     assert main([verb, "--seed=6", run_yaml]) == 0
     assert [(call[0], call[1].seed) for call in training] == [(verb, 5), (verb, 6)]
-    assert training[0][1].algorithm.settings == {"clip": 0.3}
+    assert training[0][1].algorithm.settings == {"clip_low": 0.3}
 
 
 def test_generate_gets_every_prompt(run_yaml, training):
