@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Sized
 
+from megatron_rl.config.algorithm import uses_router_shift
 from megatron_rl.config.estimate import count_parameters, trace_bytes_per_token
 from megatron_rl.config.layout import layout_text, moe_layers
 from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig
 from megatron_rl.training.session import Session
-from megatron_rl.training.update import uses_router_shift
 
 
 def run_facts(session: Session) -> dict[str, str]:
@@ -61,6 +61,14 @@ def _model(model: ModelConfig) -> str:
 def _algorithm(algorithm: AlgorithmConfig) -> str:
     parts = [algorithm.name, f"{algorithm.advantages} advantages"]
     if uses_router_shift(algorithm):
-        parts.append(f"router shift with floor {algorithm.router_shift.floor:g}")
+        shift = algorithm.router_shift
+        mode = "" if shift.mode == "ratio" else f" ({shift.mode})"
+        parts.append(f"router shift{mode} with floor {shift.floor:g}")
+    if algorithm.mismatch != "none":
+        parts.append(f"sampler weights {algorithm.mismatch}")
+    if algorithm.kl_coef:
+        parts.append(f"KL penalty {algorithm.kl_coef:g}")
+    if algorithm.entropy_coef:
+        parts.append(f"entropy bonus {algorithm.entropy_coef:g}")
     parts += [f"{name} {value}" for name, value in algorithm.settings.items()]
     return ", ".join(parts)
