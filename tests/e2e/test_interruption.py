@@ -2,11 +2,7 @@
 
 import re
 
-import pytest
-
 from tests.support.runs import records, reproducible
-
-pytestmark = pytest.mark.slow
 
 
 def test_the_same_seed_gives_the_same_numbers(folder, rl_run, interrupted):

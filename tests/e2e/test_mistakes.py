@@ -7,8 +7,6 @@ import pytest
 
 from tests.support.runs import run
 
-pytestmark = pytest.mark.slow
-
 ONE_RANK = ("--parallel.expert=1", "--parallel.world_size=1")
 
 #: name -> (command, what the line says). One process each.

@@ -8,8 +8,6 @@ import pytest
 
 from tests.support.runs import ROOT, records, reproducible, run, succeed
 
-pytestmark = pytest.mark.slow
-
 #: What every record of reinforcement learning holds.
 RL_KEYS = """
     step reward/mean reward/solved loss grad_norm clip_fraction entropy kl_old router/shift_mean
