@@ -2,20 +2,21 @@
 
 Arguments and config are read and checked before torch or Megatron is imported, so a mistake costs
 no time and no GPU. Exit codes: 0 success, 2 a user's mistake (one line on stderr), 130 interrupted,
-1 otherwise.
+1 otherwise: one line where a number was not finite, a traceback for anything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn, Sequence
 
 from megatron_rl import __version__
 from megatron_rl.config.checks import check_config, input_files
 from megatron_rl.config.estimate import GIB, count_parameters, rank_memory, trace_bytes_per_token
-from megatron_rl.config.layout import data_parallel_size, ranks_wanted
+from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import read_launch
@@ -34,6 +35,9 @@ VERBS = {
 #: Flags that are no fields of the config; all take a value except help and version.
 OWN_FLAGS = {"--prompt", "--world-size", "--for"}
 
+#: How long the first rank of a machine may take to reach an error after the others, seconds.
+PATIENCE_S = 10.0
+
 _CONFIG_HELP = (
     "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
     "--rollout.temperature 0.8 --algorithm.settings.clip 0.3. "
@@ -42,7 +46,7 @@ _CONFIG_HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Errors other than a user's propagate.
+    """Run one command and return its exit code. Errors of other kinds than these propagate.
 
     As usual with argparse, ``-h`` and ``--version`` end in SystemExit(0).
     """
@@ -53,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _print_error(error)
         return 2
+    except FloatingPointError as error:
+        _print_error(error)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -146,7 +153,11 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _start(args: argparse.Namespace, config: Config) -> None:
-    """Import the training and hand over."""
+    """Prepare the device, import the training and hand over."""
+    from megatron_rl.device.select import select_device
+
+    # First, because Megatron-Core adapts to torch while it is imported.
+    select_device(config.device, read_launch())
     from megatron_rl.training import run
 
     if args.verb == "train":
@@ -179,15 +190,13 @@ def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
 
 def check_rows(config: Config) -> list[tuple[str, str]]:
     """What ``check`` shows: (name, value) of ranks, layout, sizes and input files."""
-    p, ranks = config.parallel, ranks_wanted(config.parallel)
+    ranks = ranks_wanted(config.parallel)
     total, active = count_parameters(config.model)
     memory = rank_memory(config, ranks)
-    layout = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
-    split = [f"{name} {getattr(p, name)}" for name in layout if getattr(p, name) not in (None, 1)]
     trace = trace_bytes_per_token(config.model)
     return [
         ("ranks", str(ranks)),
-        ("layout", ", ".join([f"data {data_parallel_size(p, ranks)}", *split])),
+        ("layout", layout_text(config.parallel, ranks)),
         ("parameters", f"{total:,} ({active:,} active for a token)"),
         ("memory per rank", f"{_gib(memory.total)} in an update, of which"),
         ("  weights", f"{_gib(memory.weights)} ({config.model.dtype})"),
@@ -210,12 +219,18 @@ def _file_state(path: Path | None) -> str:
     return str(path) if path.exists() else f"{path} (missing)"
 
 
-def _print_error(error: UserError) -> None:
-    """One line on stderr, once a machine: its other ranks make the same mistake."""
-    message = " ".join(str(error).split("\n"))
+def _print_error(error: Exception) -> None:
+    """One line on stderr, once a machine: its other ranks meet the same error.
+
+    They wait, because torchrun ends all ranks as soon as one has failed, and the one that prints
+    may be the last to get here. A rank that is still there afterwards is alone with its error.
+    """
+    message, place = " ".join(str(error).split("\n")), ""
     try:
         launch = read_launch()
     except UserError:  # it is the mistake being reported
         launch = None
-    if launch is None or launch.local_rank == 0:
-        print(f"megatron-rl: error: {message}", file=sys.stderr)
+    if launch is not None and launch.local_rank > 0:
+        time.sleep(PATIENCE_S)
+        place = f"rank {launch.rank}: "
+    print(f"megatron-rl: error: {place}{message}", file=sys.stderr)

@@ -65,19 +65,21 @@ class Pack:
     """Several sequences laid one behind the other in a row of T tokens: one micro-batch.
 
     Position t predicts ``targets[t]``, the next token of the same sequence; ``mask[t]`` is True
-    where that target belongs to a completion. The row ends with padding: positions from
-    ``sum(lengths)`` on, never in a sequence. An empty pack (no sequence, all padding) is legal: it
-    keeps the number of packs equal on every rank.
+    where that target belongs to a completion. The row ends with padding; behind a sequence there is
+    padding too, up to a multiple of ``sequence_multiple`` tokens. Padding belongs to no sequence.
+    An empty pack (no sequence, all padding) is legal: it keeps the number of packs equal on every
+    rank.
     """
 
     tokens: np.ndarray  #: int64 [T]
     targets: np.ndarray  #: int64 [T]; 0 where there is none
     positions: np.ndarray  #: int64 [T], position within the sequence, from 0
     mask: np.ndarray  #: bool [T]
-    sequence_ids: np.ndarray  #: int64 [T], 0..S-1 in order; S (one past the last) on padding
-    lengths: tuple[int, ...]  #: S lengths, in order
+    sequence_ids: np.ndarray  #: int64 [T], 0..S-1 in order; S on padding, between them too
+    lengths: tuple[int, ...]  #: S lengths, in order, without padding
     advantages: np.ndarray  #: float32 [T], the sequence's advantage at every position; 0 on padding
     rollout_logprobs: np.ndarray | None = None  #: float32 [T], 0 outside the mask
+    sequence_multiple: int = 1  #: sequences begin at multiples of it
 
     @property
     def num_tokens(self) -> int:

@@ -21,7 +21,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 if [ ! -f $here/data/train.jsonl ]; then
     echo "== making the problems"
     python tools/data/make_countdown.py --out $here/data \
-        --sft 24000 --train 6000 --eval 512 --numbers 3 --max-number 30 --ops='+-*'
+        --sft 30000 --train 20000 --eval 512 --numbers 3 --max-number 50 --ops='+-'
 fi
 if [ ! -f $here/data/tokenizer.model ]; then
     echo "== training the tokenizer"

@@ -28,6 +28,14 @@ def expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
 
 
+def layout_text(parallel: ParallelConfig, world_size: int) -> str:
+    """The layout for reading: data-parallel size and every split there is, "data 4, expert 2"."""
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    splits = [(name, getattr(parallel, name)) for name in names]
+    parts = [f"{name} {size}" for name, size in splits if size not in (None, 1)]
+    return ", ".join([f"data {data_parallel_size(parallel, world_size)}", *parts])
+
+
 def moe_layers(model: ModelConfig) -> list[bool]:
     """Whether each of the ``num_layers`` layers, over all stages, is a MoE layer."""
     if isinstance(model.moe_layer_freq, int):

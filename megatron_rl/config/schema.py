@@ -115,7 +115,8 @@ class ParallelConfig(Section):
     virtual_pipeline: int | None = Field(None, ge=2)
     """Model chunks per pipeline stage (interleaved schedule); null: one."""
     context: int = Field(1, ge=1)
-    """Context parallel size."""
+    """Context parallel size: ranks over which the tokens of every sequence are spread; above 1
+    sequences in packs are padded to multiples of twice that."""
     expert: int = Field(1, ge=1)
     """Expert parallel size."""
     expert_tensor: int = Field(1, ge=1)

@@ -52,9 +52,11 @@ def pack_samples(
     *,
     vocab_size: int,
     with_rollout_logprobs: bool | None = None,
+    sequence_multiple: int = 1,
 ) -> list[Pack]:
     """Packs of T = ``pack_tokens`` tokens by the plan of ``plan_packs``, followed by empty packs up
-    to ``num_packs``.
+    to ``num_packs``. Each sequence takes a multiple of ``sequence_multiple`` tokens, the last of
+    them padding.
 
     Padding holds the token ids t mod ``vocab_size`` at position t: one id everywhere would send all
     padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs carry
@@ -65,14 +67,20 @@ def pack_samples(
         with_rollout_logprobs = any(sample.rollout_logprobs is not None for sample in samples)
     for index, sample in enumerate(samples):
         _check_sample(index, sample, with_rollout_logprobs)
-    plan = plan_packs([len(sample.tokens) for sample in samples], pack_tokens)
+    plan = plan_packs(
+        [round_up(len(sample.tokens), sequence_multiple) for sample in samples], pack_tokens
+    )
     if num_packs is not None:
         if len(plan) > num_packs:
             raise ValueError(f"{len(plan)} packs are needed, num_packs is {num_packs}")
         plan += [[] for _ in range(num_packs - len(plan))]
     return [
         _build_pack(
-            [samples[index] for index in members], pack_tokens, vocab_size, with_rollout_logprobs
+            [samples[index] for index in members],
+            pack_tokens,
+            vocab_size,
+            with_rollout_logprobs,
+            sequence_multiple,
         )
         for members in plan
     ]
@@ -90,7 +98,11 @@ def split_mini_batches(items: Sequence[Item], n: int) -> list[list[Item]]:
 
 
 def _build_pack(
-    samples: Sequence[Sample], pack_tokens: int, vocab_size: int, with_rollout_logprobs: bool
+    samples: Sequence[Sample],
+    pack_tokens: int,
+    vocab_size: int,
+    with_rollout_logprobs: bool,
+    sequence_multiple: int,
 ) -> Pack:
     """One pack. Position t of a sequence predicts its token t + 1; its last position predicts
     nothing.
@@ -114,9 +126,19 @@ def _build_pack(
         mask[trained] = True
         if logprobs is not None:
             logprobs[trained] = sample.rollout_logprobs
-        start = stop
+        start = round_up(stop, sequence_multiple)
     lengths = tuple(len(sample.tokens) for sample in samples)
-    return Pack(tokens, targets, positions, mask, sequence_ids, lengths, advantages, logprobs)
+    return Pack(
+        tokens,
+        targets,
+        positions,
+        mask,
+        sequence_ids,
+        lengths,
+        advantages,
+        logprobs,
+        sequence_multiple,
+    )
 
 
 def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from typing import Any, Callable
 
 import torch
@@ -63,6 +64,7 @@ def install() -> None:
     if getattr(torch.cuda, "_megatron_rl_on_cpu", False):
         return
     torch.cuda._megatron_rl_on_cpu = True
+    _silence_fallbacks()
     _patch_torch_cuda()
     _patch_factories()
     _patch_tensor_methods()
@@ -70,6 +72,18 @@ def install() -> None:
     _patch_megatron_random()
     _patch_router_gating()
     _patch_dispatcher()
+
+
+def _silence_fallbacks() -> None:
+    """Six modules warn on import that Transformer Engine or Apex, both for CUDA only, is missing
+    (0.16). Can go when Megatron warns only where there is CUDA.
+    """
+    warnings.filterwarnings(
+        "ignore",
+        message=r"(Transformer Engine and )?Apex (is|are) not installed\. Falling back to",
+        category=UserWarning,
+        module=r"megatron\.core\.",
+    )
 
 
 def _patch_torch_cuda() -> None:
@@ -126,12 +140,21 @@ def _patch_tensor_methods() -> None:
 
 
 def _disable_jit_fuser() -> None:
-    """Megatron decorates small functions with torch.compile at import; on a CPU that wants a C++
-    compiler at run time.
+    """Megatron decorates small functions with torch.compile while it is imported; on a CPU that
+    wants a C++ compiler at run time, and the compiler's Python part costs over a second of every
+    start (0.16). Can go when the switch of `megatron.core.jit` can be set before the import.
     """
-    from megatron.core import jit
-
+    original, torch.compile = torch.compile, _leave_as_it_is
+    try:
+        from megatron.core import jit
+    finally:
+        torch.compile = original
     jit.disable_jit_fuser()
+
+
+def _leave_as_it_is(function: Callable | None = None, **options: Any) -> Callable:
+    """A decorator, with or without options, that returns the function."""
+    return _leave_as_it_is if function is None else function
 
 
 def _patch_megatron_random() -> None:

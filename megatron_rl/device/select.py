@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,7 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
     Raises:
         UserError: CUDA is asked for and not there.
     """
+    _silence_deprecations()
     available = torch.cuda.is_available()
     if config.kind == "cuda" and not available:
         raise UserError(
@@ -45,6 +47,25 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
     torch.set_num_threads(config.threads or max(1, cores // launch.local_world_size))
     megatron_on_cpu.install()
     return Device("cpu", torch.device("cpu"), "gloo")
+
+
+def _silence_deprecations() -> None:
+    """Hide two warnings about what Megatron-Core does by itself; nobody who runs it can help it.
+
+    It calls the all-gather and reduce-scatter that torch 2.13 has renamed, and its configuration's
+    own default for CUDA graphs is one that it calls deprecated (0.16).
+    """
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
+        category=FutureWarning,
+    )
+    warnings.filterwarnings(
+        "ignore",
+        message="full scope is deprecated",
+        category=UserWarning,
+        module=r"megatron\.core\.transformer\.transformer_config",
+    )
 
 
 def connect(device: Device, launch: Launch, timeout_s: float) -> None:

@@ -79,14 +79,14 @@ class PackedLayout(Layout):
     def attend(self, layer_number, query, key, value, scale):  # noqa: D102
         sizes = [rows * length for rows, length in self.bucket_shapes]
         parts = [
-            _IntoBuckets.apply(tensor, self.to_buckets, self.from_buckets).split(sizes)
+            into_buckets(tensor, self.to_buckets, self.from_buckets).split(sizes)
             for tensor in (query, key, value)
         ]
         outputs = [
             _causal_attention(*(part.unflatten(0, shape) for part in bucket), scale).flatten(0, 1)
             for shape, *bucket in zip(self.bucket_shapes, *parts, strict=True)
         ]
-        return _OutOfBuckets.apply(torch.cat(outputs), self.from_buckets)
+        return out_of_buckets(torch.cat(outputs), self.from_buckets)
 
 
 class _IntoBuckets(torch.autograd.Function):
@@ -119,6 +119,19 @@ class _OutOfBuckets(torch.autograd.Function):
         (from_buckets,) = ctx.saved_tensors
         entries = grad.new_zeros(ctx.num_entries, *grad.shape[1:])
         return entries.index_copy_(0, from_buckets, grad), None
+
+
+def into_buckets(tensor: torch.Tensor, entries: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows [T, ...] at ``entries`` [N] -> [N, ...], differentiable.
+
+    ``places`` [T]: the one entry of each row that is no padding. No gradient may reach the others.
+    """
+    return _IntoBuckets.apply(tensor, entries, places)
+
+
+def out_of_buckets(entries: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Entries [N, ...] at ``places`` [T] -> rows [T, ...], differentiable."""
+    return _OutOfBuckets.apply(entries, places)
 
 
 def packed_layout(
@@ -158,21 +171,29 @@ def packed_layout(
     )
 
 
-def _buckets(
-    lengths: Sequence[int], starts: Sequence[int]
-) -> tuple[tuple[tuple[int, int], ...], torch.Tensor, torch.Tensor]:
-    """Group sequences of similar length: shapes of the buckets, the way in and the way back."""
-    order = sorted(range(len(lengths)), key=lambda s: -lengths[s])
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """The sequences in groups of similar length, the longest group, and the longest of a group,
+    first.
+    """
     groups: list[list[int]] = []
-    for s in order:
+    for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
         if groups and lengths[s] >= BUCKET_FILL * lengths[groups[-1][0]]:
             groups[-1].append(s)
         else:
             groups.append([s])
+    return groups
+
+
+def _buckets(
+    lengths: Sequence[int], starts: Sequence[int]
+) -> tuple[tuple[tuple[int, int], ...], torch.Tensor, torch.Tensor]:
+    """Sequences of similar length laid together: shapes of the buckets, the way in and the way
+    back.
+    """
     length_of, start_of = torch.tensor(lengths), torch.tensor(starts)
     back = torch.zeros(sum(lengths), dtype=torch.int64)
     shapes, entries, offset = [], [], 0
-    for members in groups:
+    for members in similar_lengths(lengths):
         rows, longest = torch.tensor(members), lengths[members[0]]
         column = torch.arange(longest)
         valid = column < length_of[rows, None]

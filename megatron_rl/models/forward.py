@@ -16,8 +16,8 @@ def forward_row(model: torch.nn.Module, tokens: torch.Tensor, layout: Layout) ->
 
     Args:
         model: a GPTModel chunk, bare or wrapped for data parallelism.
-        tokens: int64 [T].
-        layout: where the tokens stand.
+        tokens: int64 [T], this context-parallel rank's.
+        layout: where they stand.
 
     Returns:
         On the last stage logits [1, T, V / tp] in the model's type, elsewhere hidden states [T /

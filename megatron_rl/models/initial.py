@@ -20,14 +20,14 @@ def initialise(views: Iterable[ParameterView], seed: int, std: float, num_layers
     """Draw every matrix from N(0, std^2), residual outputs from N(0, std^2 / 2L); vectors keep what
     they have.
 
-    The generator of a matrix is seeded with (seed, crc32(name)); a rank draws the whole matrix and
-    keeps its slice.
+    The generator of a matrix is seeded with crc32("seed/name"), 32 bits because torch's generator
+    reads no more of its seed; a rank draws the whole matrix and keeps its slice.
     """
     for view in views:
         target = view.of(view.parameter.data)
         if target.dim() < 2:
             continue
         deviation = std / (2 * num_layers) ** 0.5 if view.name.endswith(RESIDUAL_OUTPUTS) else std
-        generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(view.name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{view.name}".encode()))
         whole = torch.empty(view.global_shape()).normal_(0.0, deviation, generator=generator)
         target.copy_(view.slice_of(whole))

@@ -1,4 +1,4 @@
-"""Megatron's top-K router, with balancing losses and expert counts over the real tokens of packs."""
+"""Megatron's top-K router, whose losses and expert counts are over the real tokens of packs."""
 
 from __future__ import annotations
 

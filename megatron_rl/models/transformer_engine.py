@@ -18,8 +18,8 @@ from megatron_rl.models.router import PackRouter
 
 
 class LayoutTEAttention(TEDotProductAttention):
-    """Training packs go through Transformer Engine's variable-length kernels, decoding through the
-    layout's own.
+    """Training packs go through Transformer Engine's variable-length kernels; decoding, and packs
+    spread over context-parallel ranks, through the layout's own attention.
     """
 
     def forward(

@@ -15,45 +15,49 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-#: metric, label before, format, label after
-_COLUMNS: tuple[tuple[str, str, _Format, str], ...] = (
-    ("reward/mean", "reward ", "{:.3f}".format, ""),
-    ("reward/solved", "solved ", _percent, ""),
-    ("loss", "loss ", "{:.4f}".format, ""),
-    ("accuracy", "accuracy ", _percent, ""),
-    ("grad_norm", "grad ", "{:.3g}".format, ""),
-    ("router/shift_mean", "gamma ", "{:.4f}".format, ""),
-    ("clip_fraction", "clip ", _percent, ""),
-    ("entropy", "entropy ", "{:.3f}".format, ""),
-    ("tokens_per_second", "", "{:.0f}".format, " tok/s"),
-    ("time/step_s", "", "{:.2f}".format, " s/step"),
+def _norm(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
+
+
+#: metric, label before, format, width of the value in characters, label after
+_COLUMNS: tuple[tuple[str, str, _Format, int, str], ...] = (
+    ("reward/mean", "reward ", "{:.3f}".format, 6, ""),
+    ("reward/solved", "solved ", _percent, 6, ""),
+    ("loss", "loss ", "{:.4f}".format, 7, ""),
+    ("accuracy", "accuracy ", _percent, 6, ""),
+    ("grad_norm", "grad ", _norm, 7, ""),
+    ("router/shift_mean", "gamma ", "{:.4f}".format, 6, ""),
+    ("clip_fraction", "clip ", _percent, 6, ""),
+    ("entropy", "entropy ", "{:.3f}".format, 5, ""),
+    ("tokens_per_second", "", "{:.0f}".format, 6, " tok/s"),
+    ("time/step_s", "", "{:.2f}".format, 6, " s/step"),
 )
 
 
 def step_line(step: int, total_steps: int | None, metrics: Mapping[str, float]) -> str:
-    """The line of a step: the columns that ``metrics`` holds, in a fixed order; "nan" where a
-    value is missing."""
+    """The line of a step: the columns that ``metrics`` holds, in a fixed order and width; "nan"
+    where a value is missing."""
     total = "" if not total_steps else f"/{total_steps}"
     width = len(str(total_steps or step))
     cells = [f"step {step:>{width}}{total}"]
-    for name, before, form, after in _COLUMNS:
+    for name, before, form, size, after in _COLUMNS:
         if name in metrics:
-            cells.append(f"{before}{_cell(metrics[name], form)}{after}")
+            cells.append(f"{before}{_cell(metrics[name], form):>{size}}{after}")
     return "  ".join(cells)
 
 
-def eval_line(step: int, metrics: Mapping[str, float]) -> str:
+def eval_line(step: int, metrics: Mapping[str, float], total_steps: int | None = None) -> str:
     """The line of an evaluation: greedy pass@1, mean@k, well-formed answers, problems and
     seconds."""
     k = metrics.get("eval/samples", math.nan)
-    cells = [f"eval at step {step}"]
+    cells = [f"eval at step {step:>{len(str(total_steps or step))}}"]
     for name, label in (
         ("eval/pass@1", "pass@1"),
         ("eval/mean@k", "mean@k" if math.isnan(k) else f"mean@{k:.0f}"),
         ("eval/well_formed", "well-formed"),
     ):
         if name in metrics:
-            cells.append(f"{label} {_cell(metrics[name], _percent)}")
+            cells.append(f"{label} {_cell(metrics[name], _percent):>6}")
     if "eval/problems" in metrics:
         cells.append(f"{metrics['eval/problems']:.0f} problems")
     if "time/eval_s" in metrics:
@@ -131,7 +135,7 @@ class Console(SilentConsole):
         self._display.advance(step)
 
     def eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._display.line(eval_line(step, metrics), "bold green")
+        self._display.line(eval_line(step, metrics, self._total), "bold green")
 
     def note(self, text: str) -> None:
         self._display.line(text, "")

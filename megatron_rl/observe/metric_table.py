@@ -141,7 +141,7 @@ _TABLE: tuple[Metric, ...] = (
     Metric("time/eval_s", "s", "max", _EVAL,
            "The evaluation written with this step; the slowest rank."),
     Metric("time/checkpoint_s", "s", "max", _ANY,
-           "The checkpoint written after this step; the slowest rank."),
+           "The checkpoint written before this step; the slowest rank."),
     Metric("memory/peak_gib", "GiB", "max", _ANY,
            "Peak memory since the start: CUDA allocations, or resident set on CPU."),
 )

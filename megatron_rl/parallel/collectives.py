@@ -4,7 +4,7 @@ nothing.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,37 +34,43 @@ def broadcast(tensor: torch.Tensor, group: ProcessGroup, source: int = 0) -> tor
     return tensor
 
 
-Item = TypeVar("Item")
-
-
-def gather_objects(item: Item, group: ProcessGroup) -> list[Item]:
-    """The ranks' items, in rank order, on every rank. They are pickled: for small things."""
+def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
+    """Every rank's picklable value, in rank order."""
     if group.size() == 1:
-        return [item]
-    items: list[Item] = [item] * group.size()
-    dist.all_gather_object(items, item, group=group)
-    return items
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 class _GatherFirstDim(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        ctx.group = group
+    def forward(ctx, tensor: torch.Tensor, group: ProcessGroup, sum_gradients: bool):
+        ctx.group, ctx.sum_gradients = group, sum_gradients
         gathered = [torch.empty_like(tensor) for _ in range(group.size())]
         dist.all_gather(gathered, tensor.contiguous(), group=group)
         return torch.cat(gathered)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        slices = grad.contiguous().chunk(ctx.group.size())
+        own = slices[ctx.group.rank()]
+        if ctx.sum_gradients:
+            own = torch.empty_like(own)
+            dist.reduce_scatter(own, list(slices), group=ctx.group)
+        return own, None, None
 
 
-def gather_first_dim(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+def gather_first_dim(
+    tensor: torch.Tensor, group: ProcessGroup, *, sum_gradients: bool = False
+) -> torch.Tensor:
     """[n, ...] on each rank -> [n * size, ...] in rank order, differentiable.
 
-    Every rank is taken to compute the same function of the result, so the backward pass is each
-    rank's own slice of its gradient, without a sum.
+    ``sum_gradients`` False: every rank is taken to compute the same function of the result, so the
+    backward pass is each rank's own slice of its gradient, without a sum. True: each rank computes
+    a part of its own, and the backward pass is the rank's slice of the sum of all ranks' gradients,
+    a collective.
     """
     if group.size() == 1:
         return tensor
-    return _GatherFirstDim.apply(tensor, group)
+    return _GatherFirstDim.apply(tensor, group, sum_gradients)

@@ -32,7 +32,7 @@ class Engine(Protocol):
         """One group for each prompt, in the order given.
 
         Every rank calls it with its own prompts, possibly none, and with the same settings; ranks
-        of one tensor- or pipeline-parallel group with the same prompts. Where experts are split
-        over ranks the call is collective.
+        of one tensor-, pipeline- or context-parallel group with the same prompts. Where experts or
+        the context are split over ranks the call is collective.
         """
         ...

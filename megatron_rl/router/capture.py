@@ -9,7 +9,6 @@ let through unseen.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import Callable, Iterator, Protocol, Sequence
 
 import torch
@@ -29,15 +28,6 @@ class RouterError(RuntimeError):
 class _Observer(Protocol):
     def __call__(self, layer_number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
         """Called with logits [T_local, E] and the choice bool [T_local, E] of one router."""
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What a compared pass leaves behind."""
-
-    distance: (
-        torch.Tensor
-    )  #: fp32 [T_local], sum over this chunk's MoE layers of the per-layer distance
 
 
 class RouterCapture:

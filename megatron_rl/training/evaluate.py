@@ -9,6 +9,7 @@ from megatron_rl.records import Prompt
 from megatron_rl.rewards import VERIFIERS
 from megatron_rl.rollout.collect import ScoredGroup, collect
 from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.training.guard import check_answers
 from megatron_rl.training.session import Session
 
 #: Keeps the samples of an evaluation apart from those of training; the same at every evaluation of
@@ -37,6 +38,7 @@ def evaluate(
     with session.timers("eval"):
         session.console.phase("evaluate, greedy")
         greedy = collect(engine, mine, verifier, _settings(session, samples=1, greedy=True))
+        check_answers(greedy, session.groups.world)
         _add(sums, "eval/pass@1", "solved", greedy)
         _add(sums, "eval/well_formed", "well_formed", greedy)
         if config.evaluate.samples:

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import math
+from typing import Sequence
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_rl.models.parameters import parameter_views
+from megatron_rl.rollout.collect import ScoredGroup
 from megatron_rl.training.policy import Policy
 
 
-class NotFinite(RuntimeError):
-    """A loss, a gradient or a weight became NaN or infinite. Checkpoints on disk are from before
-    that.
+class NotFinite(FloatingPointError):
+    """A log-probability, a gradient or a weight became NaN or infinite; raised on all ranks."""
+
+
+def raise_together(problem: str | None, world: ProcessGroup) -> None:
+    """Raise `NotFinite` on every rank if any rank has a problem, naming the first. A collective.
+
+    A rank that raised alone would leave the others waiting in their next collective.
     """
+    problems: list[str | None] = [problem]
+    if world.size() > 1:
+        problems *= world.size()
+        dist.all_gather_object(problems, problem, group=world)
+    found = [(rank, text) for rank, text in enumerate(problems) if text]
+    if not found:
+        return
+    rank, text = found[0]
+    others = f" and on {len(found) - 1} more ranks" if len(found) > 1 else ""
+    raise NotFinite(
+        f"{text} (rank {rank}{others}); the weights in memory are lost, the last checkpoint is "
+        "not; lower optimizer.lr or optimizer.clip_grad, or look at the samples of the last step"
+    )
 
 
 def check_step(policy: Policy, succeeded: bool, grad_norm: float | None) -> None:
     """Raise `NotFinite` unless the optimizer took a step with a finite gradient norm.
 
-    The gradient norm is a sum over all ranks, so every rank raises together. Each names its own
-    first bad gradient.
+    The gradient norm is a sum over all ranks, so every rank comes to the same decision.
     """
     if succeeded and grad_norm is not None and math.isfinite(float(grad_norm)):
         return
@@ -30,22 +52,49 @@ def check_step(policy: Policy, succeeded: bool, grad_norm: float | None) -> None
         if view.parameter.requires_grad
         and not torch.isfinite(view.of(view.parameter.main_grad)).all()
     ]
-    where = f"{len(bad)} gradients on this rank, first in {bad[0]}" if bad else "on another rank"
-    raise NotFinite(
-        f"the gradient norm is {grad_norm}; not finite: {where}; "
-        "the weights in memory are lost, the last checkpoint is not. "
-        "Lower optimizer.lr or optimizer.clip_grad, or look at the samples of the last step"
-    )
+    problem = f"the gradient norm is {grad_norm}"
+    if bad:
+        problem += f": {len(bad)} gradients are not finite, first that of {bad[0]}"
+    raise_together(problem, policy.groups.world)
 
 
-def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
-    """Raise `NotFinite` if a per-token quantity has a value that is not finite where the mask is
-    set.
+def check_weights(policy: Policy) -> None:
+    """Raise `NotFinite` if a weight is not finite, so that no such checkpoint is written. A
+    collective.
     """
-    bad = ~torch.isfinite(tensor) & mask
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        raise NotFinite(
-            f"{name} is not finite at {int(bad.sum())} of {int(mask.sum())} tokens, "
-            f"first at {first}: {tensor[first]}"
+    bad = [
+        view.name
+        for view in parameter_views(policy.chunks, policy.groups)
+        if not torch.isfinite(view.of(view.parameter.detach())).all()
+    ]
+    problem = f"{len(bad)} weights are not finite, first {bad[0]}" if bad else None
+    raise_together(problem, policy.groups.world)
+
+
+def check_answers(answers: Sequence[ScoredGroup], world: ProcessGroup) -> None:
+    """Raise `NotFinite` if the sampler's log-probability of a token is not finite. A collective."""
+    bad = [
+        scored.group.prompt.index
+        for scored in answers
+        for completion in scored.group.completions
+        if not np.isfinite(completion.logprobs).all()
+    ]
+    problem = None
+    if bad:
+        problem = (
+            f"the sampler's log-probabilities are not finite in {len(bad)} answers, "
+            f"first to problem {bad[0]} (from 0)"
         )
+    raise_together(problem, world)
+
+
+def not_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> str | None:
+    """The problem, if a per-token quantity has a value that is not finite where the mask is set."""
+    bad = ~torch.isfinite(tensor) & mask
+    if not bool(bad.any()):
+        return None
+    first = int(bad.nonzero()[0])
+    return (
+        f"{name} is not finite at {int(bad.sum())} of {int(mask.sum())} tokens of a pack, "
+        f"first at {first}: {float(tensor[first])}"
+    )

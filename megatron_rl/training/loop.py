@@ -9,6 +9,7 @@ from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.load import load_checkpoint, load_weights
 from megatron_rl.checkpoint.save import save_checkpoint
 from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.training.guard import check_weights
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.session import Session
 from megatron_rl.training.stop import StopRequest
@@ -43,7 +44,10 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
     task = make_task()
     done = _resume(session, policy, task)
     if done is not None and done >= total:
-        session.console.note(f"all {total} steps are done; nothing left to do in {session.run_dir}")
+        session.console.note(
+            f"all {total} steps are done, nothing left to do; for more raise train.steps, "
+            "for a new run choose another run_dir"
+        )
         return True
     writer = session.open_writer(done)
     with StopRequest() as stop:
@@ -118,6 +122,7 @@ def _resume(session: Session, policy: Policy, task: Task) -> int | None:
 
 def _save(session: Session, policy: Policy, task: Task, number: int) -> None:
     session.console.phase("checkpoint")
+    check_weights(policy)
     with session.timers("checkpoint"):
         save_checkpoint(
             session.checkpoints,

@@ -47,7 +47,7 @@ def wrap_data_parallel(
 def build_optimizer(
     config: Config, wrapped: Sequence[DistributedDataParallel], transformer: TransformerConfig
 ) -> MegatronOptimizer:
-    """Adam with fp32 main weights; expert weights have an optimizer of their own inside the chain."""
+    """Adam with fp32 main weights; experts have an optimizer of their own inside the chain."""
     settings = config.optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(

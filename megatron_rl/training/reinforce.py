@@ -29,7 +29,7 @@ from megatron_rl.rollout.engine import Engine, SamplingSettings
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import pack_mini_batches
 from megatron_rl.training.evaluate import evaluate
-from megatron_rl.training.guard import check_finite
+from megatron_rl.training.guard import check_answers, not_finite, raise_together
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.score import ScoredPack, score, score_reference
 from megatron_rl.training.session import Session
@@ -58,7 +58,11 @@ class Reinforce:
         session, config = self._session, self._session.config
         with session.timers("rollout"):
             session.console.phase("rollout")
-            groups = self._roll_out(number, sums)
+            groups, sampled = self._roll_out(number, sums)
+            check_answers(sampled, session.groups.world)
+        sums.add_all(rollout_metrics(sampled))
+        lengths = [len(answer.tokens) for scored in sampled for answer in scored.group.completions]
+        sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
         if session.counts_once:
             sums.add("tokens/step", sum(len(sample.tokens) for sample in samples))
@@ -70,15 +74,16 @@ class Reinforce:
             self._last = groups
             return telemetry.reduce(session.groups.world)
 
-    def _roll_out(self, number: int, sums: MetricSums) -> list[ScoredGroup]:
-        """This rank's groups of the step's batch. Metrics are of all groups that were sampled."""
+    def _roll_out(
+        self, number: int, sums: MetricSums
+    ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+        """This rank's groups of the step's batch, and all it has sampled for it."""
         session, config = self._session, self._session.config
         wanted = config.rollout.prompts_per_step
         if not config.rollout.dynamic_sampling:
             batch = self._source.next_batch(wanted)
             groups = self._collect(my_share(batch, config, session.groups), number)
-            sums.add_all(rollout_metrics(groups))
-            return groups
+            return groups, groups
         batch = collect_informative(
             self._source.next_batch,
             lambda prompts, attempt: self._collect(prompts, number, attempt),
@@ -86,11 +91,10 @@ class Reinforce:
             config.rollout.max_rounds,
             session.groups.data,
         )
-        sums.add_all(rollout_metrics(batch.drawn))
         sums.add("groups/rounds", batch.rounds)
         if session.counts_once:
             sums.add("groups/drawn", len(batch.drawn))
-        return my_share(batch.chosen, config, session.groups)
+        return my_share(batch.chosen, config, session.groups), batch.drawn
 
     def _collect(
         self, prompts: Sequence[Prompt], number: int, attempt: int = 0
@@ -127,10 +131,10 @@ class Reinforce:
             [pack for packs in packed for pack in packs],
             with_traces=uses_router_shift(config.algorithm),
         )
+        problems = [_add_mismatch(item, sums) for item in scored]
+        raise_together(next(filter(None, problems), None), session.groups.world)
         if self._policy.reference is not None:
             scored = score_reference(self._policy, scored)
-        for item in scored:
-            _add_mismatch(item, sums)
         count = len(packed[0])
         return [scored[i : i + count] for i in range(0, len(scored), count)]
 
@@ -195,14 +199,15 @@ def global_advantages(
     ]
 
 
-def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
-    """How far the sampler's log-probabilities are from the scoring pass's."""
+def _add_mismatch(item: ScoredPack, sums: MetricSums) -> str | None:
+    """How far the sampler's log-probabilities are from the scoring pass's; the problem, if the
+    latter are not finite.
+    """
     if item.old_logprobs is None or item.pack.rollout_logprobs is None:
-        return
+        return None
     mask = item.pack.mask
-    check_finite("the scoring pass's log-probability", item.old_logprobs, mask)
-    check_finite("the sampler's log-probability", item.pack.rollout_logprobs, mask)
     difference = torch.where(mask, item.old_logprobs - item.pack.rollout_logprobs, 0.0)
     estimate = k3(torch.zeros_like(difference), difference)
     sums.add("mismatch/kl", estimate.sum(), mask.sum())
     sums.add("mismatch/logprob_max", difference.abs().max(), mask.sum())
+    return not_finite("the scoring pass's log-probability", item.old_logprobs, mask)

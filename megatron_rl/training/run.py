@@ -1,46 +1,82 @@
-"""The verbs that need the model: train, sft, evaluate, generate."""
+"""The verbs that need the model: train, sft, evaluate, generate.
+
+Tokenizer, data and settings of the loss are read before a device is taken and the ranks are joined:
+a mistake in them costs little, and every rank finds it by itself.
+"""
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Callable, Mapping, Sequence
 
 import numpy as np
 
+from megatron_rl.algorithms import make_settings
+from megatron_rl.checkpoint.directory import newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
-from megatron_rl.config.schema import Config
+from megatron_rl.checkpoint.manifest import read_manifest
+from megatron_rl.config.schema import AlgorithmConfig, Config
 from megatron_rl.data.prompts import load_prompts, load_samples
+from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rl.errors import UserError
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.observe.report import summary, write_report
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.builtin.generate import BuiltinEngine
 from megatron_rl.rollout.engine import Engine, SamplingSettings
 from megatron_rl.training.evaluate import evaluate as evaluate_problems
+from megatron_rl.training.header import run_facts, sft_facts, train_facts
 from megatron_rl.training.loop import Task, run_loop
 from megatron_rl.training.policy import Policy, build_policy
 from megatron_rl.training.reinforce import Reinforce
 from megatron_rl.training.session import Session, open_session
 from megatron_rl.training.supervised import Supervised
+from megatron_rl.training.update import ROUTER_SHIFT_LOSSES, uses_router_shift
+
+#: Builds a verb's task once session, policy and engine are there.
+MakeTask = Callable[[Session, Policy, Engine], Task]
 
 
 def train(config: Config) -> None:
     """Reinforcement learning from ``data.train``, evaluated on ``data.eval``."""
-    updates = config.algorithm.mini_batches * config.algorithm.epochs
-    _run(config, "train", config.train.steps * updates, _reinforce)
+    check_algorithm(config.algorithm)
+    tokenizer = _tokenizer(config)
+    problems, held_out = (_prompts(config, tokenizer, split) for split in ("train", "eval"))
+
+    def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
+        return Reinforce(session, policy, engine, problems, held_out)
+
+    updates = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs
+    facts = train_facts(config, problems, held_out)
+    _run(config, "train", tokenizer, facts, updates, make_task)
 
 
 def sft(config: Config) -> None:
     """Supervised fine-tuning on the prompts and answers of ``data.train``."""
-    _run(config, "sft", config.train.steps, _supervised)
+    tokenizer, data = _tokenizer(config), config.data
+    longest = config.model.max_sequence_length
+    samples = load_samples(
+        data.train, tokenizer, data.prompt_key, data.completion_key, max_tokens=longest
+    )
+    held_out = _prompts(config, tokenizer, "eval")
+
+    def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
+        return Supervised(session, policy, engine, samples, held_out)
+
+    facts = sft_facts(config, samples, held_out)
+    _run(config, "sft", tokenizer, facts, config.train.steps, make_task)
 
 
 def _run(
     config: Config,
     verb: str,
+    tokenizer: Tokenizer,
+    facts: Mapping[str, str],
     optimizer_steps: int,
-    make_task: Callable[[Session, Policy, Engine], Task],
+    make_task: MakeTask,
 ) -> None:
-    with open_session(config, verb, config.train.steps) as session:
+    with open_session(config, verb, config.train.steps, tokenizer) as session:
+        session.console.header({**run_facts(session), **facts})
         policy = build_policy(
             config,
             session.device,
@@ -48,7 +84,6 @@ def _run(
             optimizer_steps,
             with_reference=verb == "train" and config.algorithm.reference == "initial",
         )
-        _show_header(session, policy)
         engine = _engine(session, policy.chunks, policy.transformer)
         complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
         if session.is_main:
@@ -58,35 +93,29 @@ def _run(
             session.console.note(f"report: {report}")
 
 
-def _reinforce(session: Session, policy: Policy, engine: Engine) -> Task:
-    return Reinforce(session, policy, engine, _prompts(session, "train"), _prompts(session, "eval"))
-
-
-def _supervised(session: Session, policy: Policy, engine: Engine) -> Task:
-    data = session.config.data
-    samples = load_samples(
-        data.train,
-        session.tokenizer,
-        data.prompt_key,
-        data.completion_key,
-        session.config.model.max_sequence_length,
-    )
-    return Supervised(session, policy, engine, samples, _prompts(session, "eval"))
-
-
 def evaluate(config: Config) -> None:
-    """Evaluate the newest weights of the run (or ``checkpoint.init_from``) on ``data.eval``."""
-    with open_session(config, "evaluate", None) as session:
-        engine = _load_engine(session)
+    """Evaluate the newest weights of the run, or ``checkpoint.init_from``, on ``data.eval``."""
+    tokenizer = _tokenizer(config)
+    problems = _prompts(config, tokenizer, "eval")
+    with open_session(config, "evaluate", None, tokenizer) as session:
+        engine, weights, step = _load_engine(session)
+        data = f"{len(problems):,} problems ({config.data.eval}), reward {config.reward.name}"
+        session.console.header({**run_facts(session), "weights": weights, "data": data})
         sums = session.new_sums()
-        evaluate_problems(session, engine, _prompts(session, "eval"), sums)
-        session.console.eval(0, session.reduce(sums))
+        evaluate_problems(session, engine, problems, sums)
+        session.console.eval(step, session.reduce(sums))
 
 
 def generate(config: Config, prompts: Sequence[str]) -> None:
-    """Print a sampled answer to each prompt."""
-    with open_session(config, "generate", None) as session:
-        engine = _load_engine(session)
+    """Print a sampled answer to each prompt, of the weights that `evaluate` takes."""
+    tokenizer = _tokenizer(config)
+    problems = [
+        Prompt(i, np.array(tokenizer.encode_prompt(text), dtype=np.int64), text, {})
+        for i, text in enumerate(prompts)
+    ]
+    _check_room(config, problems)
+    with open_session(config, "generate", None, tokenizer) as session:
+        engine, _, _ = _load_engine(session)
         rollout = config.rollout
         settings = SamplingSettings(
             samples=1,
@@ -97,22 +126,50 @@ def generate(config: Config, prompts: Sequence[str]) -> None:
             greedy=False,
             seed=config.seed,
         )
-        problems = [
-            Prompt(i, np.array(session.tokenizer.encode_prompt(text), dtype=np.int64), text, {})
-            for i, text in enumerate(prompts)
-        ]
         mine = problems if session.groups.data.rank() == 0 else []
         for group in engine.generate(mine, settings):
             session.console.note(f"{group.prompt.text}{group.completions[0].text}")
 
 
-def _prompts(session: Session, split: str) -> list[Prompt]:
-    config = session.config
-    room = config.model.max_sequence_length - config.rollout.max_new_tokens
-    prompts = load_prompts(
-        getattr(config.data, split), session.tokenizer, config.data.prompt_key, room
-    )
+def check_algorithm(algorithm: AlgorithmConfig) -> None:
+    """UserError where the loss refuses its settings or would miss the router shift it needs."""
+    try:
+        make_settings(algorithm.name, algorithm.settings)
+    except ValueError as error:
+        raise UserError(f"algorithm.settings: {error}") from error
+    if algorithm.name in ROUTER_SHIFT_LOSSES and not uses_router_shift(algorithm):
+        raise UserError(
+            f"algorithm.router_shift.enabled is false with algorithm.name {algorithm.name}; "
+            "expected true or null, because the loss scales ratios with it; set it to null, or "
+            "take another loss (rspo without router shift is gmpo)"
+        )
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def _prompts(config: Config, tokenizer: Tokenizer, split: str) -> list[Prompt]:
+    path = getattr(config.data, split)
+    prompts = load_prompts(path, tokenizer, config.data.prompt_key, _room(config))
     return prompts[: config.evaluate.problems] if split == "eval" else prompts
+
+
+def _room(config: Config) -> int:
+    """Longest prompt, tokens."""
+    return config.model.max_sequence_length - config.rollout.max_new_tokens
+
+
+def _check_room(config: Config, problems: Sequence[Prompt]) -> None:
+    for problem in problems:
+        if not 0 < len(problem.tokens) <= _room(config):
+            raise UserError(
+                f"--prompt {problem.text!r} has {len(problem.tokens)} tokens; expected 1 to "
+                f"{_room(config)}; change it, raise model.max_sequence_length or lower "
+                "rollout.max_new_tokens"
+            )
 
 
 def _engine(session: Session, chunks, transformer) -> BuiltinEngine:
@@ -127,29 +184,21 @@ def _engine(session: Session, chunks, transformer) -> BuiltinEngine:
     )
 
 
-def _load_engine(session: Session) -> BuiltinEngine:
-    """The model with its newest weights, without an optimizer."""
+def _load_engine(session: Session) -> tuple[BuiltinEngine, str, int]:
+    """The model without an optimizer, the checkpoint its weights are from, and that one's step.
+
+    As when a run is continued: the run's newest checkpoint, else ``checkpoint.init_from``.
+    """
     config = session.config
+    source = config.checkpoint.init_from or session.run_dir
+    if config.checkpoint.resume == "auto" and newest_checkpoint(session.checkpoints) is not None:
+        source = session.run_dir
     transformer = transformer_config(config.model, config.parallel, session.device)
     chunks = build_chunks(config.model, transformer, session.groups, session.device, config.seed)
-    load_weights(
-        config.checkpoint.init_from or session.run_dir,
+    found = load_weights(
+        source,
         chunks=chunks,
         architecture=architecture_of(config.model),
         groups=session.groups,
     )
-    return _engine(session, chunks, transformer)
-
-
-def _show_header(session: Session, policy: Policy) -> None:
-    config, groups = session.config, session.groups
-    session.console.header(
-        {
-            "model": f"{config.model.num_layers} layers, {config.model.num_experts} experts, "
-            f"top-{config.model.moe_top_k}",
-            "layout": f"data {groups.data.size()} tensor {groups.tensor.size()} "
-            f"pipeline {groups.pipeline.size()} context {groups.context.size()} "
-            f"expert {groups.expert.size()}",
-            "device": f"{session.device.kind}, {config.model.dtype}",
-        }
-    )
+    return _engine(session, chunks, transformer), str(found), read_manifest(found).step

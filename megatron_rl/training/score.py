@@ -7,17 +7,18 @@ from typing import Sequence
 
 import torch
 
-from megatron_rl.models.forward import forward_row
-from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
 from megatron_rl.router.trace import RouterTrace
 from megatron_rl.training.batch import PackTensors
+from megatron_rl.training.pass_over_pack import forward_pack, pack_logprobs
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.schedule import run_schedule
 
 
 @dataclass(frozen=True)
 class ScoredPack:
-    """A pack with what the old policy said of it."""
+    """A pack with what the old policy said of it: log-probabilities of the whole row, traces of the
+    tokens this rank's routers saw.
+    """
 
     pack: PackTensors
     old_logprobs: torch.Tensor | None  #: fp32 [T]; None on stages that do not compute the loss
@@ -35,15 +36,13 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
         pack = packs[index]
         if with_traces:
             with policy.capture.record(chunk) as trace:
-                output = forward_row(model, pack.tokens, pack.layout)
+                output = forward_pack(model, pack)
             traces[chunk].append(trace)
         else:
-            output = forward_row(model, pack.tokens, pack.layout)
+            output = forward_pack(model, pack)
 
         def keep(logits):
-            logprobs, _ = vocab_logprobs(
-                logits.squeeze(0), pack.targets, temperature, policy.groups.tensor
-            )
+            logprobs, _ = pack_logprobs(logits, pack, temperature, policy.groups)
             return torch.zeros((), device=logits.device), logprobs
 
         return output, keep

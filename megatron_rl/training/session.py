@@ -10,16 +10,19 @@ from typing import Iterator
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint.together import together
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config
-from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, connect, select_device
 from megatron_rl.observe.console import Console, SilentConsole
 from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.observe.run_files import CONFIG_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+
 
 @dataclass(frozen=True)
 class Session:
@@ -55,18 +58,28 @@ class Session:
         return self.run_dir / "checkpoints"
 
     def open_writer(self, resume_step: int | None) -> RunWriter | None:
-        """The writer of metrics and samples on rank 0; None elsewhere."""
-        if not self.is_main:
-            return None
-        observe = self.config.observe
-        writer = RunWriter(
-            self.run_dir,
-            tensorboard=observe.tensorboard,
-            wandb=observe.wandb,
-            resume_step=resume_step,
-        )
-        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-        return writer
+        """The writer of metrics and samples on rank 0; None elsewhere. A collective.
+
+        Raises:
+            UserError, OSError: a file of the run cannot be read or written; on all ranks.
+        """
+        opened = []
+
+        def open_files() -> None:
+            if self.is_main:
+                observe = self.config.observe
+                writer = RunWriter(
+                    self.run_dir,
+                    tensorboard=observe.tensorboard,
+                    wandb=observe.wandb,
+                    resume_step=resume_step,
+                )
+                opened.append(writer)
+                text = dump_config(self.config)
+                (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+        together(self.groups.world, open_files)
+        return opened[0] if opened else None
 
     def new_sums(self) -> MetricSums:
         """Empty sums for the metrics of a step."""
@@ -87,11 +100,11 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(config: Config, verb: str, total_steps: int | None) -> Iterator[Session]:
+def open_session(
+    config: Config, verb: str, total_steps: int | None, tokenizer: Tokenizer
+) -> Iterator[Session]:
     """Choose the device, join the other ranks, build the groups; undo it at the end."""
     launch = read_launch()
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_vocabulary(tokenizer, config.model.vocab_size)
     device = select_device(config.device, launch)
     connect(device, launch, config.device.timeout_s)
     groups = build_groups(config.parallel)

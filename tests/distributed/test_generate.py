@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_rl.rollout.engine import SamplingSettings
-from tests.support.ranks import RankFailure, run_on_ranks
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny import build_tiny, random_prompts, tiny_config, tiny_engine
 
 LENGTHS = [5, 1, 12, 7, 3]
@@ -106,6 +106,23 @@ def test_answers_end_at_different_lengths(single):
     assert len(lengths) > 2 and max(lengths) == 12
 
 
-def test_split_context_is_refused():
-    with pytest.raises(RankFailure, match="UserError: parallel.context is 2"):
-        run_on_ranks(2, generate, {"context": 2}, [(0, 1)] * 2, SETTINGS, 4)
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "num_prompts"),
+    [
+        (2, {"context": 2}, 5),
+        (2, {"context": 2}, 1),
+        (2, {"context": 2, "expert": 2}, 5),
+        (2, {"context": 2, "expert": 2}, 1),
+        (4, {"context": 2, "tensor": 2, "expert": 2}, 5),
+        (4, {"context": 2, "pipeline": 2}, 5),
+    ],
+)
+def test_context_parallel_ranks_share_their_prompts(single, ranks, parallel, num_prompts):
+    shares = [(0, num_prompts)] * ranks
+    expected = of_prompts(single[SETTINGS], 0, num_prompts)
+    for answers in run_on_ranks(ranks, generate, parallel, shares, SETTINGS, 4):
+        assert_same(answers, expected)
+
+
+def test_no_prompts_on_context_parallel_ranks():
+    assert run_on_ranks(2, generate, {"context": 2}, [(0, 0)] * 2, SETTINGS, 4) == [[], []]

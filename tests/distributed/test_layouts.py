@@ -1,4 +1,4 @@
-"""Training under a parallel layout gives what a single process gives: losses, gradients, weights."""
+"""Training under a parallel layout gives the losses, gradients and weights of a single process."""
 
 import dataclasses
 import functools

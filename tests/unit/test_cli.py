@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl import __version__
-from megatron_rl.cli import VERBS, main, split_overrides
+from megatron_rl.cli import PATIENCE_S, VERBS, main, split_overrides
 from megatron_rl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,9 @@ def training(monkeypatch):
     for verb in ("train", "sft", "evaluate"):
         setattr(module, verb, lambda config, verb=verb: calls.append((verb, config)))
     module.generate = lambda config, prompts: calls.append(("generate", config, prompts))
+    device = types.ModuleType("megatron_rl.device.select")
+    device.select_device = lambda config, launch: None
+    monkeypatch.setitem(sys.modules, "megatron_rl.device.select", device)
     monkeypatch.setitem(sys.modules, "megatron_rl.training.run", module)
     monkeypatch.setattr("megatron_rl.training.run", module, raising=False)
     return calls
@@ -140,6 +143,17 @@ def test_a_users_error_of_many_lines_is_printed_as_one(run_yaml, training, monke
     assert refusal(capsys, "train", run_yaml) == "first second"
 
 
+def test_a_number_that_is_not_finite_is_one_line_and_exit_code_1(
+    run_yaml, training, monkeypatch, capsys
+):
+    def fail(config):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(sys.modules["megatron_rl.training.run"], "train", fail)
+    assert main(["train", run_yaml]) == 1
+    assert capsys.readouterr().err == "megatron-rl: error: the loss is nan\n"
+
+
 def test_interruption_is_130_and_other_errors_propagate(run_yaml, training, monkeypatch):
     module = sys.modules["megatron_rl.training.run"]
 
@@ -156,14 +170,19 @@ def test_interruption_is_130_and_other_errors_propagate(run_yaml, training, monk
         main(["train", run_yaml])
 
 
-@pytest.mark.parametrize(("rank", "printed"), [("0", 1), ("1", 0)])
-def test_of_several_ranks_one_prints_and_all_fail(run_yaml, monkeypatch, capsys, rank, printed):
+@pytest.mark.parametrize(
+    ("rank", "waited", "place"), [("0", [], ""), ("1", [PATIENCE_S], "rank 1: ")]
+)
+def test_the_first_rank_prints_and_another_one_only_if_it_is_still_there_later(
+    run_yaml, monkeypatch, capsys, rank, waited, place
+):
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert main(["train", run_yaml, "--parallel.tensor=2", "--parallel.pipeline=2"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == printed
-    assert ("2 ranks for tensor 2 x pipeline 2" in error) == bool(printed)
+    slept = []
+    monkeypatch.setattr("megatron_rl.cli.time.sleep", slept.append)
+    error = refusal(capsys, "train", run_yaml, "--parallel.tensor=2", "--parallel.pipeline=2")
+    assert error.startswith(f"{place}2 ranks for tensor 2 x pipeline 2")
+    assert slept == waited
 
 
 def test_ranks_of_the_launch_are_checked(run_yaml, training, monkeypatch):

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.attention import packed_layout
 from megatron_rl.models.forward import forward_stages
-from megatron_rl.parallel.collectives import broadcast, gather_first_dim
+from megatron_rl.parallel.collectives import broadcast, gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillLayout, decode_layout
@@ -74,15 +74,7 @@ class BuiltinEngine:
             max_batch: answers decoded at a time on this rank.
             decode: token ids to text, without special tokens.
             max_sequence_length: longest prompt and answer together; answers are cut there.
-
-        Raises:
-            UserError: the context is split over ranks.
         """
-        if groups.context.size() > 1:
-            raise UserError(
-                f"parallel.context is {groups.context.size()}; the built-in rollout engine "
-                "generates with whole sequences on a rank; set parallel.context to 1"
-            )
         self._chunks = chunks
         self._groups = groups
         self._eos_id = eos_id
@@ -96,10 +88,21 @@ class BuiltinEngine:
     def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
         """One group for each prompt, in the order given; see `Engine`.
 
+        Context-parallel ranks have the same prompts and all dense weights: each generates for its
+        share of them, with whole sequences, and they exchange the answers.
+
         Raises:
             UserError: a prompt leaves no room for an answer.
         """
         self._check(prompts)
+        context = self._groups.context
+        mine = self._generate(prompts[context.rank() :: context.size()], settings)
+        shares = gather_objects(mine, context)
+        return [shares[i % context.size()][i // context.size()] for i in range(len(prompts))]
+
+    def _generate(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> list[RolloutGroup]:
         waves = split_into_waves(prompts, settings.samples, self._max_batch)
         completions: list[Completion] = []
         with _evaluation_mode(self._chunks):

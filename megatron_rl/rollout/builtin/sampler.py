@@ -98,4 +98,7 @@ def invert_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     # The smallest token with cdf > point has probability; below the total there is always one.
     # Rounding may bring u * total up to the total itself.
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, point[:, None], right=True).squeeze(1)
+    # Without the limit a row of NaN would give a token that does not exist; its log-probability is
+    # NaN, and whoever asked for the answer can say so.
+    last = probs.shape[1] - 1
+    return torch.searchsorted(cdf, point[:, None], right=True).squeeze(1).clamp(max=last)

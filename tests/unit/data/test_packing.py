@@ -35,6 +35,27 @@ def test_one_pack_by_hand():
     assert (pack.mask.dtype, pack.sequence_ids.dtype) == (np.bool_, np.int64)
 
 
+def test_one_pack_of_padded_sequences_by_hand():
+    samples = [sample([5, 6, 7], 1, logprobs=[-1, -2]), sample([9, 4], 1, 3.0, logprobs=[-3])]
+    (pack,) = pack_samples(samples, 12, vocab_size=8, sequence_multiple=4)
+    assert pack.tokens.tolist() == [5, 6, 7, 3, 9, 4, 6, 7, 0, 1, 2, 3]
+    assert pack.targets.tolist() == [6, 7, 0, 0, 4, *[0] * 7]
+    assert pack.positions.tolist() == [0, 1, 2, 0, 0, 1, *[0] * 6]
+    assert pack.mask.tolist() == [True, True, False, False, True, *[False] * 7]
+    assert pack.sequence_ids.tolist() == [0, 0, 0, 2, 1, 1, *[2] * 6]
+    assert pack.advantages.tolist() == [1, 1, 1, 0, 3, 3, *[0] * 6]
+    assert pack.rollout_logprobs.tolist() == [-1, -2, 0, 0, -3, *[0] * 7]
+    assert (pack.lengths, pack.sequence_multiple) == ((3, 2), 4)
+
+
+def test_padded_sequences_are_planned_with_their_padding():
+    samples = [sample([1, 2, 3], 1), sample([4, 5], 1), sample([6, 7], 1)]
+    packs = pack_samples(samples, 8, vocab_size=8, sequence_multiple=4)
+    assert [pack.lengths for pack in packs] == [(3, 2), (2,)]
+    with pytest.raises(UserError, match="sequence 0 of 8 tokens; a pack holds 6"):
+        pack_samples([sample([1, 2, 3, 4, 5], 1)], 6, vocab_size=8, sequence_multiple=4)
+
+
 def test_empty_packs_fill_up():
     packs = pack_samples([sample([5, 6], 1)], 4, 3, vocab_size=3)
     assert [pack.lengths for pack in packs] == [(2,), (), ()]

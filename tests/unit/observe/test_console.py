@@ -20,8 +20,8 @@ METRICS = {
     "memory/peak_gib": 1.0,
 }
 LINE = (
-    "step   7/300  reward 0.432  solved 31.2%  loss -0.0123  grad 0.518  gamma 0.9931  clip 2.1%  "
-    "entropy 1.200  12346 tok/s  2.31 s/step"
+    "step   7/300  reward  0.432  solved  31.2%  loss -0.0123  grad   0.518  gamma 0.9931  "
+    "clip   2.1%  entropy 1.200   12346 tok/s    2.31 s/step"
 )
 
 
@@ -32,17 +32,22 @@ class _Terminal(io.StringIO):
 
 def test_step_line():
     assert step_line(7, 300, METRICS) == LINE
-    assert step_line(7, None, {"loss": float("nan")}) == "step 7  loss nan"
+    assert step_line(7, None, {"loss": float("nan")}) == "step 7  loss     nan"
     assert step_line(7, 10, {"loss": 2.0, "accuracy": 0.5, "time/step_s": 1.0}) == (
-        "step  7/10  loss 2.0000  accuracy 50.0%  1.00 s/step"
+        "step  7/10  loss  2.0000  accuracy  50.0%    1.00 s/step"
     )
+
+
+@pytest.mark.parametrize(("norm", "text"), [(999.9, "999.900"), (12345.0, "1.2e+04")])
+def test_gradient_norms_of_any_size_keep_the_columns(norm, text):
+    assert step_line(1, None, {"grad_norm": norm}) == f"step 1  grad {text}"
 
 
 def test_eval_line():
     metrics = {"eval/pass@1": 0.432, "eval/mean@k": 0.38, "eval/samples": 4, "eval/problems": 512}
-    assert eval_line(0, metrics) == "eval at step 0  pass@1 43.2%  mean@4 38.0%  512 problems"
-    assert eval_line(9, {"eval/pass@1": 1.0, "time/eval_s": 3.04}) == (
-        "eval at step 9  pass@1 100.0%  3.0 s"
+    assert eval_line(0, metrics) == "eval at step 0  pass@1  43.2%  mean@4  38.0%  512 problems"
+    assert eval_line(9, {"eval/pass@1": 1.0, "time/eval_s": 3.04}, total_steps=300) == (
+        "eval at step   9  pass@1 100.0%  3.0 s"
     )
 
 
@@ -62,7 +67,7 @@ def test_plain_is_one_line_a_step_and_warnings_go_to_stderr(capsys):
         "  model: {}",
         LINE,
         "saved [step 7]",
-        "eval at step 7  pass@1 50.0%",
+        "eval at step   7  pass@1  50.0%",
     ]
     assert capsys.readouterr().err == "warning: slow\n"
 

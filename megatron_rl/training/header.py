@@ -1,0 +1,66 @@
+"""What a run shows of itself before it starts: a fact a line."""
+
+from __future__ import annotations
+
+from typing import Sized
+
+from megatron_rl.config.estimate import count_parameters, trace_bytes_per_token
+from megatron_rl.config.layout import layout_text, moe_layers
+from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig
+from megatron_rl.training.session import Session
+from megatron_rl.training.update import uses_router_shift
+
+
+def run_facts(session: Session) -> dict[str, str]:
+    """Facts of every verb: where the run is, the model, the layout, the device."""
+    config, ranks = session.config, session.launch.world_size
+    return {
+        "run": str(session.run_dir),
+        "model": _model(config.model),
+        "layout": f"{ranks} rank{'' if ranks == 1 else 's'}: {layout_text(config.parallel, ranks)}",
+        "device": f"{session.device.kind}, {config.model.dtype}",
+    }
+
+
+def sft_facts(config: Config, samples: Sized, held_out: Sized) -> dict[str, str]:
+    """The data of supervised fine-tuning."""
+    return {
+        "data": f"{len(samples):,} samples ({config.data.train}), "
+        f"{len(held_out):,} held-out problems ({config.data.eval})",
+        "step": f"{config.train.batch_size} samples",
+    }
+
+
+def train_facts(config: Config, problems: Sized, held_out: Sized) -> dict[str, str]:
+    """The data, the algorithm and the size of a step of reinforcement learning."""
+    rollout, algorithm = config.rollout, config.algorithm
+    facts = {
+        "data": f"{len(problems):,} problems ({config.data.train}), "
+        f"{len(held_out):,} held-out ({config.data.eval}), reward {config.reward.name}",
+        "step": f"{rollout.prompts_per_step} problems x {rollout.samples_per_prompt} answers of "
+        f"{rollout.max_new_tokens} tokens at most, {algorithm.mini_batches} mini-batches x "
+        f"{algorithm.epochs} epoch{'' if algorithm.epochs == 1 else 's'}",
+        "algorithm": _algorithm(algorithm),
+    }
+    if uses_router_shift(algorithm):
+        trace = trace_bytes_per_token(config.model)
+        facts["router trace"] = f"{trace:,} bytes a token, over all pipeline stages"
+    return facts
+
+
+def _model(model: ModelConfig) -> str:
+    total, active = count_parameters(model)
+    origin = f" ({model.preset or model.hf_config})" if model.preset or model.hf_config else ""
+    return (
+        f"{total:,} parameters, {active:,} active for a token: {model.num_layers} layers "
+        f"({sum(moe_layers(model))} MoE), {model.num_experts} experts, "
+        f"top-{model.moe_top_k}{origin}"
+    )
+
+
+def _algorithm(algorithm: AlgorithmConfig) -> str:
+    parts = [algorithm.name, f"{algorithm.advantages} advantages"]
+    if uses_router_shift(algorithm):
+        parts.append(f"router shift with floor {algorithm.router_shift.floor:g}")
+    parts += [f"{name} {value}" for name, value in algorithm.settings.items()]
+    return ", ".join(parts)

@@ -1,0 +1,192 @@
+"""Whole runs through the command line: what they print, what they write, and that it repeats."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.runs import ROOT, records, reproducible, run, succeed
+
+pytestmark = pytest.mark.slow
+
+#: What every record of reinforcement learning holds.
+RL_KEYS = """
+    step reward/mean reward/solved loss grad_norm clip_fraction entropy kl_old router/shift_mean
+    router/shift_min router/floor_fraction router/top_k_overlap router/load_max_over_mean
+    tokens_per_second time/rollout_s time/score_s time/update_s memory/peak_gib
+""".split()
+EVAL_KEYS = ["eval/pass@1", "eval/mean@k", "eval/well_formed", "eval/problems", "eval/samples"]
+ONE_RANK = ["--parallel.expert", "1", "--parallel.world_size", "1"]
+
+
+def test_supervised_warm_up_learns_and_writes_its_run(folder, sft_run):
+    run_dir = folder / "runs" / "sft"
+    metrics = records(run_dir / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(61))
+    assert metrics[60]["loss"] < 0.5 * metrics[1]["loss"]
+    assert metrics[60]["eval/pass@1"] > metrics[0]["eval/pass@1"]
+    assert {record["step"] for record in records(run_dir / "samples.jsonl")} == {0, 60}
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_60\n"
+    assert list(run_dir.glob("tensorboard/events.*"))
+
+
+def test_reinforcement_learning_writes_its_run(folder, rl_run):
+    run_dir = folder / "runs" / "rl"
+    metrics = records(run_dir / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(9))
+    for record in metrics[1:]:
+        assert set(RL_KEYS) - {name for name, value in record.items() if value is not None} == set()
+        assert record["grad_norm"] > 0 and 0.5 < record["router/shift_mean"] < 1
+        assert 0 < record["router/top_k_overlap"] <= 1
+        assert record["mismatch/logprob_max"] < 1e-4  # sampler and scoring pass agree
+    evaluated = [record["step"] for record in metrics if set(EVAL_KEYS) <= set(record)]
+    assert evaluated == [0, 3, 6, 8]
+    assert "loss" not in metrics[0]
+    samples = records(run_dir / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [n for n in range(9) for _ in range(4)]
+    assert all(sample["reward"] in (0.0, 0.1, 1.0) for sample in samples)
+    config = (run_dir / "config.yaml").read_text()
+    assert "prompts_per_step: 8" in config and "temperature: 1.0" in config  # defaults as well
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {
+        "latest",
+        "step_4",
+        "step_8",
+    }
+
+
+def test_the_step_0_evaluation_is_that_of_the_weights_it_starts_from(folder, rl_run):
+    last = records(folder / "runs" / "sft" / "metrics.jsonl")[-1]
+    first = records(folder / "runs" / "rl" / "metrics.jsonl")[0]
+    assert {name: first[name] for name in EVAL_KEYS} == {name: last[name] for name in EVAL_KEYS}
+
+
+def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
+    assert rl_run.err == ""  # no warning, no log line of a library
+    lines = rl_run.out.splitlines()
+    header = dict(line.split("  ", 1) for line in lines[:8])
+    assert {name: text.strip() for name, text in header.items()} == {
+        "run": "runs/rl",
+        "model": "35,296 parameters, 23,008 active for a token: 2 layers (2 MoE), 4 experts, top-2",
+        "layout": "2 ranks: data 2, expert 2",
+        "device": "cpu, fp32",
+        "data": "24 problems (data/train.jsonl), 16 held-out (data/eval.jsonl), reward countdown",
+        "step": "8 problems x 4 answers of 12 tokens at most, 2 mini-batches x 1 epoch",
+        "algorithm": "rspo, group_norm advantages, router shift with floor 0.8",
+        "router trace": "20 bytes a token, over all pipeline stages",
+    }
+    steps = [line for line in lines if line.startswith("step ") and "/8  " in line]
+    assert len(steps) == 8 and len({len(line) for line in steps}) == 1  # columns line up
+    evaluations = [line for line in lines if line.startswith("eval at step ")]
+    assert [int(line.split()[3]) for line in evaluations] == [0, 3, 6, 8]
+    assert lines[-2].startswith("solved (greedy pass@1) ")
+    assert lines[-1] == "report: runs/rl/report.html"
+
+
+def test_the_report_has_plots_and_can_be_written_again(folder, rl_run):
+    report = folder / "runs" / "rl" / "report.html"
+    before = report.read_text()
+    assert before.count("data:image/png;base64,") >= 8
+    assert (folder / "runs" / "rl" / "plots" / "reward.png").stat().st_size > 5000
+    report.unlink()
+    done = succeed("report", "runs/rl", cwd=folder)
+    assert done.out == "runs/rl/report.html\n" and done.err == ""
+    assert len(report.read_text()) > 0.9 * len(before)
+
+
+def test_another_seed_is_another_run(folder, rl_run, other_seed):
+    def first_samples(name):
+        samples = records(folder / "runs" / name / "samples.jsonl")
+        return [sample for sample in samples if sample["step"] == 1]
+
+    same, other = first_samples("rl"), first_samples("other_seed")
+    assert len(same) == len(other) == 4
+    assert same != other
+    metrics = [reproducible(folder / "runs" / name)[1] for name in ("rl", "other_seed")]
+    assert metrics[0]["mismatch/kl"] != metrics[1]["mismatch/kl"]
+
+
+@pytest.fixture(scope="session")
+def other_seed(folder, sft_run):
+    """One step with another seed, and a learning rate that ruins the weights in it."""
+    words = ["--run_dir", "runs/other_seed", "--seed", "2", "--optimizer.lr", "1e30"]
+    return run("train", "rl.yaml", *words, "--algorithm.mini_batches=1", cwd=folder, ranks=2)
+
+
+def test_a_run_whose_answers_are_not_finite_ends_with_one_line_and_code_1(folder, other_seed):
+    assert other_seed.code == 1
+    (line,) = other_seed.errors
+    assert "error: the sampler's log-probabilities are not finite in " in line
+    assert "exitcode  : 1 " in other_seed.err and "exitcode  : 2 " not in other_seed.err
+    assert "megatron_rl/training" not in other_seed.err  # no traceback
+    assert [r["step"] for r in records(folder / "runs" / "other_seed" / "metrics.jsonl")] == [0, 1]
+    assert not list((folder / "runs" / "other_seed").glob("checkpoints/step_*"))
+
+
+@pytest.fixture(scope="session")
+def ruined(folder, rl_run):
+    """The finished run continued with a learning rate that ruins the weights."""
+    words = ["train", "rl.yaml", "--run_dir", "runs/ruined"]
+    subprocess.run(["cp", "-r", "runs/rl", "runs/ruined"], cwd=folder, check=True)
+    return run(*words, "--train.steps=10", "--optimizer.lr=1e30", cwd=folder, ranks=2)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_is_named(folder, ruined):
+    assert ruined.code == 1
+    (line,) = ruined.errors
+    assert "error: the gradient norm is nan: " in line
+    assert " gradients are not finite, first that of embedding.word_embeddings.weight " in line
+    assert "exitcode  : 1 " in ruined.err and "exitcode  : 2 " not in ruined.err
+    assert "megatron_rl/training" not in ruined.err
+    assert (folder / "runs" / "ruined" / "checkpoints" / "latest").read_text() == "step_8\n"
+
+
+def test_evaluate_takes_the_last_good_checkpoint_and_repeats_the_runs_evaluation(folder, ruined):
+    done = succeed("evaluate", "rl.yaml", "--run_dir", "runs/ruined", cwd=folder, ranks=2)
+    last = records(folder / "runs" / "rl" / "metrics.jsonl")[-1]
+    line = done.out.splitlines()[-1]
+    expected = [f"{100 * last[name]:.1f}%" for name in EVAL_KEYS[:3]]
+    assert [word for word in line.split() if word.endswith("%")] == expected
+    assert line.startswith("eval at step 8  pass@1 ") and "16 problems" in line
+    assert "weights  runs/ruined/checkpoints/step_8" in done.out
+    assert done.err == ""
+
+
+def test_generate_answers_each_prompt_as_the_run_did(folder, sft_run):
+    """Greedily (top_k 1), from a checkpoint of two ranks, on one."""
+    samples = records(folder / "runs" / "sft" / "samples.jsonl")
+    answers = [s["prompt"] + s["completion"] for s in samples if s["step"] == 60]
+    prompts = [word for s in samples if s["step"] == 60 for word in ("--prompt", s["prompt"])]
+    done = succeed("generate", "sft.yaml", *ONE_RANK, "--rollout.top_k=1", *prompts, cwd=folder)
+    assert done.out.splitlines() == answers and len(answers) == 4
+    assert done.err == ""
+
+
+def test_check_shows_ranks_memory_and_trace(folder):
+    done = succeed("check", "rl.yaml", cwd=folder)
+    rows = dict(line.strip("│ ").split("│") for line in done.out.splitlines() if "│" in line)
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["ranks"] == "2"
+    assert rows["layout"] == "data 2, expert 2"
+    assert rows["memory per rank"].endswith("GiB in an update, of which")
+    assert rows["router trace"] == "20 bytes per token, over all stages"
+
+
+def test_help_starts_without_torch():
+    code = (
+        "import sys\nfrom megatron_rl.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "print({'torch', 'megatron'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "usage: megatron-rl" in done.stdout
+    assert done.stdout.endswith("\nset()\n"), done.stderr
+
+
+def test_metrics_are_strict_json(folder, rl_run):
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        for line in (folder / "runs" / "rl" / name).read_text().splitlines():
+            json.loads(line, parse_constant=refuse)

@@ -1,0 +1,152 @@
+"""The command line as a user starts it: in processes of its own, alone or under torchrun.
+
+    done = run("train", "rl.yaml", cwd=folder, ranks=2)          # to the end
+    with started("train", "rl.yaml", cwd=folder, ranks=2) as process:
+        process.wait_for("step 5/8")
+        process.kill_ranks()
+
+Nothing outlives the block, and only processes started here are ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Longest a command may take; many times what it needs, for busy machines.
+TIMEOUT_S = 300.0
+#: Metrics that depend on the machine and its load.
+MEASURED = ("time/", "memory/", "tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines with which the program (not torchrun) refused."""
+        return [line for line in self.err.splitlines() if line.startswith("megatron-rl: ")]
+
+
+class Started:
+    """A running command; its output goes to files, so that no pipe can fill up."""
+
+    def __init__(self, words: tuple[str, ...], cwd: Path, ranks: int | None, folder: Path) -> None:
+        launcher = []
+        if ranks is not None:
+            launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        self._out, self._err = folder / "out", folder / "err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *launcher, "megatron_rl", *words],
+                cwd=cwd,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> Done:
+        """Wait for the end; AssertionError with the output if it takes too long."""
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s\n{self._output()}") from None
+        return Done(code, self._out.read_text(), self._err.read_text())
+
+    def wait_for(self, text: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Wait until the standard output holds the text."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self._out.read_text():
+            running = self._process.poll() is None and time.monotonic() < deadline
+            assert running, f"no {text!r} in the output\n{self._output()}"
+            time.sleep(0.01)
+
+    def kill_ranks(self) -> None:
+        """SIGKILL to all ranks, as when the machine dies."""
+        for rank in self._ranks():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+
+    def terminate(self) -> None:
+        """SIGTERM to the launcher, as a scheduler sends it."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """End what is left of it."""
+        ranks = self._ranks()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+
+    def _ranks(self) -> list[psutil.Process]:
+        if self._process.poll() is not None:  # the number may belong to another process by now
+            return []
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def _output(self) -> str:
+        return f"{self._out.read_text()[-2000:]}\n{self._err.read_text()[-4000:]}"
+
+
+@contextlib.contextmanager
+def started(*words: str, cwd: Path, ranks: int | None = None) -> Iterator[Started]:
+    """Start ``megatron-rl WORDS``: one process, or ``ranks`` under torchrun on a free port."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = Started(words, cwd, ranks, Path(folder))
+        try:
+            yield process
+        finally:
+            process.close()
+
+
+def run(*words: str, cwd: Path, ranks: int | None = None) -> Done:
+    """``megatron-rl WORDS`` to its end."""
+    with started(*words, cwd=cwd, ranks=ranks) as process:
+        return process.wait()
+
+
+def succeed(*words: str, cwd: Path, ranks: int | None = None) -> Done:
+    """As `run`, of a command that must end with 0."""
+    done = run(*words, cwd=cwd, ranks=ranks)
+    assert done.code == 0, f"exit code {done.code}\n{done.out}\n{done.err}"
+    return done
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def reproducible(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without those that depend on the machine."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith(MEASURED)}
+        for record in records(run_dir / "metrics.jsonl")
+    ]
+
+
+def _environment() -> dict[str, str]:
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONWARNINGS")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,285 @@
+"""What the capture sees is what the routers did; what it measures is `shift_distance`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_rl.algorithms.router_shift import shift_distance
+from tests.support.tiny import build_tiny, cpu_device, tiny_config
+
+CPU = torch.device("cpu")
+LENGTHS, ROOM = [7, 1, 9], 20
+
+ROUTERS = {
+    "softmax": {},
+    "softmax before top-K": {"router_pre_softmax": True},
+    "sigmoid with bias": {"router_score": "sigmoid", "router_expert_bias": True},
+    "300 experts": {"num_experts": 300, "moe_top_k": 5, "moe_ffn_hidden_size": 4},
+    "one MoE layer of two": {"moe_layer_freq": [0, 1]},
+}
+
+
+@pytest.fixture(autouse=True)
+def megatron():
+    cpu_device()
+
+
+class Watched:
+    """A tiny model, its capture, and an independent record of what enters each router."""
+
+    def __init__(self, model=None, parallel=None):
+        from megatron_rl.router.capture import RouterCapture
+
+        self.config = tiny_config(model=model or {}, parallel=parallel or {})
+        _, _, (self.chunk,) = build_tiny(self.config)
+        self.routers = {
+            layer.layer_number: layer.mlp.router
+            for layer in self.chunk.decoder.layers
+            if hasattr(layer.mlp, "router")
+        }
+        generator = torch.Generator().manual_seed(8)
+        for router in self.routers.values():
+            if router.expert_bias is not None:
+                router.expert_bias.copy_(torch.rand(router.num_experts, generator=generator))
+        self.capture = RouterCapture([self.chunk], [sorted(self.routers)])
+        self.inputs = {}
+        for number, router in self.routers.items():
+            router.register_forward_pre_hook(self._remember(number))
+        self.tokens = torch.randint(64, (ROOM,), generator=generator)
+
+    def _remember(self, number):
+        def hook(module, args):
+            self.inputs[number] = args[0].detach().flatten(0, 1)
+
+        return hook
+
+    def forward(self):
+        from megatron_rl.models.attention import packed_layout
+        from megatron_rl.models.forward import forward_row
+
+        return forward_row(self.chunk, self.tokens, packed_layout(LENGTHS, ROOM, CPU))
+
+    def record(self):
+        with torch.no_grad(), self.capture.record(0) as trace:
+            self.forward()
+        return trace
+
+    def compare(self, trace):
+        with self.capture.compare(
+            0, trace, torch.ones(ROOM, dtype=torch.bool), self.telemetry()
+        ) as total:
+            output = self.forward()
+        return total(), output
+
+    def telemetry(self):
+        from megatron_rl.router.telemetry import RouterTelemetry
+
+        return RouterTelemetry(self.config.model.num_layers, self.config.model.num_experts, CPU)
+
+    def logprobs(self, number):
+        """log r of all experts, [T, E], from the router's input and weight alone."""
+        logits = self.inputs[number] @ self.routers[number].weight.detach().T
+        if self.config.model.router_score == "sigmoid":
+            return F.logsigmoid(logits)
+        return logits.log_softmax(-1)
+
+    def chosen(self, number):
+        """Ascending ids of the top-K, biased where there is a bias."""
+        scores = self.logprobs(number).exp()
+        if self.routers[number].expert_bias is not None:
+            scores = scores + self.routers[number].expert_bias
+        return scores.topk(self.config.model.moe_top_k, dim=1).indices.sort(dim=1).values
+
+    def move(self, amount=0.05):
+        """Change all router weights."""
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for router in self.routers.values():
+                router.weight += amount * torch.randn(router.weight.shape, generator=generator)
+
+
+@pytest.mark.parametrize("model", ROUTERS.values(), ids=ROUTERS.keys())
+def test_a_trace_holds_the_routers_choice_and_its_logprobs(model):
+    watched = Watched(model)
+    trace = watched.record()
+    assert sorted(trace) == sorted(watched.routers)
+    for number, layer in trace.items():
+        chosen = watched.chosen(number)
+        assert torch.equal(layer.expert_ids.long(), chosen)
+        small = torch.uint8 if watched.config.model.num_experts <= 256 else torch.int16
+        assert layer.expert_ids.dtype == small and layer.logprobs.dtype == torch.float32
+        expected = watched.logprobs(number).gather(1, chosen)
+        torch.testing.assert_close(layer.logprobs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_more_than_256_experts_are_told_apart():
+    trace = Watched(ROUTERS["300 experts"]).record()
+    assert max(int(layer.expert_ids.max()) for layer in trace.values()) > 256
+
+
+@pytest.mark.parametrize("model", ROUTERS.values(), ids=ROUTERS.keys())
+def test_the_distance_to_moved_routers_is_shift_distance(model):
+    watched = Watched(model)
+    trace = watched.record()
+    chosen = {number: watched.chosen(number) for number in trace}
+    old = {number: watched.logprobs(number) for number in trace}
+    watched.move()
+    distance, _ = watched.compare(trace)
+
+    def stacked(source):
+        return torch.stack([source(n).gather(1, chosen[n]) for n in sorted(trace)], dim=1)
+
+    expected = shift_distance(stacked(watched.logprobs), stacked(old.__getitem__))
+    assert distance.min() > 1e-3
+    torch.testing.assert_close(distance, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("model", ROUTERS.values(), ids=ROUTERS.keys())
+def test_the_distance_to_unchanged_routers_is_exactly_zero(model, recompute):
+    watched = Watched(model, {"recompute": recompute})
+    distance, output = watched.compare(watched.record())
+    assert distance.tolist() == [0.0] * ROOM
+    assert output.requires_grad
+
+
+def test_recomputation_changes_neither_distances_nor_gradients():
+    results = []
+    for recompute in ("none", "selective", "full"):
+        watched = Watched(parallel={"recompute": recompute})
+        trace = watched.record()
+        watched.move()
+        distance, output = watched.compare(trace)
+        output.square().sum().backward()
+        gradients = {name: p.grad for name, p in watched.chunk.named_parameters()}
+        results.append((distance, gradients))
+    for distance, gradients in results[1:]:
+        assert torch.equal(distance, results[0][0])
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, results[0][1][name], atol=1e-4, rtol=1e-5)
+
+
+def test_each_router_computes_its_logits_once():
+    watched = Watched()
+    calls = []
+    for number, router in watched.routers.items():
+        gating = router.gating
+        router.gating = lambda x, gating=gating, number=number: calls.append(number) or gating(x)
+    trace = watched.record()
+    assert calls == [1, 2]
+    watched.compare(trace)
+    assert calls == [1, 2, 1, 2]
+
+
+def test_comparing_adds_nothing_to_the_graph():
+    watched = Watched()
+    trace = watched.record()
+    watched.move()
+    distance, output = watched.compare(trace)
+    assert not distance.requires_grad
+
+    def size(node, seen):
+        if node is not None and node not in seen:
+            seen.add(node)
+            for parent, _ in node.next_functions:
+                size(parent, seen)
+        return len(seen)
+
+    assert size(output.grad_fn, set()) == size(watched.forward().grad_fn, set())
+
+
+def test_telemetry_counts_the_masked_tokens_only():
+    watched = Watched()
+    trace = watched.record()
+    watched.move(0.3)
+    mask, telemetry = torch.arange(ROOM) % 3 == 0, watched.telemetry()
+    with watched.capture.compare(0, trace, mask, telemetry):
+        watched.forward()
+    for number in watched.routers:
+        tokens, distance, overlap, entropy = telemetry.sums[number - 1].tolist()
+        new, old_ids = watched.logprobs(number), trace[number].expert_ids.long()
+        now = watched.chosen(number)
+        per_token = (new.gather(1, old_ids) - trace[number].logprobs).abs().mean(1)
+        kept = [len(set(a) & set(b)) / 2 for a, b in zip(old_ids.tolist(), now.tolist())]
+        assert tokens == mask.sum()
+        assert distance == pytest.approx(per_token[mask].sum().item(), rel=1e-4)
+        assert overlap == pytest.approx(sum(k for k, m in zip(kept, mask.tolist()) if m))
+        entropies = -(new.exp() * new).sum(1)
+        assert entropy == pytest.approx(entropies[mask].sum().item(), rel=1e-4)
+        load = F.one_hot(now[mask], 4).sum((0, 1))
+        assert telemetry.load[number - 1].tolist() == load.tolist()
+    assert telemetry.sums[:, 2].min() < mask.sum()  # some token has other experts now
+
+
+def test_closing_gives_the_routers_back():
+    from megatron_rl.router.capture import RouterError
+
+    watched = Watched()
+    watched.capture.close()
+    assert all("routing" not in vars(router) for router in watched.routers.values())
+    with pytest.raises(RouterError, match="fired in layers"):
+        watched.record()
+
+
+def test_a_router_that_fires_twice_or_never_is_an_error():
+    from megatron_rl.router.capture import RouterError
+
+    watched = Watched()
+    with pytest.raises(
+        RouterError, match=r"fired in layers \[1, 1, 2, 2\]; expected each of \[1, 2\] once"
+    ):
+        with watched.capture.record(0):
+            watched.forward()
+            watched.forward()
+    with pytest.raises(RouterError, match=r"fired in layers \[\]"):
+        with watched.capture.record(0):
+            pass
+    with pytest.raises(RouterError, match="open already"):
+        with watched.capture.record(0), watched.capture.record(0):
+            pass
+    assert sorted(watched.record()) == [1, 2]  # still usable
+
+
+def test_an_error_inside_a_pass_is_not_hidden():
+    watched = Watched()
+    with pytest.raises(KeyError, match="mine"):
+        with watched.capture.record(0):
+            raise KeyError("mine")
+
+
+def test_a_trace_of_other_tokens_is_refused():
+    from megatron_rl.router.capture import RouterError
+    from megatron_rl.router.trace import LayerTrace
+
+    watched = Watched()
+    trace = {
+        number: LayerTrace(layer.expert_ids[:-1], layer.logprobs[:-1])
+        for number, layer in watched.record().items()
+    }
+    with pytest.raises(RouterError, match="layer 1: the trace holds 19 tokens, the pass 20"):
+        watched.compare(trace)
+
+
+def test_routers_that_are_not_expected_are_refused():
+    from megatron_rl.router.capture import RouterCapture, RouterError
+
+    chunk = Watched().chunk
+    with pytest.raises(RouterError, match=r"found routers in layers \[1, 2\]; expected \[2\]"):
+        RouterCapture([chunk], [[2]])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("moe_router_fusion", True, "moe_router_fusion hides"),
+        ("moe_expert_capacity_factor", 1.0, "drops tokens"),
+        ("enable_cuda_graph", True, "CUDA graphs"),
+    ],
+)
+def test_configurations_that_hide_the_logits_are_refused(field, value, message):
+    from megatron_rl.router.capture import RouterCapture, RouterError
+
+    _, megatron_config, (chunk,) = build_tiny(tiny_config())
+    setattr(megatron_config, field, value)
+    with pytest.raises(RouterError, match=message):
+        RouterCapture([chunk], [[1, 2]])

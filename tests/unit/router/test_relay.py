@@ -1,0 +1,97 @@
+"""Through Megatron's own schedules every micro-batch meets the sum of its own distances."""
+
+import pytest
+import torch
+
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import cpu_device, tiny_config
+
+TOKENS = 8
+
+
+def _relayed(parallel, micro_batches, forward_only):
+    """On a rank: {micro-batch: total} as its loss saw it.
+
+    Each chunk adds 100 * micro-batch + its number in the model + token / 8.
+    """
+    cpu_device()
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.forward import forward_row
+    from megatron_rl.router.relay import DistanceRelay
+    from tests.support.tiny import build_tiny
+
+    config = tiny_config(parallel=parallel, model={"num_layers": 4})
+    groups, _, chunks = build_tiny(config)
+    relay = DistanceRelay(groups.relay, len(chunks))
+    tokens, layout = torch.arange(TOKENS), packed_layout([TOKENS], TOKENS, torch.device("cpu"))
+    totals = {}
+
+    def step(iterator, model):
+        number = next(iterator)
+        chunk = next(i for i, other in enumerate(chunks) if other is model)
+        place = chunk * groups.pipeline.size() + groups.pipeline.rank()
+        output = forward_row(model, tokens, layout)
+        total = relay.pass_on(chunk, 100.0 * number + place + torch.arange(TOKENS) / 8)
+
+        def loss(logits):
+            totals[number] = total
+            return logits.sum() * 0, torch.tensor(1, dtype=torch.int), {}
+
+        assert (total is not None) == (place == len(chunks) * groups.pipeline.size() - 1)
+        return output, loss
+
+    iterators = [iter(range(micro_batches)) for _ in chunks]
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=micro_batches,
+        seq_length=TOKENS,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    relay.finish()
+    return totals
+
+
+@pytest.mark.parametrize("forward_only", [False, True], ids=["training", "forward"])
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "micro_batches"),
+    [
+        (1, {}, 2),
+        (2, {"pipeline": 2}, 5),
+        (4, {"pipeline": 4}, 6),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}, 6),
+    ],
+    ids=["one stage", "two", "four", "interleaved"],
+)
+def test_each_micro_batch_meets_its_own_sum(ranks, parallel, micro_batches, forward_only):
+    chunks = ranks * parallel.get("virtual_pipeline", 1)
+    *others, last = run_on_ranks(ranks, _relayed, parallel, micro_batches, forward_only)
+    assert others == [{}] * (ranks - 1)
+    assert sorted(last) == list(range(micro_batches))
+    for number, total in last.items():
+        constant = chunks * 100.0 * number + chunks * (chunks - 1) / 2
+        assert total.tolist() == [constant + chunks * t / 8 for t in range(TOKENS)]
+
+
+class _OneRank:
+    """A process group of one rank, as far as the relay looks at it."""
+
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 1
+
+
+def test_chunks_of_one_rank_pass_on_without_sending():
+    from megatron_rl.router.relay import DistanceRelay
+
+    relay = DistanceRelay(_OneRank(), num_chunks=2)
+    assert relay.pass_on(0, torch.tensor([1.0, 2.0])) is None
+    assert relay.pass_on(0, torch.tensor([10.0, 20.0])) is None
+    assert relay.pass_on(1, torch.tensor([0.5, 0.5])).tolist() == [1.5, 2.5]
+    assert relay.pass_on(1, torch.tensor([0.5, 0.5])).tolist() == [10.5, 20.5]

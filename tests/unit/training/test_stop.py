@@ -1,0 +1,40 @@
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rl.training.stop import StopRequest
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import cpu_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_and_handlers_are_put_back(number):
+    cpu_device()
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.agreed(dist.group.WORLD, CPU)
+        os.kill(os.getpid(), number)
+        assert stop.agreed(dist.group.WORLD, CPU)
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_is_one():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _asked_on_one_rank():
+    with StopRequest() as stop:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop.agreed(dist.group.WORLD, CPU)
+
+
+def test_ranks_agree():
+    assert run_on_ranks(2, _asked_on_one_rank) == [True, True]
