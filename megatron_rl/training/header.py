@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Sized
 
+from megatron_rl.config.algorithm import uses_router_shift
 from megatron_rl.config.estimate import count_parameters, trace_bytes_per_token
 from megatron_rl.config.layout import layout_text, moe_layers
 from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig
 from megatron_rl.training.session import Session
-from megatron_rl.training.update import uses_router_shift
 
 
 def run_facts(session: Session) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The verbs that need the model: train, sft, evaluate, generate.
 
-Tokenizer, data and settings of the loss are read before a device is taken and the ranks are joined:
-a mistake in them costs little, and every rank finds it by itself.
+Tokenizer and data are read before a device is taken and the ranks are joined: a mistake in them
+costs little, and every rank finds it by itself.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from typing import Callable, Mapping, Sequence
 
 import numpy as np
 
-from megatron_rl.algorithms import make_settings
 from megatron_rl.checkpoint.directory import newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
-from megatron_rl.config.schema import AlgorithmConfig, Config
+from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import load_prompts, load_samples
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
@@ -31,7 +30,6 @@ from megatron_rl.training.policy import Policy, build_policy
 from megatron_rl.training.reinforce import Reinforce
 from megatron_rl.training.session import Session, open_session
 from megatron_rl.training.supervised import Supervised
-from megatron_rl.training.update import ROUTER_SHIFT_LOSSES, uses_router_shift
 
 #: Builds a verb's task once session, policy and engine are there.
 MakeTask = Callable[[Session, Policy, Engine], Task]
@@ -39,7 +37,6 @@ MakeTask = Callable[[Session, Policy, Engine], Task]
 
 def train(config: Config) -> None:
     """Reinforcement learning from ``data.train``, evaluated on ``data.eval``."""
-    check_algorithm(config.algorithm)
     tokenizer = _tokenizer(config)
     problems, held_out = (_prompts(config, tokenizer, split) for split in ("train", "eval"))
 
@@ -129,20 +126,6 @@ def generate(config: Config, prompts: Sequence[str]) -> None:
         mine = problems if session.groups.data.rank() == 0 else []
         for group in engine.generate(mine, settings):
             session.console.note(f"{group.prompt.text}{group.completions[0].text}")
-
-
-def check_algorithm(algorithm: AlgorithmConfig) -> None:
-    """UserError where the loss refuses its settings or would miss the router shift it needs."""
-    try:
-        make_settings(algorithm.name, algorithm.settings)
-    except ValueError as error:
-        raise UserError(f"algorithm.settings: {error}") from error
-    if algorithm.name in ROUTER_SHIFT_LOSSES and not uses_router_shift(algorithm):
-        raise UserError(
-            f"algorithm.router_shift.enabled is false with algorithm.name {algorithm.name}; "
-            "expected true or null, because the loss scales ratios with it; set it to null, or "
-            "take another loss (rspo without router shift is gmpo)"
-        )
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -43,11 +43,11 @@ MISTAKES = {
     ),
     "setting": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.settings.clip_lo", "0.2"],
-        "algorithm.settings: found unknown setting of loss rspo 'clip_lo'; expected one of ",
+        "algorithm.settings.clip_lo is no setting of the loss rspo (did you mean clip_low?); ",
     ),
     "value of a setting": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.settings.clip_low", "-0.2"],
-        "algorithm.settings: found clip_low=-0.2; expected a number above 0",
+        "algorithm.settings.clip_low is -0.2; expected a number above 0",
     ),
     "loss without its router shift": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.router_shift.enabled", "false"],
