@@ -15,7 +15,6 @@ ONE = {
     "router_shift": {
         "enabled": True,
         "floor": 0.05,
-        "mode": "range",
         "normalise": "batch_mean",
         "layers": "max",
     },
@@ -70,7 +69,7 @@ def test_every_part_of_the_variant_counts():
     whole = reference("one").weights
     shift = ONE["router_shift"]
     changes = [
-        {"router_shift": {**shift, "mode": "ratio"}},
+        {"router_shift": {**shift, "mode": "range"}},
         {"router_shift": {**shift, "normalise": "none"}},
         {"router_shift": {**shift, "layers": "mean"}},
         {"mismatch": "none"},
