@@ -53,8 +53,9 @@ def router_shift_losses_have_it(config: Config) -> None:
     algorithm = config.algorithm
     if algorithm.name in ROUTER_SHIFT_LOSSES and not uses_router_shift(algorithm):
         raise UserError(
-            f"algorithm.router_shift.enabled is false with the loss {algorithm.name}, which needs "
-            "it; expected true or null; or set algorithm.name to gmpo, the same without"
+            f"algorithm.router_shift.enabled is false with algorithm.name {algorithm.name}; "
+            "expected true or null, because the loss scales ratios with it; set it to null, or "
+            "take another loss (rspo without router shift is gmpo)"
         )
 
 

@@ -4,7 +4,7 @@ nothing.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,16 +34,13 @@ def broadcast(tensor: torch.Tensor, group: ProcessGroup, source: int = 0) -> tor
     return tensor
 
 
-Item = TypeVar("Item")
-
-
-def gather_objects(item: Item, group: ProcessGroup) -> list[Item]:
-    """The ranks' items, in rank order, on every rank. They are pickled: for small things."""
+def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
+    """Every rank's picklable value, in rank order."""
     if group.size() == 1:
-        return [item]
-    items: list[Item] = [item] * group.size()
-    dist.all_gather_object(items, item, group=group)
-    return items
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 class _GatherFirstDim(torch.autograd.Function):

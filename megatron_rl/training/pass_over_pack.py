@@ -34,7 +34,7 @@ def pack_logprobs(
 
     Returns:
         fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats, detached unless
-        asked for.
+        asked otherwise.
     """
     logprobs, entropy = vocab_logprobs(
         logits.squeeze(0),

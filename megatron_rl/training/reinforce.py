@@ -58,9 +58,10 @@ class Reinforce:
         session, config = self._session, self._session.config
         with session.timers("rollout"):
             session.console.phase("rollout")
-            groups = self._roll_out(number, sums)
-            check_answers(groups, session.groups.world)
-        lengths = [len(answer.tokens) for scored in groups for answer in scored.group.completions]
+            groups, sampled = self._roll_out(number, sums)
+            check_answers(sampled, session.groups.world)
+        sums.add_all(rollout_metrics(sampled))
+        lengths = [len(answer.tokens) for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
         if session.counts_once:
@@ -73,15 +74,16 @@ class Reinforce:
             self._last = groups
             return telemetry.reduce(session.groups.world)
 
-    def _roll_out(self, number: int, sums: MetricSums) -> list[ScoredGroup]:
-        """This rank's groups of the step's batch. Metrics are of all groups that were sampled."""
+    def _roll_out(
+        self, number: int, sums: MetricSums
+    ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+        """This rank's groups of the step's batch, and all it has sampled for it."""
         session, config = self._session, self._session.config
         wanted = config.rollout.prompts_per_step
         if not config.rollout.dynamic_sampling:
             batch = self._source.next_batch(wanted)
             groups = self._collect(my_share(batch, config, session.groups), number)
-            sums.add_all(rollout_metrics(groups))
-            return groups
+            return groups, groups
         batch = collect_informative(
             self._source.next_batch,
             lambda prompts, attempt: self._collect(prompts, number, attempt),
@@ -89,11 +91,10 @@ class Reinforce:
             config.rollout.max_rounds,
             session.groups.data,
         )
-        sums.add_all(rollout_metrics(batch.drawn))
         sums.add("groups/rounds", batch.rounds)
         if session.counts_once:
             sums.add("groups/drawn", len(batch.drawn))
-        return my_share(batch.chosen, config, session.groups)
+        return my_share(batch.chosen, config, session.groups), batch.drawn
 
     def _collect(
         self, prompts: Sequence[Prompt], number: int, attempt: int = 0
@@ -130,10 +131,10 @@ class Reinforce:
             [pack for packs in packed for pack in packs],
             with_traces=uses_router_shift(config.algorithm),
         )
-        if self._policy.reference is not None:
-            scored = score_reference(self._policy, scored)
         problems = [_add_mismatch(item, sums) for item in scored]
         raise_together(next(filter(None, problems), None), session.groups.world)
+        if self._policy.reference is not None:
+            scored = score_reference(self._policy, scored)
         count = len(packed[0])
         return [scored[i : i + count] for i in range(0, len(scored), count)]
 

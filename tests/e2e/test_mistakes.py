@@ -41,7 +41,7 @@ MISTAKES = {
     ),
     "setting": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.settings.clip_lo", "0.2"],
-        "algorithm.settings.clip_lo is no setting of the loss rspo (did you mean clip_low?)",
+        "algorithm.settings.clip_lo is no setting of the loss rspo (did you mean clip_low?); ",
     ),
     "value of a setting": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.settings.clip_low", "-0.2"],
@@ -49,7 +49,7 @@ MISTAKES = {
     ),
     "loss without its router shift": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.router_shift.enabled", "false"],
-        "algorithm.router_shift.enabled is false with the loss rspo, which needs it; expected true",
+        "algorithm.router_shift.enabled is false with algorithm.name rspo; expected true or null",
     ),
     "architecture": (
         ["evaluate", "sft.yaml", *ONE_RANK, "--model.hidden_size", "64"],

@@ -49,6 +49,7 @@ class Case:
     model: Mapping[str, Any] = field(default_factory=dict)
     gradients: bool = True  #: False: a rank holds only its shard of the reduced gradients
     one_per_pack: bool = False  #: the same packs under any data-parallel size
+    algorithm: Mapping[str, Any] = field(default_factory=dict)  #: other than plain rspo
 
 
 SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}
@@ -167,6 +168,7 @@ def layout_config(case: Case) -> Config:
             "name": "rspo",
             "mini_batches": MINI_BATCHES,
             "router_shift": {"floor": 0.05},
+            **case.algorithm,
         },
         # A large epsilon: Adam makes noise in gradients that are nearly zero as large as its steps.
         optimizer={"lr": 3e-3, "epsilon": 1e-4, "clip_grad": 0.2, "weight_decay": 0.01},
@@ -203,7 +205,9 @@ def run_case(case: Case) -> Run:
 
 def single_process(case: Case) -> Case:
     """The same model on one rank."""
-    return Case(case.name, 1, {}, case.model, one_per_pack=case.one_per_pack)
+    return Case(
+        case.name, 1, {}, case.model, one_per_pack=case.one_per_pack, algorithm=case.algorithm
+    )
 
 
 def train_on_rank(case: Case) -> dict[str, Any]:
@@ -214,12 +218,15 @@ def train_on_rank(case: Case) -> dict[str, Any]:
 
 def _train(policy: Any, case: Case) -> dict[str, Any]:
     from megatron_rl.router.telemetry import RouterTelemetry
-    from megatron_rl.training.score import score
+    from megatron_rl.training.score import score, score_reference
     from megatron_rl.training.update import update
 
     config = policy.config
     mini_batches = packed_mini_batches(policy, rollout_batch(case))
     flat = score(policy, [pack for packs in mini_batches for pack in packs], with_traces=True)
+    if policy.reference is not None:
+        policy.reference.take()
+        flat = score_reference(policy, flat)
     size = len(mini_batches[0])
     scored = [flat[i : i + size] for i in range(0, len(flat), size)]
     result = {"scalars": {}, "old_logprobs": {}, "gamma": {}}
@@ -259,7 +266,13 @@ def policy_of(config: Config) -> Iterator[Any]:
 
     if parallel_state.model_parallel_is_initialized():
         destroy_groups()
-    policy = build_policy(config, device, build_groups(config.parallel), optimizer_steps=100)
+    policy = build_policy(
+        config,
+        device,
+        build_groups(config.parallel),
+        optimizer_steps=100,
+        with_reference=config.algorithm.reference == "initial",
+    )
     try:
         yield policy
     finally:

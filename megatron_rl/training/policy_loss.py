@@ -1,0 +1,158 @@
+"""The policy loss of one pack, and what the packs of a mini-batch have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+
+from megatron_rl.algorithms import LOSSES, LossInputs, make_settings
+from megatron_rl.algorithms.aggregate import EMPTY
+from megatron_rl.algorithms.mismatch import MismatchSettings, mismatch_metrics, sampler_weights
+from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
+from megatron_rl.algorithms.router_shift import normalise_shift
+from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
+from megatron_rl.config.schema import AlgorithmConfig
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.parallel.collectives import all_reduce
+from megatron_rl.training.batch import PackTensors
+from megatron_rl.training.pass_over_pack import pack_logprobs
+from megatron_rl.training.policy import Policy
+from megatron_rl.training.score import ScoredPack
+from megatron_rl.training.shift_pass import gamma_mean, gamma_of
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """Settings, and what has to be known of the whole mini-batch before its first loss."""
+
+    settings: Any  #: of the loss
+    denominators: tuple[torch.Tensor, ...]  #: 0-d, of this rank's packs
+    regularisers: Regularisers
+    denominator_per_token: torch.Tensor | None  #: 0-d; None where no term is a mean over tokens
+    mismatch: MismatchSettings | None  #: None: no sampler weights
+    gamma_mean: torch.Tensor | None  #: 0-d; None: gamma~ is not normalised
+
+
+def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
+    """Work out the plan of a mini-batch. A collective where the configuration needs one."""
+    algorithm = policy.config.algorithm
+    settings = make_settings(algorithm.name, algorithm.settings)
+    packs = [item.pack for item in scored]
+    denominators = tuple(_denominator(policy, pack, settings) for pack in packs)
+    beside = Regularisers(algorithm.kl_coef, algorithm.kl_estimator, algorithm.entropy_coef)
+    normalise = uses_router_shift(algorithm) and algorithm.router_shift.normalise == "batch_mean"
+    return LossPlan(
+        settings=settings,
+        denominators=denominators,
+        regularisers=beside,
+        denominator_per_token=_per_token(policy, packs, denominators) if beside.active else None,
+        mismatch=_mismatch_settings(algorithm),
+        gamma_mean=gamma_mean(policy, scored) if normalise else None,
+    )
+
+
+def policy_loss(
+    policy: Policy,
+    item: ScoredPack,
+    logits: torch.Tensor,
+    distance: torch.Tensor | None,
+    plan: LossPlan,
+    sums: MetricSums,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and denominator of the loss of a pack, on the last stage. A collective.
+
+    Args:
+        policy: the policy.
+        item: the pack, scored.
+        logits: of this rank's tokens.
+        distance: of the routers, [T_local]; None without router shift.
+        plan: of the mini-batch.
+        sums: receives the loss's metrics.
+    """
+    pack, algorithm = item.pack, policy.config.algorithm
+    logprobs, entropy = pack_logprobs(
+        logits,
+        pack,
+        policy.config.rollout.temperature,
+        policy.groups,
+        differentiable_entropy=algorithm.entropy_coef > 0,
+    )
+    gamma, shift = None, algorithm.router_shift
+    if distance is not None:
+        gamma, mean_distance = gamma_of(policy, pack, distance)
+        _add_shift(sums, mean_distance, shift.floor, pack.mask)
+        if plan.gamma_mean is not None:
+            gamma = normalise_shift(gamma, plan.gamma_mean)
+    inputs = LossInputs(
+        logprobs=logprobs,
+        old_logprobs=item.old_logprobs,
+        advantages=pack.advantages,
+        mask=pack.mask,
+        sequence_ids=pack.sequence_ids,
+        router_shift=gamma,
+        rollout_logprobs=pack.rollout_logprobs,
+        ref_logprobs=item.ref_logprobs,
+        num_sequences=pack.num_sequences,
+        shift_mode=shift.mode,
+        entropy=entropy,
+    )
+    if plan.mismatch is not None:
+        weights = sampler_weights(inputs, plan.mismatch)
+        sums.add_all(mismatch_metrics(weights, inputs, plan.mismatch))
+        inputs = dataclasses.replace(inputs, sampler_weights=weights)
+    result = LOSSES[algorithm.name](inputs, plan.settings)
+    result = add_regularisers(result, inputs, plan.regularisers, plan.denominator_per_token)
+    sums.add("loss", result.loss_sum, result.denominator)
+    sums.add("entropy", (entropy.detach() * pack.mask).sum(), pack.mask.sum())
+    sums.add_all(result.metrics)
+    return result.loss_sum, result.denominator
+
+
+def _add_shift(
+    sums: MetricSums, mean_distance: torch.Tensor, floor: float, mask: torch.Tensor
+) -> None:
+    gamma = torch.exp(-mean_distance)
+    count = mask.sum()
+    sums.add("router/shift_mean", (gamma * mask).sum(), count)
+    sums.add("router/shift_min", torch.where(mask, gamma, 1.0).min(), count)
+    sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
+
+
+def _denominator(policy: Policy, pack: PackTensors, settings: Any) -> torch.Tensor:
+    """The loss's denominator of a pack, which no log-probability has a part in; known on every
+    stage.
+    """
+    zeros = torch.zeros_like(pack.advantages)
+    inputs = LossInputs(
+        logprobs=zeros,
+        old_logprobs=zeros,
+        advantages=pack.advantages,
+        mask=pack.mask,
+        sequence_ids=pack.sequence_ids,
+        router_shift=torch.ones_like(zeros),
+        rollout_logprobs=zeros,
+        num_sequences=pack.num_sequences,
+    )
+    return LOSSES[policy.config.algorithm.name](inputs, settings).denominator
+
+
+def _per_token(
+    policy: Policy, packs: Sequence[PackTensors], denominators: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """D / N, 0-d: the loss's denominator over the trained tokens, both of all packs and ranks.
+
+    See `add_regularisers`. A collective over the data ranks: the context ranks share their packs.
+    """
+    trained = sum(pack.mask.sum() for pack in packs)
+    local = torch.stack([sum(denominators).double(), trained.double()])
+    denominator, total = all_reduce(local, policy.groups.data)
+    return denominator / total.clamp(min=EMPTY)
+
+
+def _mismatch_settings(algorithm: AlgorithmConfig) -> MismatchSettings | None:
+    if algorithm.mismatch == "none":
+        return None
+    return MismatchSettings(algorithm.mismatch, algorithm.mismatch_low, mismatch_high(algorithm))

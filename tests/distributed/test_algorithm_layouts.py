@@ -1,0 +1,83 @@
+"""Variants of the algorithm give under a parallel layout what they give in a single process."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from tests.support.layouts import TOLERANCE, Case, Run, compare, run_case, single_process
+
+#: Everything that needs numbers of the whole mini-batch or of other ranks, at once.
+ONE = {
+    "name": "gspo",
+    "settings": {"clip_low": 0.5, "clip_high": 0.5},
+    "router_shift": {
+        "enabled": True,
+        "floor": 0.05,
+        "normalise": "batch_mean",
+        "layers": "max",
+    },
+    "mismatch": "tis",
+    "kl_coef": 0.5,
+    "kl_estimator": "k2",
+    "reference": "initial",
+    "entropy_coef": 0.05,
+}
+OTHER = {
+    "router_shift": {"floor": 0.05, "mode": "negative_only", "normalise": "batch_mean"},
+    "mismatch": "mis_sequence",
+    "kl_coef": 0.2,
+    "kl_estimator": "k3",
+    "reference": "initial",
+}
+LAYOUTS = {
+    "TP2": (2, {"tensor": 2}),
+    "PP2 VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "EP2": (2, {"expert": 2}),
+    "CP2": (2, {"context": 2}),
+}
+CASES = [
+    Case(f"{name}, {label}", ranks, parallel, algorithm=algorithm)
+    for label, algorithm in (("one", ONE), ("other", OTHER))
+    for name, (ranks, parallel) in LAYOUTS.items()
+]
+SLOW = ("TP2, other", "EP2, other", "CP2, other")
+
+
+@functools.cache
+def reference(label: str) -> Run:
+    """The single process of a variant."""
+    case = next(case for case in CASES if case.name.endswith(label))
+    return run_case(single_process(case))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ())
+        for case in CASES
+    ],
+)
+def test_a_layout_trains_like_a_single_process(case):
+    difference = compare(run_case(case), reference(case.name.rpartition(" ")[2]))
+    assert difference.largest < TOLERANCE, difference
+
+
+def test_every_part_of_the_variant_counts():
+    """Else the comparison above would say little: without any of them other weights come out."""
+    whole = reference("one").weights
+    shift = ONE["router_shift"]
+    changes = [
+        {"router_shift": {**shift, "mode": "range"}},
+        {"router_shift": {**shift, "normalise": "none"}},
+        {"router_shift": {**shift, "layers": "mean"}},
+        {"mismatch": "none"},
+        {"kl_coef": 0.0},
+        {"entropy_coef": 0.0},
+    ]
+    for change in changes:
+        case = dataclasses.replace(CASES[0], algorithm={**ONE, **change})
+        weights = run_case(single_process(case)).weights
+        furthest = max(float(np.abs(weights[name] - whole[name]).max()) for name in whole)
+        assert furthest > 1e-5, change

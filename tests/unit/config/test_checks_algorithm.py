@@ -1,0 +1,122 @@
+"""Rules of the algorithm, and the names the config keeps so that it need not import torch."""
+
+import dataclasses
+import math
+from typing import get_args
+
+import pytest
+
+from megatron_rl.algorithms.interface import SHIFT_MODES
+from megatron_rl.algorithms.losses import SETTINGS
+from megatron_rl.algorithms.mismatch import KINDS
+from megatron_rl.algorithms.regularisers import ESTIMATORS
+from megatron_rl.algorithms.router_shift import LAYERS
+from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
+from megatron_rl.config.checks import check_config
+from megatron_rl.config.names import LOSS_NAMES, LOSS_SETTINGS
+from megatron_rl.config.presets import MODEL_PRESETS
+from megatron_rl.config.schema import AlgorithmConfig, Config, RouterShiftConfig
+from megatron_rl.errors import UserError
+
+
+def make(**sections):
+    return Config.model_validate({"model": MODEL_PRESETS["tiny_moe"], **sections})
+
+
+def test_settings_and_choices_agree_with_the_algorithms():
+    assert {name: set(keys) for name, keys in LOSS_SETTINGS.items()} == {
+        name: {field.name for field in dataclasses.fields(kind)} for name, kind in SETTINGS.items()
+    }
+    shift, algorithm = RouterShiftConfig.model_fields, AlgorithmConfig.model_fields
+    assert get_args(shift["mode"].annotation) == SHIFT_MODES
+    assert get_args(shift["layers"].annotation) == LAYERS
+    assert get_args(algorithm["mismatch"].annotation) == ("none", *KINDS)
+    assert set(get_args(algorithm["kl_estimator"].annotation)) == set(ESTIMATORS)
+
+
+ACCEPTED = [
+    {"name": "sapo", "settings": {"tau_positive": 2}},
+    {"name": "grpo", "settings": {"clip_high": math.inf}},
+    {"name": "grpo", "router_shift": {"enabled": True, "mode": "range", "layers": "max"}},
+    {"name": "rspo", "router_shift": {"mode": "token_weight"}},
+    {"name": "gmpo", "router_shift": {"floor": 0.5}},
+    {"kl_coef": 0.1, "reference": "initial", "entropy_coef": 0.1},
+    {"reference": "initial"},
+    {"mismatch": "icepop"},
+    {"mismatch": "tis", "mismatch_high": 0.3},
+]
+
+
+@pytest.mark.parametrize("algorithm", ACCEPTED)
+def test_accepted(algorithm):
+    check_config(make(algorithm=algorithm), None, "train", files=False)
+
+
+REFUSED = [
+    (
+        {"settings": {"clip_lo": 0.2}},
+        "algorithm.settings.clip_lo is no setting of the loss rspo (did you mean clip_low?); "
+        "expected one of clip_low, clip_high",
+    ),
+    ({"name": "grpo", "settings": {"length_divisor": 9}}, "is no setting of the loss grpo"),
+    (
+        {"settings": {"clip_low": "3e-4"}},
+        "algorithm.settings.clip_low is '3e-4'; expected a number above 0; YAML reads 3e-4 as text",
+    ),
+    ({"settings": {"clip_low": True}}, "clip_low is True; expected a number above 0"),
+    ({"settings": {"clip_low": 0}}, "clip_low is 0; expected a number above 0"),
+    ({"settings": {"clip_low": math.nan}}, "clip_low is nan; expected a number above 0"),
+    (
+        {"name": "sapo", "settings": {"tau_negative": math.inf}},
+        "algorithm.settings.tau_negative is inf; expected a finite number",
+    ),
+    (
+        {"router_shift": {"enabled": False}},
+        "algorithm.router_shift.enabled is false with algorithm.name rspo; expected true or null",
+    ),
+    (
+        {"name": "gmpo", "router_shift": {"layers": "max"}},
+        "algorithm.router_shift.layers is max with the loss gmpo, which runs without router shift",
+    ),
+    (
+        {"name": "grpo", "router_shift": {"enabled": True, "mode": "token_weight"}},
+        "algorithm.router_shift.mode is token_weight with the loss grpo; expected a geometric mean "
+        "over tokens: gspo, gmpo, rspo, rspo_v1",
+    ),
+    (
+        {"router_shift": {"mode": "token_weight", "normalise": "batch_mean"}},
+        "algorithm.router_shift.normalise is batch_mean with mode token_weight",
+    ),
+    (
+        {"mismatch": "icepop", "mismatch_low": 5.0},
+        "algorithm.mismatch_low 5 is not below algorithm.mismatch_high 5; expected less",
+    ),
+    ({"kl_coef": 0.1}, "algorithm.kl_coef is 0.1 without a reference; expected"),
+]
+
+
+@pytest.mark.parametrize("algorithm, message", REFUSED)
+def test_refused(algorithm, message):
+    with pytest.raises(UserError) as error:
+        check_config(make(algorithm=algorithm), None, "train", files=False)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_supervised_training_does_not_look_at_the_loss():
+    check_config(make(algorithm={"name": "none"}), None, "sft", files=False)
+
+
+def test_the_overlong_buffer_is_part_of_the_answer():
+    sections = {"rollout": {"max_new_tokens": 16}, "reward": {"overlong_buffer": 17}}
+    with pytest.raises(UserError, match="reward.overlong_buffer 17 is above rollout.max_new_tok"):
+        check_config(make(**sections), None, "train", files=False)
+    sections["reward"] = {"overlong_buffer": 16}
+    check_config(make(**sections), None, "train", files=False)
+
+
+def test_what_follows_from_the_section():
+    assert [mismatch_high(AlgorithmConfig(mismatch=kind)) for kind in KINDS] == [2, 2, 2, 5]
+    assert mismatch_high(AlgorithmConfig(mismatch="icepop", mismatch_high=3.0)) == 3
+    used = {name: uses_router_shift(AlgorithmConfig(name=name)) for name in LOSS_NAMES}
+    assert [name for name in used if used[name]] == ["rspo", "rspo_v1"]
+    assert uses_router_shift(AlgorithmConfig(name="gspo", router_shift={"enabled": True}))
