@@ -135,7 +135,7 @@ def _finish(axes: Axes, plot: Plot, run: Run, theme: Theme) -> None:
             labels,
             loc="lower right",
             bbox_to_anchor=(1.0, 1.0),
-            ncols=len(labels),
+            ncols=len(labels) if len(labels) <= 4 else (len(labels) + 1) // 2,  # beside the title
             frameon=False,
             fontsize=8.5,
             labelcolor=theme.text,
