@@ -102,3 +102,23 @@ def vocab_logprobs(
     return _VocabParallelLogprobs.apply(
         logits, targets, 1.0 / temperature, group, differentiable_entropy
     )
+
+
+@torch.no_grad()
+def vocab_hits(logits: torch.Tensor, targets: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """Whether no token of the vocabulary has a larger logit than the target: bool [T].
+
+    Arguments as in `vocab_logprobs`. A collective over the group.
+    """
+    num_tokens, shard = logits.shape
+    start = group.rank() * shard
+    hits = torch.empty(num_tokens, dtype=torch.bool, device=logits.device)
+    for rows in _chunks(num_tokens, shard):
+        local = targets[rows] - start
+        here = (local >= 0) & (local < shard)
+        picked = logits[rows].gather(1, local.clamp(0, shard - 1)[:, None]).squeeze(1)
+        of_target = torch.where(here, picked, float("-inf"))
+        peak = logits[rows].max(dim=-1).values
+        peak, of_target = _reduced(torch.stack([peak, of_target]), dist.ReduceOp.MAX, group)
+        hits[rows] = of_target >= peak
+    return hits

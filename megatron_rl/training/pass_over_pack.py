@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl.models.forward import forward_row
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
+from megatron_rl.parallel.vocab_logprobs import vocab_hits, vocab_logprobs
 from megatron_rl.training.batch import PackTensors
 
 
@@ -44,3 +44,9 @@ def pack_logprobs(
         differentiable_entropy=differentiable_entropy,
     )
     return pack.shards.whole(logprobs), pack.shards.whole(entropy)
+
+
+def pack_hits(logits: torch.Tensor, pack: PackTensors, groups: Groups) -> torch.Tensor:
+    """Whether each target of the pack is the model's likeliest token, bool [T]. A collective."""
+    hits = vocab_hits(logits.squeeze(0), pack.shards.local(pack.targets), groups.tensor)
+    return pack.shards.whole(hits.float()) > 0.5

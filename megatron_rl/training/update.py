@@ -12,7 +12,7 @@ from megatron_rl.parallel.collectives import all_reduce
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import PackTensors
 from megatron_rl.training.guard import check_step
-from megatron_rl.training.pass_over_pack import forward_pack, pack_logprobs
+from megatron_rl.training.pass_over_pack import forward_pack, pack_hits, pack_logprobs
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.policy_loss import plan_loss, policy_loss
 from megatron_rl.training.schedule import run_schedule
@@ -107,6 +107,7 @@ def supervised_update(policy: Policy, packs: Sequence, sums: MetricSums) -> None
             total = -(logprobs * pack.mask).sum()
             count = pack.mask.sum()
             sums.add("loss", total, count)
+            sums.add("accuracy", (pack_hits(logits, pack, policy.groups) & pack.mask).sum(), count)
             return total, _counted_once(count, policy), {}
 
         return output, loss

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.parallel import vocab_logprobs as module
-from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
+from megatron_rl.parallel.vocab_logprobs import vocab_hits, vocab_logprobs
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import cpu_device
 
@@ -123,3 +123,27 @@ def test_a_split_vocabulary_gives_the_same():
         check(logprobs, values, 2e-6)
         check(entropy, entropies, 5e-6)
     check(torch.cat([part[2] for part in parts], dim=1), gradient, 1e-6)
+
+
+def test_hits_are_targets_with_the_largest_logit(small_chunks):
+    logits, targets, _ = draw()
+    logits = logits.detach()
+    targets[::2] = logits[::2].argmax(-1)
+    expected = targets == logits.argmax(-1)
+    assert 0 < expected.sum() < TOKENS
+    assert torch.equal(vocab_hits(logits, targets, dist.group.WORLD), expected)
+    logits[3, (targets[3] + 1) % VOCAB] = logits[3, targets[3]] = 99.0  # a tie is a hit
+    assert vocab_hits(logits, targets, dist.group.WORLD)[3]
+
+
+def _hits_on_a_shard():
+    module.CHUNK_ELEMENTS = 5 * VOCAB
+    logits = draw()[0].detach()[:, :36]
+    targets = torch.where(torch.arange(TOKENS) % 2 > 0, logits.argmax(-1), 0)
+    shard = logits.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
+    hits = vocab_hits(shard, targets, dist.group.WORLD)
+    return torch.equal(hits, targets == logits.argmax(-1)) and 0 < hits.sum() < TOKENS
+
+
+def test_a_split_vocabulary_gives_the_same_hits():
+    assert run_on_ranks(2, _hits_on_a_shard) == [True, True]

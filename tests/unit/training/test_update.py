@@ -236,6 +236,31 @@ def test_router_losses_are_means_over_tokens_whatever_the_loss_counts(name):
     close({"router": weights[0] - weights[1]}, {"router": expected.float()}, 1e-4)
 
 
+def test_supervised_accuracy_counts_targets_that_are_the_likeliest_token():
+    """Every other target is made the likeliest after what is before it: random ones never are."""
+    samples = [dataclasses.replace(s, tokens=s.tokens.copy()) for s in SAMPLES[:4]]
+    hits, count = 0, 0
+    with trainer() as (policy, pack):
+
+        def likeliest(sample):
+            ((row,),) = pack([sample])
+            from megatron_rl.models.forward import forward_row
+
+            return forward_row(policy.chunks[0], row.tokens, row.layout)[0].argmax(-1)
+
+        for sample in samples:
+            places = range(sample.prompt_length, len(sample.tokens))
+            for place in places[::2]:
+                sample.tokens[place] = likeliest(sample)[place - 1]
+            predicted = likeliest(sample).numpy()
+            hits += sum(predicted[place - 1] == sample.tokens[place] for place in places)
+            count += len(places)
+        (packs,) = pack(samples)
+        metrics = supervised(policy, packs)
+    assert 0.4 < hits / count < 0.9
+    assert metrics["accuracy"] == pytest.approx(hits / count, abs=1e-6)
+
+
 def supervised(policy, packs):
     from megatron_rl.observe.metrics import MetricSums
     from megatron_rl.training.update import supervised_update
