@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, Sequence
 
+from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.records import Prompt, RolloutGroup
 
 
@@ -22,6 +23,21 @@ class SamplingSettings:
     greedy: bool = False  #: take the likeliest token; top_p and top_k have no effect
     seed: int = (
         0  #: with the prompt's index and the sample's number it determines an answer's randomness
+    )
+
+
+def sampling_settings(
+    rollout: RolloutConfig, *, samples: int, greedy: bool, seed: int
+) -> SamplingSettings:
+    """As the configuration says, for these many answers."""
+    return SamplingSettings(
+        samples=samples,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        greedy=greedy,
+        seed=seed,
     )
 
 

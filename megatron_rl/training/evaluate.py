@@ -8,7 +8,7 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.records import Prompt
 from megatron_rl.rewards import VERIFIERS
 from megatron_rl.rollout.collect import ScoredGroup, collect
-from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settings
 from megatron_rl.training.guard import check_answers
 from megatron_rl.training.session import Session
 
@@ -52,16 +52,9 @@ def evaluate(
 
 
 def _settings(session: Session, *, samples: int, greedy: bool) -> SamplingSettings:
-    rollout = session.config.rollout
-    return SamplingSettings(
-        samples=samples,
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        greedy=greedy,
-        seed=session.config.seed + EVALUATION_SEED,
-    )
+    config = session.config
+    seed = config.seed + EVALUATION_SEED
+    return sampling_settings(config.rollout, samples=samples, greedy=greedy, seed=seed)
 
 
 def _add(sums: MetricSums, name: str, part: str, groups: Sequence[ScoredGroup]) -> None:

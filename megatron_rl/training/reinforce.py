@@ -25,7 +25,7 @@ from megatron_rl.rollout.collect import (
     to_samples,
 )
 from megatron_rl.rollout.dynamic import collect_informative
-from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import pack_mini_batches
 from megatron_rl.training.evaluate import evaluate
@@ -101,12 +101,9 @@ class Reinforce:
     ) -> list[ScoredGroup]:
         """Sample and reward; ``attempt``: the round of dynamic sampling, < 256."""
         rollout, reward = self._session.config.rollout, self._session.config.reward
-        settings = SamplingSettings(
+        settings = sampling_settings(
+            rollout,
             samples=rollout.samples_per_prompt,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
             greedy=False,
             # A prompt that is drawn again within a step gets other answers.
             seed=(self._session.config.seed << 32) + (attempt << 24) + number,

@@ -22,7 +22,7 @@ from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.observe.report import summary, write_report
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.builtin.generate import BuiltinEngine
-from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.training.evaluate import evaluate as evaluate_problems
 from megatron_rl.training.header import run_facts, sft_facts, train_facts
 from megatron_rl.training.loop import Task, run_loop
@@ -113,16 +113,7 @@ def generate(config: Config, prompts: Sequence[str]) -> None:
     _check_room(config, problems)
     with open_session(config, "generate", None, tokenizer) as session:
         engine, _, _ = _load_engine(session)
-        rollout = config.rollout
-        settings = SamplingSettings(
-            samples=1,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            greedy=False,
-            seed=config.seed,
-        )
+        settings = sampling_settings(config.rollout, samples=1, greedy=False, seed=config.seed)
         mine = problems if session.groups.data.rank() == 0 else []
         for group in engine.generate(mine, settings):
             session.console.note(f"{group.prompt.text}{group.completions[0].text}")
