@@ -28,7 +28,7 @@ VERBS = {
     "sft": "supervised fine-tuning on data.train",
     "evaluate": "measure the model on data.eval",
     "generate": "answer the prompts given with --prompt",
-    "report": "write report.html of a finished or running run",
+    "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and show its layout, parameters and memory; starts nothing",
 }
 
@@ -113,7 +113,13 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if verb == "report":
-            sub.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's directory")
+            sub.add_argument(
+                "run_dirs",
+                metavar="RUN_DIR",
+                type=Path,
+                nargs="+",
+                help="a run's directory; several: compare them on one page",
+            )
             continue
         sub.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file")
         if verb == "generate":
@@ -138,9 +144,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "report":
         if overrides:
             raise UserError(f"report: found {overrides[0]}; expected only RUN_DIR")
-        from megatron_rl.observe.report import write_report
-
-        print(write_report(args.run_dir))
+        _report(args.run_dirs)
         return
     config = load_config(args.config, overrides)
     if args.verb == "check":
@@ -150,6 +154,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("generate: no prompt given; expected at least one --prompt TEXT")
     check_config(config, read_launch().world_size, args.verb)
     _start(args, config)
+
+
+def _report(run_dirs: Sequence[Path]) -> None:
+    from megatron_rl.observe.comparison import write_comparison
+    from megatron_rl.observe.report import write_report
+
+    for run_dir in run_dirs:
+        print(write_report(run_dir))
+    if len(run_dirs) > 1:
+        print(write_comparison(run_dirs))
 
 
 def _start(args: argparse.Namespace, config: Config) -> None:

@@ -3,16 +3,13 @@ a one-line summary."""
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.observe.plot_list import PLOTS, Plot
-from megatron_rl.observe.plots import DARK, LIGHT, render
-from megatron_rl.observe.report_style import STYLE
+from megatron_rl.observe.page import write_figures, write_page
+from megatron_rl.observe.plot_list import PLOTS
 from megatron_rl.observe.run_files import Run, read_run
 
 REPORT_FILE = "report.html"
@@ -28,18 +25,9 @@ def write_report(run_dir: Path) -> Path:
     UserError: config.yaml or metrics.jsonl is missing, empty or malformed.
     """
     run = read_run(run_dir)
-    figures = []
-    (run.directory / PLOTS_DIR).mkdir(exist_ok=True)
-    for plot in PLOTS:
-        if plot.has_data(run):
-            light, dark = render(plot, run, LIGHT), render(plot, run, DARK)
-            (run.directory / PLOTS_DIR / f"{plot.file}.png").write_bytes(light)
-            figures.append(_figure(plot, light, dark))
-    page = _page(run, figures)
+    figures = write_figures(PLOTS, run, run.directory / PLOTS_DIR)
     path = run.directory / REPORT_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_page(path, run.directory.resolve().name, _summary(run), _sections(run, figures))
     return path
 
 
@@ -72,7 +60,7 @@ def _summary(run: Run) -> str:
         text
         for text in (
             _before_after(run, "eval/pass@1", "solved (greedy pass@1)"),
-            _before_after(run, "eval/mean@k", _mean_at_k(run)),
+            _before_after(run, "eval/mean@k", mean_at_k(run)),
         )
         if text
     ]
@@ -98,7 +86,8 @@ def _before_after(run: Run, name: str, label: str) -> str:
     return f"{label} {100 * before:.1f}% -> {100 * after:.1f}% ({points(before, after)} points)"
 
 
-def _mean_at_k(run: Run) -> str:
+def mean_at_k(run: Run) -> str:
+    """The name of the sampled evaluation, with k where it is known: mean@4."""
     counts = run.series("eval/samples")[1]
     return f"mean@{counts[-1]:.0f}" if counts else "mean@k"
 
@@ -114,34 +103,14 @@ def _wall_seconds(run: Run) -> float:
     return sum(sum(run.series(name)[1]) for name in [*names, "time/eval_s", "time/checkpoint_s"])
 
 
-def _page(run: Run, figures: Sequence[str]) -> str:
-    title = escape(run.directory.resolve().name)
-    sections = [
-        f"<header><h1>{title}</h1><p class='summary'>{escape(_summary(run))}</p></header>",
+def _sections(run: Run, figures: str) -> list[str]:
+    return [
         _tiles(run),
         _facts(run),
-        f"<section class='plots'>{''.join(figures)}</section>",
+        figures,
         _sample_table(run),
         f"<details><summary>Configuration</summary><pre>{escape(run.config_text)}</pre></details>",
     ]
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<meta name='color-scheme' content='light dark'>"
-        f"<title>{title}</title><style>{STYLE}</style></head>\n"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
-
-
-def _figure(plot: Plot, light: bytes, dark: bytes) -> str:
-    sources = [
-        f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for png in (light, dark)
-    ]
-    return (
-        f"<figure><picture><source media='(prefers-color-scheme: dark)' srcset='{sources[1]}'>"
-        f"<img src='{sources[0]}' alt='{escape(plot.title, quote=True)}'></picture>"
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
-    )
 
 
 def _tiles(run: Run) -> str:
@@ -149,7 +118,7 @@ def _tiles(run: Run) -> str:
     tiles = []
     for name, label in (
         ("eval/pass@1", "pass@1, greedy"),
-        ("eval/mean@k", f"{_mean_at_k(run)}, sampled"),
+        ("eval/mean@k", f"{mean_at_k(run)}, sampled"),
         ("eval/well_formed", "well formed"),
         ("reward/mean", "mean reward"),
         ("accuracy", "token accuracy"),

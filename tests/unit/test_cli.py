@@ -69,12 +69,18 @@ def test_generate_gets_every_prompt(run_yaml, training):
     assert (verb, config.rollout.top_k, prompts) == ("generate", 5, ["--2+2", "b c"])
 
 
-def test_report_prints_the_page(tmp_path, monkeypatch, capsys):
-    module = types.ModuleType("megatron_rl.observe.report")
-    module.write_report = lambda run_dir: run_dir / "report.html"
-    monkeypatch.setitem(sys.modules, "megatron_rl.observe.report", module)
+def test_report_prints_the_pages(tmp_path, monkeypatch, capsys):
+    report = types.ModuleType("megatron_rl.observe.report")
+    report.write_report = lambda run_dir: run_dir / "report.html"
+    comparison = types.ModuleType("megatron_rl.observe.comparison")
+    comparison.write_comparison = lambda run_dirs: f"{len(run_dirs)} runs"
+    for module in (report, comparison):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert main(["report", str(tmp_path), str(tmp_path / "b")]) == 0
+    pages = [tmp_path / "report.html", tmp_path / "b" / "report.html", "2 runs"]
+    assert capsys.readouterr().out.splitlines() == list(map(str, pages))
 
 
 def test_check_prints_sizes_and_starts_nothing(run_yaml, training, capsys):
