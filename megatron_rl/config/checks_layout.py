@@ -10,14 +10,13 @@ from megatron_rl.errors import UserError
 
 
 def tensor_parallel_divides_model(config: Config) -> None:
-    """Tensor parallelism cuts heads, key/value heads, MLP widths and the vocabulary evenly."""
+    """Tensor parallelism cuts heads, key/value heads and MLP widths evenly."""
     model, tensor = config.model, config.parallel.tensor
     sizes = {
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups or model.num_attention_heads,
         "ffn_hidden_size": model.ffn_hidden_size,
         "shared_expert_ffn_hidden_size": model.shared_expert_ffn_hidden_size or 0,
-        "vocab_size": model.vocab_size,
     }
     for name, size in sizes.items():
         if size % tensor:

@@ -16,6 +16,7 @@ from megatron_rl.models.attention import PositionalRotaryEmbedding
 from megatron_rl.models.initial import initialise
 from megatron_rl.models.parameters import parameter_views
 from megatron_rl.models.specs import block_spec
+from megatron_rl.models.vocabulary import mask_padding, padded_vocabulary
 from megatron_rl.parallel.groups import Groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -148,11 +149,12 @@ def _build_chunk(
     device: Device,
     vp_stage: int | None,
 ) -> GPTModel:
+    padded = padded_vocabulary(model.vocab_size, groups.tensor.size())
     last_virtual = vp_stage is None or vp_stage == groups.virtual_stages - 1
     chunk = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, uses_transformer_engine(model, device), vp_stage),
-        vocab_size=model.vocab_size,
+        vocab_size=padded,
         max_sequence_length=model.max_sequence_length,
         pre_process=groups.is_first_stage and vp_stage in (None, 0),
         post_process=groups.is_last_stage and last_virtual,
@@ -161,6 +163,9 @@ def _build_chunk(
         rotary_base=model.rope_base,
         vp_stage=vp_stage,
     )
+    chunk.vocabulary_padding = padded - model.vocab_size
+    if chunk.vocabulary_padding and chunk.post_process:
+        mask_padding(chunk.output_layer, model.vocab_size, groups.tensor)
     chunk.rotary_pos_emb = PositionalRotaryEmbedding(
         kv_channels=config.kv_channels,
         rotary_percent=1.0,

@@ -7,11 +7,12 @@ comparisons between layouts and conversions are written against these names.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.groups import Groups
@@ -23,7 +24,7 @@ class ParameterView:
 
     #: e.g. decoder.layers.3.mlp.experts.5.linear_fc1.weight; layers and experts count from 0
     name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor  #: a parameter, or a persistent buffer (expert bias)
     expert: int | None  #: index into the parameter's first axis, where experts are stacked
     axis: (
         int | None
@@ -31,6 +32,9 @@ class ParameterView:
     gated: bool  #: the axis holds gate and up, each split on its own
     group: ProcessGroup
     replicas: ProcessGroup  #: ranks that hold the same slice for other data
+    #: rows of zeros that the slices of all ranks hold beyond the whole weight's (vocabulary)
+    padding: int = 0
+    tied: bool = False  #: a copy of the embedding that serves as output layer on the last stage
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This view of a tensor shaped like the parameter (its data, its gradient, its moments)."""
@@ -41,10 +45,13 @@ class ParameterView:
         shape = list(self.of(self.parameter).shape)
         if self.axis is not None:
             shape[self.axis] *= self.group.size()
+        shape[0] -= self.padding
         return torch.Size(shape)
 
     def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's slice of the whole weight."""
+        if self.padding:
+            whole = F.pad(whole, (0, 0, 0, self.padding))
         if self.axis is None:
             return whole
         rank, size = self.group.rank(), self.group.size()
@@ -60,7 +67,8 @@ class ParameterView:
         slices = [torch.empty_like(local) for _ in range(self.group.size())]
         dist.all_gather(slices, local.contiguous(), group=self.group)
         if not self.gated:
-            return torch.cat(slices, self.axis)
+            whole = torch.cat(slices, self.axis)
+            return whole[: len(whole) - self.padding]
         halves = [piece.chunk(2, self.axis) for piece in slices]
         return torch.cat([half[part] for part in range(2) for half in halves], self.axis)
 
@@ -68,12 +76,48 @@ class ParameterView:
 def parameter_views(chunks: Sequence[torch.nn.Module], groups: Groups) -> Iterator[ParameterView]:
     """The views of all parameters of this rank's chunks (bare GPTModels), in a fixed order."""
     for chunk in chunks:
-        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        for local_name, parameter in chunk.named_parameters():
-            name = _with_global_layer(local_name, numbers)
-            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-                name = "embedding.word_embeddings.weight"  # the last stage's copy of it
-            yield from _views_of(name, parameter, groups, chunk.config.num_moe_experts)
+        for name, parameter in chunk.named_parameters():
+            yield from _views(name, parameter, chunk, groups)
+
+
+def weight_views(chunks: Sequence[torch.nn.Module], groups: Groups) -> Iterator[ParameterView]:
+    """Everything a model of these weights needs: the parameters, and the routers' expert biases."""
+    yield from parameter_views(chunks, groups)
+    for chunk in chunks:
+        for name, buffer in chunk.named_buffers():
+            if name.endswith(".router.expert_bias"):
+                yield from _views(name, buffer, chunk, groups)
+
+
+def canonical_name(name: str) -> str:
+    """The name of the unfused layers: Transformer Engine, and checkpoints, keep a norm's weight in
+    the linear layer that follows it.
+    """
+    for fused, plain in _FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
+_FUSED_NORMS = {
+    ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
+    ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
+}
+
+
+def _views(
+    local_name: str, parameter: torch.Tensor, chunk: torch.nn.Module, groups: Groups
+) -> Iterator[ParameterView]:
+    numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+    name = canonical_name(_with_global_layer(local_name, numbers))
+    tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+    if tied:
+        name = "embedding.word_embeddings.weight"
+    padding = chunk.vocabulary_padding if name in _OF_THE_VOCABULARY else 0
+    for view in _views_of(name, parameter, groups, chunk.config.num_moe_experts):
+        yield replace(view, padding=padding, tied=tied)
+
+
+_OF_THE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def _with_global_layer(name: str, numbers: Mapping[int, int]) -> str:
@@ -81,7 +125,7 @@ def _with_global_layer(name: str, numbers: Mapping[int, int]) -> str:
 
 
 def _views_of(
-    name: str, parameter: torch.nn.Parameter, groups: Groups, num_experts: int
+    name: str, parameter: torch.Tensor, groups: Groups, num_experts: int
 ) -> Iterator[ParameterView]:
     expert = ".experts." in name
     group = groups.expert_tensor if expert else groups.tensor

@@ -57,6 +57,7 @@ GROUPS = {"router_num_groups": 4, "router_group_top_k": 2, "moe_top_k": 3}  # 3 
 SHARED = {"shared_expert_ffn_hidden_size": 48}
 GATED = {**SHARED, "shared_expert_gate": True}
 MANY_EXPERTS = {"num_experts": 260, "moe_top_k": 4, "moe_ffn_hidden_size": 8}
+ODD = {"vocab_size": 127}  # tensor parallelism pads it
 AUX = {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.01}
 TP2, PP2, EP2 = {"tensor": 2}, {"pipeline": 2}, {"expert": 2}
 VPP2 = {**PP2, "virtual_pipeline": 2}
@@ -111,6 +112,8 @@ CASES = (
     Case("PP2, tied embeddings", 2, PP2, {"tie_embeddings": True}),
     Case("TP2 PP2, tied embeddings", 4, {**TP2, **PP2}, {"tie_embeddings": True}),
     Case("PP2 VPP2, tied embeddings", 2, VPP2, {"tie_embeddings": True}),
+    Case("TP2, odd vocabulary", 2, TP2, ODD),
+    Case("TP2 PP2, odd vocabulary, tied", 4, {**TP2, **PP2}, {**ODD, "tie_embeddings": True}),
     Case("EP2, 260 experts", 2, EP2, MANY_EXPERTS),
     Case("TP2 EP2, 260 experts", 2, {**TP2, **EP2}, MANY_EXPERTS),
     Case("TP2, router losses", 2, TP2, AUX),
