@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -73,6 +75,45 @@ def read_shards(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
             "expected the same trained parameters; resume with the configuration it was written "
             "with, or start a new run from its weights with checkpoint.init_from"
         ) from error
+
+
+class _OnceRead(checkpoint.FileSystemReader):
+    """A reader that keeps the index: it is asked for it at every load."""
+
+    @cached_property
+    def _index(self) -> Any:
+        return super().read_metadata()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Any:
+        return self._index
+
+
+class StoredTensors:
+    """The whole tensors of a shard directory by key, each read when it is asked for, in this
+    process alone.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._reader = _OnceRead(directory)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._entries = {key: e for key, e in entries.items() if hasattr(e, "size")}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Key -> shape of every tensor, those of the optimizer included."""
+        return {key: entry.size for key, entry in self._entries.items()}
+
+    def bytes_of(self, key: str) -> int:
+        """What a tensor takes in memory."""
+        entry = self._entries[key]
+        return entry.size.numel() * entry.properties.dtype.itemsize
+
+    def get(self, key: str) -> torch.Tensor:
+        """The tensor, put together from its shards."""
+        entry = self._entries[key]
+        found = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        checkpoint.load(found, storage_reader=self._reader, no_dist=True)
+        return found[key]
 
 
 def shard_files(directory: Path) -> list[Path]:

@@ -86,15 +86,37 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     Raises UserError for an unknown model_type, a missing key, and any key whose meaning is not
     implemented (rope scaling, sliding windows, clip_qkv, quantization, biases but Qwen2's).
     """
+    return _fields(_open(path))
+
+
+def fields_of_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As ``read_hf_config``, of the content of a config.json."""
+    return _fields(_Reader(Path("config.json"), values))
+
+
+def _fields(reader: _Reader) -> dict[str, Any]:
+    model_type = _known_type(reader)
+    fields = {**_common(reader), **_of_family(reader, model_type)}
+    _refuse_the_rest(reader, model_type)
+    return fields
+
+
+def read_model_type(path: Path) -> str:
+    """The family that a config.json (or the directory that holds it) names. UserError: another."""
+    return _known_type(_open(path))
+
+
+def _open(path: Path) -> _Reader:
     file = path / "config.json" if path.is_dir() else path
-    reader = _Reader(file, _read_json(file))
+    return _Reader(file, _read_json(file))
+
+
+def _known_type(reader: _Reader) -> str:
     model_type = reader.values.get("model_type")
     if model_type not in MODEL_TYPES:
         hint = did_you_mean(str(model_type), MODEL_TYPES)
         raise reader.refuse(f"model_type {model_type!r} is not supported{hint}")
-    fields = {**_common(reader), **_of_family(reader, model_type)}
-    _refuse_the_rest(reader, model_type)
-    return fields
+    return model_type
 
 
 def _read_json(file: Path) -> dict[str, Any]:

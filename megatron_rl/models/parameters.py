@@ -112,12 +112,12 @@ def _views(
     tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
     if tied:
         name = "embedding.word_embeddings.weight"
-    padding = chunk.vocabulary_padding if name in _OF_THE_VOCABULARY else 0
+    padding = chunk.vocabulary_padding if name in OF_THE_VOCABULARY else 0
     for view in _views_of(name, parameter, groups, chunk.config.num_moe_experts):
         yield replace(view, padding=padding, tied=tied)
 
 
-_OF_THE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+OF_THE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def _with_global_layer(name: str, numbers: Mapping[int, int]) -> str:

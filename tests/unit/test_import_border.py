@@ -16,11 +16,12 @@ LEVELS = {
     **dict.fromkeys(("rewards", "algorithms", "device", "parallel"), 1),
     **dict.fromkeys(("data", "observe", "router"), 2),
     "models": 3,
-    **dict.fromkeys(("weights", "checkpoint"), 4),
-    "rollout": 5,
-    "training": 6,
-    "cli": 7,
-    "__main__": 8,
+    "checkpoint": 4,
+    "weights": 5,
+    "rollout": 6,
+    "training": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 
 #: Files and folders (with a final slash) that may import Megatron.

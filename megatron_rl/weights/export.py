@@ -1,0 +1,81 @@
+"""From the model to Hugging Face: whole tensors one after the other, a directory of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import torch
+
+from megatron_rl.config.hf_config import read_model_type
+from megatron_rl.config.hf_export import check_describes, hf_config_of
+from megatron_rl.config.schema import ModelConfig
+from megatron_rl.models.parameters import weight_views
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.families import rule_of, split
+from megatron_rl.weights.writer import SHARD_BYTES, write_hf_directory
+
+
+@torch.no_grad()
+def stream_weights(
+    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, family: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's weights as (Hugging Face name, whole tensor), in the model's dtype and device.
+
+    Every tensor of the model comes out on exactly one rank: of the ranks that hold copies the
+    first, and of those that hold slices the first, which the others send theirs. Beside the model a
+    rank needs room for one weight. To be consumed to the end by all ranks: tensor-parallel ranks
+    gather in step.
+    """
+    for view in weight_views(chunks, groups):
+        if view.tied or view.replicas.rank() > 0:
+            continue
+        whole = view.gather(view.of(view.parameter.detach()))
+        if view.group.rank() > 0:
+            continue
+        rule = rule_of(view.name, family)
+        yield from zip(rule.parts, split(rule, whole, model), strict=True)
+
+
+def describe(model: ModelConfig, like: Path | None) -> dict[str, Any]:
+    """The config.json of the exported model: that of ``like``, which must describe the model, or
+    one that is made for it.
+    """
+    if like is None:
+        return hf_config_of(model)
+    check_describes(like, model)
+    return {"model_type": read_model_type(like)}  # the rest is copied from there
+
+
+def export_model(
+    chunks: Sequence[torch.nn.Module],
+    groups: Groups,
+    model: ModelConfig,
+    directory: Path,
+    *,
+    like: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
+) -> None:
+    """Write the model as a Hugging Face directory that transformers and vLLM load. A collective.
+
+    Args:
+        chunks: this rank's bare GPTModels.
+        groups: process groups.
+        model: the architecture.
+        directory: the target; see `write_hf_directory`, as for the other arguments.
+        like: the model directory training started from.
+
+    Raises:
+        UserError: no family describes the model, or the target exists. OSError: writing failed.
+    """
+    config = describe(model, like)
+    write_hf_directory(
+        Path(directory),
+        stream_weights(chunks, groups, model, config["model_type"]),
+        config,
+        groups.world,
+        like=like,
+        shard_bytes=shard_bytes,
+        replace=replace,
+    )

@@ -1,0 +1,87 @@
+"""From a Hugging Face directory into the model: each rank reads what it holds. The ranks talk only
+of errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Sequence
+
+import torch
+
+from megatron_rl.checkpoint.together import together
+from megatron_rl.config.hf_config import read_model_type
+from megatron_rl.config.schema import ModelConfig
+from megatron_rl.errors import UserError
+from megatron_rl.models.parameters import ParameterView, weight_views
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.families import join, rule_of
+from megatron_rl.weights.source import HuggingFaceTensors
+
+#: In old checkpoints; worked out again from the configuration.
+_DERIVED = (".rotary_emb.inv_freq",)
+
+
+@torch.no_grad()
+def load_hf_weights(
+    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, directory: Path
+) -> None:
+    """Fill this rank's chunks (bare GPTModels), in their own dtype. A collective over all ranks.
+
+    An optimizer that exists already may hold its own copy of the weights: call its
+    ``reload_model_params`` afterwards.
+
+    Raises:
+        UserError: on all ranks: a tensor is missing, has another shape, or is in the directory and
+            not in the model.
+    """
+    used = together(groups.world, lambda: _fill(chunks, groups, model, Path(directory)))
+    together(groups.world, lambda: _refuse_unused(set().union(*used), model, Path(directory)))
+
+
+def _fill(
+    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, directory: Path
+) -> set[str]:
+    """Fill the chunks; names of the tensors that were used."""
+    source = HuggingFaceTensors(directory)
+    family = read_model_type(directory)
+    used: set[str] = set()
+    for view in weight_views(chunks, groups):
+        rule = rule_of(view.name, family)
+        used.update(rule.parts)
+        target = view.of(view.parameter.data)
+        target.copy_(_local(view, rule, source, model))
+    return used
+
+
+def _local(view: ParameterView, rule, source: HuggingFaceTensors, model: ModelConfig):
+    """This rank's slice of a weight."""
+    parts = [source.get(name) for name in rule.parts]
+    found = sum(part.numel() for part in parts)
+    whole = view.global_shape()
+    if found != whole.numel() or parts[0].shape[1:] != whole[1:]:
+        shapes = ", ".join(f"{name} {tuple(source.shape(name))}" for name in rule.parts)
+        raise UserError(
+            f"{source.directory} holds {shapes}; expected parts of a weight {tuple(whole)}; "
+            "correct its config.json, or the model section of the configuration"
+        )
+    if view.padding:
+        return view.slice_of(parts[0])
+    return join(rule, parts, model, view.axis, view.group.rank(), view.group.size())
+
+
+def _refuse_unused(used: set[str], model: ModelConfig, directory: Path) -> None:
+    """A tensor that nothing consumed is part of an architecture that is not ours."""
+    harmless = {"lm_head.weight"} if model.tie_embeddings else set()
+    left = [
+        name
+        for name in sorted(HuggingFaceTensors(directory).names - used - harmless)
+        if not name.endswith(_DERIVED)
+    ]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UserError(
+            f"{directory} holds the tensor {left[0]}{more}, which no weight of the model is made "
+            "of; expected none left over; the model is of another architecture than config.json "
+            "says"
+        )

@@ -1,0 +1,121 @@
+"""Reading the tensors of a Hugging Face model directory: safetensors files, mapped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_rl.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: What weights may be stored in; quantised types need scales this package does not know.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class HuggingFaceTensors:
+    """The tensors of a directory by name. Files are mapped: only what is used is read."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the index, or the single file, and every file it names.
+
+        Raises:
+            UserError: no safetensors; a file missing, truncated or outside the directory; an index
+                that does not agree with its files; a tensor of a type that is not supported.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise UserError(
+                f"{directory} is not a directory; expected a Hugging Face model directory with "
+                "config.json and safetensors files; correct the path"
+            )
+        named = _read_index(self.directory)
+        self._files = {}
+        self._file_of: dict[str, str] = {}
+        for file in sorted(named):
+            opened = _open(self.directory / file)
+            self._files[file] = opened
+            found = set(opened.keys())
+            absent = sorted(named[file] - found) if named[file] else []
+            if absent:
+                raise UserError(
+                    f"{self.directory / INDEX} says that {file} holds {absent[0]}, which it does "
+                    "not; expected index and files of one model; restore the directory"
+                )
+            self._file_of.update(dict.fromkeys(named[file] or found, file))
+        for name in self._file_of:
+            self._check_type(name)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._files[self._place(name)].get_slice(name).get_shape())
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor, mapped from its file. UserError: there is none of that name."""
+        return self._files[self._place(name)].get_tensor(name)
+
+    def _place(self, name: str) -> str:
+        if name not in self._file_of:
+            raise UserError(
+                f"{self.directory} holds no tensor {name}; expected one, as its config.json "
+                "describes; restore the file that held it, or correct config.json"
+            )
+        return self._file_of[name]
+
+    def _check_type(self, name: str) -> None:
+        kind = self._files[self._file_of[name]].get_slice(name).get_dtype()
+        if kind not in _DTYPES:
+            raise UserError(
+                f"{self.directory / self._file_of[name]} holds {name} as {kind}; expected one of "
+                f"{', '.join(_DTYPES)}; convert the model to bfloat16 first"
+            )
+
+
+def _read_index(directory: Path) -> dict[str, set[str]]:
+    """File name -> the tensors it is said to hold; none named: whatever it holds."""
+    index = directory / INDEX
+    if not index.is_file():
+        if (directory / SINGLE).is_file():
+            return {SINGLE: set()}
+        raise UserError(
+            f"{directory} holds neither {INDEX} nor {SINGLE}; expected a model in safetensors "
+            "format; convert pickled weights (pytorch_model.bin) to safetensors first"
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            named.setdefault(file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index} is damaged ({type(error).__name__}); expected a JSON object with "
+            "'weight_map'; restore the file"
+        ) from error
+    for file in named:
+        # Its name alone: an index may not make us read files elsewhere.
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise UserError(
+                f"{index} names the file {file!r}; expected the name of a file in {directory}; "
+                "restore the index"
+            )
+    return named
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise UserError(f"{path} is missing; expected the file the index names; restore the file")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); expected a complete "
+            f"safetensors file, it has {path.stat().st_size:,} bytes; restore the file"
+        ) from error

@@ -1,0 +1,52 @@
+"""From a Megatron checkpoint to Hugging Face tensors, without building the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterator
+
+import torch
+
+from megatron_rl.checkpoint.save import SHARDS
+from megatron_rl.checkpoint.torch_dist import StoredTensors
+from megatron_rl.config.schema import ModelConfig
+from megatron_rl.models.parameters import OF_THE_VOCABULARY, canonical_name
+from megatron_rl.weights.families import rule_of, split
+
+#: The experts of a layer are stored as one tensor, stacked along a first axis.
+_STACKED = ".mlp.experts.experts."
+
+
+class StoredWeights:
+    """The weights of a checkpoint (its optimizer's state is not looked at)."""
+
+    def __init__(self, checkpoint: Path, model: ModelConfig, family: str) -> None:
+        self._tensors = StoredTensors(checkpoint / SHARDS)
+        self._model, self._family = model, family
+        self.keys = sorted(k for k in self._tensors.shapes if not k.startswith("optimizer."))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return sum(map(self._tensors.bytes_of, self.keys))
+
+    def stream(self, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of every weight of this rank's share of the stored tensors.
+
+        One stored tensor is in memory at a time: the experts of a layer are the largest.
+        """
+        for key in self.keys[rank::ranks]:
+            stored = self._tensors.get(key)
+            for name, weight in self._weights(key, stored):
+                rule = rule_of(name, self._family)
+                yield from zip(rule.parts, split(rule, weight, self._model), strict=True)
+
+    def _weights(self, key: str, stored: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        name = canonical_name(key)
+        if _STACKED in name:
+            for expert in range(len(stored)):
+                yield name.replace(_STACKED, f".mlp.experts.{expert}."), stored[expert]
+        elif name in OF_THE_VOCABULARY:
+            yield name, stored[: self._model.vocab_size]
+        else:
+            yield name, stored
