@@ -1,0 +1,116 @@
+"""Tiny Hugging Face models of every family, with weights that make a mistake in any tensor show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 125  # no multiple of 2: tensor parallelism pads it
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=None,
+)
+
+
+def _rope(theta: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+_QWEN3 = dict(
+    **_COMMON,
+    **_rope(1e6),
+    head_dim=32,  # other than hidden / heads
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    intermediate_size=96,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
+_SMALL = dict(num_experts_per_tok=2, intermediate_size=32)
+
+#: variant -> (family of transformers' classes, options of its configuration)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3Moe", _QWEN3),
+    "qwen3_moe, tied": ("Qwen3Moe", {**_QWEN3, "tie_word_embeddings": True}),
+    "qwen3_moe, not normalised": ("Qwen3Moe", {**_QWEN3, "norm_topk_prob": False}),
+    "qwen3_moe, dense layers": ("Qwen3Moe", {**_QWEN3, "mlp_only_layers": [0, 2]}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        dict(
+            **_COMMON,
+            **_rope(1e6),
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+            intermediate_size=96,
+            norm_topk_prob=False,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            use_sliding_window=False,
+        ),
+    ),
+    "mixtral": (
+        "Mixtral",
+        dict(
+            **_COMMON,
+            **_rope(1e6),
+            **_SMALL,
+            num_local_experts=8,
+            sliding_window=None,
+            head_dim=16,
+        ),
+    ),
+}
+
+
+def build(variant: str) -> torch.nn.Module:
+    """The model of a variant, fp32, in evaluation mode."""
+    import transformers
+
+    family, options = VARIANTS[variant]
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    generator = torch.Generator().manual_seed(2)
+    biases = [item for item in model.named_buffers() if "e_score" in item[0]]
+    with torch.no_grad():
+        for name, weight in [*model.named_parameters(), *biases]:
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(1 + 0.3 * noise)
+            else:
+                weight.copy_((0.1 if name.endswith("bias") else 0.15) * noise)
+    return model
+
+
+def save(variant: str, directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Write a variant's model directory; options of ``save_pretrained``, such as max_shard_size."""
+    build(variant).to(dtype).save_pretrained(directory, **options)
+    return directory
+
+
+def tokens(count: int = 24) -> torch.Tensor:
+    """Fixed token ids int64 [count]."""
+    return torch.randint(2, VOCABULARY, (count,), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(directory: Path) -> torch.Tensor:
+    """What transformers computes from a model directory in fp32, [24, V]."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval()(tokens()[None], use_cache=False).logits[0]
