@@ -20,7 +20,7 @@ from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import read_launch
-from megatron_rl.errors import UserError
+from megatron_rl.errors import RunFailed, UserError
 
 #: Verb -> what it does, as the help shows it.
 VERBS = {
@@ -28,12 +28,14 @@ VERBS = {
     "sft": "supervised fine-tuning on data.train",
     "evaluate": "measure the model on data.eval",
     "generate": "answer the prompts given with --prompt",
+    "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and show its layout, parameters and memory; starts nothing",
 }
 
-#: Flags that are no fields of the config; all take a value except help and version.
-OWN_FLAGS = {"--prompt", "--world-size", "--for"}
+#: Flags that are no fields of the config: those with a value, and those without.
+OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib"}
+OWN_SWITCHES = {"--help", "--version", "--verify"}
 
 #: How long the first rank of a machine may take to reach an error after the others, seconds.
 PATIENCE_S = 10.0
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _print_error(error)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, RunFailed) as error:
         _print_error(error)
         return 1
     except KeyboardInterrupt:
@@ -79,7 +81,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
         name = word.partition("=")[0]
         if name in OWN_FLAGS:
             own += [word] if "=" in word or not rest else [f"{word}={rest.pop(0)}"]
-        elif not word.startswith("--") or name in ("--help", "--version"):
+        elif not word.startswith("--") or name in OWN_SWITCHES:
             own.append(word)
         else:
             overrides.append(word)
@@ -121,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
                 help="a run's directory; several: compare them on one page",
             )
             continue
+        if verb == "convert":
+            _add_convert_arguments(sub)
+            continue
         sub.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file")
         if verb == "generate":
             sub.add_argument(
@@ -130,11 +135,37 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--world-size", type=int, metavar="N", help="ranks; default: as the config says"
             )
-            runs = [v for v in VERBS if v not in ("report", "check")]
+            runs = [v for v in VERBS if v not in ("report", "check", "convert")]
             sub.add_argument(
                 "--for", dest="purpose", choices=runs, default="train", help="default: train"
             )
     return parser
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="a Hugging Face model, a run, or a checkpoint"
+    )
+    parser.add_argument("target", metavar="TARGET", type=Path, help="a new directory")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every tensor, and the logits with those of transformers",
+    )
+    parser.add_argument(
+        "--like",
+        metavar="DIR",
+        type=Path,
+        help="to Hugging Face: the model whose config.json and tokenizer the result gets; "
+        "default: the one the run started from",
+    )
+    parser.add_argument(
+        "--shard-gib",
+        type=float,
+        default=1.0,
+        metavar="GIB",
+        help="to Hugging Face: most tensors in a file; default: 1",
+    )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -145,6 +176,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         if overrides:
             raise UserError(f"report: found {overrides[0]}; expected only RUN_DIR")
         _report(args.run_dirs)
+        return
+    if args.verb == "convert":
+        _convert(args, overrides)
         return
     config = load_config(args.config, overrides)
     if args.verb == "check":
@@ -164,6 +198,47 @@ def _report(run_dirs: Sequence[Path]) -> None:
         print(write_report(run_dir))
     if len(run_dirs) > 1:
         print(write_comparison(run_dirs))
+
+
+def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Convert in the direction that the source asks for; no GPU is used unless asked for."""
+    launch, source = read_launch(), args.source
+    if not source.is_dir():
+        raise UserError(
+            f"{source} is not a directory; expected a Hugging Face model, a run or a checkpoint"
+        )
+    if not args.shard_gib > 0:
+        raise UserError(f"--shard-gib is {args.shard_gib:g}; expected a number above 0")
+    overrides = ["--device.kind", "cpu", *overrides]
+    from_hf = (source / "config.json").is_file()
+    if from_hf:
+        overrides = ["--model.hf_path", str(source), *overrides]
+        if args.like is not None:
+            raise UserError("--like goes with the way to Hugging Face; expected it left out here")
+    config = load_config(None, overrides)
+    check_config(config, launch.world_size, "convert")
+    from megatron_rl.device.select import select_device
+
+    select_device(config.device, launch)
+    from megatron_rl.observe.console import progress
+    from megatron_rl.weights import convert
+
+    show = progress(launch.rank == 0)
+    if from_hf:
+        convert.to_megatron(config, args.target, launch, show, args.verify)
+    else:
+        convert.to_hugging_face(
+            source,
+            args.target,
+            config,
+            launch,
+            show,
+            like=args.like,
+            shard_bytes=int(args.shard_gib * GIB),
+            verified=args.verify,
+        )
+    if launch.rank == 0:
+        print(f"{args.target}{' (verified)' if args.verify else ''}")
 
 
 def _start(args: argparse.Namespace, config: Config) -> None:

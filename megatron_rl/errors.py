@@ -1,5 +1,5 @@
-"""The one error a user is meant to see: one line that says what was found, what was expected and
-what to do.
+"""The errors a user is meant to see: one line that says what was found, what was expected and what
+to do.
 """
 
 
@@ -9,3 +9,7 @@ class UserError(Exception):
     The command line prints the message as one line on stderr and exits with code 2, without a
     traceback. Write it as "found; expected; remedy".
     """
+
+
+class RunFailed(Exception):
+    """The input was right, and the result is not: exit code 1, one line, no traceback."""

@@ -12,6 +12,7 @@ from megatron_rl.errors import UserError
 #: Fields of ModelConfig that change neither the shape nor the meaning of the weights.
 NOT_ARCHITECTURE = {
     "preset",
+    "hf_path",
     "hf_config",
     "max_sequence_length",
     "aux_loss_coeff",

@@ -91,6 +91,7 @@ NEEDED_FILES: dict[str, tuple[str, ...]] = {
     "sft": ("data.tokenizer.path", "data.train", "data.eval"),
     "evaluate": ("data.tokenizer.path", "data.eval"),
     "generate": ("data.tokenizer.path",),
+    "convert": (),
 }
 
 
@@ -133,6 +134,7 @@ VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "sft": (verifier_is_known, answers_leave_room_for_prompts),
     "evaluate": (verifier_is_known, answers_leave_room_for_prompts),
     "generate": (answers_leave_room_for_prompts,),
+    "convert": (),
 }
 
 RANK_RULES: dict[str, tuple[Callable[[Config, int], None], ...]] = {
@@ -140,11 +142,12 @@ RANK_RULES: dict[str, tuple[Callable[[Config, int], None], ...]] = {
     "sft": (batch_splits_over_ranks,),
     "evaluate": (),
     "generate": (),
+    "convert": (),
 }
 
 
 def check_config(config: Config, world_size: int | None, verb: str, files: bool = True) -> None:
-    """Refuse a config that ``verb`` (train, sft, evaluate, generate) could not run.
+    """Refuse a config that ``verb`` (train, sft, evaluate, generate, convert) could not run.
 
     ``world_size``: ranks there are; None: unknown, so those the config asks for.
     ``files``: also look whether the files it names exist.

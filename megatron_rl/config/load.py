@@ -1,8 +1,9 @@
 """Load a config: YAML, overrides, model preset -> ``Config``. Mistakes name their place.
 
-Precedence: schema defaults < ``model.preset`` or ``model.hf_config`` < YAML < command line. A field
-written in the YAML therefore wins over a preset named on the command line. Paths (data, tokenizer,
-run_dir, init_from, hf_config) are relative to the current working directory, not to the YAML file.
+Precedence: schema defaults < ``model.preset``, ``model.hf_path`` or ``model.hf_config`` < YAML <
+command line. A field written in the YAML therefore wins over a preset named on the command line.
+Paths (data, tokenizer, run_dir, init_from, hf_path) are relative to the current working directory,
+not to the YAML file.
 """
 
 from __future__ import annotations
@@ -38,18 +39,19 @@ class _Keys(NamedTuple):
     sections: frozenset[str]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration: preset values filled in, overrides applied, every type checked.
 
     ``overrides`` are command-line words, ``--section.key value`` or ``--section.key=value``, with
     the value in YAML: ``--seed 3``, ``--algorithm.settings.clip 0.3``, ``--model.moe_layer_freq
-    [0,1]``. Of two for one key the last wins. Rules that span fields are in ``checks.py``.
+    [0,1]``. Of two for one key the last wins. ``path`` None: overrides alone. Rules that span
+    fields are in ``checks.py``.
 
     Raises UserError: unknown key (with the nearest valid one), wrong type or bound, invalid YAML,
     missing file, duplicate key, unknown preset, a Hugging Face config that is not understood.
     """
     keys = _schema_keys()
-    tree, lines = read_yaml(Path(path))
+    tree, lines = ({}, {}) if path is None else read_yaml(Path(path))
     values = _flatten(tree, keys, lines, str(path))
     for flag, text in _split_flags(overrides):
         name = flag[2:]
@@ -144,27 +146,35 @@ def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
 
 
 def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
-    """The ``model.*`` values of the preset or of the Hugging Face config, where one is named."""
-    preset = values.get("model.preset", _Value(None, ""))
-    hf_config = values.get("model.hf_config", _Value(None, ""))
-    if preset.value is not None and hf_config.value is not None:
+    """What the preset or the Hugging Face model determines, where one is named."""
+    named = {
+        name: entry
+        for name in ("model.preset", "model.hf_path", "model.hf_config")
+        if (entry := values.get(name, _Value(None, ""))).value is not None
+    }
+    if len(named) > 1:
+        (first, _), (second, entry), *_ = named.items()
         raise UserError(
-            f"{hf_config.origin}: found model.hf_config and also model.preset ({preset.origin}); "
-            "expected one; set the other to null"
+            f"{entry.origin}: found {second} and also {first} ({named[first].origin}); expected "
+            "one; set the other to null"
         )
-    if isinstance(preset.value, str):
-        if preset.value not in MODEL_PRESETS:
-            hint = did_you_mean(preset.value, MODEL_PRESETS)
+    if not named or not isinstance((entry := next(iter(named.values()))).value, str):
+        return {}  # none named, or of a wrong type: validation says so
+    if "model.preset" in named:
+        if entry.value not in MODEL_PRESETS:
+            hint = did_you_mean(entry.value, MODEL_PRESETS)
             raise UserError(
-                f"{preset.origin}: unknown model.preset {preset.value!r}{hint}; expected one of "
+                f"{entry.origin}: unknown model.preset {entry.value!r}{hint}; expected one of "
                 f"{', '.join(MODEL_PRESETS)}"
             )
-        fields, origin = MODEL_PRESETS[preset.value], f"preset {preset.value}"
-    elif isinstance(hf_config.value, str):
-        fields, origin = read_hf_config(Path(hf_config.value)), hf_config.value
-    else:  # none named, or of a wrong type: validation says so
-        return {}
-    return {f"model.{name}": _Value(value, origin) for name, value in fields.items()}
+        fields, origin = MODEL_PRESETS[entry.value], f"preset {entry.value}"
+    else:
+        fields, origin = read_hf_config(Path(entry.value)), entry.value
+    found = {f"model.{name}": _Value(value, origin) for name, value in fields.items()}
+    if "model.hf_path" in named and "data.tokenizer.path" not in values:
+        found["data.tokenizer.kind"] = _Value("huggingface", origin)
+        found["data.tokenizer.path"] = _Value(entry.value, origin)
+    return found
 
 
 def _entries(name: str, values: dict[str, _Value], keys: _Keys) -> dict[str, Any]:

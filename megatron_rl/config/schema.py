@@ -26,12 +26,15 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The architecture: a preset or a Hugging Face config.json, with any field overridden."""
+    """The architecture: a preset or a Hugging Face model, with any field overridden."""
 
     preset: str | None = None
     """A name of ``config/presets.py``; gives the fields below their values."""
+    hf_path: Path | None = None
+    """A Hugging Face model directory: its config.json gives the fields below their values, its
+    weights start a new run, its tokenizer is used where data.tokenizer.path is null."""
     hf_config: Path | None = None
-    """A Hugging Face style config.json (or its directory); gives the fields below their values."""
+    """A Hugging Face config.json (or its directory): the architecture alone."""
     num_layers: int = Field(4, ge=1)
     """Transformer layers, over all pipeline stages."""
     hidden_size: int = Field(128, ge=1)
@@ -312,7 +315,8 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     init_from: Path | None = None
-    """Run or checkpoint directory whose weights (and nothing else) a new run starts from."""
+    """Run or checkpoint directory whose weights (and nothing else) a new run starts from; null: the
+    weights of model.hf_path, else random ones."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest checkpoint in the run directory, if there is one."""
 

@@ -15,6 +15,7 @@ import warnings
 from typing import Any, Callable
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -118,8 +119,10 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _patch_factories() -> None:
     """``device="cuda"`` is spelled out in schedules, optimizers, clip_grads and the auxiliary-loss
-    tracker (0.16, 0.19).
+    tracker (0.16, 0.19). `torch.device` as a context (transformers loads models inside one) looks
+    functions up in a set that it fills once: it has to be filled with torch's own.
     """
+    _device_constructors()
     for name in ("tensor", "zeros", "ones"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -7,6 +7,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
@@ -34,6 +35,10 @@ def uses_transformer_engine(model: ModelConfig, device: Device) -> bool:
             "install megatron_rl[te] on a CUDA machine or leave the key out"
         )
     return installed and device.kind == "cuda" and model.transformer_engine is not False
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def transformer_config(
@@ -67,7 +72,10 @@ def transformer_config(
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_std,
+        # `initialise` draws the weights, alike under every layout.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -127,14 +135,17 @@ def _parallel_fields(parallel: ParallelConfig) -> dict[str, object]:
 
 
 def build_chunks(
-    model: ModelConfig, config: TransformerConfig, groups: Groups, device: Device, seed: int
+    model: ModelConfig, config: TransformerConfig, groups: Groups, device: Device, seed: int | None
 ) -> list[GPTModel]:
     """This rank's chunks of the model (one; with interleaving one per virtual stage), initialised
-    from the seed.
+    from the seed; None: the matrices hold anything, because they are to be loaded.
     """
+    # Embeddings fork Megatron's random states under sequence parallelism, dropout or not.
+    model_parallel_cuda_manual_seed(seed or 0, force_reset_rng=True)
     stages = range(groups.virtual_stages) if groups.virtual_stages else [None]
     chunks = [_build_chunk(model, config, groups, device, stage) for stage in stages]
-    initialise(parameter_views(chunks, groups), seed, model.init_std, model.num_layers)
+    if seed is not None:
+        initialise(parameter_views(chunks, groups), seed, model.init_std, model.num_layers)
     if model.freeze_router:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TextIO
 
 _Format = Callable[[float], str]
@@ -231,3 +231,20 @@ class _RichDisplay:
     def _print(self, text: str, style: str) -> None:
         options: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
         self._progress.console.print(text, style=style or None, **options)
+
+
+def progress(shown: bool) -> Callable[[Iterable[Any], int, str], Iterable[Any]]:
+    """A function that passes items on and shows a bar of how many there were, on stderr.
+
+    ``shown`` False, or no terminal: nothing is shown.
+    """
+
+    def watch(items: Iterable[Any], total: int, text: str) -> Iterable[Any]:
+        from rich.console import Console as RichConsole
+        from rich.progress import track
+
+        console = RichConsole(stderr=True)
+        hidden = not (shown and console.is_terminal)
+        return track(items, text, total, console=console, disable=hidden)
+
+    return watch

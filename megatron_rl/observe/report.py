@@ -174,7 +174,7 @@ def _fields(section: Mapping[str, Any], names: Sequence[tuple[str, str]]) -> str
 
 
 def _model_line(model: Mapping[str, Any]) -> str:
-    parts = [model.get("preset") or model.get("hf_config")]
+    parts = [model.get("preset") or model.get("hf_path") or model.get("hf_config")]
     for key, form in (
         ("num_layers", "{} layers"),
         ("hidden_size", "width {}"),

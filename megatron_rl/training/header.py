@@ -50,7 +50,8 @@ def train_facts(config: Config, problems: Sized, held_out: Sized) -> dict[str, s
 
 def _model(model: ModelConfig) -> str:
     total, active = count_parameters(model)
-    origin = f" ({model.preset or model.hf_config})" if model.preset or model.hf_config else ""
+    named = model.preset or model.hf_path or model.hf_config
+    origin = f" ({named})" if named else ""
     return (
         f"{total:,} parameters, {active:,} active for a token: {model.num_layers} layers "
         f"({sum(moe_layers(model))} MoE), {model.num_experts} experts, "

@@ -6,10 +6,11 @@ from typing import Any, Callable, Protocol
 
 from megatron_rl.checkpoint.directory import newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
-from megatron_rl.checkpoint.load import load_checkpoint, load_weights
+from megatron_rl.checkpoint.load import load_checkpoint
 from megatron_rl.checkpoint.save import save_checkpoint
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.training.guard import check_weights
+from megatron_rl.training.initial_weights import load_initial_weights
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.session import Session
 from megatron_rl.training.stop import StopRequest
@@ -97,9 +98,9 @@ def _resume(session: Session, policy: Policy, task: Task) -> int | None:
     """
     settings = session.config.checkpoint
     newest = newest_checkpoint(session.checkpoints) if settings.resume == "auto" else None
-    common = {"architecture": architecture_of(session.config.model), "groups": session.groups}
-    if settings.init_from is not None and (newest is None or policy.reference is not None):
-        load_weights(settings.init_from, chunks=policy.chunks, **common)
+    origin = None
+    if newest is None or policy.reference is not None:
+        origin = load_initial_weights(session.config, policy.chunks, session.groups)
         policy.optimizer.reload_model_params()
     if policy.reference is not None:
         policy.reference.take()  # of the weights the run starts from, on resuming as well
@@ -108,15 +109,16 @@ def _resume(session: Session, policy: Policy, task: Task) -> int | None:
             newest,
             chunks=policy.chunks,
             optimizer=policy.optimizer,
+            architecture=architecture_of(session.config.model),
             layout=layout_of(session.config.parallel, session.launch.world_size),
-            **common,
+            groups=session.groups,
         )
         policy.scheduler.load_state_dict(state["scheduler"])
         task.load_state_dict(state["task"])
         session.console.note(f"continuing from {newest} (step {state['step']})")
         return state["step"]
-    if settings.init_from is not None:
-        session.console.note(f"starting from the weights of {settings.init_from}")
+    if origin is not None:
+        session.console.note(f"starting from the weights of {origin}")
     return None
 
 

@@ -11,7 +11,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config.schema import Config
@@ -64,7 +63,6 @@ def build_policy(
         optimizer_steps: length of the learning-rate schedule.
         with_reference: make room for a reference policy; its weights are still to be taken.
     """
-    model_parallel_cuda_manual_seed(config.seed)
     transformer = transformer_config(config.model, config.parallel, device)
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)

@@ -25,6 +25,7 @@ from megatron_rl.rollout.builtin.generate import BuiltinEngine
 from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.training.evaluate import evaluate as evaluate_problems
 from megatron_rl.training.header import run_facts, sft_facts, train_facts
+from megatron_rl.training.initial_weights import load_initial_weights
 from megatron_rl.training.loop import Task, run_loop
 from megatron_rl.training.policy import Policy, build_policy
 from megatron_rl.training.reinforce import Reinforce
@@ -91,7 +92,7 @@ def _run(
 
 
 def evaluate(config: Config) -> None:
-    """Evaluate the newest weights of the run, or ``checkpoint.init_from``, on ``data.eval``."""
+    """Evaluate the newest weights of the run, or those it would start from, on ``data.eval``."""
     tokenizer = _tokenizer(config)
     problems = _prompts(config, tokenizer, "eval")
     with open_session(config, "evaluate", None, tokenizer) as session:
@@ -161,18 +162,21 @@ def _engine(session: Session, chunks, transformer) -> BuiltinEngine:
 def _load_engine(session: Session) -> tuple[BuiltinEngine, str, int]:
     """The model without an optimizer, the checkpoint its weights are from, and that one's step.
 
-    As when a run is continued: the run's newest checkpoint, else ``checkpoint.init_from``.
+    As when a run is continued: the run's newest checkpoint, else what a new run starts from.
     """
-    config = session.config
-    source = config.checkpoint.init_from or session.run_dir
-    if config.checkpoint.resume == "auto" and newest_checkpoint(session.checkpoints) is not None:
-        source = session.run_dir
+    config, groups = session.config, session.groups
     transformer = transformer_config(config.model, config.parallel, session.device)
-    chunks = build_chunks(config.model, transformer, session.groups, session.device, config.seed)
-    found = load_weights(
-        source,
-        chunks=chunks,
-        architecture=architecture_of(config.model),
-        groups=session.groups,
-    )
-    return _engine(session, chunks, transformer), str(found), read_manifest(found).step
+    chunks = build_chunks(config.model, transformer, groups, session.device, config.seed)
+    found = newest_checkpoint(session.checkpoints) if config.checkpoint.resume == "auto" else None
+    if found is not None:
+        architecture = architecture_of(config.model)
+        load_weights(found, chunks=chunks, architecture=architecture, groups=groups)
+    else:
+        found = load_initial_weights(config, chunks, groups)
+    if found is None:
+        raise UserError(
+            f"{session.checkpoints} holds no complete checkpoint; expected one, or other weights; "
+            "set checkpoint.init_from or model.hf_path, or train first"
+        )
+    step = read_manifest(found).step if found != config.model.hf_path else 0
+    return _engine(session, chunks, transformer), str(found), step

@@ -22,6 +22,7 @@ from megatron_rl.observe.run_files import CONFIG_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_rl.weights.companions import keep_companions
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Session:
                 opened.append(writer)
                 text = dump_config(self.config)
                 (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+                if self.config.model.hf_path is not None:
+                    keep_companions(self.config.model.hf_path, self.run_dir)
 
         together(self.groups.world, open_files)
         return opened[0] if opened else None

@@ -5,7 +5,7 @@ of errors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 
@@ -24,29 +24,38 @@ _DERIVED = (".rotary_emb.inv_freq",)
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, directory: Path
+    chunks: Sequence[torch.nn.Module],
+    groups: Groups,
+    model: ModelConfig,
+    directory: Path,
+    progress: Callable[[list, int, str], Iterable] = lambda views, *_: views,
 ) -> None:
     """Fill this rank's chunks (bare GPTModels), in their own dtype. A collective over all ranks.
 
     An optimizer that exists already may hold its own copy of the weights: call its
-    ``reload_model_params`` afterwards.
+    ``reload_model_params`` afterwards. ``progress(weights, count, text)`` may show how far it is.
 
     Raises:
         UserError: on all ranks: a tensor is missing, has another shape, or is in the directory and
             not in the model.
     """
-    used = together(groups.world, lambda: _fill(chunks, groups, model, Path(directory)))
+    used = together(groups.world, lambda: _fill(chunks, groups, model, Path(directory), progress))
     together(groups.world, lambda: _refuse_unused(set().union(*used), model, Path(directory)))
 
 
 def _fill(
-    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, directory: Path
+    chunks: Sequence[torch.nn.Module],
+    groups: Groups,
+    model: ModelConfig,
+    directory: Path,
+    progress: Callable[[list, int, str], Iterable],
 ) -> set[str]:
     """Fill the chunks; names of the tensors that were used."""
     source = HuggingFaceTensors(directory)
     family = read_model_type(directory)
     used: set[str] = set()
-    for view in weight_views(chunks, groups):
+    views = list(weight_views(chunks, groups))
+    for view in progress(views, len(views), "reading"):
         rule = rule_of(view.name, family)
         used.update(rule.parts)
         target = view.of(view.parameter.data)

@@ -54,6 +54,11 @@ class HuggingFaceTensors:
         """Names of all tensors."""
         return set(self._file_of)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the files take on the disk."""
+        return sum((self.directory / file).stat().st_size for file in self._files)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return tuple(self._files[self._place(name)].get_slice(name).get_shape())

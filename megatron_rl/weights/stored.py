@@ -30,6 +30,15 @@ class StoredWeights:
         """Of all weights."""
         return sum(map(self._tensors.bytes_of, self.keys))
 
+    def num_tensors(self, rank: int = 0, ranks: int = 1) -> int:
+        """How many tensors `stream` yields."""
+        shapes = self._tensors.shapes
+        return sum(
+            len(rule_of(_expert_name(key, 0), self._family).parts)
+            * (shapes[key][0] if _STACKED in key else 1)
+            for key in self.keys[rank::ranks]
+        )
+
     def stream(self, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor) of every weight of this rank's share of the stored tensors.
 
@@ -45,8 +54,13 @@ class StoredWeights:
         name = canonical_name(key)
         if _STACKED in name:
             for expert in range(len(stored)):
-                yield name.replace(_STACKED, f".mlp.experts.{expert}."), stored[expert]
+                yield _expert_name(name, expert), stored[expert]
         elif name in OF_THE_VOCABULARY:
             yield name, stored[: self._model.vocab_size]
         else:
             yield name, stored
+
+
+def _expert_name(key: str, expert: int) -> str:
+    """The name of one expert's weight in a stacked tensor; of others the canonical one."""
+    return canonical_name(key).replace(_STACKED, f".mlp.experts.{expert}.")

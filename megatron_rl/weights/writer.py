@@ -15,21 +15,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import UserError
+from megatron_rl.weights.companions import copy_companions
 from megatron_rl.weights.source import INDEX
 
-#: Files of a model directory that belong to the tokenizer or to the way text is generated.
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 SHARD_BYTES = 1 << 30
 
 
@@ -170,14 +158,6 @@ def _publish(
         target.rmdir()  # empty
     os.rename(partial, target)
     _sync(target.parent)
-
-
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy config.json and the tokenizer's files that are there; their names."""
-    found = [name for name in COPIED if (source / name).is_file()]
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -56,7 +56,6 @@ def build_tiny(config: Config, seed: int = 1) -> tuple[Any, Any, list[torch.nn.M
     device = cpu_device()
     # Megatron has to be imported after the device is prepared.
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_rl.models.build import build_chunks, transformer_config
     from megatron_rl.parallel.groups import build_groups, destroy_groups
@@ -66,7 +65,6 @@ def build_tiny(config: Config, seed: int = 1) -> tuple[Any, Any, list[torch.nn.M
         # Dead models keep their groups alive in cycles; each costs gloo threads that poll.
         gc.collect()
     groups = build_groups(config.parallel)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     megatron_config = transformer_config(config.model, config.parallel, device)
     return (
         groups,

@@ -19,6 +19,14 @@ def test_cuda_calls_of_megatron_stay_on_the_cpu():
     assert event.query()
 
 
+def test_a_device_context_still_reaches_the_factories():
+    """transformers builds models inside ``torch.device("meta")`` and fills what is on it later."""
+    cpu_device()
+    with torch.device("meta"):
+        made = [torch.zeros(2), torch.ones(2), torch.tensor([1.0]), torch.empty(2)]
+    assert {tensor.device.type for tensor in made} == {"meta"}
+
+
 def test_random_states_are_those_of_the_cpu_generator():
     cpu_device()
     torch.cuda.manual_seed(5)

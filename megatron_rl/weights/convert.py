@@ -1,0 +1,208 @@
+"""The verb `convert`: a Hugging Face directory to a Megatron checkpoint, and back. Needs no GPU.
+
+A Megatron checkpoint does not depend on a layout, so one process can convert for any; several,
+under torchrun, share the work and the memory. What is converted to is laid out like a run's
+directory (config.yaml, checkpoints/step_0, hf/), so that `checkpoint.init_from` and `convert` take
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, TypeVar
+
+import torch.distributed as dist
+import yaml
+
+from megatron_rl.checkpoint.directory import find_checkpoint
+from megatron_rl.checkpoint.identity import architecture_of, layout_of
+from megatron_rl.checkpoint.manifest import read_manifest
+from megatron_rl.checkpoint.save import save_checkpoint
+from megatron_rl.checkpoint.together import together
+from megatron_rl.config.load import dump_config
+from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.device.launch import Launch
+from megatron_rl.device.select import connect, select_device
+from megatron_rl.errors import UserError
+from megatron_rl.models.build import build_chunks, transformer_config
+from megatron_rl.parallel.groups import build_groups, destroy_groups
+from megatron_rl.weights.companions import keep_companions, kept_companions
+from megatron_rl.weights.export import describe
+from megatron_rl.weights.load import load_hf_weights
+from megatron_rl.weights.source import HuggingFaceTensors
+from megatron_rl.weights.stored import StoredWeights
+from megatron_rl.weights.verify import verify
+from megatron_rl.weights.writer import SHARD_BYTES, refuse_existing, write_hf_directory
+
+Item = TypeVar("Item")
+#: Shows how far an iteration over so many items is.
+Progress = Callable[[Iterable[Item], int, str], Iterator[Item]]
+
+
+def to_megatron(
+    config: Config, target: Path, launch: Launch, progress: Progress, verified: bool
+) -> None:
+    """Convert ``config.model.hf_path`` to a checkpoint in the new directory ``target``.
+
+    Args:
+        config: of the model; its parallel section is the layout of the ranks that convert.
+        target: appears by one rename when all is written.
+        launch: this process.
+        progress: wraps what takes long.
+        verified: compare the result with the source; see `verify`.
+
+    Raises:
+        UserError: the source is not understood or damaged, the target exists, or there is no room
+            for it. RunFailed: the result is not the source.
+    """
+    source = config.model.hf_path
+    with _Ranks(config, launch) as (device, groups):
+        world, first = groups.world, launch.rank == 0
+        sizes = together(world, lambda: HuggingFaceTensors(source).num_bytes)
+        together(world, lambda: _prepare(target, sizes[0]) if first else None)
+        transformer = transformer_config(config.model, config.parallel, device)
+        chunks = build_chunks(config.model, transformer, groups, device, seed=None)
+        load_hf_weights(chunks, groups, config.model, source, progress)
+        partial = _partial(target)
+        save_checkpoint(
+            partial / "checkpoints",
+            0,
+            chunks=chunks,
+            optimizer=None,
+            state={},
+            architecture=architecture_of(config.model),
+            layout=layout_of(config.parallel, launch.world_size),
+            groups=groups,
+            keep=1,
+        )
+
+        def finish() -> None:
+            (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            keep_companions(source, partial)
+            os.rename(partial, target)
+
+        together(world, lambda: finish() if first else None)
+        if verified:
+            verify(find_checkpoint(target), source, config, groups, device, progress)
+
+
+def to_hugging_face(
+    source: Path,
+    target: Path,
+    config: Config,
+    launch: Launch,
+    progress: Progress,
+    *,
+    like: Path | None,
+    shard_bytes: int = SHARD_BYTES,
+    verified: bool = False,
+) -> None:
+    """Convert a run (its newest checkpoint) or a checkpoint to a Hugging Face directory.
+
+    The model is not built: each rank reads its share of the stored tensors one after the other.
+
+    Args:
+        source: a run's directory, its checkpoints directory, or a step_N in it.
+        target: a new directory.
+        config: device and layout of the ranks that convert; its model section is not looked at.
+        launch: this process.
+        progress: wraps what takes long.
+        like: a model directory whose config.json and tokenizer files the result gets; None: those
+            the run started with, if any.
+        shard_bytes: most bytes of tensors in a file.
+        verified: compare the result with the source; see `verify`.
+
+    Raises: as `to_megatron`.
+    """
+    with _Ranks(config, launch) as (device, groups):
+        world, first = groups.world, launch.rank == 0
+        checkpoint, model, origin = together(world, lambda: _stored_model(source, like))[0]
+        described = together(world, lambda: describe(model, origin))[0]
+        weights = StoredWeights(checkpoint, model, described["model_type"])
+        together(world, lambda: _prepare_hf(target, weights.num_bytes) if first else None)
+        mine = weights.stream(launch.rank, launch.world_size)
+        count = weights.num_tensors(launch.rank, launch.world_size)
+        write_hf_directory(
+            target,
+            progress(mine, count, "converting"),
+            described,
+            world,
+            like=origin,
+            shard_bytes=shard_bytes,
+        )
+        if verified:
+            of_model = config.model_copy(update={"model": model})
+            verify(checkpoint, target, of_model, groups, device, progress)
+
+
+class _Ranks:
+    """The ranks joined, as (device, groups); undone at the end."""
+
+    def __init__(self, config: Config, launch: Launch) -> None:
+        self._config, self._launch = config, launch
+
+    def __enter__(self):
+        device = select_device(self._config.device, self._launch)
+        connect(device, self._launch, self._config.device.timeout_s)
+        return device, build_groups(self._config.parallel)
+
+    def __exit__(self, *exc_info: object) -> None:
+        destroy_groups()
+        dist.destroy_process_group()
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _prepare(target: Path, num_bytes: int) -> None:
+    _prepare_hf(target, num_bytes)
+    partial = _partial(target)
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    partial.mkdir(parents=True)
+    if target.exists():
+        target.rmdir()  # empty
+
+
+def _prepare_hf(target: Path, num_bytes: int) -> None:
+    """Refuse a target that exists or has no room, before anything is written."""
+    refuse_existing(target)
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise UserError(f"{parent} is read-only; expected to write {target} there; choose another")
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"{parent} has {free:,} bytes free; expected {num_bytes:,} for {target}; make room or "
+            "choose another disk"
+        )
+
+
+def _stored_model(source: Path, like: Path | None) -> tuple[Path, ModelConfig, Path | None]:
+    """The checkpoint, its model, and the directory whose small files the result gets."""
+    checkpoint = find_checkpoint(source)
+    architecture = read_manifest(checkpoint).architecture
+    run_dir = checkpoint.parent.parent
+    config_file = run_dir / "config.yaml"
+    longest = _longest_sequence(config_file)
+    return (
+        checkpoint,
+        ModelConfig(**architecture, max_sequence_length=longest),
+        like or kept_companions(run_dir),
+    )
+
+
+def _longest_sequence(config_file: Path) -> int:
+    try:
+        return yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"][
+            "max_sequence_length"
+        ]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{config_file} cannot be read ({type(error).__name__}); expected the resolved config "
+            "of the run, beside its checkpoints; convert from the run's directory"
+        ) from error
