@@ -6,6 +6,7 @@ costs little, and every rank finds it by itself.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
 import numpy as np
@@ -174,9 +175,11 @@ def _load_engine(session: Session) -> tuple[BuiltinEngine, str, int]:
     else:
         found = load_initial_weights(config, chunks, groups)
     if found is None:
+        there = Path(config.run_dir).exists()
+        state = "holds no complete checkpoint" if there else "does not exist"
         raise UserError(
-            f"{session.checkpoints} holds no complete checkpoint; expected one, or other weights; "
-            "set checkpoint.init_from or model.hf_path, or train first"
+            f"{config.run_dir} {state}; expected a run directory, or other weights; "
+            "correct run_dir, set checkpoint.init_from or model.hf_path, or train first"
         )
     step = read_manifest(found).step if found != config.model.hf_path else 0
     return _engine(session, chunks, transformer), str(found), step

@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -34,7 +35,12 @@ from megatron_rl.weights.load import load_hf_weights
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights
 from megatron_rl.weights.verify import verify
-from megatron_rl.weights.writer import SHARD_BYTES, refuse_existing, write_hf_directory
+from megatron_rl.weights.writer import (
+    SHARD_BYTES,
+    partial_of,
+    refuse_existing,
+    write_hf_directory,
+)
 
 Item = TypeVar("Item")
 #: Shows how far an iteration over so many items is.
@@ -58,14 +64,14 @@ def to_megatron(
             for it. RunFailed: the result is not the source.
     """
     source = config.model.hf_path
-    with _Ranks(config, launch) as (device, groups):
+    with _Ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
         sizes = together(world, lambda: HuggingFaceTensors(source).num_bytes)
         together(world, lambda: _prepare(target, sizes[0]) if first else None)
         transformer = transformer_config(config.model, config.parallel, device)
         chunks = build_chunks(config.model, transformer, groups, device, seed=None)
         load_hf_weights(chunks, groups, config.model, source, progress)
-        partial = _partial(target)
+        partial = partial_of(target)
         save_checkpoint(
             partial / "checkpoints",
             0,
@@ -116,7 +122,7 @@ def to_hugging_face(
 
     Raises: as `to_megatron`.
     """
-    with _Ranks(config, launch) as (device, groups):
+    with _Ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
         checkpoint, model, origin = together(world, lambda: _stored_model(source, like))[0]
         described = together(world, lambda: describe(model, origin))[0]
@@ -153,13 +159,25 @@ class _Ranks:
         dist.destroy_process_group()
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
+@contextlib.contextmanager
+def _tidied(target: Path, launch: Launch) -> Iterator[None]:
+    """What cannot be written is a user's error, and leaves nothing behind."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        if launch.rank == 0:
+            shutil.rmtree(partial_of(target), ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{target} could not be written ({error}); expected room and permission for it; make "
+            "room or choose another place"
+        ) from error
 
 
 def _prepare(target: Path, num_bytes: int) -> None:
     _prepare_hf(target, num_bytes)
-    partial = _partial(target)
+    partial = partial_of(target)
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
     if target.exists():

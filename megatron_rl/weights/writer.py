@@ -76,7 +76,7 @@ def write_hf_directory(
         UserError: the target exists. OSError: writing failed; on all ranks. No target then.
     """
     rank = world.rank()
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     together(world, lambda: _begin(target, partial, replace) if rank == 0 else None)
     shards = _Shards(partial, rank, shard_bytes)
     failure: OSError | None = None
@@ -107,6 +107,11 @@ def write_hf_directory(
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def partial_of(target: Path) -> Path:
+    """Where a target is written before it gets its name."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def refuse_existing(target: Path) -> None:

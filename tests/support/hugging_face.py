@@ -114,3 +114,49 @@ def logits(directory: Path) -> torch.Tensor:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model.eval()(tokens()[None], use_cache=False).logits[0]
+
+
+#: What the tokenizer below knows beside its end token, a character a token.
+CHARACTERS = "0123456789+-*=: abcdefghijklmnopqrstuvwxyz"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}: {% endif %}"
+)
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Write a tokenizer of single characters, with a chat template, into a model directory."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "</s>": 1, **{c: i for i, c in enumerate(CHARACTERS, start=2)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)
+
+
+def spelled(ids: list[int]) -> str:
+    """Ids as that tokenizer spells them; a replacement character for those it does not have."""
+    characters = ["", "", *CHARACTERS]
+    return "".join(characters[i] if i < len(characters) else "\ufffd" for i in ids)
+
+
+@torch.no_grad()
+def greedy(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """What transformers answers: at most ``count`` tokens, up to the end token, fp32."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + count and ids[-1] != 1:
+            logits = model.eval()(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+        answers.append(ids[len(prompt) :])
+    return answers

@@ -20,7 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import psutil
 
@@ -74,10 +74,16 @@ class Started:
 
     def wait_for(self, text: str, timeout_s: float = TIMEOUT_S) -> None:
         """Wait until the standard output holds the text."""
+        self.wait_until(lambda: text in self._out.read_text(), timeout_s, f"no {text!r} in it")
+
+    def wait_until(
+        self, happened: Callable[[], bool], timeout_s: float = TIMEOUT_S, without: str = ""
+    ) -> None:
+        """Wait until something has happened while it runs."""
         deadline = time.monotonic() + timeout_s
-        while text not in self._out.read_text():
+        while not happened():
             running = self._process.poll() is None and time.monotonic() < deadline
-            assert running, f"no {text!r} in the output\n{self._output()}"
+            assert running, f"{without}\n{self._output()}"
             time.sleep(0.01)
 
     def kill_ranks(self) -> None:
