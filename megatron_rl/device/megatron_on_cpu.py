@@ -15,6 +15,7 @@ import warnings
 from typing import Any, Callable
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
@@ -73,6 +74,7 @@ def install() -> None:
     _patch_megatron_random()
     _patch_router_gating()
     _patch_dispatcher()
+    _patch_unequal_parts()
 
 
 def _silence_fallbacks() -> None:
@@ -190,3 +192,35 @@ def _patch_dispatcher() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _patch_unequal_parts() -> None:
+    """With expert and expert-tensor parallelism the all-to-all dispatcher gathers and
+    reduce-scatters unequal numbers of rows (0.16, 0.19); gloo refuses those. Can go when gloo takes
+    them.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
+
+    def gather_parts(rows, group, sizes=None, use_global_buffer=False):
+        if sizes is None or group.size() == 1:
+            return gather(rows, group, sizes, use_global_buffer)
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    def reduce_scatter_parts(rows, group, sizes=None, use_global_buffer=False):
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(rows, group, sizes, use_global_buffer)
+        total = rows.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(list(sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
