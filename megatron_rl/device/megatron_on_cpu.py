@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from typing import Any, Callable
 
@@ -87,6 +88,10 @@ def _silence_fallbacks() -> None:
         category=UserWarning,
         module=r"megatron\.core\.",
     )
+    # A CUDA build of torch says that there is no CUDA once 0.19 imports its extension compiler. Can
+    # go when Megatron imports that only where it compiles.
+    compiler = logging.getLogger("torch.utils.cpp_extension")
+    compiler.addFilter(lambda record: not str(record.msg).startswith("No CUDA runtime is found"))
 
 
 def _patch_torch_cuda() -> None:
