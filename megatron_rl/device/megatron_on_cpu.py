@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import warnings
 from typing import Any, Callable
 
 import torch
@@ -67,7 +65,6 @@ def install() -> None:
     if getattr(torch.cuda, "_megatron_rl_on_cpu", False):
         return
     torch.cuda._megatron_rl_on_cpu = True
-    _silence_fallbacks()
     _patch_torch_cuda()
     _patch_factories()
     _patch_tensor_methods()
@@ -76,22 +73,6 @@ def install() -> None:
     _patch_router_gating()
     _patch_dispatcher()
     _patch_unequal_parts()
-
-
-def _silence_fallbacks() -> None:
-    """Six modules warn on import that Transformer Engine or Apex, both for CUDA only, is missing
-    (0.16). Can go when Megatron warns only where there is CUDA.
-    """
-    warnings.filterwarnings(
-        "ignore",
-        message=r"(Transformer Engine and )?Apex (is|are) not installed\. Falling back to",
-        category=UserWarning,
-        module=r"megatron\.core\.",
-    )
-    # A CUDA build of torch says that there is no CUDA once 0.19 imports its extension compiler. Can
-    # go when Megatron imports that only where it compiles.
-    compiler = logging.getLogger("torch.utils.cpp_extension")
-    compiler.addFilter(lambda record: not str(record.msg).startswith("No CUDA runtime is found"))
 
 
 def _patch_torch_cuda() -> None:
