@@ -21,9 +21,12 @@ WARNINGS = (
     r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
     "The argument order of load has been changed",
 )
-#: The same on a CPU only, where it cannot be otherwise: six modules of Megatron 0.16 warn on import
-#: that Transformer Engine or Apex, both for CUDA, is missing.
-CPU_WARNINGS = (r"(Transformer Engine and )?Apex (is|are) not installed\. Falling back to",)
+#: The same on a CPU only: that CUDA libraries are missing (six modules of Megatron 0.16 and 0.19 on
+#: import), and a setting of CUDA.
+CPU_WARNINGS = (
+    r"(Transformer Engine and )?Apex (is|are) not installed\. Falling back to",
+    ".* environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+)
 #: Logger -> beginning of what it is not to say.
 LOG_RECORDS = {
     # 0.19 would have every model built from its HybridModel, whose stock layers want CUDA.
