@@ -22,7 +22,7 @@ class PackRouter(TopKRouter):
     padding mask.
     """
 
-    loss_scale: float = 1.0
+    loss_scale: float | torch.Tensor = 1.0
     _gradients: bool = False  #: of the last routing: were there to be any?
 
     def routing(
@@ -83,8 +83,8 @@ class PackRouter(TopKRouter):
         super()._apply_expert_bias(routing_map)
 
 
-def set_router_loss_scale(chunks: Iterable[torch.nn.Module], scale: float) -> None:
-    """Set the ``loss_scale`` of all routers of these model chunks."""
+def set_router_loss_scale(chunks: Iterable[torch.nn.Module], scale: float | torch.Tensor) -> None:
+    """Set the ``loss_scale`` of all routers of these model chunks: a number, or fp32 0-d."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, PackRouter):
