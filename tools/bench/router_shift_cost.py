@@ -206,7 +206,10 @@ def _times(policy: Any, without: Any, pairs: int) -> dict[str, Any]:
 def _pairs(
     with_shift: Callable, without: Callable, pairs: int, policy: Any
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """(wall, CPU seconds of all ranks) with and without; which goes first alternates."""
+    """Of each pair with and without: wall seconds, and CPU seconds of all ranks' main threads.
+
+    Which of the two goes first alternates.
+    """
     timed = []
     for number in range(WARM_UP + pairs):
         order = (with_shift, without) if number % 2 else (without, with_shift)
@@ -226,9 +229,9 @@ def _timed(run: Callable, policy: Any) -> tuple[float, float]:
         dist.barrier()
 
     together()
-    start, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.thread_time()
     run()
-    busy = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+    busy = torch.tensor(time.thread_time() - cpu, dtype=torch.float64)
     together()
     wall = time.perf_counter() - start
     busy = busy.to(policy.device.torch_device)
