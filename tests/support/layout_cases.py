@@ -29,6 +29,7 @@ GROUPS = {"router_num_groups": 4, "router_group_top_k": 2, "moe_top_k": 3}  # 3 
 SHARED = {"shared_expert_ffn_hidden_size": 48}
 GATED = {**SHARED, "shared_expert_gate": True}
 DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
+DENSE_STAGE = {"moe_layer_freq": [0, 0, 1, 1]}
 DEEPSEEK = {**SIGMOID, **GROUPS, **SHARED, **DENSE_FIRST, "router_scaling_factor": 2.5}
 MANY_EXPERTS = {"num_experts": 260, "moe_top_k": 4, "moe_ffn_hidden_size": 8}
 ODD = {"vocab_size": 127}  # tensor parallelism pads it
@@ -68,6 +69,8 @@ LAYOUTS = (
     Case("CP2 PP2 VPP2", 4, {**CP2, **VPP2}),
     Case("TP2 PP2 CP2", 8, {**TP2, **PP2, **CP2}),
     Case("TP2 PP2 EP2 DP2", 8, {**TP2, **PP2, **EP2}),
+    Case("TP4 EP4", 8, {"tensor": 4, **EP4}, {"num_query_groups": 4}),
+    Case("EP8", 8, {"expert": 8}),
     Case("TP2 PP2 VPP2 CP2 EP4", 8, {**TP2, **VPP2, **CP2, **EP4}),
     Case("DP2 EP2", 4, EP2),
     Case("TP2 DP2", 4, TP2),
@@ -97,6 +100,8 @@ OPTIMIZERS = (
     Case("TP2 sharded optimizer", 4, {**TP2, **SHARDED}),
     Case("CP2 sharded optimizer", 2, {**CP2, **SHARDED}),
     Case("PP2 VPP2 sharded optimizer", 4, {**VPP2, **SHARDED}),
+    Case("PP4 sharded, tied embeddings", 8, {**PP4, **SHARDED}, {"tie_embeddings": True}),
+    Case("PP2 EP2 sharded, stage of dense", 4, {**PP2, **EP2, **SHARDED}, DENSE_STAGE),
     Case("EP2 sharded, overlapped", 4, {**EP2, **SHARDED, **OVERLAPPED}),
     Case("PP2 VPP2 EP2 sharded, overlapped", 4, {**VPP2, **EP2, **SHARDED, **OVERLAPPED}),
 )

@@ -326,12 +326,15 @@ def with_stacked_experts(run: Run) -> Run:
     """The run with the experts of a layer as one tensor a matrix, as the model holds them.
 
     In bf16 a router may choose otherwise for a token, which changes the whole gradient of an expert
-    that few tokens reach.
+    that few tokens reach. The expert biases, which such a choice may step the other way, are left
+    out.
     """
 
     def stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         parts: dict[str, list[np.ndarray]] = {}
         for name in sorted(tensors):
+            if name.startswith("expert bias"):
+                continue
             parts.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(tensors[name])
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
