@@ -81,6 +81,7 @@ def _print_table(console: Console, title: str, cases, measure, references: Refer
     table = Table("layout", "ranks", *NUMBERS, "least gamma", "seconds", pad_edge=False)
     table.title, table.columns[0].no_wrap = title, True
     wrong, last_bounds = 0, None
+    worst = dict.fromkeys(NUMBERS, 0.0)
     for case in cases:
         start = time.perf_counter()
         try:
@@ -92,6 +93,7 @@ def _print_table(console: Console, title: str, cases, measure, references: Refer
             console.print(f"[red]{case.name}[/]", reason, soft_wrap=True)
             continue
         beyond = [name for name in NUMBERS if getattr(difference, name) > bounds[name]]
+        worst = {name: max(value, getattr(difference, name)) for name, value in worst.items()}
         if beyond:
             wrong += 1
             console.print(f"[red]{case.name}[/] is beyond its tolerance in {', '.join(beyond)}")
@@ -102,6 +104,7 @@ def _print_table(console: Console, title: str, cases, measure, references: Refer
         seconds = time.perf_counter() - start
         table.add_row(*_cells(case, difference, beyond), f"{seconds:.1f}")
         print(f"{case.name}: {difference.largest:.1e}", file=sys.stderr, flush=True)
+    table.add_row(f"worst of {len(cases)}", "", *(f"{value:.1e}" for value in worst.values()))
     console.print(table)
     return wrong
 
