@@ -79,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated")
-    parser.add_argument("--pairs", type=int, default=20, help="updates with each loss")
+    parser.add_argument("--pairs", type=int, default=40, help="updates with each loss")
     parser.add_argument("--out", help=argparse.SUPPRESS)  # of a rank: where rank 0 writes
     arguments = parser.parse_args()
     unknown = set(arguments.layouts.split(",")) - set(LAYOUTS)
