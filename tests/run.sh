@@ -20,6 +20,11 @@ case "${1:-}" in
         shift
     fi
     case "$python" in [0-9]*) python=python$python ;; esac
+    # A shim of pyenv runs only the versions that are switched on: ask pyenv for the interpreter itself.
+    if ! "$python" -c '' 2>/dev/null &&
+        found=$(PYENV_VERSION=${python#python} pyenv which "$python" 2>/dev/null); then
+        python=$found
+    fi
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
         { echo "tests/run.sh: $python is no Python" >&2; exit 2; }
     export PYTHON=$python

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from typing import Any, Callable
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
@@ -65,7 +65,6 @@ def install() -> None:
     if getattr(torch.cuda, "_megatron_rl_on_cpu", False):
         return
     torch.cuda._megatron_rl_on_cpu = True
-    _silence_fallbacks()
     _patch_torch_cuda()
     _patch_factories()
     _patch_tensor_methods()
@@ -73,18 +72,7 @@ def install() -> None:
     _patch_megatron_random()
     _patch_router_gating()
     _patch_dispatcher()
-
-
-def _silence_fallbacks() -> None:
-    """Six modules warn on import that Transformer Engine or Apex, both for CUDA only, is missing
-    (0.16). Can go when Megatron warns only where there is CUDA.
-    """
-    warnings.filterwarnings(
-        "ignore",
-        message=r"(Transformer Engine and )?Apex (is|are) not installed\. Falling back to",
-        category=UserWarning,
-        module=r"megatron\.core\.",
-    )
+    _patch_unequal_parts()
 
 
 def _patch_torch_cuda() -> None:
@@ -190,3 +178,35 @@ def _patch_dispatcher() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _patch_unequal_parts() -> None:
+    """With expert and expert-tensor parallelism the all-to-all dispatcher gathers and
+    reduce-scatters unequal numbers of rows (0.16, 0.19); gloo refuses those. Can go when gloo takes
+    them.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
+
+    def gather_parts(rows, group, sizes=None, use_global_buffer=False):
+        if sizes is None or group.size() == 1:
+            return gather(rows, group, sizes, use_global_buffer)
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    def reduce_scatter_parts(rows, group, sizes=None, use_global_buffer=False):
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(rows, group, sizes, use_global_buffer)
+        total = rows.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(list(sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts

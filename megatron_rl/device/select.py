@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megatron_rl.config.schema import DeviceConfig
 from megatron_rl.device import megatron_on_cpu
 from megatron_rl.device.launch import Launch
+from megatron_rl.device.quiet import silence
 from megatron_rl.errors import UserError
 
 
@@ -33,7 +33,6 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
     Raises:
         UserError: CUDA is asked for and not there.
     """
-    _silence_deprecations()
     available = torch.cuda.is_available()
     if config.kind == "cuda" and not available:
         raise UserError(
@@ -41,31 +40,14 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
             "use device.kind cpu or install a CUDA build of torch"
         )
     if config.kind == "cuda" or (config.kind == "auto" and available):
+        silence("cuda")
         torch.cuda.set_device(launch.local_rank)
         return Device("cuda", torch.device("cuda", launch.local_rank), "nccl")
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // launch.local_world_size))
+    silence("cpu")
     megatron_on_cpu.install()
     return Device("cpu", torch.device("cpu"), "gloo")
-
-
-def _silence_deprecations() -> None:
-    """Hide two warnings about what Megatron-Core does by itself; nobody who runs it can help it.
-
-    It calls the all-gather and reduce-scatter that torch 2.13 has renamed, and its configuration's
-    own default for CUDA graphs is one that it calls deprecated (0.16).
-    """
-    warnings.filterwarnings(
-        "ignore",
-        message=r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
-        category=FutureWarning,
-    )
-    warnings.filterwarnings(
-        "ignore",
-        message="full scope is deprecated",
-        category=UserWarning,
-        module=r"megatron\.core\.transformer\.transformer_config",
-    )
 
 
 def connect(device: Device, launch: Launch, timeout_s: float) -> None:

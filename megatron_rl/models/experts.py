@@ -73,7 +73,7 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
         x = permuted_local_hidden_states
-        offsets = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
+        offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
         gate, up = grouped_mm(x, self.linear_fc1.weight, offsets).chunk(2, dim=-1)
         inner = (F.silu(gate) * up * permuted_probs.unsqueeze(-1)).to(x.dtype)
         return grouped_mm(inner, self.linear_fc2.weight, offsets), None

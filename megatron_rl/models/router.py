@@ -22,7 +22,8 @@ class PackRouter(TopKRouter):
     padding mask.
     """
 
-    loss_scale: float = 1.0
+    loss_scale: float | torch.Tensor = 1.0
+    _gradients: bool = False  #: of the last routing: were there to be any?
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs: Any
@@ -33,7 +34,12 @@ class PackRouter(TopKRouter):
         if padding_mask is not None and padding_mask.shape[0] != logits.shape[0]:
             # Megatron cuts the mask for sequence parallelism on the first pipeline stage only.
             padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
-        return super().routing(logits, padding_mask=padding_mask, **kwargs)
+        # Megatron 0.19 sorts the K chosen scores only where gradients are enabled, and so would sum
+        # them in another order when scoring than when updating: gamma would not be exactly 1 on the
+        # first mini-batch. Enabled here, and what hangs on it asks ``_gradients``.
+        self._gradients = torch.is_grad_enabled()
+        with torch.enable_grad():
+            return super().routing(logits, padding_mask=padding_mask, **kwargs)
 
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -42,7 +48,7 @@ class PackRouter(TopKRouter):
         5).
         """
         coefficient = self.config.moe_z_loss_coeff
-        if not coefficient or not self.training or not torch.is_grad_enabled():
+        if not coefficient or not self.training or not self._gradients:
             return logits
         values = logits.logsumexp(dim=-1).square()
         if padding_mask is not None:
@@ -60,7 +66,7 @@ class PackRouter(TopKRouter):
             ranks' losses add up to the pack's.
         """
         coefficient = self.get_aux_loss_coeff("aux_loss")
-        if not coefficient:
+        if not coefficient or not self._gradients:
             return probs
         counts = all_reduce(routing_map.sum(dim=0).to(scores.dtype), self.tp_cp_group)
         num_tokens = (counts.sum() / self.topk).clamp(min=1)
@@ -70,13 +76,15 @@ class PackRouter(TopKRouter):
     def _apply_expert_bias(
         self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> None:
+        if not self._gradients:
+            return
         if padding_mask is not None:
             routing_map = routing_map & ~padding_mask.reshape(-1, 1)
         super()._apply_expert_bias(routing_map)
 
 
-def set_router_loss_scale(chunks: Iterable[torch.nn.Module], scale: float) -> None:
-    """Set the ``loss_scale`` of all routers of these model chunks."""
+def set_router_loss_scale(chunks: Iterable[torch.nn.Module], scale: float | torch.Tensor) -> None:
+    """Set the ``loss_scale`` of all routers of these model chunks: a number, or fp32 0-d."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, PackRouter):

@@ -4,6 +4,9 @@ Engine's.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -51,6 +54,16 @@ def block_spec(
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [local_layer_spec(config, moe) for moe in moe_pattern(config)[first : first + count]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def moe_submodules(mlp: Any) -> MoESubmodules | None:
+    """The parts of a MoE layer that stands in a Megatron spec; None of a dense one.
+
+    A spec holds the layer as a ModuleSpec (0.16) or a functools.partial (0.19).
+    """
+    holder = mlp.keywords if isinstance(mlp, functools.partial) else vars(mlp)
+    found = holder.get("submodules")
+    return found if isinstance(found, MoESubmodules) else None
 
 
 def local_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:

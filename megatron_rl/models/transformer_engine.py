@@ -10,11 +10,11 @@ import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_rl.models.attention import Layout, PackedLayout
 from megatron_rl.models.router import PackRouter
+from megatron_rl.models.specs import moe_submodules
 
 
 class LayoutTEAttention(TEDotProductAttention):
@@ -63,6 +63,7 @@ def with_layout_attention(spec: TransformerBlockSubmodules) -> TransformerBlockS
     """Put `LayoutTEAttention` and `PackRouter` into every layer of a Transformer Engine spec."""
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = LayoutTEAttention
-        if isinstance(layer.submodules.mlp.submodules, MoESubmodules):
-            layer.submodules.mlp.submodules.router = PackRouter
+        moe = moe_submodules(layer.submodules.mlp)
+        if moe is not None:
+            moe.router = PackRouter
     return spec

@@ -91,7 +91,10 @@ class MetricSums:
                 self._tops[name] = math.nan if nan else max(value, current)
             return
         value, count, current = (
-            torch.as_tensor(number, dtype=torch.float64, device=self._device)
+            number
+            if isinstance(number, torch.Tensor)
+            # filled on the device: a copy from the host would wait for it
+            else torch.full((), number, dtype=torch.float64, device=self._device)
             for number in (value, count, current)
         )
         self._tops[name] = torch.where(count > 0, torch.maximum(value, current), current)

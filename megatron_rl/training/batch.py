@@ -86,6 +86,9 @@ def pack_mini_batches(
     num_packs = all_max(max(counts), groups.data_context, device)
     if groups.virtual_stages:
         num_packs = round_up(num_packs, groups.pipeline_stages)
+    # A rank without a sequence cannot see whether the others' packs carry these.
+    found = any(s.rollout_logprobs is not None for batch in mini_batches for s in batch)
+    with_rollout_logprobs = bool(all_max(int(found), groups.data_context, device))
     return [
         [
             to_device(pack, device, groups.context)
@@ -94,6 +97,7 @@ def pack_mini_batches(
                 length,
                 num_packs=num_packs,
                 vocab_size=config.model.vocab_size,
+                with_rollout_logprobs=with_rollout_logprobs,
                 sequence_multiple=multiple,
             )
         ]

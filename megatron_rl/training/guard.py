@@ -88,13 +88,20 @@ def check_answers(answers: Sequence[ScoredGroup], world: ProcessGroup) -> None:
     raise_together(problem, world)
 
 
-def not_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> str | None:
-    """The problem, if a per-token quantity has a value that is not finite where the mask is set."""
-    bad = ~torch.isfinite(tensor) & mask
-    if not bool(bad.any()):
+def not_finite(
+    name: str, tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+) -> str | None:
+    """The problem, if a per-token quantity of some packs has a value that is not finite where the
+    mask is set. One wait for the device, whatever the number of packs.
+    """
+    if not tensors:
         return None
-    first = int(bad.nonzero()[0])
+    bad = [~torch.isfinite(tensor) & mask for tensor, mask in zip(tensors, masks, strict=True)]
+    if not bool(torch.stack([where.any() for where in bad]).any()):
+        return None
+    pack = next(number for number, where in enumerate(bad) if bool(where.any()))
+    first = int(bad[pack].nonzero()[0])
     return (
-        f"{name} is not finite at {int(bad.sum())} of {int(mask.sum())} tokens of a pack, "
-        f"first at {first}: {float(tensor[first])}"
+        f"{name} is not finite at {int(bad[pack].sum())} of {int(masks[pack].sum())} tokens of a "
+        f"pack, first at {first}: {float(tensors[pack][first])}"
     )

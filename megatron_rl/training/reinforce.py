@@ -128,8 +128,9 @@ class Reinforce:
             [pack for packs in packed for pack in packs],
             with_traces=uses_router_shift(config.algorithm),
         )
-        problems = [_add_mismatch(item, sums) for item in scored]
-        raise_together(next(filter(None, problems), None), session.groups.world)
+        for item in scored:
+            _add_mismatch(item, sums)
+        raise_together(_bad_score(scored), session.groups.world)
         if self._policy.reference is not None:
             scored = score_reference(self._policy, scored)
         count = len(packed[0])
@@ -196,15 +197,22 @@ def global_advantages(
     ]
 
 
-def _add_mismatch(item: ScoredPack, sums: MetricSums) -> str | None:
-    """How far the sampler's log-probabilities are from the scoring pass's; the problem, if the
-    latter are not finite.
-    """
+def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
+    """How far the sampler's log-probabilities are from the scoring pass's."""
     if item.old_logprobs is None or item.pack.rollout_logprobs is None:
-        return None
+        return
     mask = item.pack.mask
     difference = torch.where(mask, item.old_logprobs - item.pack.rollout_logprobs, 0.0)
     estimate = k3(torch.zeros_like(difference), difference)
     sums.add("mismatch/kl", estimate.sum(), mask.sum())
     sums.add("mismatch/logprob_max", difference.abs().max(), mask.sum())
-    return not_finite("the scoring pass's log-probability", item.old_logprobs, mask)
+
+
+def _bad_score(scored: Sequence[ScoredPack]) -> str | None:
+    """The problem, if a log-probability of the scoring pass is not finite."""
+    here = [item for item in scored if item.old_logprobs is not None]
+    return not_finite(
+        "the scoring pass's log-probability",
+        [item.old_logprobs for item in here],
+        [item.pack.mask for item in here],
+    )

@@ -77,8 +77,8 @@ def _scale_router_losses(
     """
     tokens = sum((pack.sequence_ids < pack.num_sequences).sum() for pack in packs)
     local = torch.stack([sum(denominators).double(), tokens.double()])
-    denominator, total = all_reduce(local, policy.groups.data).tolist()
-    set_router_loss_scale(policy.chunks, denominator / max(total, 1.0))
+    denominator, total = all_reduce(local, policy.groups.data)
+    set_router_loss_scale(policy.chunks, (denominator / total.clamp(min=1.0)).float())
 
 
 def _optimizer_step(policy: Policy, packs, forward_step, sums: MetricSums) -> None:

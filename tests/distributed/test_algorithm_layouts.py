@@ -6,7 +6,8 @@ import functools
 import numpy as np
 import pytest
 
-from tests.support.layouts import TOLERANCE, Case, Run, compare, run_case, single_process
+from tests.support.layout_cases import TOLERANCE, Case
+from tests.support.layouts import Run, compare, run_case, single_process
 
 #: Everything that needs numbers of the whole mini-batch or of other ranks, at once.
 ONE = {

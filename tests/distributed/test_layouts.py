@@ -1,52 +1,78 @@
 """Training under a parallel layout gives the losses, gradients and weights of a single process."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
 
-from tests.support.layouts import CASES, TOLERANCE, Case, Run, compare, run_case, single_process
+from tests.support.layout_cases import BF16_CASES, CASES, TOLERANCE, Case
+from tests.support.layouts import (
+    NUMBERS,
+    References,
+    bf16_bounds,
+    compare,
+    in_fp32,
+    run_case,
+    with_stacked_experts,
+)
 
 #: The others take minutes together and are marked slow; `tools/bench/layouts.py` shows all numbers.
 QUICK = (
     "TP2",
     "PP2 VPP2",
+    "CP2",
+    "CP2 TP2",
+    "CP2 EP2",
+    "TP2 EP2 ETP2",
     "TP2 EP2, gated shared expert",
     "EP2, sigmoid and bias",
     "PP2, tied embeddings",
-    "TP2, router losses",
+    "TP2, aux and z loss",
+    "CP2, aux and z loss",
     "TP2 PP2 EP2",
+    "EP2 sharded optimizer",
+    "TP2 EP2, bf16",
 )
 
 
-@functools.cache
-def reference(name: str) -> Run:
-    """The single process a case is compared with."""
-    (case,) = (case for case in CASES if case.name == name)
-    return run_case(single_process(case))
+@pytest.fixture(scope="module")
+def references() -> References:
+    """The single processes of this file's cases."""
+    return References()
 
 
-def parameters() -> list:
+def parameters(cases: tuple[Case, ...]) -> list:
     return [
         pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
-        for case in CASES
+        for case in cases
     ]
 
 
-@pytest.mark.parametrize("case", parameters())
-def test_a_layout_trains_like_a_single_process(case: Case):
-    difference = compare(run_case(case), reference(case.name))
+@pytest.mark.parametrize("case", parameters(CASES))
+def test_a_layout_trains_like_a_single_process(case: Case, references: References):
+    difference = compare(run_case(case), references.of(case))
     assert difference.largest < TOLERANCE, difference
 
 
-def test_quick_layouts_exist():
-    assert set(QUICK) <= {case.name for case in CASES}
+@pytest.mark.parametrize("case", parameters(BF16_CASES))
+def test_in_bf16_a_layout_is_no_further_off_than_bf16_itself(case: Case, references: References):
+    narrow = with_stacked_experts(references.of(case))
+    bounds = bf16_bounds(narrow, with_stacked_experts(references.of(in_fp32(case))))
+    difference = compare(with_stacked_experts(run_case(case)), narrow)
+    assert 0.01 < bounds["logprobs"] < 0.2 and bounds["replicas"] == 0.0  # it is bf16's size
+    beyond = [name for name in NUMBERS if getattr(difference, name) > bounds[name]]
+    assert not beyond, (difference, bounds)
 
 
-def test_the_routers_move_and_the_gradient_is_clipped():
+def test_names_are_unique_and_the_quick_layouts_exist():
+    names = [case.name for case in (*CASES, *BF16_CASES)]
+    assert len(names) == len(set(names))
+    assert set(QUICK) <= set(names)
+
+
+def test_the_routers_move_and_the_gradient_is_clipped(references: References):
     """Else the comparison above would say little."""
-    run = reference("TP2")
+    run = references.of(Case("one", 1, {}))
     gamma = np.concatenate(list(run.gamma.values()))
     assert gamma.min() < 0.8 and gamma.max() < 1.0
     assert run.scalars["grad_norm of update 0"] > 0.2
@@ -54,11 +80,13 @@ def test_the_routers_move_and_the_gradient_is_clipped():
     assert squares**0.5 == pytest.approx(0.2, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["weights", "gradients", "gamma", "old_logprobs"])
-def test_a_difference_in_one_tensor_is_seen(kind):
-    run = reference("TP2")
+@pytest.mark.parametrize("kind", ["weights", "gradients", "gamma", "old_logprobs", "scalars"])
+def test_a_difference_in_one_tensor_is_seen(kind, references: References):
+    run = references.of(Case("one", 1, {}))
     tensors = dict(getattr(run, kind))
     name = next(iter(tensors))
     tensors[name] = tensors[name] * 1.001
     difference = compare(dataclasses.replace(run, **{kind: tensors}), run)
     assert difference.largest == pytest.approx(1e-3, rel=1e-3)
+    field = {"old_logprobs": "logprobs", "scalars": "loss"}.get(kind, kind)
+    assert getattr(difference, field) == difference.largest

@@ -8,9 +8,11 @@ independently of the layout and compared tensor by tensor, norm(a - b) / norm(b)
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from megatron_rl.config.schema import Config
 from megatron_rl.records import Sample
+from tests.support.layout_cases import BF16_FACTOR, Case
 from tests.support.ranks import run_on_ranks
 
 #: Weights large enough that attention and routers are far from uniform.
@@ -40,99 +43,11 @@ MINI_BATCHES, SEQUENCES = 3, 8
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layout and the model it is tried on."""
-
-    name: str
-    ranks: int
-    parallel: Mapping[str, Any]
-    model: Mapping[str, Any] = field(default_factory=dict)
-    gradients: bool = True  #: False: a rank holds only its shard of the reduced gradients
-    one_per_pack: bool = False  #: the same packs under any data-parallel size
-    algorithm: Mapping[str, Any] = field(default_factory=dict)  #: other than plain rspo
-
-
-SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}
-GROUPS = {"router_num_groups": 4, "router_group_top_k": 2, "moe_top_k": 3}  # 3 of 4, not of 8
-SHARED = {"shared_expert_ffn_hidden_size": 48}
-GATED = {**SHARED, "shared_expert_gate": True}
-MANY_EXPERTS = {"num_experts": 260, "moe_top_k": 4, "moe_ffn_hidden_size": 8}
-ODD = {"vocab_size": 127}  # tensor parallelism pads it
-AUX = {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.01}
-TP2, PP2, EP2 = {"tensor": 2}, {"pipeline": 2}, {"expert": 2}
-VPP2 = {**PP2, "virtual_pipeline": 2}
-ALLGATHER = {"dispatcher": "allgather"}
-SHARDED = {"distributed_optimizer": True}
-
-#: Every layout that has to give what a single process gives. TP, PP, VPP, EP, ETP, DP: tensor,
-#: pipeline, virtual pipeline, expert, expert tensor and data parallel size.
-CASES = (
-    Case("TP2", 2, TP2),
-    Case("EP2", 2, EP2),
-    Case("EP4", 4, {"expert": 4}),
-    Case("ETP2", 2, {"expert_tensor": 2}),
-    Case("TP2 ETP2", 2, {**TP2, "expert_tensor": 2}),
-    Case("PP2", 2, PP2),
-    Case("PP4", 4, {"pipeline": 4}),
-    Case("PP2 VPP2", 2, VPP2),
-    Case("PP2 VPP2 EP2", 4, {**VPP2, **EP2}),
-    Case("TP2 EP2", 2, {**TP2, **EP2}),
-    Case("TP2 PP2 EP2", 4, {**TP2, **PP2, **EP2}),
-    Case("TP2 PP2", 4, {**TP2, **PP2}),
-    Case("DP2", 2, {}),
-    Case("DP2 overlapped", 2, {"overlap_grad_reduce": True}),
-    Case("DP2 EP2", 4, EP2),
-    Case("TP2 DP2", 4, TP2),
-    Case("EP2 allgather", 2, {**EP2, **ALLGATHER}),
-    Case("TP2 EP2 allgather", 2, {**TP2, **EP2, **ALLGATHER}),
-    Case("TP2 ETP2 allgather", 2, {**TP2, "expert_tensor": 2, **ALLGATHER}),
-    Case("recompute full", 1, {"recompute": "full"}),
-    Case("recompute selective", 1, {"recompute": "selective"}),
-    Case("TP2 PP2 EP2 recompute full", 4, {**TP2, **PP2, **EP2, "recompute": "full"}),
-    Case("PP2 VPP2 recompute full", 2, {**VPP2, "recompute": "full"}, {**SIGMOID, **AUX}),
-    Case("DP2 sharded optimizer", 2, SHARDED, gradients=False),
-    Case("EP2 sharded optimizer", 4, {**EP2, **SHARDED}, gradients=False),
-    Case("TP2 sharded optimizer", 4, {**TP2, **SHARDED}, gradients=False),
-    Case("PP2 VPP2 sharded optimizer", 4, {**VPP2, **SHARDED}, gradients=False),
-    Case("PP2, dense first layer", 2, PP2, {"moe_layer_freq": [0, 1, 1, 1]}),
-    Case("TP2, dense first layer", 2, TP2, {"moe_layer_freq": [0, 1, 1, 1]}),
-    Case("PP2 VPP2, MoE every 2nd", 2, VPP2, {"moe_layer_freq": 2}),
-    Case("TP2 EP2, MoE every 2nd", 2, {**TP2, **EP2}, {"moe_layer_freq": 2}),
-    Case("TP2, shared expert", 2, TP2, SHARED),
-    Case("TP2 EP2, gated shared expert", 2, {**TP2, **EP2}, GATED),
-    Case("PP2, gated shared expert", 2, PP2, GATED),
-    Case("TP2, sigmoid and bias", 2, TP2, {**SIGMOID, "router_scaling_factor": 2.5}),
-    Case("EP2, sigmoid and bias", 2, EP2, SIGMOID),
-    Case("PP2 VPP2 EP2, sigmoid, bias", 4, {**VPP2, **EP2}, {**SIGMOID, "moe_layer_freq": 2}),
-    Case("EP2, groups of experts", 2, EP2, {**SIGMOID, **GROUPS}),
-    Case("TP2 PP2, groups of experts", 4, {**TP2, **PP2}, {**SIGMOID, **GROUPS}),
-    Case("TP2, softmax before top-K", 2, TP2, {"router_pre_softmax": True}),
-    Case("TP2, frozen router", 2, TP2, {"freeze_router": True}),
-    Case("TP2, bias on QKV, no QK norm", 2, TP2, {"qk_norm": False, "qkv_bias": True}),
-    Case("PP2, tied embeddings", 2, PP2, {"tie_embeddings": True}),
-    Case("TP2 PP2, tied embeddings", 4, {**TP2, **PP2}, {"tie_embeddings": True}),
-    Case("PP2 VPP2, tied embeddings", 2, VPP2, {"tie_embeddings": True}),
-    Case("TP2, odd vocabulary", 2, TP2, ODD),
-    Case("TP2 PP2, odd vocabulary, tied", 4, {**TP2, **PP2}, {**ODD, "tie_embeddings": True}),
-    Case("EP2, 260 experts", 2, EP2, MANY_EXPERTS),
-    Case("TP2 EP2, 260 experts", 2, {**TP2, **EP2}, MANY_EXPERTS),
-    Case("TP2, router losses", 2, TP2, AUX),
-    Case("TP2 EP2, router losses", 2, {**TP2, **EP2}, AUX),
-    Case("PP2, router losses", 2, PP2, AUX),
-    # The balancing loss is a pack's own: ranks that share the data must cut the same packs.
-    Case("EP2, router losses", 2, EP2, AUX, one_per_pack=True),
-    Case("TP2 PP2, router losses", 4, {**TP2, **PP2}, AUX),
-    Case("TP2 DP2, router losses", 4, TP2, AUX, one_per_pack=True),
-)
-#: A difference above this is an error: fp32 rounding gives about 1e-6.
-TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
 class Run:
     """What one layout gives, under names that do not depend on it. Arrays are NumPy's."""
 
-    scalars: dict[str, float]  #: losses, gradient norms and router telemetry of the updates
+    #: of each update "loss of update 0", its grad_norm and entropy; router telemetry of all
+    scalars: dict[str, float]
     old_logprobs: dict[tuple, np.ndarray]  #: tokens of a sequence -> values at trained positions
     gamma: dict[tuple, np.ndarray]  #: the same of the last update, gamma~
     gradients: dict[str, np.ndarray]  #: of the first update, clipped
@@ -144,20 +59,26 @@ class Run:
 class Difference:
     """How far a layout is from a single process: norm(a - b) / norm(b), worst of all tensors."""
 
-    scalars: float
-    logprobs: float
-    gamma: float
-    gradients: float
-    weights: float
-    replicas: float
-    worst: str  #: name of the scalar, gradient or weight that is furthest off
+    loss: float  #: of each of the three updates
+    grad_norm: float
+    statistics: float  #: entropy; router shift, overlap, router entropy and expert load
+    logprobs: float  #: the old policy's, sequence by sequence
+    gamma: float  #: router-shift weights of the last update, sequence by sequence
+    gradients: float  #: of the first update, tensor by tensor
+    weights: float  #: after the third update, tensor by tensor
+    replicas: float  #: a rank's copy of any of these against another rank's
+    worst: str  #: what is furthest off
     smallest_gamma: float  #: shows that the routers moved
 
     @property
     def largest(self) -> float:
         """The worst number of all."""
-        numbers = (self.scalars, self.logprobs, self.gamma, self.gradients, self.weights)
-        return max(*numbers, self.replicas)
+        return max(getattr(self, name) for name in NUMBERS)
+
+
+#: The numbers of a `Difference`, of scalars first.
+SCALARS = ("loss", "grad_norm", "statistics")
+NUMBERS = (*SCALARS, "logprobs", "gamma", "gradients", "weights", "replicas")
 
 
 def layout_config(case: Case) -> Config:
@@ -213,6 +134,25 @@ def single_process(case: Case) -> Case:
     )
 
 
+def in_fp32(case: Case) -> Case:
+    """The same without rounding to bf16."""
+    return dataclasses.replace(case, model={**case.model, "dtype": "fp32"})
+
+
+class References:
+    """The runs of single processes, each made once."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, Run] = {}
+
+    def of(self, case: Case) -> Run:
+        """The single process that a case is compared with."""
+        one = dataclasses.replace(single_process(case), name="one process")
+        if repr(one) not in self._runs:
+            self._runs[repr(one)] = run_case(one)
+        return self._runs[repr(one)]
+
+
 def train_on_rank(case: Case) -> dict[str, Any]:
     """This rank's part of the results; tensors split over tensor-parallel ranks are made whole."""
     with policy_of(layout_config(case)) as policy:
@@ -243,7 +183,8 @@ def _train(policy: Any, case: Case) -> dict[str, Any]:
         scalars, seen = observed_update(policy, items, telemetry, update)
         result["scalars"] |= {f"{name} of update {number}": v for name, v in scalars.items()}
         if number == 0:
-            result["gradients"] = gathered(policy, "main_grad") if case.gradients else {}
+            unshard_gradients(policy)
+            result["gradients"] = gathered(policy, "main_grad")
     for item, inputs in zip(scored[-1], seen):
         result["gamma"] |= by_sequence(item.pack, inputs.router_shift)
     result["scalars"] |= telemetry.reduce(policy.groups.world)
@@ -330,15 +271,30 @@ def by_sequence(pack: Any, values: Any) -> dict[tuple, np.ndarray]:
     return result
 
 
+def unshard_gradients(policy: Any) -> None:
+    """Give every rank all reduced gradients where the distributed optimizer left it its shard."""
+    import torch.distributed as dist
+
+    if not policy.config.parallel.distributed_optimizer:
+        return
+    for chunk in policy.wrapped:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shards = list(bucket.grad_data.chunk(group.size()))
+                dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+
+
 def gathered(policy: Any, attribute: str) -> dict[str, np.ndarray]:
     """``data`` or ``main_grad`` of this rank's parameters, whole, by global name. A collective."""
     from megatron_rl.models.parameters import parameter_views
 
-    return {
-        view.name: view.gather(view.of(getattr(view.parameter, attribute)).detach()).numpy().copy()
-        for view in parameter_views(policy.chunks, policy.groups)
-        if hasattr(view.parameter, attribute)  # a frozen weight has no gradient
-    }
+    found = {}
+    for view in parameter_views(policy.chunks, policy.groups):
+        tensor = getattr(view.parameter, attribute, None)  # a frozen weight has no gradient
+        if tensor is not None:
+            found[view.name] = view.gather(view.of(tensor).detach()).float().numpy().copy()
+    return found
 
 
 def _expert_biases(policy: Any) -> dict[str, np.ndarray]:
@@ -366,6 +322,39 @@ def _merge(parts: list[dict[str, Any]]) -> Run:
     return Run(scalars=parts[0]["scalars"], replica_difference=replicas, **merged)
 
 
+def with_stacked_experts(run: Run) -> Run:
+    """The run with the experts of a layer as one tensor a matrix, as the model holds them.
+
+    In bf16 a router may choose otherwise for a token, which changes the whole gradient of an expert
+    that few tokens reach. The expert biases, which such a choice may step the other way, are left
+    out.
+    """
+
+    def stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        parts: dict[str, list[np.ndarray]] = {}
+        for name in sorted(tensors):
+            if name.startswith("expert bias"):
+                continue
+            parts.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(tensors[name])
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    return dataclasses.replace(run, gradients=stacked(run.gradients), weights=stacked(run.weights))
+
+
+def bf16_bounds(narrow: Run, exact: Run) -> dict[str, float]:
+    """What each number of a `Difference` may be in bf16: `BF16_FACTOR` times how far bf16 is from
+    fp32 in one process (both with stacked experts).
+
+    A layout and the single process round the same fp32 numbers independently, so they are about
+    sqrt(2) times as far from each other as from those. The three kinds of scalars share the largest
+    of their bounds: each is a few samples of the rounding error, which may be small by chance.
+    """
+    difference = compare(narrow, exact)
+    bounds = {name: BF16_FACTOR * getattr(difference, name) for name in NUMBERS}
+    largest = max(bounds[name] for name in SCALARS)
+    return bounds | dict.fromkeys(SCALARS, largest)
+
+
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     """norm(found - expected) / norm(expected); infinite where the shapes differ."""
     if found.shape != expected.shape:
@@ -377,25 +366,22 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def compare(found: Run, expected: Run) -> Difference:
     """The differences of a run from the run of one process."""
-    errors = {
-        "scalars": {
-            name: abs(found.scalars[name] - value) / max(abs(value), 1e-3)
-            for name, value in expected.scalars.items()
-        },
-        "gradients": _errors(found.gradients, expected.gradients) if found.gradients else {},
-        "weights": _errors(found.weights, expected.weights),
+    scalars = {
+        name: abs(found.scalars[name] - value) / max(abs(value), 1e-3)
+        for name, value in expected.scalars.items()
     }
+    errors = {kind: {} for kind in SCALARS}
+    for name, error in scalars.items():
+        kind = name.partition(" of update")[0]
+        errors[kind if kind in errors else "statistics"][name] = error
+    errors["logprobs"] = _errors(found.old_logprobs, expected.old_logprobs)
+    for kind in ("gamma", "gradients", "weights"):
+        errors[kind] = _errors(getattr(found, kind), getattr(expected, kind))
     worst = max(
-        (
-            (error, f"{name} ({kind})")
-            for kind, rows in errors.items()
-            for name, error in rows.items()
-        )
+        (error, f"{kind}: {name}") for kind, rows in errors.items() for name, error in rows.items()
     )
     return Difference(
-        **{kind: max(rows.values(), default=0.0) for kind, rows in errors.items()},
-        logprobs=max(_errors(found.old_logprobs, expected.old_logprobs).values()),
-        gamma=max(_errors(found.gamma, expected.gamma).values()),
+        **{kind: max(rows.values()) for kind, rows in errors.items()},
         replicas=found.replica_difference,
         worst=worst[1],
         smallest_gamma=float(min(values.min() for values in expected.gamma.values())),

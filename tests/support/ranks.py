@@ -14,6 +14,7 @@ import datetime
 import gc
 import importlib
 import inspect
+import io
 import os
 import pickle
 import subprocess
@@ -130,7 +131,7 @@ class _Pool:
             for pipe in ready:
                 rank = waiting[pipe]
                 try:
-                    answers[rank] = pickle.loads(pipe.recv_bytes())
+                    answers[rank] = _unpack(pipe.recv_bytes())
                 except EOFError:
                     raise RankFailure(self._last_words(rank, "has died")) from None
                 if not answers[rank][0]:
@@ -224,9 +225,26 @@ def _answer(name: str, qualified_name: str, args: bytes) -> bytes:
         function = importlib.import_module(name)
         for part in qualified_name.split("."):
             function = getattr(function, part)
-        return pickle.dumps((True, function(*pickle.loads(args))))
+        return _pack((True, function(*pickle.loads(args))))
     except BaseException:  # noqa: BLE001  whatever it is, the parent reports it
-        return pickle.dumps((False, traceback.format_exc()))
+        return _pack((False, traceback.format_exc()))
+
+
+def _pack(answer: tuple[bool, Any]) -> bytes:
+    """In torch's format: once Megatron 0.19 is imported, a pickled tensor is read back through a
+    module of Megatron's, and the parent must not import that before its device is prepared.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(answer, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(answer: bytes) -> tuple[bool, Any]:
+    import torch
+
+    return torch.load(io.BytesIO(answer), weights_only=False)
 
 
 if __name__ == "__main__":

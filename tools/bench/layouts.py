@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python tools/bench/layouts.py [--only TEXT]
 
-Prints one line a layout; exit code 1 if a difference is above the tolerance or a layout fails.
+Prints two tables, fp32 and bf16, a row a layout; exit code 1 if a difference is above the tolerance
+or a layout fails.
 """
 
 from __future__ import annotations
@@ -11,69 +12,109 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.support.layouts import (  # noqa: E402
+from tests.support.layout_cases import (  # noqa: E402
+    BF16_CASES,
+    BF16_FACTOR,
     CASES,
     TOLERANCE,
     Case,
+)
+from tests.support.layouts import (  # noqa: E402
+    NUMBERS,
     Difference,
-    Run,
+    References,
+    bf16_bounds,
     compare,
+    in_fp32,
     run_case,
-    single_process,
+    with_stacked_experts,
 )
 from tests.support.ranks import RankFailure  # noqa: E402
 
-NUMBERS = ("scalars", "logprobs", "gamma", "gradients", "weights", "replicas")
+Bounds = Mapping[str, float]
 
 
 def main() -> int:
-    """Run the chosen layouts, print the table."""
+    """Run the chosen layouts, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="layouts whose name holds this text")
-    chosen = [case for case in CASES if parser.parse_args().only in case.name]
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    only = parser.parse_args().only
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    references = References()
+    count = wrong = 0
+    for title, cases, measure in (
+        (f"fp32: each number below {TOLERANCE:g}", CASES, _fp32),
+        (
+            f"bf16: each number within {BF16_FACTOR:g} x (bf16 from fp32 in one process)",
+            BF16_CASES,
+            _bf16,
+        ),
+    ):
+        chosen = [case for case in cases if only in case.name]
+        if chosen:
+            count += len(chosen)
+            wrong += _print_table(console, title, chosen, measure, references)
+    console.print(f"{count} layouts, {wrong} beyond their tolerance or failed")
+    return 1 if wrong or not count else 0
+
+
+def _fp32(case: Case, references: References) -> tuple[Difference, Bounds]:
+    bounds = dict.fromkeys(NUMBERS, TOLERANCE)
+    return compare(run_case(case), references.of(case)), bounds
+
+
+def _bf16(case: Case, references: References) -> tuple[Difference, Bounds]:
+    narrow = with_stacked_experts(references.of(case))
+    exact = with_stacked_experts(references.of(in_fp32(case)))
+    return compare(with_stacked_experts(run_case(case)), narrow), bf16_bounds(narrow, exact)
+
+
+def _print_table(console: Console, title: str, cases, measure, references: References) -> int:
+    """One table; how many of its rows are wrong."""
     table = Table("layout", "ranks", *NUMBERS, "least gamma", "seconds", pad_edge=False)
-    table.columns[0].no_wrap = True
-    references: dict[tuple, Run] = {}
-    wrong = 0
-    for case in chosen:
+    table.title, table.columns[0].no_wrap = title, True
+    wrong, last_bounds = 0, None
+    worst = dict.fromkeys(NUMBERS, 0.0)
+    for case in cases:
         start = time.perf_counter()
-        key = (repr(case.model), case.one_per_pack)
-        if key not in references:
-            references[key] = run_case(single_process(case))
         try:
-            difference = compare(run_case(case), references[key])
+            difference, bounds = measure(case, references)
         except (RankFailure, AssertionError) as error:
             wrong += 1
             table.add_row(case.name, str(case.ranks), "[red]failed")
-            console.print(
-                f"[red]{case.name}[/]", str(error).strip().splitlines()[-1], soft_wrap=True
-            )
+            reason = str(error).strip().splitlines()[-1]
+            console.print(f"[red]{case.name}[/]", reason, soft_wrap=True)
             continue
-        if difference.largest > TOLERANCE:
+        beyond = [name for name in NUMBERS if getattr(difference, name) > bounds[name]]
+        worst = {name: max(value, getattr(difference, name)) for name, value in worst.items()}
+        if beyond:
             wrong += 1
-            console.print(f"[red]{case.name}[/] is furthest off in {difference.worst}")
-        table.add_row(*_cells(case, difference, time.perf_counter() - start))
+            console.print(f"[red]{case.name}[/] is beyond its tolerance in {', '.join(beyond)}")
+            console.print(f"  furthest off: {difference.worst}", soft_wrap=True)
+        if bounds != last_bounds:
+            last_bounds = bounds
+            table.add_row("[dim]at most", "", *(f"[dim]{bounds[name]:.1e}" for name in NUMBERS))
+        seconds = time.perf_counter() - start
+        table.add_row(*_cells(case, difference, beyond), f"{seconds:.1f}")
         print(f"{case.name}: {difference.largest:.1e}", file=sys.stderr, flush=True)
+    table.add_row(f"worst of {len(cases)}", "", *(f"{value:.1e}" for value in worst.values()))
     console.print(table)
-    console.print(f"{len(chosen)} layouts, {wrong} above {TOLERANCE:g} or failed")
-    return 1 if wrong or not chosen else 0
+    return wrong
 
 
-def _cells(case: Case, difference: Difference, seconds: float) -> list[str]:
+def _cells(case: Case, difference: Difference, beyond: list[str]) -> list[str]:
     numbers = []
     for name in NUMBERS:
-        value = getattr(difference, name)
-        text = "-" if name == "gradients" and not case.gradients else f"{value:.1e}"
-        numbers.append(f"[red]{text}" if value > TOLERANCE else text)
-    rest = [f"{difference.smallest_gamma:.2f}", f"{seconds:.1f}"]
-    return [case.name, str(case.ranks), *numbers, *rest]
+        text = f"{getattr(difference, name):.1e}"
+        numbers.append(f"[red]{text}" if name in beyond else text)
+    return [case.name, str(case.ranks), *numbers, f"{difference.smallest_gamma:.2f}"]
 
 
 if __name__ == "__main__":

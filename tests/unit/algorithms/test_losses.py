@@ -35,7 +35,7 @@ def test_names() -> None:
 
 
 @every_loss
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(**ragged)
 def test_matches_slow_reference(name, seed, num_sequences, spread, shift) -> None:
     inputs = random_batch(seed, num_sequences, spread, shift or name in NEED_SHIFT)

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from megatron_rl.device import megatron_on_cpu
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny import cpu_device
 
 
@@ -49,3 +51,31 @@ def test_megatrons_small_functions_are_left_uncompiled_and_torch_compile_as_it_w
 
     assert not hasattr(swiglu, "_torchdynamo_orig_callable")
     assert hasattr(torch.compile(lambda x: x, backend="eager"), "_torchdynamo_orig_callable")
+
+
+def unequal_parts(sizes):
+    """On a rank: the gathered rows, and the gradient of a part's weighted sum, over the ranks."""
+    cpu_device()
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    rank, group = dist.get_rank(), dist.group.WORLD
+    rows = torch.full((sizes[rank], 2), float(rank + 1), requires_grad=True)
+    gathered = mappings.gather_from_sequence_parallel_region(rows, True, group, sizes)
+    (gathered * (rank + 1)).sum().backward()
+    whole = torch.arange(2.0 * sum(sizes)).view(-1, 2) * (rank + 1)
+    part = mappings.reduce_scatter_to_sequence_parallel_region(whole, group, sizes)
+    return gathered.detach().tolist(), rows.grad.tolist(), part.tolist()
+
+
+@pytest.mark.parametrize("sizes", [[1, 3], [2, 0]])
+def test_ranks_with_unequal_numbers_of_rows_are_gathered_and_reduced(sizes):
+    """As expert-tensor ranks are under expert parallelism: rank r's rows are r + 1."""
+    results = run_on_ranks(2, unequal_parts, sizes)
+    rows = [[float(rank + 1)] * 2 for rank in range(2) for _ in range(sizes[rank])]
+    totals = [[3.0 * (2 * row), 3.0 * (2 * row + 1)] for row in range(sum(sizes))]
+    parts = [totals[: sizes[0]], totals[sizes[0] :]]
+    for rank, (gathered, gradient, part) in enumerate(results):
+        assert gathered == rows
+        assert gradient == [[3.0, 3.0]] * sizes[rank]  # 1 + 2, from both ranks
+        assert part == parts[rank]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.records import Completion, Prompt, RolloutGroup
+from tests.support.host_syncs import HostSyncs
 from tests.support.layouts import Case, layout_config, policy_of
 from tests.support.ranks import run_on_ranks
 
@@ -59,10 +60,24 @@ def test_the_first_weight_that_is_not_finite_is_named(policy):
 def test_a_value_that_is_not_finite_counts_where_the_mask_is_set():
     from megatron_rl.training.guard import not_finite
 
-    values = torch.tensor([0.0, float("nan"), 1.0, -float("inf")])
-    assert not_finite("x", values, torch.tensor([True, False, True, False])) is None
-    problem = not_finite("x", values, torch.tensor([True, False, False, True]))
+    fine, values = torch.zeros(4), torch.tensor([0.0, float("nan"), 1.0, -float("inf")])
+    everywhere = torch.ones(4, dtype=torch.bool)
+    masks = [everywhere, torch.tensor([True, False, True, False])]
+    assert not_finite("x", [fine, values], masks) is None
+    masks = [everywhere, torch.tensor([True, False, False, True])]
+    problem = not_finite("x", [fine, values], masks)
     assert problem == "x is not finite at 1 of 2 tokens of a pack, first at 3: -inf"
+    assert not_finite("x", [], []) is None
+
+
+@pytest.mark.parametrize("packs", [1, 7])
+def test_finite_values_cost_one_wait_for_the_device(packs):
+    from megatron_rl.training.guard import not_finite
+
+    masks = [torch.ones(4, dtype=torch.bool)] * packs
+    with HostSyncs() as syncs:
+        assert not_finite("x", [torch.zeros(4)] * packs, masks) is None
+    assert syncs.places == {"training/guard.py: not_finite": 1}
 
 
 def test_an_answer_with_a_logprob_that_is_not_finite_is_named(policy):

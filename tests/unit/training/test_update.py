@@ -158,42 +158,6 @@ def test_gamma_carries_no_gradient():
     assert min(float(inputs.router_shift.min()) for inputs in seen) < 0.99
 
 
-def test_other_packs_of_the_same_sequences_give_the_same_gradients():
-    """One long pack, short packs, another order: the loss is divided once, by the count of all."""
-    results = []
-    for pack_tokens, samples in (
-        (48, SAMPLES[:8]),
-        (160, SAMPLES[:8]),
-        (24, SAMPLES[:8]),
-        (48, SAMPLES[7::-1]),
-    ):
-        with trainer(pack_tokens=pack_tokens) as (policy, pack):
-            scored = scored_batch(policy, pack, samples)
-            metrics, _, grads = run_update(policy, scored)
-            results.append((len(scored), metrics, grads))
-    assert [count for count, *_ in results] == [3, 1, 5, 3]
-    for _, metrics, grads in results[1:]:
-        assert metrics == pytest.approx(results[0][1], rel=1e-5)
-        close(grads, results[0][2], 2e-6)
-
-
-def test_an_empty_pack_changes_nothing():
-    with trainer() as (policy, pack):
-        metrics, _, expected = run_update(policy, scored_batch(policy, pack))
-    with trainer() as (policy, pack):
-        from megatron_rl.data.packing import pack_samples
-        from megatron_rl.training.batch import to_device
-        from megatron_rl.training.score import score
-
-        (packs,) = pack(SAMPLES[:8])
-        (empty,) = pack_samples([], 48, 1, vocab_size=128, with_rollout_logprobs=True)
-        packs.insert(1, to_device(empty, torch.device("cpu"), policy.groups.context))
-        with_empty, seen, found = run_update(policy, score(policy, packs, with_traces=True))
-    assert not seen[1].mask.any()
-    assert with_empty == pytest.approx(metrics, rel=1e-6)
-    close(found, expected)
-
-
 def test_a_mini_batch_without_a_trained_token_moves_nothing():
     from megatron_rl.data.packing import pack_samples
 

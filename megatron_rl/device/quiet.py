@@ -1,0 +1,57 @@
+"""What Megatron-Core and torch say about themselves, and nobody who runs them can help: not shown.
+
+Each entry names the version that says it. Everything else they say still reaches the user.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+#: Beginnings (regular expressions) of warnings.
+WARNINGS = (
+    # Megatron 0.16 and 0.19 call the all-gather and reduce-scatter that torch 2.13 has renamed.
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
+    # Megatron 0.16's own default for CUDA graphs is one that it calls deprecated.
+    "full scope is deprecated",
+    # Megatron 0.19 imports its multimodal models with every optimizer.
+    "MimoModelConfig is experimental",
+    # Megatron 0.19 reads the common part of a checkpoint on each rank by itself, which is what it
+    # asks torch for, and passes the arguments of torch's load in their old order.
+    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+    "The argument order of load has been changed",
+)
+#: The same on a CPU only: that CUDA libraries are missing (six modules of Megatron 0.16 and 0.19 on
+#: import), and a setting of CUDA.
+CPU_WARNINGS = (
+    r"(Transformer Engine and )?Apex (is|are) not installed\. Falling back to",
+    ".* environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+)
+#: Logger -> beginning of what it is not to say.
+LOG_RECORDS = {
+    # 0.19 would have every model built from its HybridModel, whose stock layers want CUDA.
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # A CUDA build of torch on a machine without CUDA, once 0.19 imports the extension compiler.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+
+
+def silence(kind: str) -> None:
+    """Hide these on a device of this kind ("cpu" or "cuda"), from now on."""
+    for message in WARNINGS + (CPU_WARNINGS if kind == "cpu" else ()):
+        warnings.filterwarnings("ignore", message=message)
+    for name, beginning in LOG_RECORDS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Without) for known in logger.filters):
+            logger.addFilter(_Without(beginning))
+
+
+class _Without(logging.Filter):
+    """Lets everything through but records that begin with a text."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self._beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._beginning)

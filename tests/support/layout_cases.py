@@ -1,0 +1,174 @@
+"""The parallel layouts that have to train like a single process, and the models they are tried on.
+
+In the names: TP, PP, VPP, EP, ETP, CP, DP are tensor, pipeline, virtual pipeline, expert, expert
+tensor, context and data parallel size. Every case divides its loss per token
+(``calculate_per_token_loss``), and TP is with sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and the model it is tried on."""
+
+    name: str
+    ranks: int
+    parallel: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    one_per_pack: bool = False  #: the same packs under any data-parallel size
+    algorithm: Mapping[str, Any] = field(default_factory=dict)  #: other than plain rspo
+
+
+SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}
+GROUPS = {"router_num_groups": 4, "router_group_top_k": 2, "moe_top_k": 3}  # 3 of 4, not of 8
+SHARED = {"shared_expert_ffn_hidden_size": 48}
+GATED = {**SHARED, "shared_expert_gate": True}
+DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
+DENSE_STAGE = {"moe_layer_freq": [0, 0, 1, 1]}
+DEEPSEEK = {**SIGMOID, **GROUPS, **SHARED, **DENSE_FIRST, "router_scaling_factor": 2.5}
+MANY_EXPERTS = {"num_experts": 260, "moe_top_k": 4, "moe_ffn_hidden_size": 8}
+ODD = {"vocab_size": 127}  # tensor parallelism pads it
+AUX = {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.01}
+BF16 = {"dtype": "bf16"}
+TP2, PP2, EP2, CP2 = {"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}
+ETP2, EP4, CP4, PP4 = {"expert_tensor": 2}, {"expert": 4}, {"context": 4}, {"pipeline": 4}
+VPP2 = {**PP2, "virtual_pipeline": 2}
+ALLGATHER = {"dispatcher": "allgather"}
+SHARDED = {"distributed_optimizer": True}
+OVERLAPPED = {"overlap_grad_reduce": True}
+FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
+
+LAYOUTS = (
+    Case("TP2", 2, TP2),
+    Case("EP2", 2, EP2),
+    Case("EP4", 4, EP4),
+    Case("ETP2", 2, ETP2),
+    Case("PP2", 2, PP2),
+    Case("PP4", 4, PP4),
+    Case("PP2 VPP2", 2, VPP2),
+    Case("CP2", 2, CP2),
+    Case("CP4", 4, CP4),
+    Case("DP2", 2, {}),
+    Case("TP2 EP2", 2, {**TP2, **EP2}),
+    Case("TP2 ETP2", 2, {**TP2, **ETP2}),
+    Case("EP2 ETP2", 4, {**EP2, **ETP2}),
+    Case("TP2 EP2 ETP2", 4, {**TP2, **EP2, **ETP2}),
+    Case("TP2 PP2", 4, {**TP2, **PP2}),
+    Case("TP2 PP2 EP2", 4, {**TP2, **PP2, **EP2}),
+    Case("PP2 VPP2 EP2", 4, {**VPP2, **EP2}),
+    Case("CP2 EP2", 2, {**CP2, **EP2}),
+    Case("CP2 ETP2", 2, {**CP2, **ETP2}),
+    Case("CP2 TP2", 4, {**CP2, **TP2}),
+    Case("CP2 TP2 EP4", 4, {**CP2, **TP2, **EP4}),
+    Case("CP2 PP2", 4, {**CP2, **PP2}),
+    Case("CP2 PP2 VPP2", 4, {**CP2, **VPP2}),
+    Case("TP2 PP2 CP2", 8, {**TP2, **PP2, **CP2}),
+    Case("TP2 PP2 EP2 DP2", 8, {**TP2, **PP2, **EP2}),
+    Case("TP4 EP4", 8, {"tensor": 4, **EP4}, {"num_query_groups": 4}),
+    Case("EP8", 8, {"expert": 8}),
+    Case("TP2 PP2 VPP2 CP2 EP4", 8, {**TP2, **VPP2, **CP2, **EP4}),
+    Case("DP2 EP2", 4, EP2),
+    Case("TP2 DP2", 4, TP2),
+    Case("CP2 DP2", 4, CP2),
+)
+DISPATCHERS_AND_RECOMPUTATION = (
+    Case("EP2 allgather", 2, {**EP2, **ALLGATHER}),
+    Case("EP4 allgather", 4, {**EP4, **ALLGATHER}),
+    Case("TP2 EP2 allgather", 2, {**TP2, **EP2, **ALLGATHER}),
+    Case("TP2 ETP2 allgather", 2, {**TP2, **ETP2, **ALLGATHER}),
+    Case("TP2 EP2 ETP2 allgather", 4, {**TP2, **EP2, **ETP2, **ALLGATHER}),
+    Case("CP2 EP2 allgather", 2, {**CP2, **EP2, **ALLGATHER}),
+    Case("recompute full", 1, FULL),
+    Case("recompute selective", 1, SELECTIVE),
+    Case("TP2 PP2 EP2 recompute full", 4, {**TP2, **PP2, **EP2, **FULL}),
+    Case("TP2 EP2 recompute selective", 2, {**TP2, **EP2, **SELECTIVE}),
+    Case("PP2 VPP2 recompute full", 2, {**VPP2, **FULL}, {**SIGMOID, **AUX}),
+    Case("CP2 recompute full", 2, {**CP2, **FULL}),
+    Case("CP2 recompute selective", 2, {**CP2, **SELECTIVE}),
+)
+OPTIMIZERS = (
+    Case("DP2 overlapped", 2, OVERLAPPED),
+    Case("EP2 overlapped", 4, {**EP2, **OVERLAPPED}),
+    Case("PP2 VPP2 overlapped", 4, {**VPP2, **OVERLAPPED}),
+    Case("DP2 sharded optimizer", 2, SHARDED),
+    Case("EP2 sharded optimizer", 4, {**EP2, **SHARDED}),
+    Case("TP2 sharded optimizer", 4, {**TP2, **SHARDED}),
+    Case("CP2 sharded optimizer", 2, {**CP2, **SHARDED}),
+    Case("PP2 VPP2 sharded optimizer", 4, {**VPP2, **SHARDED}),
+    Case("PP4 sharded, tied embeddings", 8, {**PP4, **SHARDED}, {"tie_embeddings": True}),
+    Case("PP2 EP2 sharded, stage of dense", 4, {**PP2, **EP2, **SHARDED}, DENSE_STAGE),
+    Case("EP2 sharded, overlapped", 4, {**EP2, **SHARDED, **OVERLAPPED}),
+    Case("PP2 VPP2 EP2 sharded, overlapped", 4, {**VPP2, **EP2, **SHARDED, **OVERLAPPED}),
+)
+MODELS = (
+    Case("PP2, dense first layer", 2, PP2, DENSE_FIRST),
+    Case("TP2, dense first layer", 2, TP2, DENSE_FIRST),
+    Case("PP4, MoE in layers 2 and 4", 4, PP4, {"moe_layer_freq": [0, 1, 0, 1]}),
+    Case("PP2 VPP2, MoE every 2nd", 2, VPP2, {"moe_layer_freq": 2}),
+    Case("TP2 EP2, MoE every 2nd", 2, {**TP2, **EP2}, {"moe_layer_freq": 2}),
+    Case("TP2, shared expert", 2, TP2, SHARED),
+    Case("TP2 EP2, gated shared expert", 2, {**TP2, **EP2}, GATED),
+    Case("PP2, gated shared expert", 2, PP2, GATED),
+    Case("CP2 EP2, gated shared expert", 2, {**CP2, **EP2}, GATED),
+    Case("TP2, sigmoid and bias", 2, TP2, {**SIGMOID, "router_scaling_factor": 2.5}),
+    Case("EP2, sigmoid and bias", 2, EP2, SIGMOID),
+    Case("CP2, sigmoid and bias", 2, CP2, SIGMOID),
+    Case("PP2 VPP2 EP2, sigmoid, bias", 4, {**VPP2, **EP2}, {**SIGMOID, "moe_layer_freq": 2}),
+    Case("EP2, groups of experts", 2, EP2, {**SIGMOID, **GROUPS}),
+    Case("TP2 PP2, groups of experts", 4, {**TP2, **PP2}, {**SIGMOID, **GROUPS}),
+    Case("TP2 PP2 EP2, as DeepSeek", 4, {**TP2, **PP2, **EP2}, DEEPSEEK),
+    Case("TP2, softmax before top-K", 2, TP2, {"router_pre_softmax": True}),
+    Case("TP2, frozen router", 2, TP2, {"freeze_router": True}),
+    Case("TP2, bias on QKV, no QK norm", 2, TP2, {"qk_norm": False, "qkv_bias": True}),
+    Case("PP2, tied embeddings", 2, PP2, {"tie_embeddings": True}),
+    Case("TP2 PP2, tied embeddings", 4, {**TP2, **PP2}, {"tie_embeddings": True}),
+    Case("PP2 VPP2, tied embeddings", 2, VPP2, {"tie_embeddings": True}),
+    Case("TP2, odd vocabulary", 2, TP2, ODD),
+    Case("TP2 PP2, odd vocabulary, tied", 4, {**TP2, **PP2}, {**ODD, "tie_embeddings": True}),
+    Case("EP2, 260 experts", 2, EP2, MANY_EXPERTS),
+    Case("TP2 EP2, 260 experts", 2, {**TP2, **EP2}, MANY_EXPERTS),
+    Case("TP2 PP2 EP4, 260 experts", 8, {**TP2, **PP2, **EP4}, MANY_EXPERTS),
+)
+ROUTER_LOSSES = (
+    Case("TP2, aux and z loss", 2, TP2, AUX),
+    Case("TP2 EP2, aux and z loss", 2, {**TP2, **EP2}, AUX),
+    Case("PP2, aux and z loss", 2, PP2, AUX),
+    Case("TP2 PP2, aux and z loss", 4, {**TP2, **PP2}, AUX),
+    # The balancing loss is a pack's own: ranks that share the data must cut the same packs, and
+    # padding sequences for context parallelism must not change which share one.
+    Case("EP2, aux and z loss", 2, EP2, AUX, one_per_pack=True),
+    Case("TP2 DP2, aux and z loss", 4, TP2, AUX, one_per_pack=True),
+    Case("CP2, aux and z loss", 2, CP2, AUX, one_per_pack=True),
+    Case("CP2 TP2, aux and z loss", 4, {**CP2, **TP2}, AUX, one_per_pack=True),
+)
+#: In fp32, everything within `TOLERANCE` of a single process.
+CASES = (*LAYOUTS, *DISPATCHERS_AND_RECOMPUTATION, *OPTIMIZERS, *MODELS, *ROUTER_LOSSES)
+#: A difference above this is an error: fp32 rounding gives about 1e-6.
+TOLERANCE = 1e-5
+
+#: In bf16, each number within this times what bf16 changes in a single process.
+BF16_FACTOR = 2.0
+BF16_CASES = tuple(
+    Case(f"{name}, bf16", ranks, parallel, {**BF16, **model})
+    for name, ranks, parallel, model in (
+        ("TP2", 2, TP2, {}),
+        ("EP2", 2, EP2, {}),
+        ("EP4", 4, EP4, {}),
+        ("ETP2", 2, ETP2, {}),
+        ("PP2 VPP2", 2, VPP2, {}),
+        ("CP2", 2, CP2, {}),
+        ("TP2 EP2", 2, {**TP2, **EP2}, {}),
+        ("TP2 PP2 EP2", 4, {**TP2, **PP2, **EP2}, {}),
+        ("CP2 TP2", 4, {**CP2, **TP2}, {}),
+        ("TP2 PP2 CP2", 8, {**TP2, **PP2, **CP2}, {}),
+        ("DP2 sharded optimizer", 2, SHARDED, {}),
+        ("EP2 sharded optimizer", 4, {**EP2, **SHARDED}, {}),
+        ("recompute full", 1, FULL, {}),
+        ("TP2 PP2 EP2, as DeepSeek", 4, {**TP2, **PP2, **EP2}, DEEPSEEK),
+    )
+)
