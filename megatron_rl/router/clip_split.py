@@ -27,7 +27,7 @@ class ClipSplit:
     def add(self, distance: torch.Tensor, clipped: torch.Tensor, mask: torch.Tensor) -> None:
         """Count a pack: Delta fp32 [T], clipped bool [T], mask bool [T] (tokens that count)."""
         octave = distance.clamp(min=2.0**LOWEST_OCTAVE).log2() - LOWEST_OCTAVE
-        bins = 1 + (octave * BINS_PER_OCTAVE).floor().long().clamp(0, NUM_BINS - 2)
+        bins = 1 + (octave * BINS_PER_OCTAVE).clamp(0, NUM_BINS - 2).nan_to_num().long()
         bins = torch.where(distance > 0, bins, 0)
         self.counts.index_add_(1, bins, torch.stack([mask, mask & clipped]).double())
 
