@@ -167,8 +167,10 @@ def _build_routes(
 ) -> RoutedExperts | None:
     """The sampler's experts in a pack's row.
 
-    Where there are none (padding, the last token of a sequence) token t takes the experts t K, t K
-    + 1... mod E: different ones, as Megatron's dispatchers need, and spread over all experts.
+    The last token of a sequence, of which the sampler says nothing, takes those of the token before
+    it: nothing is predicted there, and the load that the expert bias follows is the same in any
+    pack. Padding at place t takes the experts t K, t K + 1... mod E: different ones, as Megatron's
+    dispatchers need, and spread over all experts.
     """
     if routing is None:
         return None
@@ -179,7 +181,9 @@ def _build_routes(
     for sample in samples:
         routed = sample.routed_experts
         columns = [routed.layers.index(layer) for layer in routing.layers]
-        ids[start : start + len(routed.ids)] = routed.ids[:, columns]
+        chosen = routed.ids[:, columns]
+        ids[start : start + len(chosen)] = chosen
+        ids[start + len(chosen)] = chosen[-1]
         start = round_up(start + len(sample.tokens), sequence_multiple)
     return RoutedExperts(ids, routing.layers)
 

@@ -68,15 +68,15 @@ class RouteReplay:
                 f"routes of layers {sorted(expert_ids)}; expected {sorted(routers)}, "
                 "which are the chunk's"
             )
-        queued = self._recomputes[chunk] and torch.is_grad_enabled()
-        for number, router in routers.items():
-            ids = expert_ids[number].long()
-            if ids.dim() != 2 or ids.shape[1] != router.topk:
+        for number, ids in expert_ids.items():
+            if ids.dim() != 2 or ids.shape[1] != routers[number].topk:
                 raise RouterError(
                     f"layer {number}: routes of shape {tuple(ids.shape)}; expected "
-                    f"[T_local, {router.topk}]"
+                    f"[T_local, {routers[number].topk}]"
                 )
-            replay = router.router_replay
+        queued = self._recomputes[chunk] and torch.is_grad_enabled()
+        for number, router in routers.items():
+            ids, replay = expert_ids[number].long(), router.router_replay
             if queued:
                 replay.set_target_indices(ids)
             else:
