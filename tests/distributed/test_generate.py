@@ -78,11 +78,16 @@ def routes(parallel, share):
     ("ranks", "parallel", "shares"),
     [
         (2, {"tensor": 2}, [(0, 5)] * 2),
-        (2, {"expert": 2}, [(0, 1), (1, 5)]),
+        pytest.param(2, {"expert": 2}, [(0, 1), (1, 5)], marks=pytest.mark.slow),
         (2, {"context": 2}, [(0, 5)] * 2),
-        (2, {"pipeline": 2}, [(0, 5)] * 2),
+        pytest.param(2, {"pipeline": 2}, [(0, 5)] * 2, marks=pytest.mark.slow),
         (2, {"pipeline": 2, "virtual_pipeline": 2}, [(0, 5)] * 2),
-        (4, {"tensor": 2, "pipeline": 2, "expert": 2}, [(0, 5)] * 4),
+        pytest.param(
+            4,
+            {"tensor": 2, "pipeline": 2, "expert": 2},
+            [(0, 5)] * 4,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["tensor", "expert", "context", "pipeline", "interleaved", "together"],
 )

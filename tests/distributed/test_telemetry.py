@@ -51,7 +51,7 @@ def single(name: str) -> dict:
         (2, {"expert": 2}),
         (2, {"context": 2}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
-        (2, {"expert_tensor": 2}),
+        pytest.param(2, {"expert_tensor": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"tensor": 2, "pipeline": 2, "expert": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"tensor": 2, "context": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"recompute": "full"}, marks=pytest.mark.slow),
