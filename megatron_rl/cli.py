@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import NoReturn, Sequence
 
 from megatron_rl import __version__
+from megatron_rl.config.algorithm import keeps_trace
 from megatron_rl.config.checks import check_config, input_files
-from megatron_rl.config.estimate import GIB, count_parameters, rank_memory, trace_bytes_per_token
+from megatron_rl.config.estimate import (
+    GIB,
+    count_parameters,
+    rank_memory,
+    trace_bytes,
+    trace_bytes_per_token,
+)
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
@@ -294,8 +301,18 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
         ("  activations", f"{_gib(memory.activations)} (approximate)"),
         ("  logits", f"{_gib(memory.logits)}"),
         ("router trace", f"{trace:,} bytes per token, over all stages"),
+        ("  of a batch", _batch_trace(config, ranks)),
         *((name, _file_state(path)) for name, path in input_files(config).items()),
     ]
+
+
+def _batch_trace(config: Config, ranks: int) -> str:
+    if not keeps_trace(config.algorithm):
+        return "none is kept"
+    longest = config.model.max_sequence_length
+    size = _gib(trace_bytes(config, ranks, longest))
+    place = "pinned host memory" if config.algorithm.trace_store == "pinned" else "device memory"
+    return f"at most {size} of {place} per rank, for sequences of {longest:,} tokens"
 
 
 def _gib(size: float) -> str:

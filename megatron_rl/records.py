@@ -27,6 +27,19 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """The experts that MoE routers chose for the tokens of a sequence, or of a pack.
+
+    Of a sampled sequence there are P + N - 1: the last token was never fed to the model (vLLM and
+    SGLang return as many). A pipeline stage of the built-in engine knows its own layers only, which
+    are all it needs; other engines give all of them.
+    """
+
+    ids: np.ndarray  #: uint8, int16 or int32 [tokens, L', K], global expert ids, different in a row
+    layers: tuple[int, ...]  #: L' global numbers (from 1) of MoE layers, ascending
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sampled answer to a prompt."""
 
@@ -35,6 +48,8 @@ class Completion:
     logprobs: np.ndarray
     finished: bool  #: True: it ended with the end-of-sequence token; False: cut at the length limit
     text: str  #: decoded, without special tokens
+    #: of prompt and answer, P + N - 1 tokens; None: the engine was not asked, or cannot tell
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class Sample:
     prompt_length: int  #: P; tokens[P:] are trained on
     advantage: float = 1.0
     rollout_logprobs: np.ndarray | None = None  #: float32 [N]
+    routed_experts: RoutedExperts | None = None  #: the sampler's, of P + N - 1 tokens
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,7 @@ class Pack:
     advantages: np.ndarray  #: float32 [T], the sequence's advantage at every position; 0 on padding
     rollout_logprobs: np.ndarray | None = None  #: float32 [T], 0 outside the mask
     sequence_multiple: int = 1  #: sequences begin at multiples of it
+    routed_experts: RoutedExperts | None = None  #: the sampler's, of T tokens; see `data.packing`
 
     @property
     def num_tokens(self) -> int:

@@ -63,3 +63,6 @@ class LossOutputs:
     loss_sum: torch.Tensor  #: 0-d, attached to ``logprobs``
     denominator: torch.Tensor  #: 0-d, detached: trained tokens or trained sequences
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  #: name -> (sum, count), 0-d, detached
+    #: bool [T], where the clip is active (of the token's sequence, where sequences are clipped);
+    #: meaningless outside the mask; None: the loss clips nothing
+    clipped: torch.Tensor | None = None

@@ -8,23 +8,29 @@ the experts chosen with the bias.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatron_rl.algorithms.aggregate import SumAndCount, make_segments, over_tokens
 from megatron_rl.algorithms.ratios import at_least_float32
 
-#: How the layers' distances d_l become one: their mean, or the largest of them.
-LAYERS = ("mean", "max")
+#: How the layers' distances d_l become one: their mean, the largest, or a quantile of them.
+LAYERS = ("mean", "max", "quantile")
 
 
 def shift_distance(
-    new_logprobs: torch.Tensor, old_logprobs: torch.Tensor, layers: str = "mean"
+    new_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    layers: str = "mean",
+    quantile: float = 1.0,
 ) -> torch.Tensor:
     """sum_l 1/K sum_k |log r_new,l(e(l,k)) - log r_old,l(e(l,k))|: [T, L, K] -> [T], nats.
 
     L may be the layers of one pipeline stage, even none: distances of stages are added BEFORE
     ``shift_weight``. With ``layers`` max: max_l instead of sum_l, and of stages the largest; then
-    ``shift_weight`` takes num_layers 1. Raises ValueError unless both are [T, L, K].
+    ``shift_weight`` takes num_layers 1. With ``layers`` quantile: ``layer_quantile``, of the layers
+    of the whole model, and num_layers 1. Raises ValueError unless both are [T, L, K].
     """
     if new_logprobs.dim() != 3 or new_logprobs.shape != old_logprobs.shape:
         raise ValueError(
@@ -32,20 +38,40 @@ def shift_distance(
             f"{tuple(old_logprobs.shape)}; expected two [T, L, K] of one shape; score OLD experts"
         )
     difference = at_least_float32(new_logprobs) - at_least_float32(old_logprobs)
-    return over_layers(difference.abs().mean(dim=2), layers)
+    return over_layers(difference.abs().mean(dim=2), layers, quantile)
 
 
-def over_layers(distances: torch.Tensor, layers: str) -> torch.Tensor:
-    """Distances [T, L] of these layers -> [T]: the sum ("mean") or maximum ("max"); L may be 0."""
+def over_layers(distances: torch.Tensor, layers: str, quantile: float = 1.0) -> torch.Tensor:
+    """Distances [T, L] of these layers -> [T]: the sum ("mean"), maximum ("max") or
+    ``layer_quantile``. L may be 0 but for the last, which is over all layers of the model.
+    """
     if layers not in LAYERS:
         raise ValueError(f"found layers {layers!r}; expected one of {', '.join(LAYERS)}")
+    if layers == "quantile":
+        return layer_quantile(distances, quantile)
     if layers == "mean" or distances.shape[1] == 0:
         return distances.sum(dim=1)
     return distances.amax(dim=1)
 
 
+def layer_quantile(distances: torch.Tensor, quantile: float) -> torch.Tensor:
+    """min{d_l : at least quantile * L of the layers have a distance <= d_l}, [T, L] -> [T].
+
+    The ceil(quantile L)-th smallest, one of the layers' own distances, without interpolation. 1:
+    the maximum. Raises ValueError for L = 0 or a quantile outside (0, 1].
+    """
+    num_layers = distances.shape[1]
+    if num_layers < 1 or not 0.0 < quantile <= 1.0:
+        raise ValueError(
+            f"found quantile={quantile} over {num_layers} layers; expected one in (0, 1] and at "
+            "least one MoE layer"
+        )
+    rank = math.ceil(quantile * num_layers - 1e-9)  # 0.07 * 100 is a little above 7
+    return distances.kthvalue(max(rank, 1), dim=1).values
+
+
 def layer_divisor(num_layers: int, layers: str) -> int:
-    """``num_layers`` for ``shift_weight``: L of the whole model for a sum, 1 for a maximum."""
+    """``num_layers`` for ``shift_weight``: L of the whole model for a sum, else 1."""
     return num_layers if layers == "mean" else 1
 
 

@@ -13,6 +13,11 @@ def uses_router_shift(algorithm: AlgorithmConfig) -> bool:
     return algorithm.name in ROUTER_SHIFT_LOSSES
 
 
+def keeps_trace(algorithm: AlgorithmConfig) -> bool:
+    """Whether the scoring pass records the routers: for their shift, or to replay them."""
+    return uses_router_shift(algorithm) or algorithm.routing_replay != "none"
+
+
 def mismatch_high(algorithm: AlgorithmConfig) -> float:
     """The upper bound of pi_old / mu, or the default of the kind of weight."""
     if algorithm.mismatch_high is not None:

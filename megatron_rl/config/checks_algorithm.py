@@ -8,6 +8,7 @@ from typing import Callable
 from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
 from megatron_rl.config.names import (
     ADVANTAGE_NAMES,
+    ENGINES_WITH_ROUTES,
     GEOMETRIC_LOSSES,
     LOSS_NAMES,
     LOSS_SETTINGS,
@@ -83,6 +84,23 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
             f"algorithm.router_shift.normalise is {shift.normalise} with mode token_weight, whose "
             "mean is the same whatever gamma is divided by; expected none"
         )
+    default = type(shift).model_fields["quantile"].default
+    if shift.quantile != default and shift.layers != "quantile":
+        raise UserError(
+            f"algorithm.router_shift.quantile is {shift.quantile:g} with layers {shift.layers}, "
+            "which has none; expected algorithm.router_shift.layers quantile, or the default"
+        )
+
+
+def replayed_routes_are_returned(config: Config) -> None:
+    """R3 replays the sampler's experts, so the engine has to tell them."""
+    engine = config.rollout.engine
+    if config.algorithm.routing_replay == "r3" and engine not in ENGINES_WITH_ROUTES:
+        raise UserError(
+            f"algorithm.routing_replay is r3 with rollout.engine {engine}, which does not return "
+            f"the experts of its tokens; expected {' or '.join(ENGINES_WITH_ROUTES)}; change the "
+            "engine, or take r2"
+        )
 
 
 def mismatch_bounds_are_in_order(config: Config) -> None:
@@ -122,6 +140,7 @@ ALGORITHM_RULES: tuple[Callable[[Config], None], ...] = (
     advantages_are_known,
     router_shift_losses_have_it,
     router_shift_variants_have_an_effect,
+    replayed_routes_are_returned,
     mismatch_bounds_are_in_order,
     kl_penalty_has_a_reference,
     overlong_buffer_fits,

@@ -90,13 +90,37 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
     return total + model.num_experts * routed, active
 
 
+def expert_id_bytes(num_experts: int) -> int:
+    """Bytes of the smallest integer that holds an expert's id: uint8, int16 or int32."""
+    return 1 if num_experts <= 2**8 else 2 if num_experts <= 2**15 else 4
+
+
 def trace_bytes_per_token(model: ModelConfig) -> int:
     """Router trace: MoE layers x K x (bytes of an expert id + 4 for its log-probability).
 
-    An id takes 1 byte up to 256 experts, 2 up to 65536, else 4. Over all pipeline stages.
+    Over all pipeline stages.
     """
-    id_bytes = 1 if model.num_experts <= 2**8 else 2 if model.num_experts <= 2**16 else 4
-    return sum(moe_layers(model)) * model.moe_top_k * (id_bytes + 4)
+    return sum(moe_layers(model)) * _trace_bytes_per_layer(model)
+
+
+def trace_bytes(config: Config, world_size: int, longest: int) -> int:
+    """Router trace of a rollout batch on the fullest rank, if all sequences have ``longest``
+    tokens; the padding of packs is not counted.
+
+    Tokens: prompts_per_step x samples_per_prompt x longest / (data x tensor x context), times the
+    MoE layers of a pipeline stage.
+    """
+    rollout, parallel = config.rollout, config.parallel
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    ranks = data_parallel_size(parallel, world_size) * parallel.tensor * parallel.context
+    is_moe = moe_layers(config.model)
+    stages = stage_layers(config.model.num_layers, parallel)
+    layers = max(sum(is_moe[layer] for layer in stage) for stage in stages)
+    return sequences * longest * layers * _trace_bytes_per_layer(config.model) // ranks
+
+
+def _trace_bytes_per_layer(model: ModelConfig) -> int:
+    return model.moe_top_k * (expert_id_bytes(model.num_experts) + 4)
 
 
 def rank_memory(config: Config, world_size: int) -> Memory:

@@ -229,8 +229,10 @@ class RouterShiftConfig(Section):
     the weight of a token in the geometric mean of gspo, gmpo and rspo."""
     normalise: Literal["none", "batch_mean"] = "none"
     """batch_mean: divide gamma by its mean over the mini-batch; costs one more forward pass."""
-    layers: Literal["mean", "max"] = "mean"
+    layers: Literal["mean", "max", "quantile"] = "mean"
     """How the distances of the MoE layers become one; mean: the paper."""
+    quantile: float = Field(0.9, gt=0.0, le=1.0)
+    """layers quantile: the share of the MoE layers that have moved no further; 1: the maximum."""
 
 
 class AlgorithmConfig(Section):
@@ -244,6 +246,11 @@ class AlgorithmConfig(Section):
     """A name of ``megatron_rl.algorithms.ADVANTAGES``."""
     router_shift: RouterShiftConfig = RouterShiftConfig()
     """The per-token weight against drifting routers."""
+    routing_replay: Literal["none", "r2", "r3"] = "none"
+    """r2: in the update every token takes the experts of the scoring pass; r3: in the scoring pass
+    and the update those of the sampler. The routers still learn, by the weights they give."""
+    trace_store: Literal["device", "pinned"] = "device"
+    """Where the router trace waits for the update; pinned: host memory (the same on a CPU)."""
     mismatch: Literal["none", "tis", "mis_token", "mis_sequence", "icepop"] = "none"
     """Weight on the loss for what sampler and scoring pass disagree in, pi_old / mu."""
     mismatch_low: float = Field(0.5, ge=0.0)

@@ -5,14 +5,25 @@ Shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Sequence, TypeVar
 
 import numpy as np
 
+from megatron_rl.config.estimate import expert_id_bytes
 from megatron_rl.errors import UserError
-from megatron_rl.records import Pack, Sample
+from megatron_rl.records import Pack, RoutedExperts, Sample
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which of the sampler's experts packs carry."""
+
+    layers: tuple[int, ...]  #: global numbers (from 1) of the MoE layers, those of this rank
+    top_k: int  #: K
+    num_experts: int  #: E
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -53,6 +64,7 @@ def pack_samples(
     vocab_size: int,
     with_rollout_logprobs: bool | None = None,
     sequence_multiple: int = 1,
+    routing: Routing | None = None,
 ) -> list[Pack]:
     """Packs of T = ``pack_tokens`` tokens by the plan of ``plan_packs``, followed by empty packs up
     to ``num_packs``. Each sequence takes a multiple of ``sequence_multiple`` tokens, the last of
@@ -60,13 +72,16 @@ def pack_samples(
 
     Padding holds the token ids t mod ``vocab_size`` at position t: one id everywhere would send all
     padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs carry
-    them; None: as the samples do (an empty list of samples cannot tell). ValueError: more packs
-    than ``num_packs``, or samples that lack what is asked for.
+    them; None: as the samples do (an empty list of samples cannot tell). ``routing``: the packs
+    carry the sampler's experts of these layers. ValueError: more packs than ``num_packs``, or
+    samples that lack what is asked for.
     """
     if with_rollout_logprobs is None:
         with_rollout_logprobs = any(sample.rollout_logprobs is not None for sample in samples)
     for index, sample in enumerate(samples):
         _check_sample(index, sample, with_rollout_logprobs)
+        if routing is not None:
+            _check_routes(index, sample, routing)
     plan = plan_packs(
         [round_up(len(sample.tokens), sequence_multiple) for sample in samples], pack_tokens
     )
@@ -81,6 +96,7 @@ def pack_samples(
             vocab_size,
             with_rollout_logprobs,
             sequence_multiple,
+            routing,
         )
         for members in plan
     ]
@@ -103,6 +119,7 @@ def _build_pack(
     vocab_size: int,
     with_rollout_logprobs: bool,
     sequence_multiple: int,
+    routing: Routing | None,
 ) -> Pack:
     """One pack. Position t of a sequence predicts its token t + 1; its last position predicts
     nothing.
@@ -138,7 +155,37 @@ def _build_pack(
         advantages,
         logprobs,
         sequence_multiple,
+        _build_routes(samples, pack_tokens, sequence_multiple, routing),
     )
+
+
+def _build_routes(
+    samples: Sequence[Sample],
+    pack_tokens: int,
+    sequence_multiple: int,
+    routing: Routing | None,
+) -> RoutedExperts | None:
+    """The sampler's experts in a pack's row.
+
+    The last token of a sequence, of which the sampler says nothing, takes those of the token before
+    it: nothing is predicted there, and the load that the expert bias follows is the same in any
+    pack. Padding at place t takes the experts t K, t K + 1... mod E: different ones, as Megatron's
+    dispatchers need, and spread over all experts.
+    """
+    if routing is None:
+        return None
+    first = np.arange(pack_tokens)[:, None] * routing.top_k + np.arange(routing.top_k)
+    filler = (first % routing.num_experts).astype(_id_type(routing.num_experts))
+    ids = np.repeat(filler[:, None], len(routing.layers), axis=1)
+    start = 0
+    for sample in samples:
+        routed = sample.routed_experts
+        columns = [routed.layers.index(layer) for layer in routing.layers]
+        chosen = routed.ids[:, columns]
+        ids[start : start + len(chosen)] = chosen
+        ids[start + len(chosen)] = chosen[-1]
+        start = round_up(start + len(sample.tokens), sequence_multiple)
+    return RoutedExperts(ids, routing.layers)
 
 
 def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> None:
@@ -156,3 +203,31 @@ def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> No
             raise ValueError(
                 f"sample {index}: {found} rollout log-probabilities for {length - prompt} tokens"
             )
+
+
+def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
+    """Experts of every token but the last, for all layers asked for, K different ones below E."""
+    routed = sample.routed_experts
+    if routed is None:
+        raise ValueError(f"sample {index} has no experts of the sampler")
+    missing = sorted(set(routing.layers) - set(routed.layers))
+    if missing:
+        raise ValueError(f"sample {index} has no experts of the sampler in layers {missing}")
+    expected = (len(sample.tokens) - 1, len(routed.layers), routing.top_k)
+    if routed.ids.shape != expected:
+        raise ValueError(
+            f"sample {index}: the sampler's experts have shape {routed.ids.shape}; expected "
+            f"{expected}: one token fewer than the sequence, layers, experts a token"
+        )
+    ordered = np.sort(routed.ids, axis=-1).astype(np.int64)
+    if ordered.size and (ordered.min() < 0 or ordered.max() >= routing.num_experts):
+        raise ValueError(
+            f"sample {index}: the sampler's experts are {ordered.min()} to {ordered.max()}; "
+            f"expected 0 to {routing.num_experts - 1}"
+        )
+    if (np.diff(ordered, axis=-1) == 0).any():
+        raise ValueError(f"sample {index}: the sampler sent a token to one expert twice")
+
+
+def _id_type(num_experts: int) -> np.dtype:
+    return {1: np.uint8, 2: np.int16, 4: np.int32}[expert_id_bytes(num_experts)]

@@ -42,9 +42,9 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, device: Device
+    model: ModelConfig, parallel: ParallelConfig, device: Device, *, routing_replay: bool = False
 ) -> TransformerConfig:
-    """Megatron's configuration of the same model."""
+    """Megatron's configuration of the same model. ``routing_replay``: see `router.replay`."""
     dtype = DTYPES[model.dtype]
     on_cuda_with_te = uses_transformer_engine(model, device)
     recompute = {
@@ -88,6 +88,7 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
         moe_grouped_gemm=on_cuda_with_te,
+        moe_enable_routing_replay=routing_replay,
         **_moe_fields(model, parallel),
         **_parallel_fields(parallel),
         **recompute,

@@ -77,10 +77,38 @@ PLOTS: tuple[Plot, ...] = (
         "layers",
     ),
     Plot(
+        "router_distance_max",
+        "Largest router distance by layer",
+        "Largest over tokens of |new - old| log-probability of the old experts. Dashed: all.",
+        (("router/distance_max", "all layers"),),
+        "layers",
+        log=True,
+    ),
+    Plot(
+        "floor_fraction",
+        "Floored tokens by layer",
+        "Tokens whose exp(-distance) of the layer alone is below the floor. Dashed: gamma itself.",
+        (("router/floor_fraction", "gamma"),),
+        "layers",
+        percent=True,
+    ),
+    Plot(
         "clip_fraction",
         "Clipped and floored tokens",
         "Tokens with a clipped ratio; tokens with gamma at the floor.",
         (("clip_fraction", "ratio clipped"), ("router/floor_fraction", "gamma at floor")),
+        percent=True,
+    ),
+    Plot(
+        "clip_by_gamma",
+        "Clipped tokens by router shift",
+        "Clipped share of each quarter of the step's tokens, by gamma.",
+        (
+            ("clip_fraction/gamma_q1", "smallest gamma"),
+            ("clip_fraction/gamma_q2", "second"),
+            ("clip_fraction/gamma_q3", "third"),
+            ("clip_fraction/gamma_q4", "largest gamma"),
+        ),
         percent=True,
     ),
     Plot(
@@ -108,6 +136,13 @@ PLOTS: tuple[Plot, ...] = (
         "Expert load",
         "Load of the busiest expert / mean load; 1 is perfect balance. Dashed: all.",
         (("router/load_max_over_mean", "all layers"),),
+        "layers",
+    ),
+    Plot(
+        "router_entropy",
+        "Router entropy",
+        "Entropy of the routers' distribution over experts, nat. Dashed: all.",
+        (("router/entropy", "all layers"),),
         "layers",
     ),
     Plot(

@@ -87,6 +87,7 @@ def to_samples(groups: Sequence[ScoredGroup], advantages: np.ndarray) -> list[Sa
                     prompt_length=len(prompt),
                     advantage=float(advantage),
                     rollout_logprobs=completion.logprobs,
+                    routed_experts=completion.routed_experts,
                 )
             )
     return samples

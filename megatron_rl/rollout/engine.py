@@ -24,10 +24,11 @@ class SamplingSettings:
     seed: int = (
         0  #: with the prompt's index and the sample's number it determines an answer's randomness
     )
+    routes: bool = False  #: completions carry the experts of their tokens
 
 
 def sampling_settings(
-    rollout: RolloutConfig, *, samples: int, greedy: bool, seed: int
+    rollout: RolloutConfig, *, samples: int, greedy: bool, seed: int, routes: bool = False
 ) -> SamplingSettings:
     """As the configuration says, for these many answers."""
     return SamplingSettings(
@@ -38,6 +39,7 @@ def sampling_settings(
         top_k=rollout.top_k,
         greedy=greedy,
         seed=seed,
+        routes=routes,
     )
 
 

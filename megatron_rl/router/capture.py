@@ -78,8 +78,8 @@ class RouterCapture:
         return watch
 
     @contextlib.contextmanager
-    def _pass(self, chunk: int, observe: _Observer) -> Iterator[None]:
-        """Send each router's firing to ``observe``; at the end each router of the chunk must have
+    def _pass(self, chunks: Sequence[int], observe: _Observer) -> Iterator[None]:
+        """Send each router's firing to ``observe``; at the end each router of the chunks must have
         fired once.
         """
         if self._observer is not None:
@@ -95,53 +95,80 @@ class RouterCapture:
             yield
         finally:
             self._observer = None
-        if sorted(fired) != sorted(self._routers[chunk]):
+        expected = list(self.layers_of(*chunks))
+        if sorted(fired) != expected:
             raise RouterError(
-                f"routers fired in layers {sorted(fired)}; "
-                f"expected each of {sorted(self._routers[chunk])} once"
+                f"routers fired in layers {sorted(fired)}; expected each of {expected} once"
             )
 
     @contextlib.contextmanager
-    def record(self, chunk: int) -> Iterator[RouterTrace]:
+    def record(self, chunk: int, store: str = "device") -> Iterator[RouterTrace]:
         """The forward passes inside fill the yielded trace: the old policy's choice and its
-        log-probabilities.
+        log-probabilities. ``store``: "device", or "pinned" host memory.
         """
         trace: dict[int, LayerTrace] = {}
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
             router = self._routers[chunk][number]
-            chosen = routing_map.int().topk(router.topk, dim=1).indices.sort(dim=1).values
+            chosen = _chosen(routing_map, router.topk)
             logprobs = score_logprobs(logits, chosen, router.score_function)
-            trace[number] = LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
+            layer = LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
+            trace[number] = layer.pinned() if store == "pinned" else layer
 
-        with self._pass(chunk, observe):
+        with self._pass([chunk], observe):
             yield trace
+
+    @contextlib.contextmanager
+    def record_routes(self) -> Iterator[dict[int, torch.Tensor]]:
+        """The forward pass through all chunks of this rank inside fills the yielded dict: global
+        layer number -> expert ids [T_local, K], ascending, in the smallest integer type.
+        """
+        routers = {n: router for chunk in self._routers for n, router in chunk.items()}
+        routes: dict[int, torch.Tensor] = {}
+
+        def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+            chosen = _chosen(routing_map, routers[number].topk)
+            routes[number] = chosen.to(id_dtype(logits.shape[-1]))
+
+        with self._pass(range(len(self._routers)), observe):
+            yield routes
+
+    def layers_of(self, *chunks: int) -> tuple[int, ...]:
+        """Global numbers (from 1) of the MoE layers of these chunks, of all if none is named,
+        ascending.
+        """
+        named = chunks or range(len(self._routers))
+        return tuple(sorted(number for chunk in named for number in self._routers[chunk]))
 
     @contextlib.contextmanager
     def compare(
         self,
         chunk: int,
-        trace: RouterTrace,
+        trace: RouterTrace | None,
         mask: torch.Tensor,
-        telemetry: RouterTelemetry,
+        telemetry: RouterTelemetry | None,
         layers: str = "mean",
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """Measure the distance of the pass inside to the trace, per token.
 
         Args:
             chunk: index of the model chunk that runs.
-            trace: of the same tokens, from `record`.
+            trace: of the same tokens, from `record`; None: there is no distance, only telemetry.
             mask: bool [T_local], tokens that count in the telemetry.
-            telemetry: receives the per-layer sums.
-            layers: "mean" or "max": the sum or the maximum over the layers.
+            telemetry: receives the per-layer sums; None: nothing is counted.
+            layers: how the layers' distances mean_k |new - old| become one, see `DistanceRelay`.
 
         Yields:
-            A function that gives fp32 [T_local]: the sum (maximum) over this chunk's layers of
-            mean_k |new - old|.
+            A function that gives, of this chunk's layers, the sum ("mean") or the maximum ("max")
+            fp32 [T_local], or all of them ("quantile") fp32 [L_chunk, T_local].
         """
         distances: list[torch.Tensor] = []
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+            if telemetry is not None:
+                telemetry.add_choice(number - 1, mask, _entropy(logits), routing_map)
+            if trace is None:
+                return
             old = trace[number]
             if len(old.expert_ids) != len(logits):
                 raise RouterError(
@@ -152,17 +179,19 @@ class RouterCapture:
             new = score_logprobs(logits, ids, self._routers[chunk][number].score_function)
             distance = (new - old.logprobs).abs().mean(dim=1)
             distances.append(distance)
-            overlap = routing_map.gather(1, ids).float().mean(dim=1)
-            telemetry.add(number - 1, mask, distance, overlap, _entropy(logits), routing_map)
+            if telemetry is not None:
+                overlap = routing_map.gather(1, ids).float().mean(dim=1)
+                telemetry.add_shift(number - 1, mask, distance, overlap)
 
-        def total() -> torch.Tensor:
-            if not distances:
-                return torch.zeros(len(mask), device=mask.device)
-            stacked = torch.stack(distances)
-            return stacked.amax(0) if layers == "max" else stacked.sum(0)
+        def over_layers() -> torch.Tensor:
+            none = torch.zeros(0, len(mask), device=mask.device)
+            stacked = torch.stack(distances) if distances else none
+            if layers == "quantile":
+                return stacked
+            return stacked.amax(0) if layers == "max" and distances else stacked.sum(0)
 
-        with self._pass(chunk, observe):
-            yield total
+        with self._pass([chunk], observe):
+            yield over_layers
 
 
 def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -176,6 +205,11 @@ def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str)
     if score_function == "sigmoid":
         return F.logsigmoid(picked)
     return picked - logits.logsumexp(dim=1, keepdim=True)
+
+
+def _chosen(routing_map: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The K experts of each token, ascending: bool [T, E] -> int64 [T, K]."""
+    return routing_map.int().topk(top_k, dim=1).indices.sort(dim=1).values
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the routers did in a step, per layer: shift, overlap with the old choice, entropy, load."""
+"""What the routers did in a step, per layer: load, entropy, shift, overlap with the old choice."""
 
 from __future__ import annotations
 
@@ -6,61 +6,118 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_rl.router.clip_split import ClipSplit, quartile_fractions
+
+#: Sums over tokens: of the routers' choice, and of its distance to a trace.
+_CHOICE = ("tokens", "entropy")
+_SHIFT = ("compared", "distance", "shift", "floored", "overlap")
+
 
 class RouterTelemetry:
-    """Sums over the real tokens of a step; reduced once at its end.
+    """Sums over the real tokens of a step; reduced once at its end, nothing is read back before.
 
     Every rank holds sums of the layers and tokens it saw and zeros elsewhere, so one sum over all
     ranks is right under any split: pipeline stages hold other layers, tensor (sequence-parallel),
-    context and data ranks other tokens.
+    context and data ranks other tokens; expert-parallel ranks route their own tokens only. The clip
+    split counts whole packs on every tensor and context rank of the last stage, each token as often
+    as any other, so its fractions are right as well.
     """
 
-    COLUMNS = ("tokens", "distance", "overlap", "entropy")
+    COLUMNS = (*_CHOICE, *_SHIFT)
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
+    def __init__(
+        self, num_layers: int, num_experts: int, device: torch.device, floor: float = 0.0
+    ) -> None:
+        """floor: of gamma; tokens of a layer with exp(-distance) below it are counted."""
         self.sums = torch.zeros(num_layers, len(self.COLUMNS), dtype=torch.float64, device=device)
         self.load = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=device)
+        self.furthest = torch.zeros(num_layers, dtype=torch.float64, device=device)
+        self.clip_split = ClipSplit(device)
+        self._floor = floor
 
-    def add(
-        self,
-        layer: int,
-        mask: torch.Tensor,
-        distance: torch.Tensor,
-        overlap: torch.Tensor,
-        entropy: torch.Tensor,
-        routing_map: torch.Tensor,
+    def add_choice(
+        self, layer: int, mask: torch.Tensor, entropy: torch.Tensor, routing_map: torch.Tensor
     ) -> None:
-        """Count one pack of layer ``layer`` (from 0): mask, distance, overlap, entropy [T_local],
-        map bool [T_local, E].
+        """Count one pack of layer ``layer`` (from 0): mask, entropy [T_local], map bool [T_local,
+        E].
         """
-        weights = mask.to(distance.dtype)
-        columns = torch.stack([torch.ones_like(distance), distance, overlap, entropy])
-        self.sums[layer] += columns @ weights
+        weights = mask.to(entropy.dtype)
+        columns = torch.stack([torch.ones_like(entropy), entropy])
+        self.sums[layer, : len(_CHOICE)] += columns @ weights
         self.load[layer] += weights @ routing_map.to(weights.dtype)
 
+    def add_shift(
+        self, layer: int, mask: torch.Tensor, distance: torch.Tensor, overlap: torch.Tensor
+    ) -> None:
+        """Count how far a pack of layer ``layer`` is from its trace: all [T_local]."""
+        weights, shift = mask.to(distance.dtype), (-distance).exp()
+        floored = (shift < self._floor).to(distance.dtype)
+        columns = torch.stack([torch.ones_like(distance), distance, shift, floored, overlap])
+        self.sums[layer, len(_CHOICE) :] += columns @ weights
+        furthest = torch.where(mask, distance, 0.0).max().double()
+        self.furthest[layer] = torch.maximum(self.furthest[layer], furthest)
+
     def reduce(self, world: ProcessGroup) -> dict[str, float]:
-        """Metrics of the step over all ranks; names as in observe/README.md. A collective; one host
-        copy.
+        """Metrics of the step over all ranks; names as in observe/README.md. A collective: one sum,
+        one maximum, one wait for the device.
         """
-        flat = torch.cat([self.sums.flatten(), self.load.flatten()])
+        parts = (self.sums, self.load, self.clip_split.counts)
+        flat, furthest = torch.cat([part.flatten() for part in parts]), self.furthest.clone()
         if world.size() > 1:
             dist.all_reduce(flat, group=world)
-        flat = flat.cpu()
-        sums = flat[: self.sums.numel()].view_as(self.sums)
-        load = flat[self.sums.numel() :].view_as(self.load)
-        layers = [i for i in range(len(sums)) if sums[i, 0] > 0]
-        if not layers:
-            return {}
-        means = sums[layers, 1:] / sums[layers, :1]
-        peaks = load[layers].max(dim=1).values / load[layers].mean(dim=1)
-        metrics = {
-            "router/distance_mean": means[:, 0].mean(),
-            "router/top_k_overlap": means[:, 1].mean(),
-            "router/entropy": means[:, 2].mean(),
-            "router/load_max_over_mean": peaks.mean(),
+            dist.all_reduce(furthest, op=dist.ReduceOp.MAX, group=world)
+        *flats, furthest = (
+            torch.cat([flat, furthest])
+            .cpu()
+            .split([*(part.numel() for part in parts), len(furthest)])
+        )
+        sums, load, clip_counts = (f.view_as(part) for f, part in zip(flats, parts))
+        metrics = _choice_metrics(sums, load) | self._shift_metrics(sums, furthest)
+        for number, fraction in enumerate(quartile_fractions(clip_counts), start=1):
+            metrics[f"clip_fraction/gamma_q{number}"] = fraction
+        return metrics
+
+    def _shift_metrics(self, sums: torch.Tensor, furthest: torch.Tensor) -> dict[str, float]:
+        means = _layer_means(sums[:, len(_CHOICE) :])
+        columns = {
+            "router/distance_mean": 0,
+            "router/shift_mean": 1,
+            "router/floor_fraction": 2,
+            "router/top_k_overlap": 3,
         }
-        for row, layer in enumerate(layers):
-            metrics[f"router/distance_mean/layer_{layer:02d}"] = means[row, 0]
-            metrics[f"router/top_k_overlap/layer_{layer:02d}"] = means[row, 1]
-            metrics[f"router/load_max_over_mean/layer_{layer:02d}"] = peaks[row]
-        return {name: float(value) for name, value in metrics.items()}
+        if self._floor <= 0:
+            del columns["router/floor_fraction"]
+        metrics = {}
+        for layer, row in means.items():
+            for name, column in columns.items():
+                metrics[f"{name}/layer_{layer:02d}"] = row[column]
+            metrics[f"router/distance_max/layer_{layer:02d}"] = float(furthest[layer])
+        for name in ("router/distance_mean", "router/top_k_overlap"):
+            metrics |= _mean_of_layers(name, [row[columns[name]] for row in means.values()])
+        if means:
+            metrics["router/distance_max"] = float(furthest.max())
+        return metrics
+
+
+def _choice_metrics(sums: torch.Tensor, load: torch.Tensor) -> dict[str, float]:
+    means = _layer_means(sums[:, : len(_CHOICE)])
+    entropies = {layer: row[0] for layer, row in means.items()}
+    peaks = {layer: float(load[layer].max() / load[layer].mean()) for layer in means}
+    metrics = {}
+    for name, values in (("router/entropy", entropies), ("router/load_max_over_mean", peaks)):
+        metrics |= {f"{name}/layer_{layer:02d}": value for layer, value in values.items()}
+        metrics |= _mean_of_layers(name, list(values.values()))
+    return metrics
+
+
+def _layer_means(sums: torch.Tensor) -> dict[int, list[float]]:
+    """Columns [L, 1 + n], the first a count -> the means of the layers that have tokens."""
+    return {
+        layer: (sums[layer, 1:] / sums[layer, 0]).tolist()
+        for layer in range(len(sums))
+        if sums[layer, 0] > 0
+    }
+
+
+def _mean_of_layers(name: str, values: list[float]) -> dict[str, float]:
+    return {name: sum(values) / len(values)} if values else {}

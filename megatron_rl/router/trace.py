@@ -9,6 +9,8 @@ from typing import Mapping
 
 import torch
 
+from megatron_rl.config.estimate import expert_id_bytes
+
 
 @dataclass(frozen=True)
 class LayerTrace:
@@ -21,18 +23,39 @@ class LayerTrace:
     expert_ids: torch.Tensor  #: uint8, int16 or int32 [T_local, K], ascending
     logprobs: torch.Tensor  #: fp32 [T_local, K]
 
+    def pinned(self) -> LayerTrace:
+        """The same in page-locked host memory; itself if it is on the CPU already."""
+        return LayerTrace(_pinned(self.expert_ids), _pinned(self.logprobs))
+
+    def to(self, device: torch.device) -> LayerTrace:
+        """The same on the device; itself if it is there."""
+        return LayerTrace(
+            self.expert_ids.to(device, non_blocking=True),
+            self.logprobs.to(device, non_blocking=True),
+        )
+
 
 #: Trace of one pack on one pipeline stage: global layer number (from 1) -> LayerTrace.
 RouterTrace = Mapping[int, LayerTrace]
 
 
+def on_device(trace: RouterTrace, device: torch.device) -> RouterTrace:
+    """The trace on the device; nothing is copied where it is there already."""
+    return {number: layer.to(device) for number, layer in trace.items()}
+
+
 def id_dtype(num_experts: int) -> torch.dtype:
     """The smallest integer type that holds the ids 0..num_experts-1."""
-    if num_experts <= 1 << 8:
-        return torch.uint8
-    return torch.int16 if num_experts <= 1 << 15 else torch.int32
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expert_id_bytes(num_experts)]
 
 
-def trace_bytes_per_token(num_moe_layers: int, top_k: int, num_experts: int) -> int:
-    """Bytes a token takes in the traces of all layers together."""
-    return num_moe_layers * top_k * (id_dtype(num_experts).itemsize + 4)
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the host does not wait for.
+
+    It is made on the current stream, as is the copy back, so the one is done when the other
+    begins; the host must not read it in between.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return kept.copy_(tensor, non_blocking=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
-from megatron_rl.data.packing import pack_samples, plan_packs, round_up
+from megatron_rl.data.packing import Routing, pack_samples, plan_packs, round_up
 from megatron_rl.models.attention import Layout, packed_layout
 from megatron_rl.models.context_attention import context_layout
 from megatron_rl.parallel.collectives import all_max
@@ -19,6 +20,7 @@ from megatron_rl.parallel.sequence_shards import (
     padded_spans,
     sequence_multiple,
     sequence_shards,
+    tensor_slice,
 )
 from megatron_rl.records import Pack, Sample
 
@@ -38,9 +40,14 @@ class PackTensors:
     rollout_logprobs: torch.Tensor | None
     shards: SequenceShards  #: which rows that part is
     layout: Layout
+    #: the sampler's experts of this rank's tokens and layers, in host memory: global layer number
+    #: (from 1) -> integers [T_local, K]; None: not replayed
+    routes: Mapping[int, torch.Tensor] | None = None
 
 
-def to_device(pack: Pack, device: torch.device, context: ProcessGroup) -> PackTensors:
+def to_device(
+    pack: Pack, device: torch.device, context: ProcessGroup, tensor_group: ProcessGroup
+) -> PackTensors:
     """Copy a pack to the device, spread it over the context-parallel ranks and lay out its
     sequences.
     """
@@ -64,7 +71,32 @@ def to_device(pack: Pack, device: torch.device, context: ProcessGroup) -> PackTe
         rollout_logprobs=tensor(pack.rollout_logprobs),
         shards=shards,
         layout=layout,
+        routes=_local_routes(pack, shards, tensor_group),
     )
+
+
+def _local_routes(
+    pack: Pack, shards: SequenceShards, tensor_group: ProcessGroup
+) -> dict[int, torch.Tensor] | None:
+    """What the sampler's experts are of the tokens that this rank's routers will see."""
+    if pack.routed_experts is None:
+        return None
+    local = torch.from_numpy(pack.routed_experts.ids)[shards.rows.cpu()]
+    local = tensor_slice(local, tensor_group)
+    return {
+        layer: local[:, column].contiguous()
+        for column, layer in enumerate(pack.routed_experts.layers)
+    }
+
+
+def replayed_routing(config: Config, groups: Groups) -> Routing | None:
+    """Which of the sampler's experts this rank's packs carry; None: they are not replayed."""
+    if config.algorithm.routing_replay != "r3":
+        return None
+    model, is_moe = config.model, moe_layers(config.model)
+    stage = stage_layers(model.num_layers, config.parallel)[groups.pipeline.rank()]
+    layers = tuple(layer + 1 for layer in sorted(stage) if is_moe[layer])
+    return Routing(layers, model.moe_top_k, model.num_experts)
 
 
 def pack_mini_batches(
@@ -79,6 +111,7 @@ def pack_mini_batches(
     ranks until the interleaved schedule can deal its packs out evenly over the pipeline stages.
     """
     multiple = sequence_multiple(groups.context.size())
+    routing = replayed_routing(config, groups)
     lengths = [[round_up(len(s.tokens), multiple) for s in batch] for batch in mini_batches]
     needed = all_max(max(map(sum, lengths)), groups.data_context, device)
     length = min(round_up(needed, config.data.pack_multiple), config.data.pack_tokens)
@@ -91,7 +124,7 @@ def pack_mini_batches(
     with_rollout_logprobs = bool(all_max(int(found), groups.data_context, device))
     return [
         [
-            to_device(pack, device, groups.context)
+            to_device(pack, device, groups.context, groups.tensor)
             for pack in pack_samples(
                 batch,
                 length,
@@ -99,6 +132,7 @@ def pack_mini_batches(
                 vocab_size=config.model.vocab_size,
                 with_rollout_logprobs=with_rollout_logprobs,
                 sequence_multiple=multiple,
+                routing=routing,
             )
         ]
         for batch in mini_batches

@@ -7,10 +7,10 @@ from typing import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_rl.models.parameters import parameter_views
+from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.rollout.collect import ScoredGroup
 from megatron_rl.training.policy import Policy
 
@@ -24,10 +24,7 @@ def raise_together(problem: str | None, world: ProcessGroup) -> None:
 
     A rank that raised alone would leave the others waiting in their next collective.
     """
-    problems: list[str | None] = [problem]
-    if world.size() > 1:
-        problems *= world.size()
-        dist.all_gather_object(problems, problem, group=world)
+    problems = gather_objects(problem, world)
     found = [(rank, text) for rank, text in enumerate(problems) if text]
     if not found:
         return

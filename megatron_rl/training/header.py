@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Sized
+from typing import Sequence, Sized
 
-from megatron_rl.config.algorithm import uses_router_shift
-from megatron_rl.config.estimate import count_parameters, trace_bytes_per_token
+from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
+from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
 from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig
+from megatron_rl.records import Prompt
 from megatron_rl.training.session import Session
+from megatron_rl.training.trace_memory import longest_sequence, trace_fact
 
 
 def run_facts(session: Session) -> dict[str, str]:
@@ -31,7 +33,9 @@ def sft_facts(config: Config, samples: Sized, held_out: Sized) -> dict[str, str]
     }
 
 
-def train_facts(config: Config, problems: Sized, held_out: Sized) -> dict[str, str]:
+def train_facts(
+    config: Config, problems: Sequence[Prompt], held_out: Sized, world_size: int
+) -> dict[str, str]:
     """The data, the algorithm and the size of a step of reinforcement learning."""
     rollout, algorithm = config.rollout, config.algorithm
     facts = {
@@ -42,9 +46,9 @@ def train_facts(config: Config, problems: Sized, held_out: Sized) -> dict[str, s
         f"{algorithm.epochs} epoch{'' if algorithm.epochs == 1 else 's'}",
         "algorithm": _algorithm(algorithm),
     }
-    if uses_router_shift(algorithm):
-        trace = trace_bytes_per_token(config.model)
-        facts["router trace"] = f"{trace:,} bytes a token, over all pipeline stages"
+    if keeps_trace(algorithm):
+        longest = longest_sequence(config, problems)
+        facts["router trace"] = trace_fact(config, world_size, longest)
     return facts
 
 
@@ -65,6 +69,8 @@ def _algorithm(algorithm: AlgorithmConfig) -> str:
         shift = algorithm.router_shift
         mode = "" if shift.mode == "ratio" else f" ({shift.mode})"
         parts.append(f"router shift{mode} with floor {shift.floor:g}")
+    if algorithm.routing_replay != "none":
+        parts.append(f"routing replay {algorithm.routing_replay.upper()}")
     if algorithm.mismatch != "none":
         parts.append(f"sampler weights {algorithm.mismatch}")
     if algorithm.kl_coef:

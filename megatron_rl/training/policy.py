@@ -20,6 +20,7 @@ from megatron_rl.models.specs import moe_pattern
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.router.capture import RouterCapture
 from megatron_rl.router.relay import DistanceRelay
+from megatron_rl.router.replay import RouteReplay
 from megatron_rl.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_rl.training.reference import ReferenceWeights
 
@@ -38,6 +39,7 @@ class Policy:
     scheduler: OptimizerParamScheduler
     capture: RouterCapture
     relay: DistanceRelay
+    replay: RouteReplay | None  #: None: every router chooses for itself
     num_moe_layers: int  #: L, over all pipeline stages
     reference: ReferenceWeights | None = None  #: None: no reference policy is scored
 
@@ -63,7 +65,12 @@ def build_policy(
         optimizer_steps: length of the learning-rate schedule.
         with_reference: make room for a reference policy; its weights are still to be taken.
     """
-    transformer = transformer_config(config.model, config.parallel, device)
+    transformer = transformer_config(
+        config.model,
+        config.parallel,
+        device,
+        routing_replay=config.algorithm.routing_replay != "none",
+    )
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
     optimizer = build_optimizer(config, wrapped, transformer)
@@ -82,7 +89,13 @@ def build_policy(
         optimizer=optimizer,
         scheduler=build_scheduler(config.optimizer, optimizer, optimizer_steps),
         capture=RouterCapture(chunks, expected),
-        relay=DistanceRelay(groups.relay, len(chunks), config.algorithm.router_shift.layers),
+        replay=RouteReplay(chunks) if config.algorithm.routing_replay != "none" else None,
+        relay=DistanceRelay(
+            groups.relay,
+            len(chunks),
+            config.algorithm.router_shift.layers,
+            [sum(moe[: chunk.decoder.layers[0].layer_number - 1]) for chunk in chunks],
+        ),
         num_moe_layers=sum(moe),
         reference=ReferenceWeights(chunks) if with_reference else None,
     )

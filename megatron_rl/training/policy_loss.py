@@ -17,6 +17,7 @@ from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
 from megatron_rl.config.schema import AlgorithmConfig
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import all_reduce
+from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import PackTensors
 from megatron_rl.training.pass_over_pack import pack_logprobs
 from megatron_rl.training.policy import Policy
@@ -61,6 +62,7 @@ def policy_loss(
     distance: torch.Tensor | None,
     plan: LossPlan,
     sums: MetricSums,
+    telemetry: RouterTelemetry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum and denominator of the loss of a pack, on the last stage. A collective.
 
@@ -68,9 +70,10 @@ def policy_loss(
         policy: the policy.
         item: the pack, scored.
         logits: of this rank's tokens.
-        distance: of the routers, [T_local]; None without router shift.
+        distance: of the routers, see `forward_compared`; None without router shift.
         plan: of the mini-batch.
         sums: receives the loss's metrics.
+        telemetry: receives the clip fraction by gamma.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     logprobs, entropy = pack_logprobs(
@@ -104,6 +107,8 @@ def policy_loss(
         sums.add_all(mismatch_metrics(weights, inputs, plan.mismatch))
         inputs = dataclasses.replace(inputs, sampler_weights=weights)
     result = LOSSES[algorithm.name](inputs, plan.settings)
+    if distance is not None and result.clipped is not None:
+        telemetry.clip_split.add(mean_distance, result.clipped, pack.mask)
     result = add_regularisers(result, inputs, plan.regularisers, plan.denominator_per_token)
     sums.add("loss", result.loss_sum, result.denominator)
     sums.add("entropy", (entropy.detach() * pack.mask).sum(), pack.mask.sum())

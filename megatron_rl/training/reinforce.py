@@ -8,7 +8,7 @@ import torch
 
 from megatron_rl.algorithms import ADVANTAGES
 from megatron_rl.algorithms.kl import k3
-from megatron_rl.config.algorithm import uses_router_shift
+from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import PromptSource
 from megatron_rl.observe.metrics import MetricSums
@@ -107,6 +107,7 @@ class Reinforce:
             greedy=False,
             # A prompt that is drawn again within a step gets other answers.
             seed=(self._session.config.seed << 32) + (attempt << 24) + number,
+            routes=self._session.config.algorithm.routing_replay == "r3",
         )
         groups = collect(self._engine, prompts, VERIFIERS[reward.name], settings)
         if not reward.overlong_buffer:
@@ -126,7 +127,7 @@ class Reinforce:
         scored = score(
             self._policy,
             [pack for packs in packed for pack in packs],
-            with_traces=uses_router_shift(config.algorithm),
+            with_traces=keeps_trace(config.algorithm),
         )
         for item in scored:
             _add_mismatch(item, sums)
@@ -139,7 +140,10 @@ class Reinforce:
     def _update(self, mini_batches: list[list[ScoredPack]], sums: MetricSums) -> RouterTelemetry:
         model, algorithm = self._session.config.model, self._session.config.algorithm
         telemetry = RouterTelemetry(
-            model.num_layers, model.num_experts, self._session.device.torch_device
+            model.num_layers,
+            model.num_experts,
+            self._session.device.torch_device,
+            floor=algorithm.router_shift.floor if uses_router_shift(algorithm) else 0.0,
         )
         total = algorithm.epochs * len(mini_batches)
         for done in range(total):

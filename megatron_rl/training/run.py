@@ -15,9 +15,11 @@ from megatron_rl.checkpoint.directory import newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
+from megatron_rl.config.algorithm import keeps_trace
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import load_prompts, load_samples
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rl.device.launch import read_launch
 from megatron_rl.errors import UserError
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.observe.report import summary, write_report
@@ -32,6 +34,7 @@ from megatron_rl.training.policy import Policy, build_policy
 from megatron_rl.training.reinforce import Reinforce
 from megatron_rl.training.session import Session, open_session
 from megatron_rl.training.supervised import Supervised
+from megatron_rl.training.trace_memory import check_trace_fits, longest_sequence
 
 #: Builds a verb's task once session, policy and engine are there.
 MakeTask = Callable[[Session, Policy, Engine], Task]
@@ -43,10 +46,12 @@ def train(config: Config) -> None:
     problems, held_out = (_prompts(config, tokenizer, split) for split in ("train", "eval"))
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
+        if keeps_trace(config.algorithm):
+            check_trace_fits(session, longest_sequence(config, problems))
         return Reinforce(session, policy, engine, problems, held_out)
 
     updates = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs
-    facts = train_facts(config, problems, held_out)
+    facts = train_facts(config, problems, held_out, read_launch().world_size)
     _run(config, "train", tokenizer, facts, updates, make_task)
 
 
@@ -83,7 +88,7 @@ def _run(
             optimizer_steps,
             with_reference=verb == "train" and config.algorithm.reference == "initial",
         )
-        engine = _engine(session, policy.chunks, policy.transformer)
+        engine = _engine(session, policy.chunks, policy.transformer, policy.capture)
         complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
         if session.is_main:
             report = write_report(config.run_dir)
@@ -148,7 +153,7 @@ def _check_room(config: Config, problems: Sequence[Prompt]) -> None:
             )
 
 
-def _engine(session: Session, chunks, transformer) -> BuiltinEngine:
+def _engine(session: Session, chunks, transformer, capture=None) -> BuiltinEngine:
     return BuiltinEngine(
         chunks=chunks,
         groups=session.groups,
@@ -157,6 +162,7 @@ def _engine(session: Session, chunks, transformer) -> BuiltinEngine:
         max_batch=session.config.rollout.max_batch,
         decode=session.tokenizer.decode,
         max_sequence_length=session.config.model.max_sequence_length,
+        capture=capture,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Sequence
 
@@ -28,14 +29,20 @@ class ScoredPack:
 
 @torch.no_grad()
 def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) -> list[ScoredPack]:
-    """Run every pack once without gradients. The trace stays on the rank that made it."""
+    """Run every pack once without gradients. The trace stays on the rank that made it.
+
+    Packs with routes (R3) are scored with the sampler's experts, where a trace is wanted: then the
+    trace, and so the update, has these.
+    """
     traces: list[list[RouterTrace]] = [[] for _ in policy.chunks]
     temperature = policy.config.rollout.temperature
+    store = policy.config.algorithm.trace_store
 
     def forward_step(chunk, model, index):
         pack = packs[index]
         if with_traces:
-            with policy.capture.record(chunk) as trace:
+            routes = sampled_routes(policy, chunk, pack)
+            with routes, policy.capture.record(chunk, store) as trace:
                 output = forward_pack(model, pack)
             traces[chunk].append(trace)
         else:
@@ -48,6 +55,8 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
         return output, keep
 
     logprobs = run_schedule(policy, packs, forward_step, forward_only=True)
+    if policy.replay is not None:
+        policy.replay.finish()
     return [
         ScoredPack(
             pack,
@@ -58,8 +67,24 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
     ]
 
 
+def sampled_routes(
+    policy: Policy, chunk: int, pack: PackTensors
+) -> contextlib.AbstractContextManager:
+    """Inside, the chunk's routers take the sampler's experts, where the pack has them (R3)."""
+    if pack.routes is None or policy.replay is None:
+        return contextlib.nullcontext()
+    device = policy.device.torch_device
+    routes = {
+        layer: pack.routes[layer].to(device, non_blocking=True)
+        for layer in policy.capture.layers_of(chunk)
+    }
+    return policy.replay.routes(chunk, routes)
+
+
 def score_reference(policy: Policy, scored: Sequence[ScoredPack]) -> list[ScoredPack]:
-    """The same packs with the reference policy's log-probabilities, from a second pass."""
+    """The same packs with the reference policy's log-probabilities, from a second pass, in which
+    its routers choose for themselves.
+    """
     with policy.reference.in_place():
         reference = score(policy, [item.pack for item in scored], with_traces=False)
     return [

@@ -17,7 +17,7 @@ from megatron_rl.training.policy import Policy
 from megatron_rl.training.policy_loss import plan_loss, policy_loss
 from megatron_rl.training.schedule import run_schedule
 from megatron_rl.training.score import ScoredPack
-from megatron_rl.training.shift_pass import forward_compared
+from megatron_rl.training.shift_pass import finish_pass, forward_compared
 
 
 def update(
@@ -33,7 +33,7 @@ def update(
         policy: the policy.
         scored: this rank's packs of the mini-batch, with old log-probabilities and traces.
         sums: receives the loss's metrics.
-        telemetry: receives the routers' sums.
+        telemetry: receives the routers' sums, whatever the loss.
     """
     packs = [item.pack for item in scored]
     plan = plan_loss(policy, scored)
@@ -43,7 +43,7 @@ def update(
         output, distance = forward_compared(policy, chunk, model, item, telemetry)
 
         def loss(logits):
-            total, denominator = policy_loss(policy, item, logits, distance, plan, sums)
+            total, denominator = policy_loss(policy, item, logits, distance, plan, sums, telemetry)
             return total, _counted_once(denominator, policy), {}
 
         return output, loss
@@ -87,7 +87,7 @@ def _optimizer_step(policy: Policy, packs, forward_step, sums: MetricSums) -> No
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
     run_schedule(policy, packs, forward_step, forward_only=False)
-    policy.relay.finish()
+    finish_pass(policy)
     policy.scheduler.step(increment=1)
     succeeded, grad_norm, _ = policy.optimizer.step()
     check_step(policy, succeeded, grad_norm)

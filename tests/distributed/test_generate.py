@@ -1,5 +1,7 @@
 """Generation on several ranks gives, token for token, what a single process gives."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,65 @@ def assert_same(answers, expected):
         assert names[0] == other[0] and names[1].tolist() == other[1].tolist()
         np.testing.assert_allclose(logprobs, reference, atol=1e-5)
         assert (finished, text) == (was_finished, same)
+
+
+def routes(parallel, share):
+    """On a rank: {(prompt, number of the answer, layer): experts of its tokens}."""
+    from megatron_rl.router.capture import RouterCapture
+
+    config = tiny_config(parallel=parallel, model={"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]})
+    built = build_tiny(config)
+    held = [
+        [layer.layer_number for layer in chunk.decoder.layers if layer.layer_number > 1]
+        for chunk in built[2]
+    ]
+    capture = RouterCapture(built[2], held)
+    engine = tiny_engine(config, *built, max_batch=4, capture=capture)
+    prompts = random_prompts(LENGTHS)[share[0] : share[1]]
+    found = {}
+    for group in engine.generate(prompts, dataclasses.replace(SETTINGS, routes=True)):
+        for number, answer in enumerate(group.completions):
+            experts = answer.routed_experts
+            tokens = len(group.prompt.tokens) + len(answer.tokens) - 1
+            assert experts.ids.shape == (tokens, len(experts.layers), 2)
+            assert experts.ids.dtype == np.uint8
+            for column, layer in enumerate(experts.layers):
+                found[group.prompt.index, number, layer] = experts.ids[:, column].tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "shares"),
+    [
+        (2, {"tensor": 2}, [(0, 5)] * 2),
+        pytest.param(2, {"expert": 2}, [(0, 1), (1, 5)], marks=pytest.mark.slow),
+        (2, {"context": 2}, [(0, 5)] * 2),
+        pytest.param(2, {"pipeline": 2}, [(0, 5)] * 2, marks=pytest.mark.slow),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}, [(0, 5)] * 2),
+        pytest.param(
+            4,
+            {"tensor": 2, "pipeline": 2, "expert": 2},
+            [(0, 5)] * 4,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["tensor", "expert", "context", "pipeline", "interleaved", "together"],
+)
+def test_experts_of_the_tokens_are_those_of_a_single_process(ranks, parallel, shares):
+    (expected,) = run_on_ranks(1, routes, {}, (0, 5))
+    found = {}
+    for rank, answers in enumerate(run_on_ranks(ranks, _routes_of_share, parallel, shares)):
+        stage_layers = {layer for _, _, layer in answers}
+        assert stage_layers < {2, 3, 4} or parallel.get("pipeline", 1) == 1, rank
+        for name, ids in answers.items():
+            assert found.setdefault(name, ids) == ids  # copies on other ranks
+    assert found == expected
+
+
+def _routes_of_share(parallel, shares):
+    import torch.distributed as dist
+
+    return routes(parallel, shares[dist.get_rank()])
 
 
 def of_prompts(expected, first, end):

@@ -1,5 +1,6 @@
 """A run with reference, regularisers, sampler weights and dynamic sampling, whole and resumed."""
 
+import numpy as np
 import pytest
 
 from tests.support.runs import records, reproducible, succeed
@@ -12,8 +13,16 @@ WORDS = """
 """.split()
 
 
-def run(folder, name, steps):
-    command = ["train", "rl.yaml", *WORDS, "--run_dir", f"runs/{name}", "--train.steps", str(steps)]
+#: Distances of all layers travel to the last stage; the sampler's experts are taken throughout.
+REPLAY = """
+--algorithm.routing_replay r3 --algorithm.router_shift.layers quantile
+--algorithm.router_shift.quantile 0.6 --algorithm.trace_store pinned --algorithm.epochs 2
+--evaluate.every 0
+""".split()
+
+
+def run(folder, name, steps, words=WORDS):
+    command = ["train", "rl.yaml", *words, "--run_dir", f"runs/{name}", "--train.steps", str(steps)]
     return succeed(*command, cwd=folder, ranks=2)
 
 
@@ -48,3 +57,20 @@ def test_a_resumed_run_has_the_same_reference_and_cursor(folder, whole):
         for key in [key for key in row if key.startswith("eval/")]:
             del row[key]
     assert found == wanted
+
+
+def test_a_run_that_replays_the_samplers_experts(folder, sft_run):
+    result = run(folder, "replay", 2, REPLAY)
+    assert "routing replay R3" in result.out
+    assert "of pinned host memory on a rank" in result.out
+    for row in records(folder / "runs" / "replay" / "metrics.jsonl")[1:]:
+        # fp32: the sampler and the scoring pass with its experts say the same of every token
+        assert row["mismatch/logprob_max"] < 1e-4
+        assert row["router/top_k_overlap"] == 1.0
+        assert row["router/distance_max"] > row["router/distance_mean"] > 0
+        assert 0 < row["router/shift_min"] < 1
+        assert row["router/entropy"] > 0
+        for quarter in (1, 2, 3, 4):
+            assert 0 <= row[f"clip_fraction/gamma_q{quarter}"] <= 1
+        # gamma is of one of the layers' distances, so the largest of all bounds it
+        assert row["router/shift_min"] >= np.exp(-row["router/distance_max"]) - 1e-6

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -124,7 +124,7 @@ def rollout_batch(case: Case) -> list[Sample]:
 
 def run_case(case: Case) -> Run:
     """Run a case on its ranks."""
-    return _merge(run_on_ranks(case.ranks, train_on_rank, case, timeout_s=300.0))
+    return merge(run_on_ranks(case.ranks, train_on_rank, case, timeout_s=300.0))
 
 
 def single_process(case: Case) -> Case:
@@ -142,14 +142,14 @@ def in_fp32(case: Case) -> Case:
 class References:
     """The runs of single processes, each made once."""
 
-    def __init__(self) -> None:
-        self._runs: dict[str, Run] = {}
+    def __init__(self, run: Callable[[Case], Run] = run_case) -> None:
+        self._run, self._runs = run, {}
 
     def of(self, case: Case) -> Run:
         """The single process that a case is compared with."""
         one = dataclasses.replace(single_process(case), name="one process")
         if repr(one) not in self._runs:
-            self._runs[repr(one)] = run_case(one)
+            self._runs[repr(one)] = self._run(one)
         return self._runs[repr(one)]
 
 
@@ -310,7 +310,7 @@ def _expert_biases(policy: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _merge(parts: list[dict[str, Any]]) -> Run:
+def merge(parts: list[dict[str, Any]]) -> Run:
     """Put the ranks' parts together; copies of one tensor must agree."""
     merged: dict[str, dict] = {"old_logprobs": {}, "gamma": {}, "gradients": {}, "weights": {}}
     replicas = 0.0

@@ -29,6 +29,7 @@ MEGATRON = (
     "device/megatron_on_cpu.py",
     "parallel/groups.py",
     "router/capture.py",
+    "router/replay.py",
     "models/",
     "weights/",
     "checkpoint/",

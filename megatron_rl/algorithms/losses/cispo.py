@@ -40,5 +40,6 @@ def cispo(inputs: LossInputs, settings: CispoSettings) -> LossOutputs:
     logprobs = torch.where(segments.mask, at_least_float32(inputs.logprobs), 0.0)
     objective = weigh_tokens(weight * inputs.advantages.detach() * logprobs, inputs)
     total, count = over_tokens(-objective, segments)
-    clipped = over_tokens((weight != ratio).to(ratio.dtype), segments)
-    return LossOutputs(total, count, loss_metrics(inputs, segments, clipped))
+    clipped = weight != ratio
+    metrics = loss_metrics(inputs, segments, over_tokens(clipped.to(ratio.dtype), segments))
+    return LossOutputs(total, count, metrics, clipped)

@@ -26,4 +26,4 @@ def dapo(inputs: LossInputs, settings: DapoSettings) -> LossOutputs:
     """
     tokens = clipped_tokens(inputs, settings.clip_low, settings.clip_high)
     total, count = over_tokens(-tokens.objective, tokens.segments)
-    return LossOutputs(total, count, tokens.metrics)
+    return LossOutputs(total, count, tokens.metrics, tokens.clipped)

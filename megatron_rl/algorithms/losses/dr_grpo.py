@@ -32,4 +32,4 @@ def dr_grpo(inputs: LossInputs, settings: DrGrpoSettings) -> LossOutputs:
     """
     tokens = clipped_tokens(inputs, settings.clip_low, settings.clip_high)
     total, count = over_constant_length(-tokens.objective, tokens.segments, settings.length_divisor)
-    return LossOutputs(total, count, tokens.metrics)
+    return LossOutputs(total, count, tokens.metrics, tokens.clipped)

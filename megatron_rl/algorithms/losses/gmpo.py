@@ -46,9 +46,10 @@ def geometric_mean_loss(
     terms = pessimistic_clip(x, advantages, *bounds) + added_after_clip
     ratio = exp_ratio(sequence_mean(terms, segments, mean_weights(inputs)))
     objective = weigh_sequences(sequence_mean(advantages, segments) * ratio, inputs, segments)
-    clipped = over_tokens(is_clipped(x, advantages, *bounds).to(x.dtype), segments)
+    clipped = is_clipped(x, advantages, *bounds)
+    metrics = loss_metrics(inputs, segments, over_tokens(clipped.to(x.dtype), segments))
     total, count = over_sequences(-objective, segments)
-    return LossOutputs(total, count, loss_metrics(inputs, segments, clipped))
+    return LossOutputs(total, count, metrics, clipped)
 
 
 def gmpo(inputs: LossInputs, settings: GmpoSettings) -> LossOutputs:

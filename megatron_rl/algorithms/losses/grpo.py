@@ -36,6 +36,7 @@ class ClippedTokens:
     objective: torch.Tensor  #: float [T], min(w~ A, clip(w~) A) weighed, to be maximised
     segments: Segments
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    clipped: torch.Tensor  #: bool [T]
 
 
 def clipped_tokens(inputs: LossInputs, clip_low: float, clip_high: float) -> ClippedTokens:
@@ -50,12 +51,13 @@ def clipped_tokens(inputs: LossInputs, clip_low: float, clip_high: float) -> Cli
     bounds = clip_bounds(1.0, clip_low, clip_high, range_scale(inputs))
     objective = advantages * pessimistic_clip(ratio, advantages, *bounds)
     objective = weigh_tokens(objective, inputs)
-    clipped = over_tokens(is_clipped(ratio, advantages, *bounds).to(ratio.dtype), segments)
-    return ClippedTokens(objective, segments, loss_metrics(inputs, segments, clipped))
+    clipped = is_clipped(ratio, advantages, *bounds)
+    metrics = loss_metrics(inputs, segments, over_tokens(clipped.to(ratio.dtype), segments))
+    return ClippedTokens(objective, segments, metrics, clipped)
 
 
 def grpo(inputs: LossInputs, settings: GrpoSettings) -> LossOutputs:
     """-1/S sum_i 1/|y_i| sum_t J_t (arXiv 2402.03300, eq. 3, no KL). Denominator: sequences."""
     tokens = clipped_tokens(inputs, settings.clip_low, settings.clip_high)
     total, count = over_sequence_means(-tokens.objective, tokens.segments)
-    return LossOutputs(total, count, tokens.metrics)
+    return LossOutputs(total, count, tokens.metrics, tokens.clipped)

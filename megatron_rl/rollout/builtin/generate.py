@@ -8,7 +8,7 @@ a row and step. Rows that have finished leave the batch from time to time.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Sequence
 
 import numpy as np
@@ -23,9 +23,11 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillLayout, decode_layout
 from megatron_rl.rollout.builtin.lockstep import Lockstep
+from megatron_rl.rollout.builtin.routes import RouteLog
 from megatron_rl.rollout.builtin.sampler import sample, uniforms
 from megatron_rl.rollout.builtin.waves import Wave, split_by_tokens, split_into_waves
 from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.router.capture import RouterCapture
 
 #: Most tokens of one prefill pass, unless a single prompt is longer.
 PREFILL_TOKENS = 4096
@@ -67,6 +69,7 @@ class BuiltinEngine:
         max_batch: int,
         decode: Callable[[Sequence[int]], str],
         max_sequence_length: int,
+        capture: RouterCapture | None = None,
     ) -> None:
         """
         Args:
@@ -74,6 +77,7 @@ class BuiltinEngine:
             max_batch: answers decoded at a time on this rank.
             decode: token ids to text, without special tokens.
             max_sequence_length: longest prompt and answer together; answers are cut there.
+            capture: of the chunks' routers; needed for completions that carry their experts.
         """
         self._chunks = chunks
         self._groups = groups
@@ -82,6 +86,7 @@ class BuiltinEngine:
         self._decode_text = decode
         self._max_sequence_length = max_sequence_length
         self._device = next(chunks[0].parameters()).device
+        self._capture = capture
         self._lockstep = Lockstep(groups, transformer_config, self._device)
 
     @torch.no_grad()
@@ -93,8 +98,11 @@ class BuiltinEngine:
 
         Raises:
             UserError: a prompt leaves no room for an answer.
+            ValueError: experts are asked for, and the engine has no capture.
         """
         self._check(prompts)
+        if settings.routes and self._capture is None:
+            raise ValueError("settings.routes needs an engine with a RouterCapture")
         context = self._groups.context
         mine = self._generate(prompts[context.rank() :: context.size()], settings)
         shares = gather_objects(mine, context)
@@ -129,10 +137,13 @@ class BuiltinEngine:
         """Generate a wave; an empty one only keeps step with other ranks."""
         rows = self._first_rows(wave, settings)
         prompt_of = self._tensor(wave.prompt_of)
-        cache, logits = self._prefill(wave.prompts)
+        shape = (len(wave.prompt_of), settings.max_new_tokens)
+        log = None
+        if settings.routes:
+            log = RouteLog(self._chunks, self._groups, self._capture, shape)
+        cache, logits = self._prefill(wave.prompts, log)
         cache = cache.select(prompt_of)
         logits = None if logits is None else logits[prompt_of]
-        shape = (len(wave.prompt_of), settings.max_new_tokens)
         tokens_out = torch.zeros(shape, dtype=torch.int64, device=self._device)
         logprobs_out = torch.zeros(shape, dtype=torch.float32, device=self._device)
         for step in range(settings.max_new_tokens):
@@ -146,10 +157,10 @@ class BuiltinEngine:
             if here <= COMPACT_BELOW * len(tokens):
                 keep = (~rows.finished).nonzero().squeeze(1)
                 rows, cache, tokens = rows.select(keep), cache.select(keep), tokens[keep]
-            logits = self._decode(tokens, rows, cache)
+            logits = self._decode(tokens, rows, cache, step, log)
             rows.positions = rows.positions + 1
             rows.longest += 1
-        return self._completions(wave, settings, tokens_out, logprobs_out)
+        return self._completions(wave, settings, tokens_out, logprobs_out, log)
 
     def _first_rows(self, wave: Wave, settings: SamplingSettings) -> _Rows:
         lengths = np.array([len(prompt.tokens) for prompt in wave.prompts], dtype=np.int64)
@@ -169,7 +180,9 @@ class BuiltinEngine:
             longest=int(lengths.max(initial=0)),
         )
 
-    def _prefill(self, prompts: list[Prompt]) -> tuple[KVCache, torch.Tensor | None]:
+    def _prefill(
+        self, prompts: list[Prompt], log: RouteLog | None
+    ) -> tuple[KVCache, torch.Tensor | None]:
         """Cache of the prompts, one row each, and the logits at their last tokens, [P, V / tp].
 
         The logits are None before the last pipeline stage.
@@ -193,18 +206,27 @@ class BuiltinEngine:
                 cache=cache,
                 rows=self._tensor(cache_rows),
             )
-            output = forward_stages(self._chunks, self._tensor(row), layout, self._groups)
+            tokens = self._tensor(row)
+            if log is None:
+                output = forward_stages(self._chunks, tokens, layout, self._groups)
+            else:
+                output = log.prefill(tokens, layout, lengths)
             if output is not None:
                 logits.append(output[self._tensor(np.cumsum(lengths) - 1)])
             first += len(batch)
         return cache, torch.cat(logits) if logits else None
 
-    def _decode(self, tokens: torch.Tensor, rows: _Rows, cache: KVCache) -> torch.Tensor | None:
+    def _decode(
+        self, tokens: torch.Tensor, rows: _Rows, cache: KVCache, step: int, log: RouteLog | None
+    ) -> torch.Tensor | None:
         """One token further: logits [R, V / tp] on the last pipeline stage."""
         num_tokens = self._lockstep.row_tokens(len(tokens))
         layout = decode_layout(cache, rows.positions, rows.longest, num_tokens)
         padded = torch.cat([tokens, tokens.new_zeros(num_tokens - len(tokens))])
-        logits = forward_stages(self._chunks, padded, layout, self._groups)
+        if log is None:
+            logits = forward_stages(self._chunks, padded, layout, self._groups)
+        else:
+            logits = log.decode(padded, layout, rows.numbers, step)
         return None if logits is None else logits[: len(tokens)]
 
     def _sample(
@@ -230,6 +252,7 @@ class BuiltinEngine:
         settings: SamplingSettings,
         tokens_out: torch.Tensor,
         logprobs_out: torch.Tensor,
+        log: RouteLog | None,
     ) -> list[Completion]:
         tokens, logprobs = tokens_out.cpu().numpy(), logprobs_out.cpu().numpy()
         completions = []
@@ -247,7 +270,13 @@ class BuiltinEngine:
                     text=self._decode_text(ids[: length - (len(ends) > 0)].tolist()),
                 )
             )
-        return completions
+        if log is None:
+            return completions
+        routes = log.take(wave.prompt_of, [len(answer.tokens) for answer in completions])
+        return [
+            replace(answer, routed_experts=routed)
+            for answer, routed in zip(completions, routes, strict=True)
+        ]
 
     def _tensor(self, numbers: Sequence[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(numbers, dtype=np.int64)).to(self._device)

@@ -35,6 +35,28 @@ def test_names() -> None:
 
 
 @every_loss
+def test_clipped_tokens_add_up_to_the_clip_fraction(name) -> None:
+    """Tokens one by one; gspo clips sequences, and then all their tokens are marked."""
+    active = 0
+    for seed in range(6):
+        inputs = random_batch(seed, 5, 1.5, name in NEED_SHIFT)
+        outputs = run(name, inputs)
+        if name == "sapo":
+            assert outputs.clipped is None
+            continue
+        assert outputs.clipped.dtype == torch.bool and outputs.clipped.shape == inputs.mask.shape
+        marked = (outputs.clipped & inputs.mask.bool()).tolist()
+        if name == "gspo":
+            ids = inputs.sequence_ids.tolist()
+            marks = {i: m for i, m, t in zip(ids, marked, inputs.mask.tolist()) if t}
+            assert all(m == marks[i] for i, m, t in zip(ids, marked, inputs.mask.tolist()) if t)
+            marked = list(marks.values())
+        assert sum(marked) == outputs.metrics["clip_fraction"][0].item()
+        active += sum(marked)
+    assert active > 0 or name == "sapo"
+
+
+@every_loss
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(**ragged)
 def test_matches_slow_reference(name, seed, num_sequences, spread, shift) -> None:

@@ -11,8 +11,9 @@ from megatron_rl.algorithms.losses import SETTINGS
 from megatron_rl.algorithms.mismatch import KINDS
 from megatron_rl.algorithms.regularisers import ESTIMATORS
 from megatron_rl.algorithms.router_shift import LAYERS
-from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
+from megatron_rl.config.algorithm import keeps_trace, mismatch_high, uses_router_shift
 from megatron_rl.config.checks import check_config
+from megatron_rl.config.checks_algorithm import replayed_routes_are_returned
 from megatron_rl.config.names import LOSS_NAMES, LOSS_SETTINGS
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import AlgorithmConfig, Config, RouterShiftConfig
@@ -42,6 +43,10 @@ ACCEPTED = [
     {"name": "gmpo", "router_shift": {"floor": 0.5}},
     {"kl_coef": 0.1, "reference": "initial", "entropy_coef": 0.1},
     {"reference": "initial"},
+    {"router_shift": {"layers": "quantile", "quantile": 0.5}},
+    {"router_shift": {"layers": "quantile"}},
+    {"name": "grpo", "routing_replay": "r2"},
+    {"routing_replay": "r3", "trace_store": "pinned"},
     {"mismatch": "icepop"},
     {"mismatch": "tis", "mismatch_high": 0.3},
 ]
@@ -91,6 +96,15 @@ REFUSED = [
         {"mismatch": "icepop", "mismatch_low": 5.0},
         "algorithm.mismatch_low 5 is not below algorithm.mismatch_high 5; expected less",
     ),
+    (
+        {"router_shift": {"quantile": 0.5}},
+        "algorithm.router_shift.quantile is 0.5 with layers mean, which has none; expected "
+        "algorithm.router_shift.layers quantile, or the default",
+    ),
+    (
+        {"name": "gmpo", "router_shift": {"layers": "quantile"}},
+        "algorithm.router_shift.layers is quantile with the loss gmpo, which runs without router",
+    ),
     ({"kl_coef": 0.1}, "algorithm.kl_coef is 0.1 without a reference; expected"),
 ]
 
@@ -112,6 +126,25 @@ def test_the_overlong_buffer_is_part_of_the_answer():
         check_config(make(**sections), None, "train", files=False)
     sections["reward"] = {"overlong_buffer": 16}
     check_config(make(**sections), None, "train", files=False)
+
+
+def test_the_samplers_experts_need_an_engine_that_tells_them():
+    config = make(algorithm={"routing_replay": "r3"})
+    rollout = config.rollout.model_copy(update={"engine": "silent"})
+    with pytest.raises(UserError) as error:
+        replayed_routes_are_returned(config.model_copy(update={"rollout": rollout}))
+    assert str(error.value) == (
+        "algorithm.routing_replay is r3 with rollout.engine silent, which does not return the "
+        "experts of its tokens; expected builtin; change the engine, or take r2"
+    )
+
+
+def test_a_trace_is_kept_for_router_shift_and_for_replay():
+    kept = [
+        keeps_trace(AlgorithmConfig(name=name, routing_replay=replay))
+        for name, replay in (("rspo", "none"), ("grpo", "none"), ("grpo", "r2"), ("grpo", "r3"))
+    ]
+    assert kept == [True, False, True, True]
 
 
 def test_what_follows_from_the_section():

@@ -7,6 +7,7 @@ from megatron_rl.config.estimate import (
     count_parameters,
     logit_bytes,
     rank_memory,
+    trace_bytes,
     trace_bytes_per_token,
 )
 from megatron_rl.config.presets import MODEL_PRESETS
@@ -57,10 +58,28 @@ def test_parameters_by_hand():
     assert count_parameters(more)[0] == others + 4 * EXPERT + extra
 
 
-@pytest.mark.parametrize(("experts", "id_bytes"), [(8, 1), (256, 1), (257, 2), (65537, 4)])
+@pytest.mark.parametrize(
+    ("experts", "id_bytes"), [(8, 1), (256, 1), (257, 2), (32768, 2), (32769, 4)]
+)
 def test_trace_bytes(experts, id_bytes):
     model = ModelConfig(num_layers=4, moe_layer_freq=[0, 1, 1, 1], num_experts=experts, moe_top_k=2)
     assert trace_bytes_per_token(model) == 3 * 2 * (id_bytes + 4)
+
+
+def test_trace_bytes_of_a_batch():
+    """6 problems x 4 answers x 50 tokens over 2 data x 2 tensor x 3 context ranks: 100 tokens."""
+    config = Config(
+        model={"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1], "num_experts": 8, "moe_top_k": 2},
+        parallel={"tensor": 2, "context": 3, "pipeline": 2},
+        rollout={"prompts_per_step": 6, "samples_per_prompt": 4},
+    )
+    # the second stage has two MoE layers, the first one
+    assert trace_bytes(config, 24, 50) == 100 * 2 * 2 * 5
+    interleaved = config.parallel.model_copy(update={"virtual_pipeline": 2})
+    config = config.model_copy(update={"parallel": interleaved})
+    # stages hold layers 1, 3 and 2, 4: the fullest has two as well
+    assert trace_bytes(config, 24, 50) == 100 * 2 * 2 * 5
+    assert trace_bytes(config, 48, 50) == 50 * 2 * 2 * 5
 
 
 def test_trace_bytes_of_qwen3():

@@ -5,9 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data.packing import pack_samples, plan_packs, round_up, split_mini_batches
+from megatron_rl.data.packing import (
+    Routing,
+    pack_samples,
+    plan_packs,
+    round_up,
+    split_mini_batches,
+)
 from megatron_rl.errors import UserError
-from megatron_rl.records import Sample
+from megatron_rl.records import RoutedExperts, Sample
 
 
 def sample(tokens, prompt_length, advantage=1.0, logprobs=None):
@@ -163,3 +169,68 @@ def test_split_mini_batches():
     assert split_mini_batches([1, 2], 3) == [[1], [2], []]
     with pytest.raises(ValueError):
         split_mini_batches([1], 0)
+
+
+ROUTING = Routing(layers=(5, 2), top_k=2, num_experts=8)
+
+
+def routed(tokens, ids, layers=(2, 3, 5)):
+    """A sample of a prompt of one token, with experts ids[token][layer]."""
+    experts = RoutedExperts(np.array(ids, dtype=np.uint8), layers)
+    return Sample(np.array(tokens), 1, routed_experts=experts)
+
+
+def test_routes_of_a_pack_by_hand():
+    samples = [
+        routed([5, 6, 7], [[[0, 1], [9, 9], [2, 3]], [[4, 5], [9, 9], [6, 7]]]),
+        routed([8, 9], [[[7, 0], [9, 9], [1, 2]]]),
+    ]
+    for sample in samples:  # experts of a layer that this rank does not have are left out
+        sample.routed_experts.ids[:, 1] = [1, 0]
+    (pack,) = pack_samples(samples, 8, vocab_size=8, routing=ROUTING)
+    assert pack.routed_experts.layers == (5, 2)
+    assert pack.routed_experts.ids.dtype == np.uint8
+    assert pack.routed_experts.ids.tolist() == [
+        [[2, 3], [0, 1]],
+        [[6, 7], [4, 5]],
+        [[6, 7], [4, 5]],  # the last token, as the one before it
+        [[1, 2], [7, 0]],
+        [[1, 2], [7, 0]],
+        *[[[first, first + 1]] * 2 for first in (2, 4, 6)],  # padding at 5, 6, 7: 2 t mod 8
+    ]
+
+
+def test_routes_follow_padded_sequences():
+    samples = [
+        routed([5, 6, 7], [[[0, 1]] * 3, [[4, 5]] * 3]),
+        routed([8, 9], [[[7, 0]] * 3]),
+    ]
+    (pack,) = pack_samples(samples, 8, vocab_size=8, sequence_multiple=4, routing=ROUTING)
+    assert pack.routed_experts.ids[:, 0].tolist() == [
+        [0, 1], [4, 5], [4, 5], [6, 7], [7, 0], [7, 0], [4, 5], [6, 7],
+    ]  # fmt: skip
+
+
+def test_an_empty_pack_has_routes_and_without_routing_there_are_none():
+    many = Routing(layers=(1,), top_k=3, num_experts=300)
+    (pack,) = pack_samples([], 4, 1, vocab_size=8, routing=many)
+    assert pack.routed_experts.ids.dtype == np.int16
+    assert pack.routed_experts.ids[:, 0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    (pack,) = pack_samples([routed([1, 2], [[[0, 1]] * 3])], 4, vocab_size=8)
+    assert pack.routed_experts is None
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (sample([1, 2], 1), "sample 0 has no experts of the sampler$"),
+        (routed([1, 2], [[[0, 1]]], (2,)), r"no experts of the sampler in layers \[5\]"),
+        (routed([1, 2, 3], [[[0, 1]] * 3]), r"shape \(1, 3, 2\); expected \(2, 3, 2\)"),
+        (routed([1, 2], [[[0]] * 3]), r"shape \(1, 3, 1\); expected \(1, 3, 2\)"),
+        (routed([1, 2], [[[0, 8]] * 3]), "experts are 0 to 8; expected 0 to 7"),
+        (routed([1, 2], [[[3, 3]] * 3]), "sent a token to one expert twice"),
+    ],
+)
+def test_routes_that_do_not_fit_are_refused(sample, message):
+    with pytest.raises(ValueError, match=message):
+        pack_samples([sample], 8, vocab_size=8, routing=ROUTING)

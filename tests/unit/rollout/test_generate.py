@@ -221,6 +221,41 @@ def test_the_model_is_as_before(tiny):
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
 
 
+def test_routes_are_those_of_a_forward_pass_over_the_whole_answer(tiny):
+    """Prefill and decoding, rows that leave, a prompt of one token: as one causal pass sees it."""
+    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.forward import forward_row
+    from megatron_rl.router.capture import RouterCapture
+
+    chunk = tiny[3][0]
+    capture = RouterCapture([chunk], [[1, 2]])
+    try:
+        engine = tiny_engine(*tiny, max_batch=7, capture=capture)
+        settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11, routes=True)
+        groups = engine.generate(random_prompts(LENGTHS), settings)
+        plain = engine.generate(random_prompts(LENGTHS), SamplingSettings(4, 24, seed=11))
+        assert answers(groups) == answers(plain)
+        assert {len(a) for group in answers(groups) for a in group} != {24}
+        for group, same in zip(groups, plain):
+            for answer, without in zip(group.completions, same.completions):
+                assert without.routed_experts is None
+                row = np.concatenate([group.prompt.tokens, answer.tokens])[:-1]
+                layout = packed_layout([len(row)], len(row), torch.device("cpu"))
+                with torch.no_grad(), capture.record(0) as trace:
+                    forward_row(chunk, torch.from_numpy(row), layout)
+                assert answer.routed_experts.layers == (1, 2)
+                for column, number in enumerate((1, 2)):
+                    found = answer.routed_experts.ids[:, column]
+                    assert found.tolist() == trace[number].expert_ids.tolist()
+    finally:
+        capture.close()
+
+
+def test_routes_need_a_capture(tiny):
+    with pytest.raises(ValueError, match="settings.routes needs an engine with a RouterCapture"):
+        tiny_engine(*tiny).generate([], SamplingSettings(1, 1, routes=True))
+
+
 def test_no_prompts_no_groups(tiny):
     assert tiny_engine(*tiny).generate([], SamplingSettings(2, 3)) == []
 

@@ -9,6 +9,7 @@ from tests.support.tiny import build_tiny, cpu_device, tiny_config
 
 CPU = torch.device("cpu")
 LENGTHS, ROOM = [7, 1, 9], 20
+FLOOR = 0.9
 
 ROUTERS = {
     "softmax": {},
@@ -74,7 +75,8 @@ class Watched:
     def telemetry(self):
         from megatron_rl.router.telemetry import RouterTelemetry
 
-        return RouterTelemetry(self.config.model.num_layers, self.config.model.num_experts, CPU)
+        model = self.config.model
+        return RouterTelemetry(model.num_layers, model.num_experts, CPU, floor=FLOOR)
 
     def logprobs(self, number):
         """log r of all experts, [T, E], from the router's input and weight alone."""
@@ -196,19 +198,88 @@ def test_telemetry_counts_the_masked_tokens_only():
     with watched.capture.compare(0, trace, mask, telemetry):
         watched.forward()
     for number in watched.routers:
-        tokens, distance, overlap, entropy = telemetry.sums[number - 1].tolist()
+        sums = dict(zip(telemetry.COLUMNS, telemetry.sums[number - 1].tolist()))
         new, old_ids = watched.logprobs(number), trace[number].expert_ids.long()
         now = watched.chosen(number)
         per_token = (new.gather(1, old_ids) - trace[number].logprobs).abs().mean(1)
         kept = [len(set(a) & set(b)) / 2 for a, b in zip(old_ids.tolist(), now.tolist())]
-        assert tokens == mask.sum()
-        assert distance == pytest.approx(per_token[mask].sum().item(), rel=1e-4)
-        assert overlap == pytest.approx(sum(k for k, m in zip(kept, mask.tolist()) if m))
+        assert sums["tokens"] == sums["compared"] == mask.sum()
+        assert sums["distance"] == pytest.approx(per_token[mask].sum().item(), rel=1e-4)
+        assert sums["shift"] == pytest.approx((-per_token[mask]).exp().sum().item(), rel=1e-4)
+        assert sums["floored"] == ((-per_token[mask]).exp() < FLOOR).sum() > 0
+        assert telemetry.furthest[number - 1] == pytest.approx(per_token[mask].max().item())
+        assert sums["overlap"] == pytest.approx(sum(k for k, m in zip(kept, mask.tolist()) if m))
         entropies = -(new.exp() * new).sum(1)
-        assert entropy == pytest.approx(entropies[mask].sum().item(), rel=1e-4)
+        assert sums["entropy"] == pytest.approx(entropies[mask].sum().item(), rel=1e-4)
         load = F.one_hot(now[mask], 4).sum((0, 1))
         assert telemetry.load[number - 1].tolist() == load.tolist()
-    assert telemetry.sums[:, 2].min() < mask.sum()  # some token has other experts now
+    overlap = telemetry.sums[:, telemetry.COLUMNS.index("overlap")]
+    assert overlap.min() < mask.sum()  # some token has other experts now
+
+
+@pytest.mark.parametrize("model", ROUTERS.values(), ids=ROUTERS.keys())
+def test_without_a_trace_load_and_entropy_are_counted(model):
+    watched = Watched(model)
+    mask, telemetry = torch.arange(ROOM) % 3 == 0, watched.telemetry()
+    with watched.capture.compare(0, None, mask, telemetry) as distance:
+        watched.forward()
+    assert distance().tolist() == [0.0] * ROOM
+    experts = watched.config.model.num_experts
+    for number in watched.routers:
+        sums = dict(zip(telemetry.COLUMNS, telemetry.sums[number - 1].tolist()))
+        logits = watched.inputs[number] @ watched.routers[number].weight.detach().T
+        logprobs = logits.log_softmax(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(1)
+        assert sums["entropy"] == pytest.approx(entropies[mask].sum().item(), rel=1e-4)
+        assert (sums["tokens"], sums["compared"]) == (mask.sum(), 0)
+        load = F.one_hot(watched.chosen(number)[mask], experts).sum((0, 1))
+        assert telemetry.load[number - 1].tolist() == load.tolist()
+
+
+def test_a_pass_without_telemetry_measures_the_same():
+    watched = Watched()
+    trace = watched.record()
+    watched.move()
+    expected, _ = watched.compare(trace)
+    with watched.capture.compare(0, trace, torch.ones(ROOM), None) as distance:
+        watched.forward()
+    assert torch.equal(distance(), expected)
+
+
+def test_a_quantile_gets_the_distances_of_every_layer():
+    watched = Watched()
+    trace = watched.record()
+    watched.move()
+    mask, every = torch.ones(ROOM, dtype=torch.bool), watched.telemetry()
+    with watched.capture.compare(0, trace, mask, every, "quantile") as distances:
+        watched.forward()
+    for row, number in enumerate(sorted(trace)):
+        ids = trace[number].expert_ids.long()
+        expected = (watched.logprobs(number).gather(1, ids) - trace[number].logprobs).abs().mean(1)
+        torch.testing.assert_close(distances()[row], expected, atol=2e-5, rtol=2e-5)
+    with watched.capture.compare(0, trace, mask, None, "max") as largest:
+        watched.forward()
+    assert torch.equal(largest(), distances().amax(0))
+
+
+def test_routes_are_those_of_the_trace():
+    watched = Watched(ROUTERS["300 experts"])
+    trace = watched.record()
+    with torch.no_grad(), watched.capture.record_routes() as routes:
+        watched.forward()
+    assert sorted(routes) == sorted(trace) == list(watched.capture.layers_of())
+    for number, ids in routes.items():
+        assert ids.dtype == torch.int16 and torch.equal(ids, trace[number].expert_ids)
+
+
+def test_a_trace_in_pinned_memory_is_the_same_on_a_cpu():
+    watched = Watched()
+    trace = watched.record()
+    with torch.no_grad(), watched.capture.record(0, "pinned") as stored:
+        watched.forward()
+    for number, layer in trace.items():
+        assert torch.equal(stored[number].expert_ids, layer.expert_ids)
+        assert torch.equal(stored[number].logprobs, layer.logprobs)
 
 
 def test_closing_gives_the_routers_back():

@@ -87,6 +87,77 @@ class _OneRank:
         return 1
 
 
+def _appended(parallel, micro_batches, moe):
+    """As above, for a quantile: {micro-batch: rows} where a chunk's layer gives 100 * micro-batch +
+    its number in the model + token / 8. ``moe``: numbers from 1 of the MoE layers of 8.
+    """
+    cpu_device()
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.forward import forward_row
+    from megatron_rl.router.relay import DistanceRelay
+    from tests.support.tiny import build_tiny
+
+    config = tiny_config(parallel=parallel, model={"num_layers": 8})
+    groups, _, chunks = build_tiny(config)
+    held = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in chunks]
+    before = [sum(number < layers[0] for number in moe) for layers in held]
+    relay = DistanceRelay(groups.relay, len(chunks), "quantile", before)
+    tokens, layout = torch.arange(TOKENS), packed_layout([TOKENS], TOKENS, torch.device("cpu"))
+    seen = {}
+
+    def step(iterator, model):
+        number = next(iterator)
+        chunk = next(i for i, other in enumerate(chunks) if other is model)
+        output = forward_row(model, tokens, layout)
+        own = [100.0 * number + layer for layer in held[chunk] if layer in moe]
+        rows = torch.tensor(own)[:, None] + torch.arange(TOKENS) / 8
+        every = relay.pass_on(chunk, rows)
+
+        def loss(logits):
+            seen[number] = every
+            return logits.sum() * 0, torch.tensor(1, dtype=torch.int), {}
+
+        return output, loss
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(range(micro_batches)) for _ in chunks]
+        if len(chunks) > 1
+        else iter(range(micro_batches)),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=micro_batches,
+        seq_length=TOKENS,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    relay.finish()
+    return seen
+
+
+@pytest.mark.parametrize("moe", [range(1, 9), (4, 5, 8), (8,), (1, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (4, {"pipeline": 4})],
+    ids=["two", "interleaved", "four"],
+)
+def test_for_a_quantile_the_last_stage_has_the_distances_of_every_layer(ranks, parallel, moe):
+    """In layer order, also where stages have no MoE layer and pass nothing on."""
+    *others, last = run_on_ranks(ranks, _appended, parallel, 4, moe)
+    assert others == [{}] * (ranks - 1)
+    for number in range(4):
+        expected = [[100.0 * number + layer + t / 8 for t in range(TOKENS)] for layer in moe]
+        assert last[number].tolist() == expected
+
+
+def test_a_quantile_needs_to_know_the_layers_before():
+    from megatron_rl.router.relay import DistanceRelay
+
+    with pytest.raises(ValueError, match="2 chunks"):
+        DistanceRelay(_OneRank(), 2, "quantile", [0])
+
+
 def test_chunks_of_one_rank_pass_on_without_sending():
     from megatron_rl.router.relay import DistanceRelay
 

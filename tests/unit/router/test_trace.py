@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_rl.router.trace import id_dtype, trace_bytes_per_token
+from megatron_rl.router.trace import LayerTrace, id_dtype, on_device
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,9 @@ def test_the_smallest_type_that_holds_the_ids(experts, dtype):
     assert torch.iinfo(dtype).max >= experts - 1
 
 
-def test_bytes_of_a_token():
-    # 48 layers x 8 experts x (1 byte id + 4 bytes log-probability); 2 bytes above 256 experts.
-    assert trace_bytes_per_token(48, 8, 128) == 48 * 8 * 5
-    assert trace_bytes_per_token(3, 4, 300) == 3 * 4 * 6
+def test_on_a_cpu_storing_and_fetching_copy_nothing():
+    layer = LayerTrace(torch.tensor([[0, 3]], dtype=torch.uint8), torch.tensor([[-1.0, -2.0]]))
+    stored = layer.pinned()
+    assert stored.expert_ids is layer.expert_ids and stored.logprobs is layer.logprobs
+    back = on_device({5: stored}, torch.device("cpu"))
+    assert back[5].expert_ids is layer.expert_ids and back[5].logprobs is layer.logprobs

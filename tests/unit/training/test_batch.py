@@ -83,7 +83,7 @@ def test_tensors_hold_what_the_pack_holds():
     from megatron_rl.training.batch import to_device
 
     (pack,) = pack_samples([sample(3, 0.5), sample(2, -2.0)], 8, vocab_size=64)
-    tensors = to_device(pack, torch.device("cpu"), dist.group.WORLD)
+    tensors = to_device(pack, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     assert tensors.tokens.tolist()[:5] == [0, 1, 2, 0, 1]
     assert tensors.mask.tolist() == [True, True, False, True, False, False, False, False]
     assert tensors.advantages.tolist()[:5] == [0.5, 0.5, 0.5, -2.0, -2.0]

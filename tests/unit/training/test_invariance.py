@@ -117,7 +117,8 @@ def empty(packs):
     from megatron_rl.training.batch import to_device
 
     (pack,) = pack_samples([], len(packs[0].tokens), 1, vocab_size=128, with_rollout_logprobs=True)
-    return to_device(pack, CPU, packs[0].shards.group)
+    alone = packs[0].shards.group
+    return to_device(pack, CPU, alone, alone)
 
 
 @pytest.mark.parametrize("extra", [masked, empty])

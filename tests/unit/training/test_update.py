@@ -167,8 +167,10 @@ def test_a_mini_batch_without_a_trained_token_moves_nothing():
 
         before = {name: p.detach().clone() for name, p in policy.chunks[0].named_parameters()}
         empty = pack_samples([], 48, 2, vocab_size=128, with_rollout_logprobs=True)
-        context = policy.groups.context
-        packs = [to_device(pack, torch.device("cpu"), context) for pack in empty]
+        groups = policy.groups
+        packs = [
+            to_device(pack, torch.device("cpu"), groups.context, groups.tensor) for pack in empty
+        ]
         metrics, _, grads = run_update(policy, score(policy, packs, with_traces=True))
         after = dict(policy.chunks[0].named_parameters())
     assert metrics["grad_norm"] == 0.0

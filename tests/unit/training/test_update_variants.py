@@ -153,17 +153,27 @@ def test_the_mean_over_the_mini_batch_is_one(mode):
     assert other_metrics["router/shift_mean"] == metrics["router/shift_mean"]
 
 
-@pytest.mark.parametrize("layers", ["mean", "max"])
-def test_gamma_is_of_the_mean_or_the_largest_distance_of_the_layers(layers):
+#: Of four layers: the third smallest is the least that half of them and more do not exceed.
+QUANTILES = {0.25: 0, 0.5: 1, 0.51: 2, 0.75: 2, 0.76: 3, 1.0: 3}
+
+
+@pytest.mark.parametrize(
+    ("layers", "quantile"), [("mean", 0.9), ("max", 0.9), *(("quantile", q) for q in QUANTILES)]
+)
+def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers, quantile):
     from megatron_rl.models.forward import forward_row
 
-    with scored(router_shift={"floor": 0.0, "layers": layers}) as (policy, batches):
+    shift = {"floor": 0.0, "layers": layers, "quantile": quantile}
+    with scored(router_shift=shift) as (policy, batches):
         one_update(policy, batches[0])
         item = batches[1][0]
         rows = []
 
         class Listener:
-            def add(self, layer, mask, distance, *_):
+            def add_choice(self, *_):
+                pass
+
+            def add_shift(self, layer, mask, distance, overlap):
                 rows.append(distance)
 
         with torch.no_grad(), policy.capture.compare(0, item.traces[0], item.pack.mask, Listener()):
@@ -171,7 +181,11 @@ def test_gamma_is_of_the_mean_or_the_largest_distance_of_the_layers(layers):
         distances = torch.stack(rows)
         metrics, seen = one_update(policy, batches[1])
     assert len(distances) == 4
-    one = distances.amax(0) if layers == "max" else distances.mean(0)
+    one = {
+        "mean": distances.mean(0),
+        "max": distances.amax(0),
+        "quantile": distances.sort(0).values[QUANTILES.get(quantile, 0)],
+    }[layers]
     here = item.pack.mask
     torch.testing.assert_close(seen[0].router_shift[here], torch.exp(-one)[here])
     smallest = min(inputs.router_shift[inputs.mask].min().item() for inputs in seen)

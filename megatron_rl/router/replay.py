@@ -1,0 +1,119 @@
+"""Routing replay: routers take given experts instead of their own top-K.
+
+R2 replays in the update what the scoring pass chose; R3 (arXiv 2510.11370) replays in the scoring
+pass what the sampler chose, and with the trace of that pass the update follows. The weights of the
+experts are made from the live logits, so the router still learns. A balancing loss looks at the
+router's own choice, load and expert bias at the replayed one.
+
+Each router has a ``RouterReplay`` of Megatron's (``moe_enable_routing_replay``), which is used
+through its instance only: the class-wide list that its static methods work on holds the routers of
+every model this process has built. Routers are found by walking the chunks, as in `RouterCapture`,
+so pipeline stages and virtual stages need no bookkeeping. The same calls serve Megatron-Core 0.16.1
+and 0.19.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator, Mapping, Sequence
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplayAction
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.router.capture import RouterError
+
+
+class RouteReplay:
+    """The replay of all MoE routers of this rank's chunks."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """
+        Raises:
+            RouterError: a router was built without replay.
+        """
+        self._routers = [
+            {m.layer_number: m for m in chunk.modules() if isinstance(m, TopKRouter)}
+            for chunk in chunks
+        ]
+        self._recomputes = [_recomputes_routers(chunk.config) for chunk in chunks]
+        for router in self._all():
+            if router.router_replay is None:
+                raise RouterError(
+                    f"the router of layer {router.layer_number} was built without "
+                    "moe_enable_routing_replay"
+                )
+
+    @contextlib.contextmanager
+    def routes(self, chunk: int, expert_ids: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """The forward pass of a chunk inside takes these experts.
+
+        Its recomputation takes them again: Megatron keeps them in a queue for each router, since
+        both of its schedules run the backward passes of a chunk in the order of its forward passes.
+        Where nothing will be recomputed nothing is queued.
+
+        Args:
+            chunk: index of the model chunk that runs.
+            expert_ids: of each MoE layer of the chunk, by global number from 1: integers
+                [T_local, K], all different in a row (padding too: dispatchers count K experts a
+                token).
+
+        Raises:
+            RouterError: they are not those of the chunk's layers, or K is another.
+        """
+        routers = self._routers[chunk]
+        if set(expert_ids) != set(routers):
+            raise RouterError(
+                f"routes of layers {sorted(expert_ids)}; expected {sorted(routers)}, "
+                "which are the chunk's"
+            )
+        for number, ids in expert_ids.items():
+            if ids.dim() != 2 or ids.shape[1] != routers[number].topk:
+                raise RouterError(
+                    f"layer {number}: routes of shape {tuple(ids.shape)}; expected "
+                    f"[T_local, {routers[number].topk}]"
+                )
+        queued = self._recomputes[chunk] and torch.is_grad_enabled()
+        for number, router in routers.items():
+            ids, replay = expert_ids[number].long(), router.router_replay
+            if queued:
+                replay.set_target_indices(ids)
+            else:
+                replay.target_topk_idx = ids
+            replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        try:
+            yield
+        finally:
+            for router in routers.values():
+                replay = router.router_replay
+                replay.target_topk_idx = None
+                if queued:
+                    replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+                elif not replay.replay_backward_list:
+                    replay.clear_router_replay_action()
+
+    def finish(self) -> None:
+        """Let the routers choose by themselves again; call once the schedule has ended.
+
+        Raises:
+            RouterError: a router was not recomputed as often as it ran, so that a recomputation
+                may have met the experts of another micro-batch.
+        """
+        left = {r.layer_number: len(r.router_replay.replay_backward_list) for r in self._all()}
+        for router in self._all():
+            router.router_replay.clear_router_replay_action()
+            router.router_replay.clear_indices()
+        left = {number: count for number, count in left.items() if count}
+        if left:
+            raise RouterError(f"routes that no recomputation has taken, by layer: {left}")
+
+    def _all(self) -> list[TopKRouter]:
+        return [router for routers in self._routers for router in routers.values()]
+
+
+def _recomputes_routers(config: TransformerConfig) -> bool:
+    """Whether the backward pass runs the routers again."""
+    if config.recompute_granularity == "selective":
+        return "moe" in (config.recompute_modules or ())
+    return config.recompute_granularity == "full"

@@ -1,0 +1,54 @@
+"""Room for the router trace, before the first step."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from megatron_rl.checkpoint.together import together
+from megatron_rl.config.estimate import GIB, trace_bytes, trace_bytes_per_token
+from megatron_rl.config.schema import Config
+from megatron_rl.device.memory import available_bytes
+from megatron_rl.errors import UserError
+from megatron_rl.records import Prompt
+from megatron_rl.training.session import Session
+
+
+def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
+    """Tokens of the longest problem with the longest answer."""
+    longest = max((len(problem.tokens) for problem in problems), default=1)
+    return min(longest + config.rollout.max_new_tokens, config.model.max_sequence_length)
+
+
+def trace_fact(config: Config, world_size: int, longest: int) -> str:
+    """The size of the trace, for the header."""
+    store = "pinned host memory" if config.algorithm.trace_store == "pinned" else "device memory"
+    size = trace_bytes(config, world_size, longest)
+    return (
+        f"{trace_bytes_per_token(config.model):,} bytes a token over all pipeline stages; at most "
+        f"{size / GIB:.3g} GiB of {store} on a rank, for sequences of {longest:,} tokens"
+    )
+
+
+def check_trace_fits(session: Session, longest: int) -> None:
+    """Refuse a run whose trace is larger than the memory that is free beside the model. A
+    collective.
+
+    Raises:
+        UserError: it is; on all ranks.
+    """
+    algorithm = session.config.algorithm
+
+    def check() -> None:
+        size = trace_bytes(session.config, session.launch.world_size, longest)
+        pinned = algorithm.trace_store == "pinned"
+        free = available_bytes(session.device, session.launch, host=pinned)
+        if size > free:
+            remedy = "lower rollout.prompts_per_step or rollout.samples_per_prompt"
+            if session.device.kind == "cuda" and not pinned:
+                remedy = f"set algorithm.trace_store pinned, or {remedy}"
+            raise UserError(
+                f"the router trace of a rollout batch takes up to {size / GIB:.3g} GiB on a rank; "
+                f"{free / GIB:.3g} GiB are free; {remedy}"
+            )
+
+    together(session.groups.world, check)
