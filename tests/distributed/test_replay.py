@@ -67,7 +67,7 @@ CASES = (
     Case("CP2 PP2 VPP2, R3 quantile", 4, {**CP2, **VPP2}, algorithm={**R3, **QUANTILE}),
     Case("PP2 VPP2 EP2 recompute, R3", 4, {**VPP2, **EP2, **FULL}, SIGMOID_GROUPS, algorithm=R3),
     Case("EP2 allgather, R3", 2, {**EP2, **ALLGATHER}, algorithm=R3),
-    Case("PP2 sharded, R3", 4, {**PP2, **SHARDED}, gradients=False, algorithm=R3),
+    Case("PP2 sharded, R3", 4, {**PP2, **SHARDED}, algorithm=R3),
     Case("PP4, quantile", 4, PP4, algorithm=QUANTILE),
     Case("TP2 PP2, quantile", 4, {**TP2, **PP2}, algorithm=QUANTILE),
 )
