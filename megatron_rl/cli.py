@@ -20,8 +20,9 @@ from megatron_rl.config.estimate import (
     GIB,
     count_parameters,
     rank_memory,
-    trace_bytes,
+    size_text,
     trace_bytes_per_token,
+    trace_text,
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
@@ -289,34 +290,22 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
     ranks = ranks_wanted(config.parallel)
     total, active = count_parameters(config.model)
     memory = rank_memory(config, ranks)
-    trace = trace_bytes_per_token(config.model)
+    trace, kept = trace_bytes_per_token(config.model), keeps_trace(config.algorithm)
+    longest = config.model.max_sequence_length
     return [
         ("ranks", str(ranks)),
         ("layout", layout_text(config.parallel, ranks)),
         ("parameters", f"{total:,} ({active:,} active for a token)"),
-        ("memory per rank", f"{_gib(memory.total)} in an update, of which"),
-        ("  weights", f"{_gib(memory.weights)} ({config.model.dtype})"),
-        ("  gradients", f"{_gib(memory.gradients)}"),
-        ("  optimizer state", f"{_gib(memory.optimizer)}"),
-        ("  activations", f"{_gib(memory.activations)} (approximate)"),
-        ("  logits", f"{_gib(memory.logits)}"),
-        ("router trace", f"{trace:,} bytes per token, over all stages"),
-        ("  of a batch", _batch_trace(config, ranks)),
+        ("memory per rank", f"{size_text(memory.total)} in an update, of which"),
+        ("  weights", f"{size_text(memory.weights)} ({config.model.dtype})"),
+        ("  gradients", f"{size_text(memory.gradients)}"),
+        ("  optimizer state", f"{size_text(memory.optimizer)}"),
+        ("  activations", f"{size_text(memory.activations)} (approximate)"),
+        ("  logits", f"{size_text(memory.logits)}"),
+        ("router trace", f"{trace:,} bytes a token over all pipeline stages"),
+        ("  of a batch", trace_text(config, ranks, longest) if kept else "none is kept"),
         *((name, _file_state(path)) for name, path in input_files(config).items()),
     ]
-
-
-def _batch_trace(config: Config, ranks: int) -> str:
-    if not keeps_trace(config.algorithm):
-        return "none is kept"
-    longest = config.model.max_sequence_length
-    size = _gib(trace_bytes(config, ranks, longest))
-    place = "pinned host memory" if config.algorithm.trace_store == "pinned" else "device memory"
-    return f"at most {size} of {place} per rank, for sequences of {longest:,} tokens"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3g} GiB"
 
 
 def _file_state(path: Path | None) -> str:

@@ -119,6 +119,21 @@ def trace_bytes(config: Config, world_size: int, longest: int) -> int:
     return sequences * longest * layers * _trace_bytes_per_layer(config.model) // ranks
 
 
+def trace_text(config: Config, world_size: int, longest: int) -> str:
+    """`trace_bytes` in words."""
+    place = "pinned host" if config.algorithm.trace_store == "pinned" else "device"
+    size = size_text(trace_bytes(config, world_size, longest))
+    return f"at most {size} of {place} memory on a rank, for sequences of {longest:,} tokens"
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest binary unit of which there is one at least: 1536 is 1.5 KiB."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:.0f} {units[0]}"
+
+
 def _trace_bytes_per_layer(model: ModelConfig) -> int:
     return model.moe_top_k * (expert_id_bytes(model.num_experts) + 4)
 

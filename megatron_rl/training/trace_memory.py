@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Sequence
 
 from megatron_rl.checkpoint.together import together
-from megatron_rl.config.estimate import GIB, trace_bytes, trace_bytes_per_token
+from megatron_rl.config.estimate import (
+    size_text,
+    trace_bytes,
+    trace_bytes_per_token,
+    trace_text,
+)
 from megatron_rl.config.schema import Config
 from megatron_rl.device.memory import available_bytes
 from megatron_rl.errors import UserError
@@ -21,11 +26,9 @@ def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
 
 def trace_fact(config: Config, world_size: int, longest: int) -> str:
     """The size of the trace, for the header."""
-    store = "pinned host memory" if config.algorithm.trace_store == "pinned" else "device memory"
-    size = trace_bytes(config, world_size, longest)
     return (
-        f"{trace_bytes_per_token(config.model):,} bytes a token over all pipeline stages; at most "
-        f"{size / GIB:.3g} GiB of {store} on a rank, for sequences of {longest:,} tokens"
+        f"{trace_bytes_per_token(config.model):,} bytes a token over all pipeline stages; "
+        + trace_text(config, world_size, longest)
     )
 
 
@@ -47,8 +50,8 @@ def check_trace_fits(session: Session, longest: int) -> None:
             if session.device.kind == "cuda" and not pinned:
                 remedy = f"set algorithm.trace_store pinned, or {remedy}"
             raise UserError(
-                f"the router trace of a rollout batch takes up to {size / GIB:.3g} GiB on a rank; "
-                f"{free / GIB:.3g} GiB are free; {remedy}"
+                f"the router trace of a rollout batch takes up to {size_text(size)} on a rank; "
+                f"{size_text(free)} are free; {remedy}"
             )
 
     together(session.groups.world, check)

@@ -72,7 +72,8 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
         "data": "24 problems (data/train.jsonl), 16 held-out (data/eval.jsonl), reward countdown",
         "step": "8 problems x 4 answers of 12 tokens at most, 2 mini-batches x 1 epoch",
         "algorithm": "rspo, group_norm advantages, router shift with floor 0.8",
-        "router trace": "20 bytes a token, over all pipeline stages",
+        "router trace": "20 bytes a token over all pipeline stages; at most 6.25 KiB of device "
+        "memory on a rank, for sequences of 20 tokens",
     }
     steps = [line for line in lines if line.startswith("step ") and "/8  " in line]
     assert len(steps) == 8 and len({len(line) for line in steps}) == 1  # columns line up
@@ -163,12 +164,12 @@ def test_generate_answers_each_prompt_as_the_run_did(folder, sft_run):
 
 def test_check_shows_ranks_memory_and_trace(folder):
     done = succeed("check", "rl.yaml", cwd=folder)
-    rows = dict(line.strip("│ ").split("│") for line in done.out.splitlines() if "│" in line)
-    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    cells = [line.strip("│").split("│") for line in done.out.splitlines() if "│" in line]
+    rows = {name.strip(): value.strip() for name, value in cells}
     assert rows["ranks"] == "2"
     assert rows["layout"] == "data 2, expert 2"
-    assert rows["memory per rank"].endswith("GiB in an update, of which")
-    assert rows["router trace"] == "20 bytes per token, over all stages"
+    assert rows["memory per rank"].endswith("MiB in an update, of which")
+    assert rows["router trace"] == "20 bytes a token over all pipeline stages"
 
 
 def test_help_starts_without_torch():

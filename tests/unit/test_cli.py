@@ -93,7 +93,7 @@ def test_check_prints_sizes_and_starts_nothing(run_yaml, training, capsys):
     assert "ranks 8" in rows
     assert "layout data 8, expert 2" in rows
     assert "parameters 1,807,744 (628,096 active for a token)" in rows
-    assert "router trace 40 bytes per token, over all stages" in rows
+    assert "router trace 40 bytes a token over all pipeline stages" in rows
     assert "data.eval none.jsonl (missing)" in rows
     assert "data.train train.jsonl" in rows
     assert training == []

@@ -7,6 +7,7 @@ from megatron_rl.config.estimate import (
     count_parameters,
     logit_bytes,
     rank_memory,
+    size_text,
     trace_bytes,
     trace_bytes_per_token,
 )
@@ -80,6 +81,12 @@ def test_trace_bytes_of_a_batch():
     # stages hold layers 1, 3 and 2, 4: the fullest has two as well
     assert trace_bytes(config, 24, 50) == 100 * 2 * 2 * 5
     assert trace_bytes(config, 48, 50) == 50 * 2 * 2 * 5
+
+
+def test_sizes_in_words():
+    sizes = (0, 1023, 1536, 999.6 * 2**10, 1023 * 2**20, 2**30, 12345 * 2**40)
+    texts = ("0 bytes", "1023 bytes", "1.5 KiB", "1000 KiB", "1023 MiB", "1 GiB", "12345 TiB")
+    assert tuple(map(size_text, sizes)) == texts
 
 
 def test_trace_bytes_of_qwen3():

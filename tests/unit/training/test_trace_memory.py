@@ -34,7 +34,7 @@ def test_the_header_shows_the_size():
     from megatron_rl.training.trace_memory import trace_fact
 
     assert trace_fact(CONFIG, 1, 50) == (
-        f"20 bytes a token over all pipeline stages; at most {BYTES / 2**30:.3g} GiB of device "
+        f"20 bytes a token over all pipeline stages; at most {BYTES / 1024:.3g} KiB of device "
         "memory on a rank, for sequences of 50 tokens"
     )
     pinned = CONFIG.algorithm.model_copy(update={"trace_store": "pinned"})
@@ -67,7 +67,7 @@ def _checked(free_of_rank, kind):
 def test_a_trace_that_fits_is_let_through_and_one_that_does_not_is_refused_on_all_ranks():
     assert run_on_ranks(2, _checked, [BYTES, BYTES], "cpu") == [None, None]
     for message in run_on_ranks(2, _checked, [BYTES, BYTES - 1], "cpu"):
-        assert message.startswith("the router trace of a rollout batch takes up to 2.98e-05 GiB")
+        assert message.startswith("the router trace of a rollout batch takes up to 31.2 KiB")
         assert message.endswith(
             "are free; lower rollout.prompts_per_step or rollout.samples_per_prompt"
         )
@@ -75,7 +75,7 @@ def test_a_trace_that_fits_is_let_through_and_one_that_does_not_is_refused_on_al
 
 def test_on_cuda_the_host_is_the_first_remedy():
     (message,) = run_on_ranks(1, _checked, [0], "cuda")
-    assert "0 GiB are free; set algorithm.trace_store pinned, or lower" in message
+    assert "0 bytes are free; set algorithm.trace_store pinned, or lower" in message
 
 
 def test_the_free_memory_of_a_machine_is_shared_among_its_ranks():
