@@ -27,7 +27,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_rl.router.trace import trace_bytes_per_token  # noqa: E402
+from megatron_rl.config.estimate import trace_bytes_per_token  # noqa: E402
+from megatron_rl.config.presets import MODEL_PRESETS  # noqa: E402
+from megatron_rl.config.schema import ModelConfig  # noqa: E402
 
 LAYOUTS = {
     "PP1": (1, {}),
@@ -46,7 +48,7 @@ SEQUENCES = 4  #: of a pack
 WARM_UP = 2  #: pairs that are not counted
 MOST_TIME = 1.02
 #: Shape of the 30B-A3B model of the paper: L layers, K of E experts.
-SHAPE = {"num_moe_layers": 48, "top_k": 8, "num_experts": 128}
+SHAPE = ModelConfig(**MODEL_PRESETS["qwen3_30b_a3b"])
 MOST_BYTES = 1920
 ROW = "{:7} {:27} {:9} {:27} {:>8}"
 
@@ -68,8 +70,8 @@ def main() -> int:
         print(ROW.format(name, str(update), busy, str(scoring), f"{result['gmpo_s']:.2f} s"))
         sys.stdout.flush()
         slow |= update.median > MOST_TIME
-    size = trace_bytes_per_token(**SHAPE)
-    dense = SHAPE["num_moe_layers"] * SHAPE["num_experts"] * 4
+    size = trace_bytes_per_token(SHAPE)
+    dense = SHAPE.num_layers * SHAPE.num_experts * 4
     print(f"medians (quartiles) of {arguments.pairs} pairs; load average {os.getloadavg()[0]:.1f}")
     print(f"trace at L=48, K=8, E=128: {size:,} bytes a token; dense fp32 logits: {dense:,}")
     return 1 if slow or size > MOST_BYTES else 0
@@ -262,8 +264,8 @@ def _check_trace(policy: Any, scored: list[Any]) -> None:
         layers = [layer for chunk in item.traces for layer in chunk.values()]
         tokens = len(layers[0].logprobs)
         found = sum(layer.expert_ids.nbytes + layer.logprobs.nbytes for layer in layers)
-        model = policy.config.model
-        expected = trace_bytes_per_token(len(layers), model.moe_top_k, model.num_experts)
+        whole = trace_bytes_per_token(policy.config.model)
+        expected = whole * len(layers) / policy.config.model.num_layers  # of this stage's layers
         assert found == tokens * expected, (found, tokens, expected)
 
 
