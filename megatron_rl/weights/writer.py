@@ -34,7 +34,8 @@ class _Shards:
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._size + size > self._limit:
             self.flush()
-        self._waiting[name] = tensor.cpu()
+        # A copy: a slice would keep the whole of what it is a slice of.
+        self._waiting[name] = tensor.to("cpu", copy=True)
         self._size += size
 
     def flush(self) -> None:
