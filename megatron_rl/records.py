@@ -2,7 +2,8 @@
 torch, no Megatron.
 
     Prompt -> RolloutGroup -> Sample -> Pack -> (scored, trained)
- Legend of shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion, G
+
+Legend of shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion, G
 completions of a prompt.
 """
 

@@ -1,6 +1,7 @@
 """The only monkey patches of the project: what Megatron-Core needs to run on a machine without
 CUDA.
- Megatron-Core asks ``torch.cuda`` for devices, streams and random states, and creates a few tensors
+
+Megatron-Core asks ``torch.cuda`` for devices, streams and random states, and creates a few tensors
 with ``device="cuda"``. Each patch below says why it is needed, on which version it was seen and
 when it can go. `install` replaces the few functions Megatron calls, not every call of torch (a
 global TorchFunctionMode costs a third to a half of the decoding speed). It is never called when the

@@ -1,6 +1,7 @@
 """Attention over packed sequences without Transformer Engine, and the layouts that tell it where
 tokens belong.
- A *layout* travels through Megatron in the place of its packed-sequence parameters. It carries the
+
+A *layout* travels through Megatron in the place of its packed-sequence parameters. It carries the
 positions of the tokens (for the rotary embedding) and computes the attention itself, so that
 training packs, prompts being prefilled and single tokens being decoded with a key/value cache go
 through the same model.

@@ -1,5 +1,6 @@
 """Every weight under one name that does not depend on how the model is split.
- A `ParameterView` is one matrix (or vector) of the whole model as this rank holds it: experts
+
+A `ParameterView` is one matrix (or vector) of the whole model as this rank holds it: experts
 stacked in one parameter are one view each, layers have their global number. Initial weights,
 comparisons between layouts and conversions are written against these names.
 """

@@ -1,6 +1,7 @@
 """Watches the routers of the model: what they chose at scoring time, and how far they have moved
 since.
- Nothing is computed twice: `RouterCapture` wraps the `routing` method of each router instance,
+
+Nothing is computed twice: `RouterCapture` wraps the `routing` method of each router instance,
 which receives the logits the router has just made and returns its choice. The wrapper only looks.
 Firings outside an open pass, such as the recomputation of activations during the backward pass, are
 let through unseen.
