@@ -100,6 +100,7 @@ def ranks_are_as_configured(config: Config, world_size: int, verb: str) -> None:
     """The ranks that run are those the config was written for."""
     wanted = ranks_wanted(config.parallel)
     if world_size == 1 and wanted > 1:
+        layout_fits_world(config, wanted)  # else the command below would be refused as well
         raise UserError(
             f"found 1 rank; the config's parallel section needs {wanted}; start it with: torchrun "
             f"--nproc-per-node {wanted} -m megatron_rl {verb} CONFIG"

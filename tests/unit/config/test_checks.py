@@ -205,6 +205,12 @@ def test_top_1_passes_with_softmax_over_all_experts():
             "torchrun --nproc-per-node 8 -m megatron_rl train CONFIG",
         ),
         (
+            {"world_size": 3, "expert": 2},
+            {},
+            1,
+            "3 ranks for pipeline 1 x expert 2 x expert_tensor 1; expected a multiple of 2; use 2",
+        ),
+        (
             {"world_size": 8},
             {},
             4,
