@@ -10,10 +10,10 @@ from tests.support.layouts import (
     NUMBERS,
     References,
     bf16_bounds,
+    comparable_in_bf16,
     compare,
     in_fp32,
     run_case,
-    with_stacked_experts,
 )
 
 #: The others take minutes together and are marked slow; `tools/bench/layouts.py` shows all numbers.
@@ -56,9 +56,9 @@ def test_a_layout_trains_like_a_single_process(case: Case, references: Reference
 
 @pytest.mark.parametrize("case", parameters(BF16_CASES))
 def test_in_bf16_a_layout_is_no_further_off_than_bf16_itself(case: Case, references: References):
-    narrow = with_stacked_experts(references.of(case))
-    bounds = bf16_bounds(narrow, with_stacked_experts(references.of(in_fp32(case))))
-    difference = compare(with_stacked_experts(run_case(case)), narrow)
+    narrow = comparable_in_bf16(references.of(case))
+    bounds = bf16_bounds(narrow, comparable_in_bf16(references.of(in_fp32(case))))
+    difference = compare(comparable_in_bf16(run_case(case)), narrow)
     assert 0.01 < bounds["logprobs"] < 0.2 and bounds["replicas"] == 0.0  # it is bf16's size
     beyond = [name for name in NUMBERS if getattr(difference, name) > bounds[name]]
     assert not beyond, (difference, bounds)

@@ -322,12 +322,13 @@ def merge(parts: list[dict[str, Any]]) -> Run:
     return Run(scalars=parts[0]["scalars"], replica_difference=replicas, **merged)
 
 
-def with_stacked_experts(run: Run) -> Run:
-    """The run with the experts of a layer as one tensor a matrix, as the model holds them.
+def comparable_in_bf16(run: Run) -> Run:
+    """The run as it can be compared in bf16, where a router may choose otherwise for a token.
 
-    In bf16 a router may choose otherwise for a token, which changes the whole gradient of an expert
-    that few tokens reach. The expert biases, which such a choice may step the other way, are left
-    out.
+    That changes the whole gradient of an expert that few tokens reach: the experts of a layer
+    become one tensor a matrix, as the model holds them. Left out are what one token decides: the
+    largest distances, the clip fractions of quarters of the tokens, and the expert biases, which a
+    choice may step the other way.
     """
 
     def stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -338,12 +339,19 @@ def with_stacked_experts(run: Run) -> Run:
             parts.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(tensors[name])
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
-    return dataclasses.replace(run, gradients=stacked(run.gradients), weights=stacked(run.weights))
+    of_many = {
+        name: value
+        for name, value in run.scalars.items()
+        if not name.startswith(("router/distance_max", "clip_fraction/gamma_q"))
+    }
+    return dataclasses.replace(
+        run, scalars=of_many, gradients=stacked(run.gradients), weights=stacked(run.weights)
+    )
 
 
 def bf16_bounds(narrow: Run, exact: Run) -> dict[str, float]:
     """What each number of a `Difference` may be in bf16: `BF16_FACTOR` times how far bf16 is from
-    fp32 in one process (both with stacked experts).
+    fp32 in one process (both made comparable).
 
     A layout and the single process round the same fp32 numbers independently, so they are about
     sqrt(2) times as far from each other as from those. The three kinds of scalars share the largest

@@ -31,10 +31,10 @@ from tests.support.layouts import (  # noqa: E402
     Difference,
     References,
     bf16_bounds,
+    comparable_in_bf16,
     compare,
     in_fp32,
     run_case,
-    with_stacked_experts,
 )
 from tests.support.ranks import RankFailure  # noqa: E402
 
@@ -71,9 +71,9 @@ def _fp32(case: Case, references: References) -> tuple[Difference, Bounds]:
 
 
 def _bf16(case: Case, references: References) -> tuple[Difference, Bounds]:
-    narrow = with_stacked_experts(references.of(case))
-    exact = with_stacked_experts(references.of(in_fp32(case)))
-    return compare(with_stacked_experts(run_case(case)), narrow), bf16_bounds(narrow, exact)
+    narrow = comparable_in_bf16(references.of(case))
+    exact = comparable_in_bf16(references.of(in_fp32(case)))
+    return compare(comparable_in_bf16(run_case(case)), narrow), bf16_bounds(narrow, exact)
 
 
 def _print_table(console: Console, title: str, cases, measure, references: References) -> int:
