@@ -1,0 +1,260 @@
+"""Tokens a second of the built-in rollout engine, of transformers.generate and of a vLLM server.
+
+    python tools/bench/rollout.py [--vllm-python VENV/bin/python] [--prompts 64] [--tokens 64]
+
+One model of random weights (qwen3_moe: 4 layers, hidden 256, 16 experts, top-4; fp32), the same
+prompts of 8 to 48 tokens for all, answers of a fixed length sampled at temperature 1. The three
+take turns, round by round, so that they share whatever else the machine does; all have the same
+threads. vLLM is left out without an interpreter that has it (tools/setup_vllm_venv.sh makes one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+VOCABULARY, LONGEST_PROMPT = 512, 48
+ROW = "{:24} {:>26}"
+Round = Callable[[], int]  # generates once; the tokens it made
+
+
+def main() -> int:
+    """Build the model, take turns, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    generator = np.random.default_rng(3)
+    prompts = [
+        generator.integers(2, VOCABULARY, int(generator.integers(8, LONGEST_PROMPT + 1)))
+        for _ in range(arguments.prompts)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "model"
+        _save_model(directory, LONGEST_PROMPT + arguments.tokens)
+        rounds: dict[str, Round] = {
+            "built-in engine": _builtin(directory, prompts, arguments),
+            "transformers.generate": _transformers(directory, prompts, arguments),
+        }
+        server = None
+        if arguments.vllm_python:
+            server = _Server(arguments.vllm_python, directory, Path(folder) / "vllm.log")
+            rounds["vLLM server"] = server.round(prompts, arguments.tokens)
+        try:
+            speeds = _take_turns(rounds, arguments.rounds)
+        finally:
+            if server is not None:
+                server.stop()
+    print(
+        f"{arguments.prompts} prompts x {arguments.tokens} tokens, fp32, {arguments.threads} "
+        f"threads; median (range) of {arguments.rounds} rounds in turns"
+    )
+    for name, values in speeds.items():
+        text = f"{np.median(values):,.0f} ({min(values):,.0f} .. {max(values):,.0f})"
+        print(ROW.format(name, f"{text} tokens/s"))
+    return 0
+
+
+def _take_turns(rounds: dict[str, Round], count: int) -> dict[str, list[float]]:
+    speeds: dict[str, list[float]] = {name: [] for name in rounds}
+    for number in range(count + 1):
+        for name, generate in rounds.items():
+            began = time.perf_counter()
+            made = generate()
+            if number:  # the first is not counted
+                speeds[name].append(made / (time.perf_counter() - began))
+    return speeds
+
+
+def _save_model(directory: Path, longest: int) -> None:
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=512,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=128,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=longest,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    transformers.Qwen3MoeForCausalLM(config).float().save_pretrained(directory)
+
+
+def _builtin(directory: Path, prompts: list[np.ndarray], arguments: argparse.Namespace) -> Round:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.device.launch import read_launch
+    from megatron_rl.device.select import connect, select_device
+
+    words = {"model.hf_path": directory, "model.dtype": "fp32", "device.kind": "cpu"}
+    words["device.threads"] = arguments.threads
+    config = load_config(None, [f"--{name}={value}" for name, value in words.items()])
+    launch = read_launch()
+    device = select_device(config.device, launch)
+    connect(device, launch, config.device.timeout_s)
+
+    from megatron_rl.models.build import build_chunks, transformer_config
+    from megatron_rl.parallel.groups import build_groups
+    from megatron_rl.records import Prompt
+    from megatron_rl.rollout.builtin.generate import BuiltinEngine
+    from megatron_rl.rollout.engine import SamplingSettings
+    from megatron_rl.training.initial_weights import load_initial_weights
+
+    groups = build_groups(config.parallel)
+    transformer = transformer_config(config.model, config.parallel, device)
+    chunks = build_chunks(config.model, transformer, groups, device, config.seed)
+    load_initial_weights(config, chunks, groups)
+    engine = BuiltinEngine(
+        chunks=chunks,
+        groups=groups,
+        transformer_config=transformer,
+        eos_id=-1,  # no token ends an answer
+        max_batch=len(prompts),
+        decode=lambda ids: "",
+        max_sequence_length=config.model.max_sequence_length,
+    )
+    records = [Prompt(i, ids, "", {}) for i, ids in enumerate(prompts)]
+    settings = SamplingSettings(samples=1, max_new_tokens=arguments.tokens, seed=1)
+
+    def generate() -> int:
+        groups = engine.generate(records, settings)
+        return sum(len(group.completions[0].tokens) for group in groups)
+
+    return generate
+
+
+def _transformers(
+    directory: Path, prompts: list[np.ndarray], arguments: argparse.Namespace
+) -> Round:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, width - len(prompt) :] = 1
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=arguments.tokens,
+        min_new_tokens=arguments.tokens,
+        pad_token_id=0,
+    )
+
+    @torch.no_grad()
+    def generate() -> int:
+        out = model.generate(ids, attention_mask=mask, generation_config=settings)
+        return (out.shape[1] - width) * len(prompts)
+
+    return generate
+
+
+class _Server:
+    """A vLLM server of our own."""
+
+    def __init__(self, python: str, directory: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._url, self._log = f"http://127.0.0.1:{port}", log
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+        words += ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
+        words += ["--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager"]
+        with open(log, "w") as out:
+            self._process = subprocess.Popen(
+                [python, *words],
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._wait(180.0)
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        self.stop()
+        raise SystemExit("the vLLM server did not start:\n" + self._log.read_text()[-2000:])
+
+    def round(self, prompts: list[np.ndarray], tokens: int) -> Round:
+        body = {
+            "model": "policy",
+            "prompt": [prompt.tolist() for prompt in prompts],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "detokenize": False,
+        }
+
+        def generate() -> int:
+            choices = self._post("/v1/completions", body)["choices"]
+            return sum(len(choice["token_ids"]) for choice in choices)
+
+        return generate
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+
+    def stop(self) -> None:
+        """End it and what it has started."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, 9)
+                self._process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
