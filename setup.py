@@ -32,6 +32,7 @@ setup(
         "sentencepiece>=0.2",
         "transformers>=4.55",  # tokenizers only; weights are read from safetensors directly
         "safetensors>=0.4",
+        "httpx>=0.27",  # to rollout servers
         "psutil>=5.9",  # Megatron's checkpoints need it and do not declare it
         "matplotlib>=3.8",
         "tensorboard>=2.14",
@@ -41,7 +42,7 @@ setup(
     # source. Nothing here needs it.
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.4"],  # CUDA only
-        "vllm": ["vllm>=0.11"],
+        "vllm": ["vllm>=0.32"],  # better in an environment of its own: rollout.servers.python
         "wandb": ["wandb>=0.18"],
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "trl>=0.20"],
     },

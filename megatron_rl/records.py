@@ -51,6 +51,8 @@ class Completion:
     text: str  #: decoded, without special tokens
     #: of prompt and answer, P + N - 1 tokens; None: the engine was not asked, or cannot tell
     routed_experts: RoutedExperts | None = None
+    #: of the weights that made it: how often they had changed by then in this process
+    version: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ from typing import Callable, TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import RunFailed, UserError
 
 Result = TypeVar("Result")
+
+#: What one rank may meet and the others then raise as well.
+_SHARED = (UserError, RunFailed, OSError)
 
 
 def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
@@ -21,25 +24,28 @@ def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
         The ranks' results, in rank order.
 
     Raises:
-        UserError, OSError: the first one that any rank met, on all ranks.
+        UserError, RunFailed, OSError: the first one that any rank met, on all ranks.
     """
     failure, result = None, None
     try:
         result = action()
-    except (UserError, OSError) as error:
+    except _SHARED as error:
         failure = error
     if group.size() == 1:
         if failure is not None:
             raise failure
         return [result]
     outcomes: list = [None] * group.size()
-    message = None if failure is None else (isinstance(failure, UserError), str(failure))
+    message = None
+    if failure is not None:
+        kind = next(number for number, kind in enumerate(_SHARED) if isinstance(failure, kind))
+        message = (kind, str(failure))
     dist.all_gather_object(outcomes, (message, result), group=group)
     for rank, (other, _) in enumerate(outcomes):
         if other is None:
             continue
         if failure is not None and rank == group.rank():
             raise failure
-        by_user, text = other
-        raise UserError(text) if by_user else OSError(f"rank {rank}: {text}")
+        kind, text = _SHARED[other[0]], other[1]
+        raise OSError(f"rank {rank}: {text}") if kind is OSError else kind(text)
     return [value for _, value in outcomes]

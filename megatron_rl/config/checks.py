@@ -18,6 +18,7 @@ from megatron_rl.config.checks_layout import (
     ranks_are_as_configured,
 )
 from megatron_rl.config.checks_model import MODEL_RULES
+from megatron_rl.config.checks_rollout import ROLLOUT_RULES
 from megatron_rl.config.layout import data_parallel_size, ranks_wanted
 from megatron_rl.config.names import VERIFIER_NAMES
 from megatron_rl.config.schema import Config
@@ -152,7 +153,8 @@ def check_config(config: Config, world_size: int | None, verb: str, files: bool 
     ``world_size``: ranks there are; None: unknown, so those the config asks for.
     ``files``: also look whether the files it names exist.
     """
-    for rule in (*MODEL_RULES, *LAYOUT_RULES, learning_rate_decays, *VERB_RULES[verb]):
+    rules = (*MODEL_RULES, *LAYOUT_RULES, *ROLLOUT_RULES, learning_rate_decays, *VERB_RULES[verb])
+    for rule in rules:
         rule(config)
     if world_size is None:
         world_size = ranks_wanted(config.parallel)

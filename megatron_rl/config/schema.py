@@ -189,11 +189,42 @@ class RewardConfig(Section):
     """What an answer of rollout.max_new_tokens tokens loses with it."""
 
 
+class ServersConfig(Section):
+    """Inference servers that answer in place of the training model (rollout.engine)."""
+
+    urls: tuple[str, ...] = ()
+    """Of servers that run already, such as http://host:8000."""
+    start: int = Field(0, ge=0)
+    """Servers to start on the machine of rank 0, in place of urls; they end with the run."""
+    python: str | None = None
+    """Interpreter of the environment that has vLLM; for start."""
+    options: tuple[str, ...] = ()
+    """More words for the command that starts a server."""
+    start_s: float = Field(600.0, gt=0.0)
+    """Longest wait for a started server, seconds."""
+    weights_dir: Path | None = None
+    """Where weights are written for the servers, which have to see it; null: in run_dir."""
+    reload_method: str = "reload_checkpoint"
+    """Method of vLLM's workers that reads weights, called with a directory; the default is that of
+    the worker extension megatron_rl.rollout.servers.reload.Reload, which started servers have."""
+    in_flight: int = Field(32, ge=1)
+    """Most open questions of a rank at a server; a question is a problem with all its answers."""
+    deadline_s: float = Field(600.0, gt=0.0)
+    """Longest wait for an answer, and for a server while none can be asked, seconds."""
+    retries: int = Field(4, ge=0)
+    """How often a question that got no good answer is asked again."""
+    probe_tolerance: float = Field(1e-3, gt=0.0)
+    """Largest difference of a server's log-probabilities from the trainer's, nats; bf16 needs more:
+    0.1 or so."""
+
+
 class RolloutConfig(Section):
     """Sampling of answers."""
 
-    engine: Literal["builtin"] = "builtin"
-    """builtin: generate with the training model itself."""
+    engine: Literal["builtin", "vllm"] = "builtin"
+    """builtin: generate with the training model itself; vllm: ask vLLM servers."""
+    servers: ServersConfig = ServersConfig()
+    """Of engine vllm."""
     prompts_per_step: int = Field(64, ge=1)
     """Problems of a step, over all ranks."""
     samples_per_prompt: int = Field(8, ge=1)

@@ -57,6 +57,11 @@ class MetricSums:
         for name, (value, count) in metrics.items():
             self.add(name, value, count)
 
+    def add_each(self, metrics: Mapping[str, Number]) -> None:
+        """``add`` for every name -> value, each of one thing."""
+        for name, value in metrics.items():
+            self.add(name, value)
+
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """The metrics over all ranks of ``group``: one all-reduce MAX, one SUM, one wait for the
         device.

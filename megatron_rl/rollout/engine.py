@@ -54,3 +54,15 @@ class Engine(Protocol):
         the context are split over ranks the call is collective.
         """
         ...
+
+    def weights_changed(self) -> None:
+        """The policy's weights are others than at the last call: answer with those from now on."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """This rank's numbers since the last call, under names of observe/README.md."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything the engine has started. It is not used afterwards."""
+        ...

@@ -60,6 +60,7 @@ class Reinforce:
             session.console.phase("rollout")
             groups, sampled = self._roll_out(number, sums)
             check_answers(sampled, session.groups.world)
+        sums.add_each(self._engine.metrics())
         sums.add_all(rollout_metrics(sampled))
         lengths = [len(answer.tokens) for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))
@@ -71,6 +72,7 @@ class Reinforce:
             mini_batches = self._score(samples, sums)
         with session.timers("update"):
             telemetry = self._update(mini_batches, sums)
+            self._engine.weights_changed()
             self._last = groups
             return telemetry.reduce(session.groups.world)
 
@@ -154,6 +156,7 @@ class Reinforce:
     def evaluate(self, sums: MetricSums) -> None:
         """Held-out problems, greedy and sampled."""
         answers = evaluate(self._session, self._engine, self._eval_prompts, sums)
+        sums.add_each(self._engine.metrics())
         self._last = self._last or answers
 
     def samples(self) -> list[dict[str, Any]]:

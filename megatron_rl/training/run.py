@@ -6,6 +6,7 @@ costs little, and every rank finds it by itself.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
@@ -24,8 +25,8 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.observe.report import summary, write_report
 from megatron_rl.records import Prompt
-from megatron_rl.rollout.builtin.generate import BuiltinEngine
 from megatron_rl.rollout.engine import Engine, sampling_settings
+from megatron_rl.training.engines import build_engine
 from megatron_rl.training.evaluate import evaluate as evaluate_problems
 from megatron_rl.training.header import run_facts, sft_facts, train_facts
 from megatron_rl.training.initial_weights import load_initial_weights
@@ -88,8 +89,9 @@ def _run(
             optimizer_steps,
             with_reference=verb == "train" and config.algorithm.reference == "initial",
         )
-        engine = _engine(session, policy.chunks, policy.transformer, policy.capture)
-        complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
+        engine = build_engine(session, policy.chunks, policy.transformer, policy.capture)
+        with contextlib.closing(engine):
+            complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
         if session.is_main:
             report = write_report(config.run_dir)
             if complete:
@@ -106,7 +108,8 @@ def evaluate(config: Config) -> None:
         data = f"{len(problems):,} problems ({config.data.eval}), reward {config.reward.name}"
         session.console.header({**run_facts(session), "weights": weights, "data": data})
         sums = session.new_sums()
-        evaluate_problems(session, engine, problems, sums)
+        with contextlib.closing(engine):
+            evaluate_problems(session, engine, problems, sums)
         session.console.eval(step, session.reduce(sums))
 
 
@@ -122,8 +125,9 @@ def generate(config: Config, prompts: Sequence[str]) -> None:
         engine, _, _ = _load_engine(session)
         settings = sampling_settings(config.rollout, samples=1, greedy=False, seed=config.seed)
         mine = problems if session.groups.data.rank() == 0 else []
-        for group in engine.generate(mine, settings):
-            session.console.note(f"{group.prompt.text}{group.completions[0].text}")
+        with contextlib.closing(engine):
+            for group in engine.generate(mine, settings):
+                session.console.note(f"{group.prompt.text}{group.completions[0].text}")
 
 
 def _tokenizer(config: Config) -> Tokenizer:
@@ -153,20 +157,7 @@ def _check_room(config: Config, problems: Sequence[Prompt]) -> None:
             )
 
 
-def _engine(session: Session, chunks, transformer, capture=None) -> BuiltinEngine:
-    return BuiltinEngine(
-        chunks=chunks,
-        groups=session.groups,
-        transformer_config=transformer,
-        eos_id=session.tokenizer.eos_id,
-        max_batch=session.config.rollout.max_batch,
-        decode=session.tokenizer.decode,
-        max_sequence_length=session.config.model.max_sequence_length,
-        capture=capture,
-    )
-
-
-def _load_engine(session: Session) -> tuple[BuiltinEngine, str, int]:
+def _load_engine(session: Session) -> tuple[Engine, str, int]:
     """The model without an optimizer, the checkpoint its weights are from, and that one's step.
 
     As when a run is continued: the run's newest checkpoint, else what a new run starts from.
@@ -188,4 +179,4 @@ def _load_engine(session: Session) -> tuple[BuiltinEngine, str, int]:
             "correct run_dir, set checkpoint.init_from or model.hf_path, or train first"
         )
     step = read_manifest(found).step if found != config.model.hf_path else 0
-    return _engine(session, chunks, transformer), str(found), step
+    return build_engine(session, chunks, transformer), str(found), step

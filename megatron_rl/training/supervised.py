@@ -46,11 +46,13 @@ class Supervised:
                 [mine], config, session.groups, session.device.torch_device
             )
             supervised_update(self._policy, packs, sums)
+            self._engine.weights_changed()
         return {}
 
     def evaluate(self, sums: MetricSums) -> None:
         """Held-out problems, greedy and sampled."""
         self._last = evaluate(self._session, self._engine, self._eval_prompts, sums)
+        sums.add_each(self._engine.metrics())
 
     def samples(self) -> list[dict[str, Any]]:
         """Answers of the last evaluation that have not been written yet."""

@@ -108,6 +108,16 @@ class BuiltinEngine:
         shares = gather_objects(mine, context)
         return [shares[i % context.size()][i // context.size()] for i in range(len(prompts))]
 
+    def weights_changed(self) -> None:
+        """See `Engine`: it has no other weights than the model's."""
+
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`: none."""
+        return {}
+
+    def close(self) -> None:
+        """See `Engine`: nothing has been started."""
+
     def _generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> list[RolloutGroup]:

@@ -1,0 +1,65 @@
+"""Rules of the rollout engine."""
+
+from __future__ import annotations
+
+from typing import Callable
+from urllib.parse import urlsplit
+
+from megatron_rl.config.schema import Config, ServersConfig
+from megatron_rl.errors import UserError
+
+
+def servers_are_named_or_started(config: Config) -> None:
+    """An engine of servers has urls or starts some; the built-in one has neither."""
+    engine, servers = config.rollout.engine, config.rollout.servers
+    if engine == "builtin":
+        if servers != ServersConfig():
+            raise UserError(
+                "rollout.servers is set with rollout.engine builtin; expected it left out; set "
+                "rollout.engine to vllm"
+            )
+        return
+    if bool(servers.urls) == bool(servers.start):
+        raise UserError(
+            f"rollout.servers.urls names {len(servers.urls)} servers and start is {servers.start}; "
+            "expected one of the two; give the urls, or how many to start"
+        )
+    if servers.start and servers.python is None:
+        raise UserError(
+            "rollout.servers.start without rollout.servers.python; expected the interpreter of an "
+            "environment with vLLM; tools/setup_vllm_venv.sh makes one for a CPU"
+        )
+
+
+def urls_are_urls(config: Config) -> None:
+    """``rollout.servers.urls`` are http addresses, each once."""
+    urls = config.rollout.servers.urls
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(
+                f"rollout.servers.urls holds {url!r}; expected an address such as http://host:8000"
+            )
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise UserError("rollout.servers.urls names a server twice; expected each once")
+
+
+def servers_give_exact_logprobs(config: Config) -> None:
+    """A server's log-probabilities are those of temperature 1, or those after all of its sampling
+    settings: with top-p or top-k at another temperature neither is what the loss needs.
+    """
+    rollout = config.rollout
+    cut = rollout.top_p < 1.0 or rollout.top_k > 0
+    if rollout.engine != "builtin" and cut and rollout.temperature != 1.0:
+        raise UserError(
+            f"rollout.temperature {rollout.temperature:g} with top_p {rollout.top_p:g} and top_k "
+            f"{rollout.top_k} and rollout.engine {rollout.engine}; expected top_p 1 and top_k 0, "
+            "or temperature 1: a server gives no log-probabilities for both; change one"
+        )
+
+
+ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
+    servers_are_named_or_started,
+    urls_are_urls,
+    servers_give_exact_logprobs,
+)

@@ -1,0 +1,98 @@
+"""What an inference server is asked and what it answers, whatever its kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, Sequence
+
+import numpy as np
+
+from megatron_rl.records import Prompt
+from megatron_rl.rollout.engine import SamplingSettings
+
+
+class BadAnswer(Exception):
+    """A server's answer is not one to the question, or not by the weights that were asked for."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One POST request."""
+
+    path: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer, as the server sent it."""
+
+    tokens: np.ndarray  #: int64 [N]
+    logprobs: np.ndarray  #: float32 [N]
+    stopped: bool  #: it ended by itself, not at the length limit
+    versions: tuple[str, ...]  #: of the weights that made its tokens, in order; () where not said
+    routed_experts: np.ndarray | None = None  #: integers [P + N - 1, L, K], of every MoE layer
+
+
+class ServerApi(Protocol):
+    """The requests of one kind of server."""
+
+    def generation(
+        self, prompt: Prompt, settings: SamplingSettings, seed: int, eos_id: int
+    ) -> Call:
+        """Ask for ``settings.samples`` answers to a prompt; they end with ``eos_id``."""
+
+    def answers(self, payload: Any) -> list[Answer]:
+        """The answers of a response. Raises `BadAnswer` for anything else."""
+
+    def loading(self, directory: str, version: str) -> Sequence[Call]:
+        """Make the server answer with the weights of a directory that it can read."""
+
+
+def answer_seed(seed: int, index: int) -> int:
+    """Seed of a prompt's answers, in [0, 2^31): of the run's seed and the prompt's index.
+
+    The samples of a prompt take this one and those that follow, so prompts are kept 2^11 apart by
+    chance rather than side by side.
+    """
+    bits = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
+    return int(np.random.Generator(bits).integers(2**31 - 2**11))
+
+
+def check_answers(
+    answers: Sequence[Answer],
+    prompt: Prompt,
+    settings: SamplingSettings,
+    eos_id: int,
+    vocab_size: int,
+    version: str,
+) -> None:
+    """Refuse what could not have been sampled from the policy.
+
+    Raises:
+        BadAnswer: the number or length of answers, a token, a log-probability, the weights'
+            version or the experts are not what was asked for.
+    """
+    if len(answers) != settings.samples:
+        raise BadAnswer(f"{len(answers)} answers; expected {settings.samples}")
+    for answer in answers:
+        count = len(answer.tokens)
+        if not 0 < count <= settings.max_new_tokens:
+            raise BadAnswer(f"an answer of {count} tokens; expected 1 to {settings.max_new_tokens}")
+        if answer.tokens.min() < 0 or answer.tokens.max() >= vocab_size:
+            wrong = int(answer.tokens[(answer.tokens < 0) | (answer.tokens >= vocab_size)][0])
+            raise BadAnswer(f"token {wrong}; expected ids below {vocab_size}")
+        if len(answer.logprobs) != count:
+            raise BadAnswer(f"{len(answer.logprobs)} log-probabilities for {count} tokens")
+        if not np.isfinite(answer.logprobs).all() or answer.logprobs.max() > 1e-3:
+            raise BadAnswer(f"log-probability {answer.logprobs.max()}; expected finite, at most 0")
+        if answer.stopped != (int(answer.tokens[-1]) == eos_id):
+            raise BadAnswer("an answer that ends without its last token being the end token")
+        if any(found != version for found in answer.versions):
+            raise BadAnswer(f"weights of version {answer.versions[0]}; expected {version}")
+        routes, tokens = answer.routed_experts, len(prompt.tokens) + count - 1
+        if settings.routes and (routes is None or routes.ndim != 3 or len(routes) != tokens):
+            raise BadAnswer(
+                "no experts of its tokens, which algorithm.routing_replay r3 needs; expected a "
+                "server that returns them (vLLM on a GPU, with enable_return_routed_experts)"
+            )

@@ -1,0 +1,346 @@
+"""The engine that asks inference servers: weights out by disk, answers back over HTTP."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import httpx
+import numpy as np
+import torch
+
+from megatron_rl.checkpoint.together import together
+from megatron_rl.config.layout import moe_layers
+from megatron_rl.config.schema import Config
+from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
+from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers.api import (
+    Answer,
+    BadAnswer,
+    ServerApi,
+    answer_seed,
+    check_answers,
+)
+from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.probe import ANSWER_TOKENS, probe_prompts, trainer_logprobs
+from megatron_rl.rollout.servers.process import ServerProcess
+from megatron_rl.weights.export import export_model
+
+#: Weights on disk that are kept: those the servers have, and those they are getting.
+KEPT_VERSIONS = 2
+#: Builds the command of a server: of weights, host and port, the words and the environment.
+Command = Callable[[Path, str, int], tuple[list[str], dict[str, str]]]
+
+
+class ServerEngine:
+    """`Engine` on servers that run already, or on servers of its own on rank 0's machine.
+
+    One rank of those with the same prompts asks for all of them. The weights are sent before the
+    first answers after they have changed; answers count only from servers whose log-probabilities
+    then agree with the trainer's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        api: ServerApi,
+        chunks: Sequence[torch.nn.Module],
+        groups: Groups,
+        *,
+        eos_id: int,
+        decode: Callable[[Sequence[int]], str],
+        say: Callable[[str], None],
+        own_machine: bool,
+        command: Command | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """
+        Args:
+            config: its rollout, model and run_dir are looked at.
+            api: of the kind of server.
+            chunks: this rank's bare GPTModels.
+            groups: process groups.
+            eos_id: the token that ends an answer.
+            decode: token ids to text, without special tokens.
+            say: tells a person what has gone wrong.
+            own_machine: whether all ranks run on one machine.
+            command: starts a server, where the configuration asks for servers of its own.
+            progress: told how many of this rank's prompts are answered.
+        """
+        self._config, self._api, self._chunks, self._groups = config, api, chunks, groups
+        self._servers = config.rollout.servers
+        self._eos_id, self._decode, self._say, self._progress = eos_id, decode, say, progress
+        self._root = self._servers.weights_dir or config.run_dir / "servers" / "weights"
+        self._command, self._own_machine = command, own_machine
+        self._own: list[ServerProcess] = []
+        self._pool: ServerPool | None = None
+        self._version, self._sent = 0, -1
+        self._sync_s, self._restarts, self._difference = 0.0, 0, 0.0
+        model = config.model
+        self._layers = tuple(i + 1 for i, is_moe in enumerate(moe_layers(model)) if is_moe)
+
+    def weights_changed(self) -> None:
+        """See `Engine`."""
+        self._version += 1
+
+    def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
+        """See `Engine`. A collective.
+
+        Raises:
+            UserError: a prompt leaves no room for an answer, or holds a token the model does not
+                know. RunFailed: no server answers, or none has the right weights.
+        """
+        world = self._groups.world
+        together(world, lambda: self._check(prompts))
+        if self._sent != self._version:
+            self._send_weights()
+        groups = self._groups
+        asks = groups.model.rank() == 0 and groups.context.rank() == 0
+        found: list[list[RolloutGroup]] = []
+        together(world, lambda: found.append(self._ask(prompts, settings)) if asks else None)
+        return self._mine(found)
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call, of this rank; 0 where it has not asked or started anything."""
+        if self._pool is None:
+            return {}
+        taken = {
+            "time/sync_s": self._sync_s,
+            "servers/used": float(len(self._pool.admitted)),
+            "servers/probe_difference": self._difference,
+            "servers/failures": float(self._pool.take_failures()),
+            "servers/restarts": float(self._restarts),
+        }
+        self._sync_s, self._restarts = 0.0, 0
+        return taken
+
+    def close(self) -> None:
+        """Stop the servers this engine has started."""
+        if self._pool is not None:
+            self._pool.close()
+        for process in self._own:
+            process.stop()
+        self._own = []
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        model = self._config.model
+        for prompt in prompts:
+            if not 0 < len(prompt.tokens) < model.max_sequence_length:
+                raise UserError(
+                    f"problem {prompt.index} (from 0) has {len(prompt.tokens)} tokens; expected 1 "
+                    f"to {model.max_sequence_length - 1}; shorten it or raise "
+                    "model.max_sequence_length"
+                )
+            if prompt.tokens.max() >= model.vocab_size:
+                raise UserError(
+                    f"problem {prompt.index} (from 0) holds the token {prompt.tokens.max()}; "
+                    f"expected ids below model.vocab_size {model.vocab_size}; use the model's "
+                    "tokenizer"
+                )
+
+    def _question(self, prompt: Prompt, settings: SamplingSettings) -> Question[list[Answer]]:
+        config = self._config
+
+        def read(payload: Any) -> list[Answer]:
+            answers = self._api.answers(payload)
+            size, version = config.model.vocab_size, str(self._version)
+            check_answers(answers, prompt, settings, self._eos_id, size, version)
+            return answers
+
+        seed = answer_seed(settings.seed, prompt.index)
+        return Question(self._api.generation(prompt, settings, seed, self._eos_id), read)
+
+    def _ask(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
+        questions = [self._question(prompt, settings) for prompt in prompts]
+        answers = self._pool.ask(questions, lambda done: self._progress(done, len(questions)))
+        return [
+            RolloutGroup(prompt, tuple(self._completion(answer) for answer in of_prompt))
+            for prompt, of_prompt in zip(prompts, answers, strict=True)
+        ]
+
+    def _completion(self, answer: Answer) -> Completion:
+        routes = None
+        if answer.routed_experts is not None:
+            routes = self._routes(answer.routed_experts)
+        return Completion(
+            tokens=answer.tokens,
+            logprobs=answer.logprobs,
+            finished=answer.stopped,
+            text=self._decode(answer.tokens.tolist()),
+            routed_experts=routes,
+            version=self._version,
+        )
+
+    def _routes(self, ids: np.ndarray) -> RoutedExperts:
+        """A server reports every layer, the dense ones too, or the MoE layers alone."""
+        if ids.shape[1] == self._config.model.num_layers:
+            ids = ids[:, [layer - 1 for layer in self._layers]]
+        return RoutedExperts(ids, self._layers)
+
+    def _mine(self, found: list[list[RolloutGroup]]) -> list[RolloutGroup]:
+        """The answers of the rank that has asked for the same prompts; ``found`` is empty here if
+        that is another.
+        """
+        for group in (self._groups.context, self._groups.model):
+            found = [answers for of_rank in gather_objects(found, group) for answers in of_rank]
+        return found[0]
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def _send_weights(self) -> None:
+        """Write the weights, let the servers read them, and see whether they have. A collective."""
+        began = time.perf_counter()
+        world, is_first = self._groups.world, self._groups.world.rank() == 0
+        directory = self._root / f"version_{self._version}"
+        model = self._config.model
+        export_model(self._chunks, self._groups, model, directory, like=model.hf_path, replace=True)
+        every, loaded = together(world, lambda: self._load(directory) if is_first else None)[0]
+        if self._pool is None:  # of the ranks that start nothing
+            self._pool = self._new_pool(every)
+        self._probe(loaded)
+        self._sent = self._version
+        self._sync_s += time.perf_counter() - began
+        if is_first:
+            self._forget_old_weights()
+
+    def _load(self, directory: Path) -> tuple[list[str], list[str]]:
+        """On rank 0: all servers, and those that say that they have the weights."""
+        if self._pool is None:
+            self._own = self._new_processes()
+            own = [process.url for process in self._own]
+            self._pool = self._new_pool(own or self._servers.urls)
+        dead = [process for process in self._own if not process.is_running]
+        self._start(dead, directory)
+        started, every = {process.url for process in dead}, self._pool.urls
+        with ThreadPoolExecutor(len(every)) as threads:
+            failures = list(
+                threads.map(lambda url: self._load_one(url, directory, url in started), every)
+            )
+        for url, failure in zip(every, failures):
+            if failure is not None:
+                self._say(f"rollout server {url} did not take the weights: {failure}")
+        return every, [url for url, failure in zip(every, failures) if failure is None]
+
+    def _load_one(self, url: str, directory: Path, is_new: bool) -> str | None:
+        calls = self._api.loading(str(directory.absolute()), str(self._version))
+        if is_new:
+            calls = calls[-1:]  # it has read them already; it only has to be told their version
+        try:
+            for call in calls:
+                self._pool.ask_one(url, Question(call, lambda payload: None))
+        except (httpx.HTTPError, BadAnswer) as error:
+            return " ".join(f"{type(error).__name__} {error}".split())
+        return None
+
+    def _probe(self, urls: Sequence[str]) -> None:
+        """Leave only servers that compute what the trainer computes. A collective."""
+        world = self._groups.world
+        rollout, model = self._config.rollout, self._config.model
+        settings = SamplingSettings(1, ANSWER_TOKENS, temperature=rollout.temperature, seed=5)
+        prompts = probe_prompts(model.vocab_size, model.max_sequence_length)
+
+        def ask() -> dict[str, list[np.ndarray] | str]:
+            return {url: self._answers_to_probe(url, prompts, settings) for url in urls}
+
+        found = together(world, lambda: ask() if world.rank() == 0 else None)[0]
+        self._difference, wrong = 0.0, {}
+        for url, answers in found.items():
+            if isinstance(answers, str):
+                wrong[url] = answers
+                continue
+            difference = max(
+                self._difference_of(prompt, answer, settings.temperature)
+                for prompt, answer in zip(prompts, answers, strict=True)
+            )
+            if difference <= self._servers.probe_tolerance:
+                self._difference = max(self._difference, difference)
+            else:
+                wrong[url] = (
+                    f"its log-probabilities differ from the trainer's by {difference:.3g}; "
+                    f"expected at most {self._servers.probe_tolerance:g}"
+                )
+        good = [url for url in urls if url not in wrong]
+        for url in self._pool.urls:
+            if url in good:
+                self._pool.admit(url)
+            else:
+                self._pool.exclude(url, wrong.get(url, "it did not take the weights"))
+        if world.rank() == 0:
+            for url, why in wrong.items():
+                self._say(f"rollout server {url} is left out: {why}")
+            for process in self._own:
+                if process.url in wrong:  # it starts again, from the weights, next time
+                    process.stop()
+        if not good:
+            told = "; ".join(f"{url}: {why}" for url, why in wrong.items()) or "none took them"
+            raise RunFailed(f"no rollout server has the weights of the trainer ({told})")
+
+    def _answers_to_probe(
+        self, url: str, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> list[Answer] | str:
+        try:
+            return [self._pool.ask_one(url, self._question(p, settings))[0] for p in prompts]
+        except (httpx.HTTPError, BadAnswer) as error:
+            return f"the probe failed: {type(error).__name__} {error}"
+
+    def _difference_of(self, prompt: Prompt, answer: Answer, temperature: float) -> float:
+        tokens = np.concatenate([prompt.tokens, answer.tokens])
+        expected = trainer_logprobs(
+            self._chunks, self._groups, tokens, len(answer.tokens), temperature
+        )
+        return float(np.abs(answer.logprobs - expected).max())
+
+    def _forget_old_weights(self) -> None:
+        versions = sorted(self._root.glob("version_*"), key=lambda p: int(p.name.split("_")[1]))
+        for directory in versions[:-KEPT_VERSIONS]:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    # -- servers of our own ----------------------------------------------------------------------
+
+    def _new_pool(self, urls: Sequence[str]) -> ServerPool:
+        servers = self._servers
+        return ServerPool(
+            urls,
+            in_flight=servers.in_flight,
+            deadline_s=servers.deadline_s,
+            retries=servers.retries,
+            say=self._say,
+            revive=self._revive if self._own else lambda: None,
+        )
+
+    def _new_processes(self) -> list[ServerProcess]:
+        host = "127.0.0.1" if self._own_machine else socket.gethostname()
+        logs = self._config.run_dir / "servers"
+        return [
+            ServerProcess(host, logs / f"server_{number}.log")
+            for number in range(self._servers.start)
+        ]
+
+    def _start(self, processes: Sequence[ServerProcess], directory: Path) -> None:
+        for process in processes:
+            self._restarts += process.pid is not None
+            process.stop()
+            host = "127.0.0.1" if self._own_machine else "0.0.0.0"
+            process.start(*self._command(directory.absolute(), host, process.port))
+        for process in processes:
+            process.wait_until_ready(self._servers.start_s)
+
+    def _revive(self) -> None:
+        """No server can be asked: start our dead ones again, from the weights of the moment."""
+        directory = self._root / f"version_{self._version}"
+        dead = [process for process in self._own if not process.is_running]
+        if dead:
+            self._say(f"starting {len(dead)} rollout servers again")
+            self._start(dead, directory)
+            for process in dead:
+                self._load_one(process.url, directory, is_new=True)
+                self._pool.admit(process.url)

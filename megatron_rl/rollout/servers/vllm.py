@@ -1,0 +1,86 @@
+"""vLLM's HTTP API: tokens in, tokens out (`/inference/v1/generate`, seen on 0.32).
+
+The server has to be started with ``--enable-scale-out`` for that route, and with
+VLLM_SERVER_DEV_MODE=1 for the routes that change weights. It says of every answer which version of
+the weights made it. A token outside the model's vocabulary ends the server, so prompts have to be
+right.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from typing import Any, Sequence
+
+import numpy as np
+
+from megatron_rl.records import Prompt
+from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call
+
+
+class VllmApi:
+    """`ServerApi` of vLLM."""
+
+    def __init__(self, reload_method: str) -> None:
+        """reload_method: of the server's workers, called with the directory; see `reload.py`."""
+        self._reload_method = reload_method
+
+    def generation(
+        self, prompt: Prompt, settings: SamplingSettings, seed: int, eos_id: int
+    ) -> Call:
+        """Temperature 0 is vLLM's greedy decoding, and its log-probabilities those of temperature
+        1 either way.
+        """
+        sampling = {
+            "n": settings.samples,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": 0.0 if settings.greedy else settings.temperature,
+            "top_p": 1.0 if settings.greedy else settings.top_p,
+            "top_k": 0 if settings.greedy else settings.top_k,
+            "seed": seed,
+            "stop_token_ids": [eos_id],
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+        body = {"token_ids": prompt.tokens.tolist(), "sampling_params": sampling}
+        return Call("/inference/v1/generate", body)
+
+    def answers(self, payload: Any) -> list[Answer]:
+        """See `ServerApi`."""
+        try:
+            choices = sorted(payload["choices"], key=lambda choice: choice["index"])
+            return [_answer(choice) for choice in choices]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise BadAnswer(f"not a response of /inference/v1/generate ({error!r})") from error
+
+    def loading(self, directory: str, version: str) -> Sequence[Call]:
+        """See `ServerApi`. Cached keys and values of the old weights are forgotten."""
+        return (
+            Call("/collective_rpc", {"method": self._reload_method, "args": [directory]}),
+            Call("/reset_prefix_cache", {}),
+            Call("/update_weight_version", {"new_version": version}),
+        )
+
+
+def _answer(choice: dict[str, Any]) -> Answer:
+    spans = choice.get("weight_versions") or ()
+    return Answer(
+        tokens=np.array(choice["token_ids"], dtype=np.int64).reshape(-1),
+        logprobs=np.array(
+            [token["logprob"] for token in choice["logprobs"]["content"]], dtype=np.float32
+        ),
+        stopped=choice["finish_reason"] == "stop",
+        versions=tuple(str(span["version"]) for span in spans),
+        routed_experts=_experts(choice.get("routed_experts")),
+    )
+
+
+def _experts(encoded: str | None) -> np.ndarray | None:
+    if encoded is None:
+        return None
+    try:
+        return np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    except binascii.Error as error:
+        raise ValueError("routed_experts is not base64") from error

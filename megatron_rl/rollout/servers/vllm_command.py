@@ -1,0 +1,42 @@
+"""The command that starts a vLLM server whose weights can be replaced."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import megatron_rl
+from megatron_rl.config.schema import Config
+
+#: vLLM's names of our types.
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def vllm_command(
+    config: Config, on_cpu: bool, directory: Path, host: str, port: int
+) -> tuple[list[str], dict[str, str]]:
+    """Words and environment variables; ``directory`` is what it loads first."""
+    servers = config.rollout.servers
+    mode = "raw_logprobs" if config.rollout.temperature == 1.0 else "processed_logprobs"
+    words = [servers.python, "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", str(directory), "--served-model-name", "policy"]
+    words += ["--host", host, "--port", str(port)]
+    words += ["--dtype", _DTYPES[config.model.dtype]]
+    words += ["--max-model-len", str(config.model.max_sequence_length)]
+    words += ["--logprobs-mode", mode, "--max-logprobs", "1"]
+    words += ["--skip-tokenizer-init", "--enable-scale-out"]
+    if on_cpu:
+        words += ["--enforce-eager"]  # compiling takes longer than it saves
+    words += ["--worker-extension-cls", "megatron_rl.rollout.servers.reload.Reload"]
+    if config.algorithm.routing_replay == "r3":
+        words += ["--enable-return-routed-experts"]
+    root = str(Path(megatron_rl.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # routes that change weights
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+    }
+    return [*words, *servers.options], environment

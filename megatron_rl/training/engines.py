@@ -1,0 +1,50 @@
+"""The rollout engine that the configuration asks for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Sequence
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.rollout.builtin.generate import BuiltinEngine
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.servers.engine import ServerEngine
+from megatron_rl.rollout.servers.vllm import VllmApi
+from megatron_rl.rollout.servers.vllm_command import vllm_command
+from megatron_rl.router.capture import RouterCapture
+from megatron_rl.training.session import Session
+
+
+def build_engine(
+    session: Session,
+    chunks: Sequence[torch.nn.Module],
+    transformer: TransformerConfig,
+    capture: RouterCapture | None = None,
+) -> Engine:
+    """Of ``rollout.engine``; to be closed. ``capture``: of the chunks' routers, for replay."""
+    config = session.config
+    if config.rollout.engine == "vllm":
+        return ServerEngine(
+            config,
+            VllmApi(config.rollout.servers.reload_method),
+            chunks,
+            session.groups,
+            eos_id=session.tokenizer.eos_id,
+            decode=session.tokenizer.decode,
+            say=session.console.warn,
+            own_machine=session.launch.local_world_size == session.launch.world_size,
+            command=partial(vllm_command, config, session.device.kind == "cpu"),
+            progress=partial(session.console.phase, "rollout"),
+        )
+    return BuiltinEngine(
+        chunks=chunks,
+        groups=session.groups,
+        transformer_config=transformer,
+        eos_id=session.tokenizer.eos_id,
+        max_batch=config.rollout.max_batch,
+        decode=session.tokenizer.decode,
+        max_sequence_length=config.model.max_sequence_length,
+        capture=capture,
+    )
