@@ -89,7 +89,7 @@ def check_answers(
         if answer.stopped != (int(answer.tokens[-1]) == eos_id):
             raise BadAnswer("an answer that ends without its last token being the end token")
         if any(found != version for found in answer.versions):
-            raise BadAnswer(f"weights of version {answer.versions[0]}; expected {version}")
+            raise BadAnswer(f"weights of version {' '.join(answer.versions)}; expected {version}")
         routes, tokens = answer.routed_experts, len(prompt.tokens) + count - 1
         if settings.routes and (routes is None or routes.ndim != 3 or len(routes) != tokens):
             raise BadAnswer(

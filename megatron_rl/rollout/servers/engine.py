@@ -123,8 +123,6 @@ class ServerEngine:
 
     def close(self) -> None:
         """Stop the servers this engine has started."""
-        if self._pool is not None:
-            self._pool.close()
         for process in self._own:
             process.stop()
         self._own = []

@@ -8,6 +8,7 @@ process group reach the command by themselves; this process waits for it to end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,11 +25,10 @@ def main() -> int:
     child = subprocess.Popen(sys.argv[1:])
     while child.poll() is None:
         if os.getppid() != parent:
-            child.terminate()
-            try:
+            os.killpg(os.getpgrp(), signal.SIGTERM)  # the command and all it has started
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(os.getpgrp(), signal.SIGKILL)
+            os.killpg(os.getpgrp(), signal.SIGKILL)  # this process too
         time.sleep(LOOK_EVERY_S)
     return child.returncode
 

@@ -7,9 +7,9 @@ question is answered once or not at all: an answer that comes too late is not lo
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Callable, Generic, Sequence, TypeVar
 
@@ -22,8 +22,10 @@ Result = TypeVar("Result")
 
 #: Seconds a server rests after its first failure in a row; doubled with each further one.
 FIRST_REST_S, LONGEST_REST_S = 0.5, 30.0
-#: Seconds for a connection, and for a sign of life.
+#: Seconds for a connection.
 CONNECT_S = 5.0
+#: Seconds between looks for a server that can be asked, where none can.
+LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class _Server:
 
 
 class ServerPool:
-    """The servers of a run, as one rank asks them. Threads of one process may share it."""
+    """The servers of a run, as one rank asks them."""
 
     def __init__(
         self,
@@ -61,17 +63,14 @@ class ServerPool:
             urls: of the servers.
             in_flight: most open questions at a server.
             deadline_s: for an answer; and how long to wait for a server when none is left.
-            retries: how often a question is asked again, at least.
+            retries: how often a question is asked again.
             say: tells a person what has gone wrong.
-            revive: called when no server can be asked; may bring some back.
+            revive: called, in a thread, when no server can be asked; may bring some back.
         """
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._in_flight, self._deadline, self._retries = in_flight, deadline_s, retries
         self._say, self._revive = say, revive
-        self._changed = threading.Condition()
-        self._reviving = threading.Lock()
-        self._waiting = False
-        self._client = self._new_client()
+        self._reviving = self._waiting = False
         self._failures = 0
 
     @property
@@ -90,29 +89,19 @@ class ServerPool:
         """The results, in order. ``done`` is told how many there are.
 
         Raises:
-            RunFailed: a question was asked ``retries`` times again and had no good answer, or no
-                server came back within the deadline.
+            RunFailed: a question had no good answer, asked ``retries`` times again, or no server
+                came back within the deadline. Open questions are dropped then.
         """
-        if not questions:
-            return []
-        workers = min(len(questions), self._in_flight * len(self._servers))
-        with ThreadPoolExecutor(workers) as threads:
-            futures = {threads.submit(self._answer, q): i for i, q in enumerate(questions)}
-            try:
-                results: dict[int, Result] = {}
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    done(len(results))
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                self._client.close()  # ends the other requests
-                self._client = self._new_client()
-                raise
-        return [results[i] for i in range(len(questions))]
+        return asyncio.run(self._ask(questions, done)) if questions else []
 
     def ask_one(self, url: str, question: Question[Result]) -> Result:
         """Ask this server, once. Raises: httpx.HTTPError, BadAnswer."""
-        return question.read(self._post(url, question.call))
+
+        async def ask() -> Result:
+            async with self._client() as client:
+                return question.read(await self._post(client, url, question.call))
+
+        return asyncio.run(ask())
 
     def exclude(self, url: str, why: str) -> None:
         """Do not ask this server any more."""
@@ -125,42 +114,65 @@ class ServerPool:
 
     def take_failures(self) -> int:
         """Questions since the last call that were not answered, or wrongly, and asked again."""
-        with self._changed:
-            failures, self._failures = self._failures, 0
-            return failures
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._client.close()
-
-    def _new_client(self) -> httpx.Client:
-        return httpx.Client(
-            timeout=httpx.Timeout(self._deadline, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=None),
-            trust_env=False,
-        )
+        failures, self._failures = self._failures, 0
+        return failures
 
     def _of(self, url: str) -> _Server:
         return next(server for server in self._servers if server.url == url)
 
-    def _answer(self, question: Question[Result]) -> Result:
-        reasons = []
-        for _ in range(self._retries + 1):
-            server = self._take()
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            timeout=httpx.Timeout(self._deadline, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,  # no proxy stands between a run and its servers
+        )
+
+    async def _ask(
+        self, questions: Sequence[Question[Result]], done: Callable[[int], None]
+    ) -> list[Result]:
+        results: dict[int, Result] = {}
+        left = deque(enumerate(questions))
+
+        async def work(client: httpx.AsyncClient) -> None:
+            while left:
+                number, question = left.popleft()
+                results[number] = await self._answer(client, question)
+                done(len(results))
+
+        async with self._client() as client:
+            count = min(len(questions), self._in_flight * len(self._servers))
+            workers = [asyncio.create_task(work(client)) for _ in range(count)]
             try:
-                result = question.read(self._post(server.url, question.call))
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return [results[number] for number in range(len(questions))]
+
+    async def _answer(self, client: httpx.AsyncClient, question: Question[Result]) -> Result:
+        reasons = []
+        while len(reasons) <= self._retries:
+            server = await self._take()
+            try:
+                payload = await self._post(client, server.url, question.call)
+                result = question.read(payload)
             except (httpx.HTTPError, BadAnswer) as error:
-                reasons.append(f"{server.url}: {_reason(error)}")
-                self._give_back(server, reasons[-1])
+                text = " ".join(f"{type(error).__name__} {error}".split())
+                reasons.append(f"{server.url}: {text}")
+                self._rest(server)
+                self._say(f"rollout server {reasons[-1]}; asking again")
             else:
-                self._give_back(server, None)
+                server.failures = 0
                 return result
+            finally:
+                server.open -= 1
         raise RunFailed(
             f"no rollout server gave a good answer in {len(reasons)} tries; last {reasons[-1]}"
         )
 
-    def _post(self, url: str, call: Call) -> Any:
-        response = self._client.post(url + call.path, json=call.body)
+    async def _post(self, client: httpx.AsyncClient, url: str, call: Call) -> Any:
+        response = await client.post(url + call.path, json=call.body)
         if response.is_error:
             text = " ".join(response.text.split())[:200]
             raise BadAnswer(f"{call.path} answered {response.status_code}: {text}")
@@ -169,50 +181,44 @@ class ServerPool:
         except ValueError as error:
             raise BadAnswer(f"{call.path} answered no JSON: {response.text[:80]!r}") from error
 
-    def _take(self) -> _Server:
+    async def _take(self) -> _Server:
         """The server to ask next; waits for one."""
-        end = None  #: of the wait, while there is nothing to wait for but a server's return
+        end = None
         while True:
-            with self._changed:
-                now = time.monotonic()
-                able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]
-                free = [server for server in able if server.open < self._in_flight]
-                if free:
-                    server = min(free, key=lambda server: server.open)
-                    server.open += 1
-                    return server
-                newly = not able and not self._waiting
-                self._waiting = not able
-                end = None if able else end or now + self._deadline
-                if end is not None and now >= end:
-                    raise RunFailed(
-                        f"no rollout server could be asked for {self._deadline:g} s; expected "
-                        f"one of {', '.join(self.urls)}; start them again and run the same "
-                        "command to continue"
-                    )
-                self._changed.wait(0.2)
-            if newly:
-                self._say(f"no rollout server can be asked; waiting up to {self._deadline:g} s")
-            if not able and self._reviving.acquire(blocking=False):
-                try:
-                    self._revive()
-                finally:
-                    self._reviving.release()
-
-    def _give_back(self, server: _Server, failure: str | None) -> None:
-        with self._changed:
-            server.open -= 1
-            if failure is None:
-                server.failures = 0
+            now = time.monotonic()
+            able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]
+            free = [server for server in able if server.open < self._in_flight]
+            if free:
+                self._waiting = False
+                server = min(free, key=lambda server: server.open)
+                server.open += 1
+                return server
+            if able:
+                end = None
             else:
-                self._failures += 1
-                server.failures += 1
-                rest = min(FIRST_REST_S * 2 ** (server.failures - 1), LONGEST_REST_S)
-                server.rests_until = time.monotonic() + rest
-            self._changed.notify_all()
-        if failure is not None:
-            self._say(f"rollout server {failure}; asking another")
+                end = end or now + self._deadline
+                await self._wait_for_any(now >= end)
+            await asyncio.sleep(LOOK_EVERY_S)
 
+    async def _wait_for_any(self, too_long: bool) -> None:
+        """No server can be asked: say so, once, and let the owner bring some back."""
+        if too_long:
+            raise RunFailed(
+                f"no rollout server could be asked for {self._deadline:g} s; expected one of "
+                f"{', '.join(self.urls)}; start them again and run the same command to continue"
+            )
+        if not self._waiting:
+            self._waiting = True
+            self._say(f"no rollout server can be asked; waiting up to {self._deadline:g} s")
+        if not self._reviving:
+            self._reviving = True
+            try:
+                await asyncio.to_thread(self._revive)
+            finally:
+                self._reviving = False
 
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())
+    def _rest(self, server: _Server) -> None:
+        self._failures += 1
+        server.failures += 1
+        rest = min(FIRST_REST_S * 2 ** (server.failures - 1), LONGEST_REST_S)
+        server.rests_until = time.monotonic() + rest

@@ -1,0 +1,180 @@
+"""A server that speaks vLLM's routes, with a model of its own and faults on demand.
+
+The real one is too slow to start for every test; `tests/e2e/test_servers.py` runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+#: Log-probabilities [V] of the next token, given those before it.
+Model = Callable[[list[int]], np.ndarray]
+
+
+def toy_model(vocab_size: int = 16) -> Model:
+    """Probabilities that depend on the last token alone."""
+    table = np.random.default_rng(0).normal(size=(vocab_size, vocab_size))
+    table -= np.log(np.exp(table).sum(axis=1, keepdims=True))
+    return lambda tokens: table[tokens[-1] % vocab_size]
+
+
+def hugging_face_model(directory: Path) -> Model:
+    """What transformers computes from a model directory."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def logprobs(tokens: list[int]) -> np.ndarray:
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        return logits.log_softmax(-1).double().numpy()
+
+    return logprobs
+
+
+class FakeServer:
+    """Serves until closed. Set ``fault`` to the name of one of its faults; "" for none.
+
+    hang: no answer for a minute. garbage: something else than an answer. vocabulary: a token that
+    the model does not have. error: status 500. slow: a pause before each answer. refuse: no new
+    weights are taken. lie: they are said to be taken, and are not. stale: an old version is named.
+    """
+
+    def __init__(
+        self, model: Model, load: Callable[[Path], Model] | None = None, port: int = 0
+    ) -> None:
+        self.model, self._load = model, load or (lambda directory: self.model)
+        self.fault, self.pause = "", 0.3
+        self.version, self.loaded = "default", []
+        self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
+        self.answered = 0
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self._http.daemon_threads = True
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop at once: open questions are not answered, new connections refused."""
+        self._ended.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any] | None:
+        """Status and JSON; None: hang up without a word."""
+        if path == "/inference/v1/generate":
+            return self._generate(body)
+        if path == "/collective_rpc":
+            if self.fault == "refuse":
+                return 500, {"error": "no"}
+            directory = Path(body["args"][0])
+            self.loaded.append(directory.name)
+            if self.fault != "lie":
+                self.model = self._load(directory)
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path != "/reset_prefix_cache":
+            return 404, {"error": path}
+        return 200, {"results": ["ok"]}
+
+    def _generate(self, body: dict[str, Any]) -> tuple[int, Any] | None:
+        with self._lock:
+            self.asked.append(body)
+        if self.fault == "slow":
+            self._ended.wait(self.pause)
+        if self.fault == "hang":
+            self._ended.wait(60.0)
+        if self._ended.is_set():
+            return None
+        if self.fault == "garbage":
+            return 200, {"choices": "none"}
+        if self.fault == "error":
+            return 500, {"error": "EngineCore encountered an issue"}
+        choices = [self._choice(i, body) for i in range(body["sampling_params"]["n"])]
+        with self._lock:
+            self.answered += 1
+        return 200, {"choices": choices[::-1]}  # in any order: they carry an index
+
+    def _choice(self, index: int, body: dict[str, Any]) -> dict[str, Any]:
+        settings = body["sampling_params"]
+        random = np.random.default_rng(settings["seed"] + index)
+        tokens, content, reason = list(body["token_ids"]), [], "length"
+        for _ in range(settings["max_tokens"]):
+            logprobs = self.model(tokens)
+            token = int(logprobs.argmax())
+            if settings["temperature"] > 0:
+                logits = logprobs / settings["temperature"]
+                token = int((logits + random.gumbel(size=len(logits))).argmax())
+            tokens.append(token)
+            content.append({"token_id": token, "logprob": float(logprobs[token])})
+            if token in settings["stop_token_ids"]:
+                reason = "stop"
+                break
+        made = tokens[len(body["token_ids"]) :]
+        if self.fault == "vocabulary":
+            made[0] = 10**6
+        version = "0" if self.fault == "stale" else self.version
+        return {
+            "index": index,
+            "finish_reason": reason,
+            "token_ids": made,
+            "routed_experts": None,
+            "weight_versions": [{"version": version, "start": 0, "end": len(made)}],
+            "logprobs": {"content": content},
+        }
+
+
+def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send(200, {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            response = server.respond(self.path, body)
+            if response is None:
+                self.close_connection = True
+                return
+            self._send(*response)
+
+        def _send(self, status: int, payload: Any) -> None:
+            text = json.dumps(payload).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # the client did not wait
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    return Handler
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Until it holds. AssertionError: it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

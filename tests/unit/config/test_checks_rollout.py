@@ -1,0 +1,58 @@
+"""Rules of the rollout engine: one line each."""
+
+import pytest
+
+from megatron_rl.config.checks import check_config
+from megatron_rl.config.schema import Config
+from megatron_rl.errors import UserError
+
+URLS = ["http://one:8000", "https://two"]
+
+
+def make(engine="vllm", temperature=1.0, top_p=1.0, top_k=0, **servers):
+    rollout = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return Config(rollout={"engine": engine, "servers": servers, **rollout})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        make("builtin"),
+        make(urls=URLS),
+        make(start=2, python="venv/bin/python"),
+        make(urls=URLS, temperature=0.7),
+        make(urls=URLS, top_p=0.9, top_k=8),
+        make("builtin", temperature=0.7, top_p=0.9),
+    ],
+)
+def test_good_ones_pass(config):
+    check_config(config, 1, "evaluate", files=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (make("builtin", urls=URLS), "rollout.servers is set with rollout.engine builtin; "),
+        (make(), "rollout.servers.urls names 0 servers and start is 0; expected one of the two"),
+        (
+            make(urls=URLS, start=1, python="p"),
+            "rollout.servers.urls names 2 servers and start is 1; expected one of the two",
+        ),
+        (make(start=1), "rollout.servers.start without rollout.servers.python; expected the int"),
+        (make(urls=["one:8000"]), "rollout.servers.urls holds 'one:8000'; expected an address"),
+        (make(urls=["ftp://one"]), "rollout.servers.urls holds 'ftp://one'; expected an address"),
+        (make(urls=[URLS[0], URLS[0] + "/"]), "rollout.servers.urls names a server twice"),
+        (
+            make(urls=URLS, temperature=0.7, top_p=0.9),
+            "rollout.temperature 0.7 with top_p 0.9 and top_k 0 and rollout.engine vllm; expected",
+        ),
+        (
+            make(urls=URLS, temperature=0.7, top_k=4),
+            "rollout.temperature 0.7 with top_p 1 and top_k 4 and rollout.engine vllm; expected",
+        ),
+    ],
+)
+def test_bad_ones_are_refused(config, message):
+    with pytest.raises(UserError) as error:
+        check_config(config, 1, "evaluate", files=False)
+    assert str(error.value).startswith(message)

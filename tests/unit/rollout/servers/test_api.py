@@ -1,0 +1,66 @@
+"""What counts as an answer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from megatron_rl.records import Prompt
+from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers.api import Answer, BadAnswer, answer_seed, check_answers
+
+PROMPT = Prompt(3, np.array([5, 6, 7]), "", {})
+SETTINGS = SamplingSettings(samples=2, max_new_tokens=3)
+ENDED = Answer(np.array([4, 1]), np.array([-0.5, -2.0], np.float32), True, ("7",))
+CUT = Answer(np.array([4, 2, 1, 0])[:3], np.array([-0.5, 0.0, -9.0], np.float32), True, ("7", "7"))
+
+
+def check(*answers, settings=SETTINGS):
+    check_answers(answers, PROMPT, settings, eos_id=1, vocab_size=8, version="7")
+
+
+def test_good_answers_pass():
+    check(ENDED, CUT)
+    check(ENDED, dataclasses.replace(CUT, tokens=np.array([4, 2, 0]), stopped=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.zeros(0, int)}, "an answer of 0 tokens; expected 1 to 3"),
+        ({"tokens": np.array([4, 2, 0, 1])}, "an answer of 4 tokens; expected 1 to 3"),
+        ({"tokens": np.array([8, 1])}, "token 8; expected ids below 8"),
+        ({"tokens": np.array([-1, 1])}, "token -1; expected ids below 8"),
+        ({"logprobs": np.zeros(3, np.float32)}, "3 log-probabilities for 2 tokens"),
+        ({"logprobs": np.array([np.nan, 0.0])}, "log-probability nan; expected finite"),
+        ({"logprobs": np.array([-1.0, 0.7])}, "log-probability 0.7; expected finite, at most 0"),
+        ({"stopped": False}, "ends without its last token being the end token"),
+        ({"tokens": np.array([4, 2])}, "ends without its last token being the end token"),
+        ({"versions": ("7", "6")}, "weights of version 7 6; expected 7"),
+    ],
+)
+def test_what_the_policy_could_not_have_sampled_is_refused(change, message):
+    with pytest.raises(BadAnswer, match=message):
+        check(ENDED, dataclasses.replace(ENDED, **change))
+
+
+def test_a_missing_answer_is_seen():
+    with pytest.raises(BadAnswer, match="1 answers; expected 2"):
+        check(ENDED)
+
+
+def test_experts_have_to_be_there_where_they_are_replayed():
+    wanted = dataclasses.replace(SETTINGS, samples=1, routes=True)
+    with pytest.raises(BadAnswer, match="no experts of its tokens, which algorithm.routing_replay"):
+        check(ENDED, settings=wanted)
+    experts = np.zeros((4, 2, 2), np.uint8)  # of 3 + 2 - 1 tokens
+    check(dataclasses.replace(ENDED, routed_experts=experts), settings=wanted)
+    with pytest.raises(BadAnswer, match="no experts"):
+        check(dataclasses.replace(ENDED, routed_experts=experts[:3]), settings=wanted)
+
+
+def test_prompts_and_steps_have_seeds_of_their_own():
+    seeds = [answer_seed(seed, index) for seed in (0, 1, 1 << 40) for index in range(300)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 - 2**11 for seed in seeds)
+    assert answer_seed(1, 2) == answer_seed(1, 2)

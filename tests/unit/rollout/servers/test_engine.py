@@ -1,0 +1,211 @@
+"""The engine on servers: the trainer's weights, or nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rl.config.load import load_config
+from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.records import Prompt
+from megatron_rl.rollout.engine import SamplingSettings
+from tests.support import hugging_face
+from tests.support.fake_server import FakeServer, hugging_face_model, toy_model
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import cpu_device
+
+PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
+GREEDY = SamplingSettings(1, 6, greedy=True)
+SAMPLED = SamplingSettings(3, 5, seed=4)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return hugging_face.save("qwen3_moe", tmp_path_factory.mktemp("hf") / "model")
+
+
+@pytest.fixture
+def servers(directory):
+    """Two servers that have nothing to do with the policy until it sends its weights."""
+    with (
+        FakeServer(toy_model(), hugging_face_model) as one,
+        FakeServer(toy_model(), hugging_face_model) as other,
+    ):
+        yield one, other
+
+
+def config_of(directory, run_dir, urls, **parallel):
+    words = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
+    words += [f"--parallel.{name}={value}" for name, value in parallel.items()]
+    words += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
+    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=30"]
+    return load_config(None, words)
+
+
+def build(config, told):
+    """(engine, chunks, groups, transformer) of this rank."""
+    device = cpu_device()
+    from megatron.core import parallel_state
+
+    from megatron_rl.models.build import build_chunks, transformer_config
+    from megatron_rl.parallel.groups import build_groups, destroy_groups
+    from megatron_rl.rollout.servers.engine import ServerEngine
+    from megatron_rl.rollout.servers.vllm import VllmApi
+    from megatron_rl.training.initial_weights import load_initial_weights
+
+    if parallel_state.model_parallel_is_initialized():
+        destroy_groups()
+    groups = build_groups(config.parallel)
+    transformer = transformer_config(config.model, config.parallel, device)
+    chunks = build_chunks(config.model, transformer, groups, device, config.seed)
+    load_initial_weights(config, chunks, groups)
+    engine = ServerEngine(
+        config,
+        VllmApi("load"),
+        chunks,
+        groups,
+        eos_id=1,
+        decode=lambda ids: " ".join(map(str, ids)),
+        say=told.append,
+        own_machine=True,
+    )
+    return engine, chunks, groups, transformer
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def built(directory, tmp_path, servers, told):
+    return build(config_of(directory, tmp_path / "run", [s.url for s in servers]), told)
+
+
+def test_answers_are_those_of_the_built_in_engine(built, servers, told):
+    from megatron_rl.rollout.builtin.generate import BuiltinEngine
+
+    engine, chunks, groups, transformer = built
+    judge = BuiltinEngine(chunks, groups, transformer, 1, 8, engine._decode, 64)
+    found, expected = (e.generate(PROMPTS, GREEDY) for e in (engine, judge))
+    assert len(found) == len(PROMPTS)
+    for group, wanted in zip(found, expected, strict=True):
+        (answer,), (judged,) = group.completions, wanted.completions
+        assert group.prompt is wanted.prompt
+        assert answer.tokens.tolist() == judged.tokens.tolist()
+        assert (answer.finished, answer.text) == (judged.finished, judged.text)
+        np.testing.assert_allclose(answer.logprobs, judged.logprobs, atol=1e-4)
+        assert answer.version == 0
+    assert told == []
+    metrics = engine.metrics()
+    assert 0 < metrics.pop("servers/probe_difference") < 1e-4
+    assert metrics.pop("time/sync_s") > 0
+    assert metrics == {"servers/used": 2, "servers/failures": 0, "servers/restarts": 0}
+    assert engine.metrics()["time/sync_s"] == 0.0
+
+
+def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
+    engine, chunks, *_ = built
+    first = engine.generate(PROMPTS, SAMPLED)
+    assert [server.loaded for server in servers] == [["version_0"]] * 2
+    again = engine.generate(PROMPTS, SAMPLED)
+    for one, other in zip(first, again):
+        for a, b in zip(one.completions, other.completions, strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist()
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(1.1)
+    for number in range(1, 4):
+        engine.weights_changed()
+        new = engine.generate(PROMPTS, SAMPLED)
+        assert {answer.version for group in new for answer in group.completions} == {number}
+    assert servers[0].loaded == [f"version_{number}" for number in range(4)]
+    logprobs = [
+        np.concatenate([a.logprobs[:1] for g in groups for a in g.completions])
+        for groups in (first, new)
+    ]
+    assert np.abs(logprobs[0] - logprobs[1]).max() > 1e-3
+    assert engine.metrics()["servers/probe_difference"] < 1e-4
+    kept = {path.name for path in (tmp_path / "run" / "servers" / "weights").iterdir()}
+    assert kept == {"version_2", "version_3"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("lie", "is left out: its log-probabilities differ from the trainer's by "),
+        ("refuse", 'did not take the weights: BadAnswer /collective_rpc answered 500: {"error"'),
+        ("stale", "is left out: the probe failed: BadAnswer weights of version 0; expected 1"),
+        ("garbage", "is left out: the probe failed: BadAnswer not a response"),
+    ],
+)
+def test_a_server_without_the_weights_is_left_out_and_taken_back(
+    built, servers, told, fault, message
+):
+    engine = built[0]
+    engine.weights_changed()
+    servers[0].fault = fault
+    groups = engine.generate(PROMPTS, SAMPLED)
+    assert len(told) == 1 and told[0].startswith(f"rollout server {servers[0].url}"), told
+    assert message in told[0]
+    assert [len(group.completions) for group in groups] == [3, 3, 3]
+    assert engine.metrics()["servers/used"] == 1
+    servers[0].fault = ""
+    engine.weights_changed()
+    engine.generate(PROMPTS, SAMPLED)
+    assert len(told) == 1
+    assert engine.metrics()["servers/used"] == 2
+
+
+def test_without_a_server_that_has_the_weights_the_run_ends(built, servers):
+    for server in servers:
+        server.fault = "lie"
+    with pytest.raises(RunFailed, match="no rollout server has the weights of the trainer .http"):
+        built[0].generate(PROMPTS, GREEDY)
+    for server in servers:
+        server.fault = "refuse"
+    with pytest.raises(RunFailed, match="weights of the trainer .none took them."):
+        built[0].generate(PROMPTS, GREEDY)
+
+
+def test_a_token_that_would_end_the_server_is_not_sent(built, servers):
+    wrong = dataclasses.replace(PROMPTS[0], tokens=np.array([3, hugging_face.VOCABULARY]))
+    with pytest.raises(UserError, match="problem 0 .from 0. holds the token 125; expected ids"):
+        built[0].generate([wrong], GREEDY)
+    assert servers[0].asked == []
+
+
+def _generate(directory, run_dir, urls, parallel):
+    """On a rank: the prompts of its data-parallel rank, and their answers."""
+    engine, _, groups, _ = build(config_of(directory, run_dir, urls, **parallel), [])
+    mine = PROMPTS[groups.data.rank() :: groups.data.size()]
+    answers = engine.generate(mine, SAMPLED)
+    return [
+        (group.prompt.index, [answer.tokens.tolist() for answer in group.completions])
+        for group in answers
+    ], engine.metrics()
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {"expert": 2}, {}]
+)
+def test_each_rank_gets_the_answers_to_its_prompts(
+    built, servers, directory, tmp_path, parallel, request
+):
+    expected = {
+        group.prompt.index: [answer.tokens.tolist() for answer in group.completions]
+        for group in built[0].generate(PROMPTS, SAMPLED)
+    }
+    for server in servers:
+        server.asked.clear()
+    urls = [server.url for server in servers]
+    ranks = run_on_ranks(2, _generate, directory, tmp_path / "ranks", urls, parallel)
+    data = 2 if "expert" in parallel or not parallel else 1
+    for rank, (answers, metrics) in enumerate(ranks):
+        wanted = [i for i in range(len(PROMPTS)) if data == 1 or i % 2 == rank]
+        assert answers == [(index, expected[index]) for index in wanted]
+        assert metrics["servers/probe_difference"] < 1e-4
+        assert metrics["servers/used"] == 2
+    probes = 2 * len(servers)
+    assert sum(len(server.asked) for server in servers) == len(PROMPTS) + probes

@@ -1,0 +1,201 @@
+"""Every question is answered once, whatever becomes of the servers."""
+
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from megatron_rl.errors import RunFailed
+from megatron_rl.records import Prompt
+from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers.api import check_answers
+from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.vllm import VllmApi
+from tests.support.fake_server import FakeServer, toy_model, wait_for
+
+API, SETTINGS, EOS, VOCABULARY = VllmApi("load"), SamplingSettings(2, 5), 1, 16
+COUNT = 40
+
+
+@pytest.fixture
+def servers():
+    with FakeServer(toy_model()) as one, FakeServer(toy_model()) as other:
+        yield one, other
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+def make_pool(servers, told, **settings):
+    settings = {"in_flight": 4, "deadline_s": 20.0, "retries": 3, **settings}
+    return ServerPool([server.url for server in servers], say=told.append, **settings)
+
+
+def questions(count=COUNT, version="default"):
+    """Prompts that name themselves: number i is [i, 2]."""
+
+    def read(prompt):
+        def answers(payload):
+            found = API.answers(payload)
+            check_answers(found, prompt, SETTINGS, EOS, VOCABULARY, version)
+            return prompt.index, [answer.tokens.tolist() for answer in found]
+
+        return answers
+
+    prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(count)]
+    return [Question(API.generation(p, SETTINGS, p.index, EOS), read(p)) for p in prompts]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The answers of a server that has no faults."""
+    with FakeServer(toy_model()) as server:
+        return make_pool([server], []).ask(questions())
+
+
+def test_all_answers_come_back_in_order_and_both_servers_work(servers, told, expected):
+    counts = []
+    assert make_pool(servers, told).ask(questions(), counts.append) == expected
+    assert [index for index, _ in expected] == list(range(COUNT))
+    assert counts == list(range(1, COUNT + 1))
+    assert sum(server.answered for server in servers) == COUNT
+    assert min(server.answered for server in servers) > 5
+    assert told == []
+
+
+@pytest.mark.parametrize("fault", ["garbage", "vocabulary", "error", "stale"])
+def test_what_one_server_answers_wrongly_the_other_answers(servers, told, expected, fault):
+    servers[0].fault = fault
+    version = "3" if fault == "stale" else "default"
+    servers[0].version = servers[1].version = version
+    pool = make_pool(servers, told)
+    assert pool.ask(questions(version=version)) == expected
+    failures = len(servers[0].asked)
+    assert pool.take_failures() == len(told) == failures > 0
+    assert pool.take_failures() == 0
+    assert all(line.startswith(f"rollout server {servers[0].url}: BadAnswer") for line in told)
+    assert len(servers[1].asked) == COUNT
+
+
+def test_a_server_that_dies_in_the_middle_loses_nothing(servers, told, expected):
+    for server in servers:
+        server.fault, server.pause = "slow", 0.05
+    dying = threading.Thread(target=lambda: (wait_for(lambda: servers[0].answered > 2), close()))
+
+    def close():
+        servers[0].close()
+
+    dying.start()
+    pool = make_pool(servers, told)
+    assert pool.ask(questions()) == expected
+    dying.join()
+    assert servers[1].answered + servers[0].answered >= COUNT
+    assert pool.take_failures() > 0
+
+
+def test_a_server_that_hangs_is_waited_for_until_the_deadline_only(servers, told, expected):
+    servers[0].fault = "hang"
+    began = time.monotonic()
+    assert make_pool(servers, told, deadline_s=0.5).ask(questions()) == expected
+    assert time.monotonic() - began < 20.0
+    assert "ReadTimeout" in told[0]
+
+
+def test_a_slow_server_gets_fewer_questions(servers, told, expected):
+    servers[0].fault, servers[0].pause = "slow", 0.5
+    assert make_pool(servers, told, in_flight=2).ask(questions()) == expected
+    assert len(servers[0].asked) < len(servers[1].asked) / 3
+    assert told == []
+
+
+def test_no_more_questions_are_open_than_allowed(servers, told):
+    for server in servers:
+        server.fault, server.pause = "slow", 0.3
+    pool = make_pool(servers, told, in_flight=3)
+    asking = threading.Thread(target=lambda: pool.ask(questions(12)))
+    asking.start()
+    wait_for(lambda: len(servers[0].asked) == len(servers[1].asked) == 3)
+    assert servers[0].answered == servers[1].answered == 0
+    asking.join()
+    assert servers[0].answered + servers[1].answered == 12
+
+
+def test_a_server_that_comes_back_is_asked_again(servers, told, expected):
+    gone = servers[0]
+    gone.close()
+    pool = make_pool([gone], told, deadline_s=20.0, retries=50)
+    came_back = []
+
+    def return_later():
+        wait_for(lambda: any("can be asked" in line for line in told))
+        came_back.append(FakeServer(toy_model(), port=gone.port))
+
+    thread = threading.Thread(target=return_later)
+    thread.start()
+    try:
+        assert pool.ask(questions()) == expected
+    finally:
+        thread.join()
+        came_back[0].close()
+    assert "no rollout server can be asked; waiting up to 20 s" in told
+
+
+def test_the_owner_may_bring_a_server_back(servers, told, expected):
+    gone, back = servers[0], []
+    gone.close()
+
+    def revive():
+        if not back:
+            back.append(FakeServer(toy_model(), port=gone.port))
+
+    pool = make_pool([gone], told, retries=50, revive=revive)
+    assert pool.ask(questions()) == expected
+    back[0].close()
+
+
+def test_when_no_server_comes_back_the_run_ends_with_one_line(servers, told):
+    for server in servers:
+        server.close()
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match="no rollout server could be asked for 1 s; expected one"):
+        make_pool(servers, told, deadline_s=1.0, retries=1000).ask(questions())
+    assert time.monotonic() - began < 20.0
+
+
+def test_a_question_nobody_answers_well_ends_the_run_at_once(servers, told):
+    for server in servers:
+        server.fault = "garbage"
+    with pytest.raises(RunFailed, match="gave a good answer in 2 tries; last http://127.0.0.1:"):
+        make_pool(servers, told, retries=1).ask(questions())
+    # and does not wait for another server that hangs
+    servers[1].fault = "hang"
+    began = time.monotonic()
+    with pytest.raises(RunFailed):
+        make_pool(servers, told, retries=0, deadline_s=50.0).ask(questions())
+    assert time.monotonic() - began < 20.0
+
+
+def test_excluded_servers_are_not_asked_until_they_are_admitted(servers, told, expected):
+    pool = make_pool(servers, told)
+    pool.exclude(servers[0].url, "wrong weights")
+    assert pool.admitted == [servers[1].url] and len(pool.urls) == 2
+    assert pool.ask(questions()) == expected
+    assert servers[0].asked == []
+    pool.admit(servers[0].url)
+    pool.exclude(servers[1].url, "wrong weights")
+    assert pool.ask(questions()) == expected
+    assert len(servers[0].asked) == COUNT
+
+
+def test_one_server_is_asked_once(servers, told):
+    pool = make_pool(servers, told)
+    (question,) = questions(1)
+    assert pool.ask_one(servers[1].url, question)[0] == 0
+    servers[1].close()
+    with pytest.raises(httpx.HTTPError):
+        pool.ask_one(servers[1].url, question)
+    assert servers[0].asked == []

@@ -1,0 +1,116 @@
+"""Servers of our own start, and end: with the run, however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import psutil
+import pytest
+
+from megatron_rl.errors import RunFailed
+from megatron_rl.rollout.servers.process import ServerProcess
+from tests.support.fake_server import wait_for
+from tests.support.runs import ROOT
+
+#: Serves /health, and has a child that would outlive it.
+SERVER = textwrap.dedent("""\
+    import http.server, subprocess, sys
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print("child", child.pid, flush=True)
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+    """)
+
+
+@pytest.fixture
+def process(tmp_path):
+    process = ServerProcess("127.0.0.1", tmp_path / "logs" / "server.log")
+    yield process
+    process.stop()
+
+
+def command(process, code=SERVER):
+    return [sys.executable, "-c", code, str(process.port)]
+
+
+def processes_of(pid):
+    parent = psutil.Process(pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def gone(processes):
+    return lambda: not any(p.is_running() and p.status() != "zombie" for p in processes)
+
+
+def test_it_serves_and_stops_with_all_it_started(process):
+    assert not process.is_running and process.pid is None
+    process.start(command(process), {})
+    process.wait_until_ready(30.0)
+    assert process.is_running
+    started = processes_of(process.pid)
+    assert len(started) == 3  # leash, server, its child
+    process.stop()
+    wait_for(gone(started))
+    assert not process.is_running
+    process.stop()
+
+
+def test_its_environment_and_output(process, tmp_path):
+    code = "import os; print('hello', os.environ['GREETED'], flush=True)\n" + SERVER
+    process.start(command(process, code), {"GREETED": "you"})
+    process.wait_until_ready(30.0)
+    assert (tmp_path / "logs" / "server.log").read_text().startswith("hello you\nchild ")
+
+
+def test_one_that_ends_says_why(process):
+    process.start(command(process, "raise ValueError('no such model')"), {})
+    with pytest.raises(RunFailed) as failure:
+        process.wait_until_ready(30.0)
+    text = str(failure.value)
+    assert text.startswith(f"the rollout server at {process.url} ended within 30 s (")
+    assert "ValueError: no such model" in text and text.endswith("logs/server.log")
+
+
+def test_one_that_never_answers_is_stopped(process):
+    process.start(command(process, "import time; time.sleep(600)"), {})
+    started = processes_of(process.pid)
+    with pytest.raises(RunFailed, match="gave no sign of life within 1 s .nothing in its log."):
+        process.wait_until_ready(1.0)
+    wait_for(gone(started))
+
+
+def test_a_killed_server_can_be_started_again(process):
+    process.start(command(process), {})
+    process.wait_until_ready(30.0)
+    os.kill(processes_of(process.pid)[1].pid, signal.SIGKILL)
+    wait_for(lambda: not process.is_running)
+    process.stop()
+    process.start(command(process), {})
+    process.wait_until_ready(30.0)
+
+
+def test_it_ends_with_a_run_that_is_killed(tmp_path):
+    run = textwrap.dedent(f"""\
+        import sys, time
+        from pathlib import Path
+        from megatron_rl.rollout.servers.process import ServerProcess
+        process = ServerProcess("127.0.0.1", Path({str(tmp_path / "server.log")!r}))
+        process.start([sys.executable, "-c", {SERVER!r}, str(process.port)], {{}})
+        process.wait_until_ready(30.0)
+        print(process.pid, flush=True)
+        time.sleep(600)
+        """)
+    with subprocess.Popen(
+        [sys.executable, "-c", run], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as killed:
+        started = processes_of(int(killed.stdout.readline()))
+        killed.kill()
+    assert len(started) == 3
+    wait_for(gone(started))
