@@ -6,6 +6,7 @@ The real one is too slow to start for every test; `tests/e2e/test_servers.py` ru
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -178,3 +179,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def main() -> None:
+    """PORT DIRECTORY: serve a model directory until ended, a process of its own."""
+    port, directory = int(sys.argv[1]), Path(sys.argv[2])
+    FakeServer(hugging_face_model(directory), hugging_face_model, port)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

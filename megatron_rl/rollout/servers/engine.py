@@ -80,6 +80,7 @@ class ServerEngine:
         self._root = self._servers.weights_dir or config.run_dir / "servers" / "weights"
         self._command, self._own_machine = command, own_machine
         self._own: list[ServerProcess] = []
+        self._reading: dict[str, Path] = {}  #: what each of them was started with
         self._pool: ServerPool | None = None
         self._version, self._sent = 0, -1
         self._sync_s, self._restarts, self._difference = 0.0, 0, 0.0
@@ -216,17 +217,17 @@ class ServerEngine:
             self._own = self._new_processes()
             own = [process.url for process in self._own]
             self._pool = self._new_pool(own or self._servers.urls)
-        dead = [process for process in self._own if not process.is_running]
-        self._start(dead, directory)
-        started, every = {process.url for process in dead}, self._pool.urls
-        with ThreadPoolExecutor(len(every)) as threads:
+        new = self._start_dead(directory)
+        starting = {process.url for process in self._own if not process.is_ready}
+        asked = [url for url in self._pool.urls if url not in starting]
+        with ThreadPoolExecutor(max(1, len(asked))) as threads:
             failures = list(
-                threads.map(lambda url: self._load_one(url, directory, url in started), every)
+                threads.map(lambda url: self._load_one(url, directory, url in new), asked)
             )
-        for url, failure in zip(every, failures):
+        for url, failure in zip(asked, failures):
             if failure is not None:
                 self._say(f"rollout server {url} did not take the weights: {failure}")
-        return every, [url for url, failure in zip(every, failures) if failure is None]
+        return self._pool.urls, [url for url, failure in zip(asked, failures) if failure is None]
 
     def _load_one(self, url: str, directory: Path, is_new: bool) -> str | None:
         calls = self._api.loading(str(directory.absolute()), str(self._version))
@@ -299,8 +300,10 @@ class ServerEngine:
 
     def _forget_old_weights(self) -> None:
         versions = sorted(self._root.glob("version_*"), key=lambda p: int(p.name.split("_")[1]))
+        needed = {self._reading[p.url] for p in self._own if not p.is_ready}
         for directory in versions[:-KEPT_VERSIONS]:
-            shutil.rmtree(directory, ignore_errors=True)
+            if directory not in needed:
+                shutil.rmtree(directory, ignore_errors=True)
 
     # -- servers of our own ----------------------------------------------------------------------
 
@@ -323,22 +326,30 @@ class ServerEngine:
             for number in range(self._servers.start)
         ]
 
-    def _start(self, processes: Sequence[ServerProcess], directory: Path) -> None:
-        for process in processes:
-            self._restarts += process.pid is not None
+    def _start_dead(self, directory: Path) -> set[str]:
+        """Start our servers that do not run. While others answer they need not be waited for; the
+        urls of those that were, and so have the weights.
+        """
+        dead = [process for process in self._own if not process.is_running]
+        for process in dead:
+            if process.pid is not None:
+                self._restarts += 1
+                self._say(f"rollout server {process.url} has ended; starting it again")
             process.stop()
             host = "127.0.0.1" if self._own_machine else "0.0.0.0"
             process.start(*self._command(directory.absolute(), host, process.port))
-        for process in processes:
+            self._reading[process.url] = directory
+        if any(process.is_ready for process in self._own if process not in dead):
+            return set()
+        for process in dead:
             process.wait_until_ready(self._servers.start_s)
+        return {process.url for process in dead}
 
     def _revive(self) -> None:
-        """No server can be asked: start our dead ones again, from the weights of the moment."""
+        """No server can be asked: bring ours back, with the weights of the moment."""
         directory = self._root / f"version_{self._version}"
-        dead = [process for process in self._own if not process.is_running]
-        if dead:
-            self._say(f"starting {len(dead)} rollout servers again")
-            self._start(dead, directory)
-            for process in dead:
-                self._load_one(process.url, directory, is_new=True)
-                self._pool.admit(process.url)
+        if all(process.is_running for process in self._own):
+            return
+        for url in self._start_dead(directory):
+            if self._load_one(url, directory, is_new=True) is None:
+                self._pool.admit(url)

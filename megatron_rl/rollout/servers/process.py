@@ -35,6 +35,16 @@ class ServerProcess:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it answers. Asks it once."""
+        if not self.is_running:
+            return False
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    @property
     def pid(self) -> int | None:
         """Its process, if it was started."""
         return self._process.pid if self._process is not None else None
@@ -60,11 +70,8 @@ class ServerProcess:
         """
         end = time.monotonic() + seconds
         while self.is_running and time.monotonic() < end:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).is_success:
-                    return
-            except httpx.HTTPError:
-                pass
+            if self.is_ready:
+                return
             time.sleep(0.3)
         state = "gave no sign of life" if self.is_running else "ended"
         self.stop()

@@ -1,8 +1,11 @@
 """The engine on servers: the trainer's weights, or nothing."""
 
+import contextlib
 import dataclasses
+import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -11,8 +14,9 @@ from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from tests.support import hugging_face
-from tests.support.fake_server import FakeServer, hugging_face_model, toy_model
+from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
+from tests.support.runs import ROOT
 from tests.support.tiny import cpu_device
 
 PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
@@ -43,7 +47,7 @@ def config_of(directory, run_dir, urls, **parallel):
     return load_config(None, words)
 
 
-def build(config, told):
+def build(config, told, command=None):
     """(engine, chunks, groups, transformer) of this rank."""
     device = cpu_device()
     from megatron.core import parallel_state
@@ -69,6 +73,7 @@ def build(config, told):
         decode=lambda ids: " ".join(map(str, ids)),
         say=told.append,
         own_machine=True,
+        command=command,
     )
     return engine, chunks, groups, transformer
 
@@ -174,6 +179,52 @@ def test_a_token_that_would_end_the_server_is_not_sent(built, servers):
     with pytest.raises(UserError, match="problem 0 .from 0. holds the token 125; expected ids"):
         built[0].generate([wrong], GREEDY)
     assert servers[0].asked == []
+
+
+def fake_command(directory, host, port):
+    words = [sys.executable, "-m", "tests.support.fake_server", str(port), str(directory)]
+    return words, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_path, told):
+    config = config_of(directory, tmp_path / "run", [])
+    servers = config.rollout.servers.model_copy(update={"start": 2, "python": "python"})
+    rollout = config.rollout.model_copy(update={"servers": servers})
+    engine, *_ = build(config.model_copy(update={"rollout": rollout}), told, fake_command)
+    with contextlib.closing(engine):
+        expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
+        processes = [psutil.Process(process.pid) for process in engine._own]
+        assert engine.metrics()["servers/used"] == 2 and told == []
+        # One dies while it is not needed: the other answers, and it is started beside it.
+        kill(processes[0])
+        engine.weights_changed()
+        assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
+        metrics = engine.metrics()
+        assert (metrics["servers/used"], metrics["servers/restarts"]) == (1, 1)
+        assert told == [f"rollout server {engine._own[0].url} has ended; starting it again"]
+        wait_for(lambda: engine._own[0].is_ready, 60.0)
+        engine.weights_changed()
+        assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
+        assert engine.metrics()["servers/used"] == 2
+        # Both die before they are asked: they are brought back with the weights of the moment.
+        processes = [psutil.Process(process.pid) for process in engine._own]
+        for process in processes:
+            kill(process)
+        assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
+        assert engine.metrics()["servers/restarts"] == 2
+        processes = [psutil.Process(process.pid) for process in engine._own]
+    assert not any(process.is_running() for process in processes)
+
+
+def tokens_of(groups):
+    return [[answer.tokens.tolist() for answer in group.completions] for group in groups]
+
+
+def kill(leash):
+    """The server under a leash, as when it crashes; waits until the leash has seen it."""
+    for child in leash.children():
+        child.kill()
+    wait_for(lambda: not leash.is_running() or leash.status() == psutil.STATUS_ZOMBIE)
 
 
 def _generate(directory, run_dir, urls, parallel):
