@@ -1,4 +1,4 @@
-"""RSPO on Countdown with answers from real vLLM servers, as `bash tests/run.sh --servers` runs it."""
+"""RSPO on Countdown with answers from real vLLM servers: `bash tests/run.sh --servers`."""
 
 import os
 import re
