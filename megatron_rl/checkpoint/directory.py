@@ -44,18 +44,22 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def newest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint that ``latest`` names; if that is not complete, that of the highest step."""
+def newest_first(root: Path) -> list[Path]:
+    """All complete checkpoints: the one that ``latest`` names, then by decreasing step."""
     complete = complete_checkpoints(root)
-    if not complete:
-        return None
     try:
         named = (root / LATEST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, UnicodeDecodeError):
         named = ""
     match = re.fullmatch(r"step_(\d+)", named)
-    newest = max(complete)
-    return complete.get(int(match[1]) if match else newest, complete[newest])
+    last = complete.get(int(match[1])) if match else None
+    others = [path for path in reversed(complete.values()) if path != last]
+    return others if last is None else [last, *others]
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The first of `newest_first`."""
+    return next(iter(newest_first(root)), None)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -57,11 +57,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
+class Damaged(UserError):
+    """A checkpoint that is not what was written. An older one may be."""
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint directory.
 
     Raises:
-        UserError: it is missing, damaged, or of a format this version does not know.
+        Damaged: it is missing or damaged. UserError: its format is not known to this version.
     """
     path = directory / MANIFEST
     try:
@@ -73,11 +77,11 @@ def read_manifest(directory: Path) -> Manifest:
             )
         return Manifest(**content)
     except FileNotFoundError:
-        raise UserError(
+        raise Damaged(
             f"{path} is missing; a complete checkpoint has one; name another checkpoint"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(
+        raise Damaged(
             f"{path} is damaged; expected the JSON object of a manifest; {REMEDY}"
         ) from None
 
@@ -86,7 +90,7 @@ def verify(directory: Path, manifest: Manifest, world: ProcessGroup) -> None:
     """Compare every file with the manifest; each rank reads its share of them. A collective.
 
     Raises:
-        UserError: a file is missing, has another size or another checksum; the message names it.
+        Damaged: a file is missing, has another size or another checksum; the message names it.
     """
     together(world, lambda: _verify_share(directory, manifest, world.rank(), world.size()))
 
@@ -95,13 +99,13 @@ def _verify_share(directory: Path, manifest: Manifest, rank: int, ranks: int) ->
     for name, (size, digest) in sorted(manifest.files.items())[rank::ranks]:
         path = directory / name
         if not path.is_file():
-            raise UserError(f"{path} is missing; the manifest lists it with {size} bytes; {REMEDY}")
+            raise Damaged(f"{path} is missing; the manifest lists it with {size} bytes; {REMEDY}")
         if path.stat().st_size != size:
-            raise UserError(
+            raise Damaged(
                 f"{path} has {path.stat().st_size} bytes; the manifest says {size}; {REMEDY}"
             )
         found = fingerprint(path)[1]
         if found != digest:
-            raise UserError(
+            raise Damaged(
                 f"{path} has SHA-256 {found[:12]}...; the manifest says {digest[:12]}...; {REMEDY}"
             )

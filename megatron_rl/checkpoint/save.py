@@ -10,6 +10,7 @@ step_N/
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Sequence
@@ -67,21 +68,26 @@ def save_checkpoint(
     world, is_first = groups.world, groups.world.rank() == 0
     state, architecture, layout = as_json(state), as_json(architecture), as_json(layout)
     partial = together(world, lambda: _begin(root, step) if is_first else None)[0]
-    sharded = {"model": model_shards(chunks, groups)}
-    updates = None
-    if optimizer is not None:
-        updates = optimizer_step(optimizer, world)
-        sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=False)
-    write_shards(sharded, partial / SHARDS)
-    written = together(world, lambda: _write_own(partial, world.rank(), state))
+    try:
+        sharded = {"model": model_shards(chunks, groups)}
+        updates = None
+        if optimizer is not None:
+            updates = optimizer_step(optimizer, world)
+            sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=False)
+        write_shards(sharded, partial / SHARDS)
+        written = together(world, lambda: _write_own(partial, world.rank(), state))
 
-    def finish() -> None:
-        files = {name: entry for entries in written for name, entry in sorted(entries.items())}
-        versions = {name: version(name) for name in ("torch", "megatron-core")}
-        write_manifest(partial, Manifest(step, architecture, layout, updates, files, versions))
-        publish(root, step, keep)
+        def finish() -> None:
+            files = {name: entry for entries in written for name, entry in sorted(entries.items())}
+            versions = {name: version(name) for name in ("torch", "megatron-core")}
+            write_manifest(partial, Manifest(step, architecture, layout, updates, files, versions))
+            publish(root, step, keep)
 
-    together(world, lambda: finish() if is_first else None)
+        together(world, lambda: finish() if is_first else None)
+    except OSError:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)  # the room is needed by others
+        raise
     return step_directory(root, step)
 
 

@@ -36,16 +36,13 @@ def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
             raise failure
         return [result]
     outcomes: list = [None] * group.size()
-    message = None
-    if failure is not None:
-        kind = next(number for number, kind in enumerate(_SHARED) if isinstance(failure, kind))
-        message = (kind, str(failure))
+    message = None if failure is None else (type(failure), str(failure))
     dist.all_gather_object(outcomes, (message, result), group=group)
     for rank, (other, _) in enumerate(outcomes):
         if other is None:
             continue
         if failure is not None and rank == group.rank():
             raise failure
-        kind, text = _SHARED[other[0]], other[1]
-        raise OSError(f"rank {rank}: {text}") if kind is OSError else kind(text)
+        kind, text = other
+        raise OSError(f"rank {rank}: {text}") if issubclass(kind, OSError) else kind(text)
     return [value for _, value in outcomes]

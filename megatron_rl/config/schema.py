@@ -355,8 +355,9 @@ class CheckpointConfig(Section):
     init_from: Path | None = None
     """Run or checkpoint directory whose weights (and nothing else) a new run starts from; null: the
     weights of model.hf_path, else random ones."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest checkpoint in the run directory, if there is one."""
+    resume: Literal["auto", "newest", "never"] = "auto"
+    """auto: continue from the newest undamaged checkpoint of the run, if it has any; newest: from
+    the newest, or not at all; never: start anew."""
 
 
 class ObserveConfig(Section):

@@ -12,7 +12,6 @@ from typing import Callable, Mapping, Sequence
 
 import numpy as np
 
-from megatron_rl.checkpoint.directory import newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
@@ -33,6 +32,7 @@ from megatron_rl.training.initial_weights import load_initial_weights
 from megatron_rl.training.loop import Task, run_loop
 from megatron_rl.training.policy import Policy, build_policy
 from megatron_rl.training.reinforce import Reinforce
+from megatron_rl.training.resume import load_newest
 from megatron_rl.training.session import Session, open_session
 from megatron_rl.training.supervised import Supervised
 from megatron_rl.training.trace_memory import check_trace_fits, longest_sequence
@@ -165,12 +165,13 @@ def _load_engine(session: Session) -> tuple[Engine, str, int]:
     config, groups = session.config, session.groups
     transformer = transformer_config(config.model, config.parallel, session.device)
     chunks = build_chunks(config.model, transformer, groups, session.device, config.seed)
-    found = newest_checkpoint(session.checkpoints) if config.checkpoint.resume == "auto" else None
-    if found is not None:
+
+    def load(path: Path) -> Path:
         architecture = architecture_of(config.model)
-        load_weights(found, chunks=chunks, architecture=architecture, groups=groups)
-    else:
-        found = load_initial_weights(config, chunks, groups)
+        return load_weights(path, chunks=chunks, architecture=architecture, groups=groups)
+
+    loaded = load_newest(session, load)
+    found = loaded[0] if loaded is not None else load_initial_weights(config, chunks, groups)
     if found is None:
         there = Path(config.run_dir).exists()
         state = "holds no complete checkpoint" if there else "does not exist"
