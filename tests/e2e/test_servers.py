@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from tests.support.recipe import run_tool
 from tests.support.runs import ROOT, records, started, succeed
 
 pytestmark = pytest.mark.servers
@@ -37,8 +36,7 @@ def folder(tmp_path_factory):
         ["make_countdown.py", "--out", f"{EXAMPLE}/data", *sizes],
         ["train_tokenizer.py", *files, *kind],
     ):
-        script = ROOT / "tools" / "data" / words[0]
-        subprocess.run([sys.executable, script, *words[1:]], cwd=folder, check=True, timeout=300)
+        run_tool(*words, cwd=folder)
     succeed("sft", f"{EXAMPLE}/sft.yaml", cwd=folder, ranks=2)
     return folder
 

@@ -1,0 +1,113 @@
+"""A run that is killed again and again ends as if nothing had happened.
+
+    python tools/bench/crash_drill.py [--kills 20] [--steps 160] [--seed 0]
+
+Trains a tiny recipe (tests/support/recipe.py: two ranks, expert parallelism 2, a checkpoint after
+every step) once undisturbed. Then the same once more, with SIGKILL to all ranks at random moments,
+each time started again with the same command. At the end all weights, the optimizer's state and
+all metrics but times have to be the same bits. Exit code 1 if they are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.recipe import make_recipe  # noqa: E402
+from tests.support.runs import Started, reproducible, started, succeed  # noqa: E402
+
+#: Seconds within which a run is killed, counted from when it has loaded its last checkpoint: some
+#: ten steps and saves.
+WINDOW_S = 4.0
+
+
+def main() -> int:
+    """Run the drill; say what became of each kill."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=160, help="of the run, at least")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        return drill(make_recipe(Path(folder)), arguments.kills, arguments.steps, arguments.seed)
+
+
+def drill(folder: Path, kills: int, steps: int, seed: int) -> int:
+    """0 if the killed run ends as the undisturbed one does."""
+    succeed("sft", "sft.yaml", cwd=folder, ranks=2)
+    began = time.monotonic()
+    succeed(*words("undisturbed", steps), cwd=folder, ranks=2)
+    print(f"undisturbed: {steps} steps in {time.monotonic() - began:.0f} s", flush=True)
+    moments = random.Random(seed)
+    done = while_saving = 0
+    killed = folder / "runs" / "killed"
+    while done < kills:
+        with started(*words("killed", steps), cwd=folder, ranks=2) as process:
+            if not _killed_at(process, moments.uniform(0.0, WINDOW_S)):
+                print(f"the run ended after {done} kills; take more --steps", file=sys.stderr)
+                return 1
+        done += 1
+        saving = bool(list(killed.glob("checkpoints/.step_*")))
+        while_saving += saving
+        newest = (killed / "checkpoints" / "latest").read_text().strip()
+        place = ", in the middle of a save" if saving else ""
+        print(f"kill {done}: newest checkpoint {newest}{place}", flush=True)
+    succeed(*words("killed", steps), cwd=folder, ranks=2)
+    differing = compare(folder / "runs" / "undisturbed", killed, steps)
+    print(f"{done} kills, {while_saving} of them in the middle of a save")
+    print(f"differences from the undisturbed run: {', '.join(differing) or 'none'}")
+    return 1 if differing else 0
+
+
+def words(name: str, steps: int) -> list[str]:
+    """The command: the same however often it is run."""
+    run = ["--run_dir", f"runs/{name}", "--train.steps", str(steps)]
+    return ["train", "rl.yaml", *run, "--checkpoint.every", "1", "--evaluate.every", "10"]
+
+
+def _killed_at(process: Started, moment: float) -> bool:
+    """Kill the ranks so many seconds after they have begun; False if they have ended before."""
+    try:
+        process.wait_for("step ")
+    except AssertionError:
+        return False
+    time.sleep(moment)
+    process.kill_ranks()
+    return process.wait().code != 0
+
+
+def compare(one: Path, other: Path, steps: int) -> list[str]:
+    """What differs between two runs: names of weights, of optimizer state, or "metrics"."""
+    from megatron_rl.config.schema import DeviceConfig
+    from megatron_rl.device.launch import Launch
+    from megatron_rl.device.select import select_device
+
+    select_device(DeviceConfig(kind="cpu"), Launch(0, 1, 0, 1, launched=False))
+    from megatron_rl.checkpoint.torch_dist import StoredTensors
+
+    stored = [
+        StoredTensors(run / "checkpoints" / f"step_{steps}" / "shards") for run in (one, other)
+    ]
+    keys = stored[0].shapes.keys() | stored[1].shapes.keys()
+    differing = [
+        key
+        for key in sorted(keys)
+        if not all(key in tensors.shapes for tensors in stored)
+        or not torch.equal(*(tensors.get(key) for tensors in stored))
+    ]
+    if reproducible(one) != reproducible(other):
+        differing.append("metrics")
+    return differing
+
+
+if __name__ == "__main__":
+    sys.exit(main())
