@@ -14,6 +14,7 @@ from megatron_rl.checkpoint.identity import as_json, check_architecture
 from megatron_rl.checkpoint.manifest import Manifest, read_manifest, verify
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, restore_optimizer
 from megatron_rl.checkpoint.random_state import load_random_state, random_file
+from megatron_rl.checkpoint.safe_index import check_index
 from megatron_rl.checkpoint.save import SHARDS, STATE, model_shards
 from megatron_rl.checkpoint.together import together
 from megatron_rl.checkpoint.torch_dist import read_shards
@@ -109,9 +110,14 @@ def _checked(
 
     manifest = together(groups.world, check)[0]
     verify(path, manifest, groups.world)
+    is_first = groups.world.rank() == 0
+    together(groups.world, lambda: check_index(path / SHARDS) if is_first else None)
     return manifest
 
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)])
+        result = chunk.load_state_dict(loaded[str(number)], strict=False)
+        # `model_shards` leaves these out.
+        missing = [name for name in result.missing_keys if not name.endswith("._extra_state")]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)

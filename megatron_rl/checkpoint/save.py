@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_rl.checkpoint.directory import begin, publish, step_directory
@@ -92,12 +93,19 @@ def save_checkpoint(
 
 
 def model_shards(chunks: Sequence[torch.nn.Module], groups: Groups) -> dict[str, Any]:
-    """The chunks' tensors as shards of the whole model's; keys do not depend on the layout."""
+    """The chunks' tensors as shards of the whole model's; keys do not depend on the layout.
+
+    The "extra state" of layers is left out: it is empty but for Transformer Engine's FP8, which
+    measures it anew, and torch would unpickle it.
+    """
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.data_context}
-    return {
-        str(number): chunk.sharded_state_dict(metadata=metadata)
-        for number, chunk in enumerate(chunks)
-    }
+    shards = {}
+    for number, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(metadata=metadata)
+        shards[str(number)] = {
+            name: entry for name, entry in entries.items() if not isinstance(entry, ShardedObject)
+        }
+    return shards
 
 
 def _begin(root: Path, step: int) -> Path:

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rl.checkpoint.safe_index import check_index
 from megatron_rl.errors import UserError
 
 
@@ -91,9 +92,13 @@ class _OnceRead(checkpoint.FileSystemReader):
 class StoredTensors:
     """The whole tensors of a shard directory by key, each read when it is asked for, in this
     process alone.
+
+    Raises:
+        Damaged: the directory's index is none.
     """
 
     def __init__(self, directory: Path) -> None:
+        check_index(directory)
         self._reader = _OnceRead(directory)
         entries = self._reader.read_metadata().state_dict_metadata
         self._entries = {key: e for key, e in entries.items() if hasattr(e, "size")}

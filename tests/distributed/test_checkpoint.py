@@ -175,4 +175,4 @@ def test_a_file_damaged_in_the_share_of_another_rank_stops_all(tmp_path):
     file.write_bytes(content)
     with pytest.raises(RankFailure) as failure:
         run_on_ranks(2, load_and_save_again, EXPERT, {}, str(tmp_path))
-    assert str(failure.value).count(f"UserError: {file} has SHA-256") == 2
+    assert str(failure.value).count(f"Damaged: {file} has SHA-256") == 2
