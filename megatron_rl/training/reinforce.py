@@ -37,7 +37,7 @@ from megatron_rl.training.update import update
 
 
 class Reinforce:
-    """The task of `train`: see `loop.Task`."""
+    """The task of `train`: see `task.Task`."""
 
     def __init__(
         self,

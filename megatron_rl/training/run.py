@@ -25,16 +25,17 @@ from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.observe.report import summary, write_report
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import Engine, sampling_settings
+from megatron_rl.training.checkpoints import load_newest
 from megatron_rl.training.engines import build_engine
 from megatron_rl.training.evaluate import evaluate as evaluate_problems
 from megatron_rl.training.header import run_facts, sft_facts, train_facts
 from megatron_rl.training.initial_weights import load_initial_weights
-from megatron_rl.training.loop import Task, run_loop
+from megatron_rl.training.loop import run_loop
 from megatron_rl.training.policy import Policy, build_policy
 from megatron_rl.training.reinforce import Reinforce
-from megatron_rl.training.resume import load_newest
 from megatron_rl.training.session import Session, open_session
 from megatron_rl.training.supervised import Supervised
+from megatron_rl.training.task import Task
 from megatron_rl.training.trace_memory import check_trace_fits, longest_sequence
 
 #: Builds a verb's task once session, policy and engine are there.

@@ -17,7 +17,7 @@ from megatron_rl.training.update import supervised_update
 
 
 class Supervised:
-    """The task of `sft`: see `loop.Task`."""
+    """The task of `sft`: see `task.Task`."""
 
     def __init__(
         self,

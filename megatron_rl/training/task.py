@@ -1,0 +1,26 @@
+"""What supervised fine-tuning and reinforcement learning have to do for the loop."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from megatron_rl.observe.metrics import MetricSums
+
+
+class Task(Protocol):
+    """What differs between supervised fine-tuning and reinforcement learning."""
+
+    def step(self, number: int, sums: MetricSums) -> dict[str, float]:
+        """Do one step. Metrics go into ``sums``; returns those reduced already. A collective."""
+
+    def evaluate(self, sums: MetricSums) -> None:
+        """Answer the held-out problems; metrics go into ``sums``. A collective."""
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Completions of the last step, or evaluation, for samples.jsonl."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: where the data cursor stands."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from such a state."""
