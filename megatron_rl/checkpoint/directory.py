@@ -18,7 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_rl.checkpoint.manifest import MANIFEST
+from megatron_rl.checkpoint.manifest import MANIFEST, score_of
 from megatron_rl.errors import UserError
 
 LATEST = "latest"
@@ -93,8 +93,10 @@ def begin(root: Path, step: int) -> Path:
     return partial
 
 
-def publish(root: Path, step: int, keep: int) -> Path:
-    """Name the finished directory, update ``latest``, delete all but ``keep``. One rank only."""
+def publish(root: Path, step: int, keep: int, keep_best: int = 0) -> Path:
+    """Name the finished directory, update ``latest``, delete all but the newest ``keep`` and the
+    ``keep_best`` of the highest score. One rank only.
+    """
     final = step_directory(root, step)
     partial = _hidden(root, final.name, "partial")
     for directory, _, _ in os.walk(partial, topdown=False):
@@ -104,11 +106,22 @@ def publish(root: Path, step: int, keep: int) -> Path:
     os.rename(partial, final)
     _sync_directory(root)
     _write_latest(root, final.name)
-    others = [path for path in complete_checkpoints(root).values() if path != final]
+    complete = complete_checkpoints(root)
+    others = [path for path in complete.values() if path != final]
+    best = _best(complete, keep_best)
     for path in others[: max(0, len(others) - (keep - 1))]:
-        os.rename(path, _hidden(root, path.name, "deleted"))  # so that none is seen half deleted
+        if path not in best:
+            # Renamed first, so that none is seen half deleted.
+            os.rename(path, _hidden(root, path.name, "deleted"))
     _remove(root, "replaced", "deleted")
     return final
+
+
+def _best(complete: dict[int, Path], count: int) -> list[Path]:
+    """Those of the highest score; of equal ones the later."""
+    scores = {step: score_of(path) for step, path in complete.items()} if count else {}
+    ranked = sorted((score, step) for step, score in scores.items() if score is not None)
+    return [complete[step] for _, step in reversed(ranked[-count:])] if ranked else []
 
 
 def _write_latest(root: Path, name: str) -> None:

@@ -30,6 +30,7 @@ class Manifest:
     optimizer_step: int | None  #: updates the optimizer has made; None: saved without an optimizer
     files: dict[str, list]  #: path within the checkpoint -> [bytes, SHA-256]
     versions: dict[str, str]  #: torch and megatron-core that wrote it
+    score: float | None = None  #: of an evaluation of this step, higher is better; None: not known
     format: int = FORMAT
 
 
@@ -55,6 +56,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         json.dump(asdict(manifest), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def score_of(directory: Path) -> float | None:
+    """The score of a checkpoint; None where there is none, or no manifest that can be read."""
+    try:
+        return json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("score")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 class Damaged(UserError):

@@ -43,8 +43,10 @@ def save_checkpoint(
     layout: dict[str, Any],
     groups: Groups,
     keep: int,
+    keep_best: int = 0,
+    score: float | None = None,
 ) -> Path:
-    """Write and publish ``root/step_N``, then delete all but the newest ``keep``.
+    """Write and publish ``root/step_N``, then delete all but the newest ``keep`` and the best.
 
     A collective over all ranks. A run killed at any moment leaves a complete newest checkpoint:
     this one or the one before.
@@ -58,7 +60,9 @@ def save_checkpoint(
         architecture: of `identity.architecture_of`; a checkpoint of another one is not loaded.
         layout: of `identity.layout_of`.
         groups: the process groups.
-        keep: complete checkpoints left over afterwards, this one included; at least 1.
+        keep: newest complete checkpoints left over afterwards, this one included; at least 1.
+        keep_best: complete checkpoints of the highest score left over beside them.
+        score: of this step, higher is better; None: it has none.
 
     Returns:
         The checkpoint's directory.
@@ -81,8 +85,9 @@ def save_checkpoint(
         def finish() -> None:
             files = {name: entry for entries in written for name, entry in sorted(entries.items())}
             versions = {name: version(name) for name in ("torch", "megatron-core")}
-            write_manifest(partial, Manifest(step, architecture, layout, updates, files, versions))
-            publish(root, step, keep)
+            manifest = Manifest(step, architecture, layout, updates, files, versions, score)
+            write_manifest(partial, manifest)
+            publish(root, step, keep, keep_best)
 
         together(world, lambda: finish() if is_first else None)
     except OSError:

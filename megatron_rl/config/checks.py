@@ -125,14 +125,33 @@ def files_exist(config: Config, verb: str) -> None:
         raise UserError(f"run_dir {config.run_dir} is a file; expected a directory or a new name")
 
 
+def best_checkpoints_are_evaluated(config: Config) -> None:
+    """``checkpoint.keep_best`` compares evaluations of steps that are saved."""
+    settings, evaluate = config.checkpoint, config.evaluate
+    if not settings.keep_best:
+        return
+    if not (settings.every and evaluate.every):
+        raise UserError(
+            f"checkpoint.keep_best is {settings.keep_best} with checkpoint.every {settings.every} "
+            f"and evaluate.every {evaluate.every}; expected both above 0; steps that are saved and "
+            "evaluated can be compared"
+        )
+    if settings.best_metric == "eval/mean@k" and not evaluate.samples:
+        raise UserError(
+            "checkpoint.best_metric is eval/mean@k with evaluate.samples 0; expected samples above "
+            "0, or eval/pass@1"
+        )
+
+
 VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "train": (
         *ALGORITHM_RULES,
         verifier_is_known,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
+        best_checkpoints_are_evaluated,
     ),
-    "sft": (verifier_is_known, answers_leave_room_for_prompts),
+    "sft": (verifier_is_known, answers_leave_room_for_prompts, best_checkpoints_are_evaluated),
     "evaluate": (verifier_is_known, answers_leave_room_for_prompts),
     "generate": (answers_leave_room_for_prompts,),
     "convert": (),

@@ -352,6 +352,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end and when asked to stop."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+    keep_best: int = Field(0, ge=0)
+    """Best checkpoints kept beside them, of the steps that were evaluated."""
+    best_metric: Literal["eval/pass@1", "eval/mean@k"] = "eval/pass@1"
+    """What the best ones are highest in."""
     init_from: Path | None = None
     """Run or checkpoint directory whose weights (and nothing else) a new run starts from; null: the
     weights of model.hf_path, else random ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Mapping, TypeVar
 
 from megatron_rl.checkpoint.directory import newest_checkpoint, newest_first
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
@@ -83,7 +83,14 @@ def resume(session: Session, policy: Policy, task: Task) -> int | None:
     return None
 
 
-def save(session: Session, policy: Policy, task: Task, number: int, last: bool) -> None:
+def save(
+    session: Session,
+    policy: Policy,
+    task: Task,
+    number: int,
+    metrics: Mapping[str, float],
+    last: bool,
+) -> None:
     """Save a checkpoint. One that cannot be written is no reason to lose the run: the older ones
     are as they were, and the next is tried when it is due.
 
@@ -109,6 +116,8 @@ def save(session: Session, policy: Policy, task: Task, number: int, last: bool) 
                 layout=layout_of(session.config.parallel, session.launch.world_size),
                 groups=session.groups,
                 keep=settings.keep,
+                keep_best=settings.keep_best,
+                score=metrics.get(settings.best_metric),
             )
     except OSError as error:
         newest = newest_checkpoint(session.checkpoints)

@@ -39,11 +39,12 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
                 reduced = task.step(number, sums)
             if _due(session.config.evaluate.every, number) or number == total:
                 task.evaluate(sums)
-            _record(session, writer, number, session.reduce(sums) | reduced, task)
+            metrics = session.reduce(sums) | reduced
+            _record(session, writer, number, metrics, task)
             asked = stop.agreed(session.groups.world, session.device.torch_device)
             last = asked or number == total
             if last or _due(session.config.checkpoint.every, number):
-                save(session, policy, task, number, last)
+                save(session, policy, task, number, metrics, last)
             if asked and number < total:
                 session.console.note(
                     f"stopped after step {number}; run the same command to continue"

@@ -34,7 +34,6 @@ MEGATRON = (
     "weights/",
     "checkpoint/",
     "rollout/builtin/",
-    "rollout/weight_sync.py",
     "training/",
 )
 

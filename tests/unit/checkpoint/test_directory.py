@@ -1,5 +1,6 @@
 """Checkpoint directories: which one is the newest, and what is left after saving or a kill."""
 
+import json
 import os
 
 import pytest
@@ -84,6 +85,20 @@ def test_only_the_newest_are_kept(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_11\n"
     save(tmp_path, 12, keep=1)
     assert names(tmp_path) == ["latest", "step_12"]
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    scores = {1: 0.2, 2: 0.9, 3: None, 4: 0.5, 5: 0.5, 6: 0.1, 7: None}
+    for step, score in scores.items():
+        content = json.dumps({"score": score} if score is not None else {})
+        partial = begin(tmp_path, step)
+        (partial / "manifest.json").write_text(content)
+        publish(tmp_path, step, 2, keep_best=2)
+    assert names(tmp_path) == ["latest", "step_2", "step_5", "step_6", "step_7"]
+    assert newest_checkpoint(tmp_path).name == "step_7"
+    make(tmp_path, "step_8", "no manifest")  # damaged: it has no score
+    save(tmp_path, 9)  # and without keep_best they go
+    assert names(tmp_path) == ["latest", "step_8", "step_9"]
 
 
 def test_the_one_just_saved_is_kept_even_if_others_have_higher_steps(tmp_path):

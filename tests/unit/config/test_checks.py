@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.checks import check_config
+from megatron_rl.config.checks import best_checkpoints_are_evaluated, check_config
 from megatron_rl.config.layout import (
     data_parallel_size,
     expert_data_parallel_size,
@@ -29,6 +29,27 @@ def refusal(config, world_size=None, verb="train"):
         check_config(config, world_size, verb, files=False)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "evaluate", "message"),
+    [
+        ({"every": 0}, {"every": 5}, "checkpoint.keep_best is 2 with checkpoint.every 0 and eval"),
+        ({}, {"every": 0}, "checkpoint.keep_best is 2 with checkpoint.every 10 and evaluate.every"),
+        (
+            {"best_metric": "eval/mean@k"},
+            {"every": 5, "samples": 0},
+            "checkpoint.best_metric is eval/mean@k with evaluate.samples 0; expected samples above",
+        ),
+    ],
+)
+def test_the_best_have_to_be_evaluated(checkpoint, evaluate, message):
+    config = Config(checkpoint={"keep_best": 2, **checkpoint}, evaluate=evaluate)
+    with pytest.raises(UserError) as error:
+        best_checkpoints_are_evaluated(config)
+    assert str(error.value).startswith(message)
+    best_checkpoints_are_evaluated(Config(checkpoint={"keep_best": 2}, evaluate={"every": 5}))
+    best_checkpoints_are_evaluated(Config(evaluate={"every": 0}))
 
 
 @pytest.mark.parametrize("preset", set(MODEL_PRESETS) - {"olmoe_1b_7b"})
