@@ -58,8 +58,31 @@ def servers_give_exact_logprobs(config: Config) -> None:
         )
 
 
+def lag_is_corrected(config: Config) -> None:
+    """Answers by older weights need an engine that works beside the trainer, and a correction."""
+    rollout = config.rollout
+    if not rollout.lag:
+        return
+    if rollout.engine == "builtin":
+        raise UserError(
+            "rollout.lag is 1 with rollout.engine builtin, which generates with the model that is "
+            "being trained; expected vllm; set rollout.engine, or lag 0"
+        )
+    if rollout.dynamic_sampling:
+        raise UserError(
+            "rollout.lag is 1 with rollout.dynamic_sampling, which waits for rewards before it "
+            "draws more; expected one of them; change one"
+        )
+    if config.algorithm.mismatch == "none":
+        raise UserError(
+            "rollout.lag is 1 with algorithm.mismatch none: the answers are by older weights; "
+            "expected a correction, such as tis; set algorithm.mismatch"
+        )
+
+
 ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     servers_are_named_or_started,
     urls_are_urls,
     servers_give_exact_logprobs,
+    lag_is_corrected,
 )

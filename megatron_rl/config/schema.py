@@ -225,6 +225,9 @@ class RolloutConfig(Section):
     """builtin: generate with the training model itself; vllm: ask vLLM servers."""
     servers: ServersConfig = ServersConfig()
     """Of engine vllm."""
+    lag: int = Field(0, ge=0, le=1)
+    """Engine vllm: 1 answers the next step's problems while this step's are trained on, by weights
+    that are one step old then."""
     prompts_per_step: int = Field(64, ge=1)
     """Problems of a step, over all ranks."""
     samples_per_prompt: int = Field(8, ge=1)

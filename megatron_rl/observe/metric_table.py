@@ -64,6 +64,8 @@ _TABLE: tuple[Metric, ...] = (
            "Rounds of dynamic sampling."),
     Metric("groups/drawn", "groups", "sum", _RL,
            "Groups sampled by dynamic sampling, those not trained on included."),
+    Metric("rollout/lag", "steps", "mean", _RL,
+           "Age of the weights that sampled, mean over answers; servers only."),
     Metric("response/length_mean", "tokens", "mean", _RL,
            "Tokens of a completion."),
     Metric("response/length_max", "tokens", "max", _RL,

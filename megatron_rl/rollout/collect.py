@@ -43,7 +43,13 @@ def collect(
 
     The verifier runs in this many threads: some wait for a process of their own.
     """
-    groups = engine.generate(prompts, settings)
+    return score_groups(engine.generate(prompts, settings), verifier, threads)
+
+
+def score_groups(
+    groups: Sequence[RolloutGroup], verifier: Verifier, threads: int = 8
+) -> list[ScoredGroup]:
+    """Score the completions of groups, in these many threads."""
     pairs = [(group.prompt.record, answer.text) for group in groups for answer in group.completions]
     with ThreadPoolExecutor(threads) as pool:
         rewards = pool.map(lambda pair: verifier(*pair), pairs)

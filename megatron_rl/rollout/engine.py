@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Sequence
+from typing import Callable, Protocol, Sequence
 
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.records import Prompt, RolloutGroup
@@ -53,6 +53,19 @@ class Engine(Protocol):
         of one tensor-, pipeline- or context-parallel group with the same prompts. Where experts or
         the context are split over ranks the call is collective.
         """
+        ...
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Callable[[], list[RolloutGroup]]:
+        """`generate`, begun: what is returned waits for the answers and gives them. Both are called
+        as `generate` is. They are by the weights of now, whatever happens to those in between.
+        """
+        ...
+
+    @property
+    def version(self) -> int:
+        """How often `weights_changed` was called; completions carry theirs."""
         ...
 
     def weights_changed(self) -> None:

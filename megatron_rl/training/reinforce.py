@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence, TypeVar
+from typing import Any, Callable, Sequence, TypeVar
 
 import torch
 
@@ -14,18 +14,18 @@ from megatron_rl.data.prompts import PromptSource
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.records import Prompt, Sample
+from megatron_rl.records import Prompt, RolloutGroup, Sample
 from megatron_rl.rewards import VERIFIERS
 from megatron_rl.rollout.collect import (
     ScoredGroup,
-    collect,
     rollout_metrics,
     sample_rows,
+    score_groups,
     shape_overlong,
     to_samples,
 )
 from megatron_rl.rollout.dynamic import collect_informative
-from megatron_rl.rollout.engine import Engine, sampling_settings
+from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settings
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import pack_mini_batches
 from megatron_rl.training.evaluate import evaluate
@@ -52,6 +52,10 @@ class Reinforce:
         self._source = PromptSource(train_prompts, seed=config.seed, shuffle=config.data.shuffle)
         self._eval_prompts = eval_prompts
         self._last: Sequence[ScoredGroup] = ()
+        #: Gives the answers to the next step's problems, which are being sampled already, and where
+        #: the source stood before those were drawn.
+        self._ahead: Callable[[], list[RolloutGroup]] | None = None
+        self._cursor: dict[str, Any] = {}
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
         """Sample, reward, score, and take the optimizer steps of one rollout batch."""
@@ -62,6 +66,7 @@ class Reinforce:
             check_answers(sampled, session.groups.world)
         sums.add_each(self._engine.metrics())
         sums.add_all(rollout_metrics(sampled))
+        self._add_lag(sampled, sums)
         lengths = [len(answer.tokens) for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
@@ -83,8 +88,10 @@ class Reinforce:
         session, config = self._session, self._session.config
         wanted = config.rollout.prompts_per_step
         if not config.rollout.dynamic_sampling:
-            batch = self._source.next_batch(wanted)
-            groups = self._collect(my_share(batch, config, session.groups), number)
+            answers = (self._ahead or self._ask(number))()
+            more = config.rollout.lag > 0 and number < config.train.steps
+            self._ahead = self._ask(number + 1) if more else None
+            groups = self._rewarded(answers)
             return groups, groups
         batch = collect_informative(
             self._source.next_batch,
@@ -98,20 +105,32 @@ class Reinforce:
             sums.add("groups/drawn", len(batch.drawn))
         return my_share(batch.chosen, config, session.groups), batch.drawn
 
-    def _collect(
-        self, prompts: Sequence[Prompt], number: int, attempt: int = 0
-    ) -> list[ScoredGroup]:
+    def _ask(self, number: int) -> Callable[[], list[RolloutGroup]]:
+        """Draw a step's problems and begin to sample answers to this rank's."""
+        config = self._session.config
+        self._cursor = self._source.state_dict()
+        batch = self._source.next_batch(config.rollout.prompts_per_step)
+        mine = my_share(batch, config, self._session.groups)
+        return self._engine.begin(mine, self._sampling(number))
+
+    def _collect(self, prompts: Sequence[Prompt], number: int, attempt: int) -> list[ScoredGroup]:
         """Sample and reward; ``attempt``: the round of dynamic sampling, < 256."""
-        rollout, reward = self._session.config.rollout, self._session.config.reward
-        settings = sampling_settings(
-            rollout,
-            samples=rollout.samples_per_prompt,
+        return self._rewarded(self._engine.generate(prompts, self._sampling(number, attempt)))
+
+    def _sampling(self, number: int, attempt: int = 0) -> SamplingSettings:
+        config = self._session.config
+        return sampling_settings(
+            config.rollout,
+            samples=config.rollout.samples_per_prompt,
             greedy=False,
             # A prompt that is drawn again within a step gets other answers.
-            seed=(self._session.config.seed << 32) + (attempt << 24) + number,
-            routes=self._session.config.algorithm.routing_replay == "r3",
+            seed=(config.seed << 32) + (attempt << 24) + number,
+            routes=config.algorithm.routing_replay == "r3",
         )
-        groups = collect(self._engine, prompts, VERIFIERS[reward.name], settings)
+
+    def _rewarded(self, answers: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        rollout, reward = self._session.config.rollout, self._session.config.reward
+        groups = score_groups(answers, VERIFIERS[reward.name])
         if not reward.overlong_buffer:
             return groups
         return shape_overlong(
@@ -153,6 +172,13 @@ class Reinforce:
             update(self._policy, mini_batches[done % len(mini_batches)], sums, telemetry)
         return telemetry
 
+    def _add_lag(self, sampled: Sequence[ScoredGroup], sums: MetricSums) -> None:
+        """By how many steps the weights that sampled are older than those that are trained."""
+        answers = [answer for scored in sampled for answer in scored.group.completions]
+        lags = [self._engine.version - a.version for a in answers if a.version is not None]
+        if lags:
+            sums.add("rollout/lag", sum(lags), len(lags))
+
     def evaluate(self, sums: MetricSums) -> None:
         """Held-out problems, greedy and sampled."""
         answers = evaluate(self._session, self._engine, self._eval_prompts, sums)
@@ -164,8 +190,10 @@ class Reinforce:
         return sample_rows(self._last, self._session.config.observe.samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the prompt cursor stands; everything else follows from seed and step."""
-        return {"prompts": self._source.state_dict()}
+        """Where the prompt cursor stands; everything else follows from seed and step. Problems that
+        are being answered ahead are drawn, and asked, again after resuming.
+        """
+        return {"prompts": self._cursor if self._ahead else self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from such a state."""

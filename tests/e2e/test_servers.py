@@ -124,6 +124,32 @@ def test_nothing_is_lost_when_one_of_two_servers_is_killed(folder):
         np.testing.assert_allclose(times, times.round(), atol=1e-3)
 
 
+def test_the_next_answers_come_while_these_are_trained_on(folder):
+    """One step old; after a kill the problems that were being answered are asked again."""
+    command = words("lagging", SHORT, *on_servers(1), "--rollout.lag", "1")
+    command += ["--algorithm.mismatch", "tis", "--checkpoint.every", "1"]
+    with started(*command, cwd=folder, ranks=2) as process:
+        process.wait_for("step 3/6", LONG_S)
+        process.kill_ranks()
+        process.wait()
+    with started(*command, cwd=folder, ranks=2) as process:
+        done = finish(process)
+    (resumed,) = re.findall(r"continuing from .* [(]step ([23])[)]", done.out)
+    rows = metrics_of(folder, "lagging")
+    assert [row["step"] for row in rows] == list(range(SHORT + 1))
+    fresh = {1, int(resumed) + 1}
+    wanted = [0.0 if step in fresh else 1.0 for step in range(1, SHORT + 1)]
+    assert column(rows, "rollout/lag").tolist() == wanted
+    # one step of training lies between sampler and scoring pass, where the answers are old
+    differences = column(rows, "mismatch/logprob_max")
+    assert all((d > 1e-3) == bool(lag) for d, lag in zip(differences, wanted))
+    assert column(rows, "servers/probe_difference").max() < 1e-3
+    # every step has problems of its own: the cursor went on where it stood
+    samples = records(folder / "runs" / "lagging" / "samples.jsonl")
+    drawn = {step: {s["prompt"] for s in samples if s["step"] == step} for step in range(1, 7)}
+    assert all(not drawn[a] & drawn[b] for a in drawn for b in drawn if a < b)
+
+
 def is_server(process, port):
     """The server of this test's run with that port, not its leash."""
     command = process.info["cmdline"] or []

@@ -108,8 +108,20 @@ class BuiltinEngine:
         shares = gather_objects(mine, context)
         return [shares[i % context.size()][i // context.size()] for i in range(len(prompts))]
 
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Callable[[], list[RolloutGroup]]:
+        """See `Engine`: it cannot work beside the trainer, so the answers are there at once."""
+        groups = self.generate(prompts, settings)
+        return lambda: groups
+
+    @property
+    def version(self) -> int:
+        """See `Engine`: it has no other weights than the model's, and its completions say none."""
+        return 0
+
     def weights_changed(self) -> None:
-        """See `Engine`: it has no other weights than the model's."""
+        """See `Engine`."""
 
     def metrics(self) -> dict[str, float]:
         """See `Engine`: none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -86,6 +86,13 @@ class ServerEngine:
         self._sync_s, self._restarts, self._difference = 0.0, 0, 0.0
         model = config.model
         self._layers = tuple(i + 1 for i, is_moe in enumerate(moe_layers(model)) if is_moe)
+        self._threads = ThreadPoolExecutor(1, "rollout servers")
+        self._asking: Future | None = None  #: answers that are being asked for in the background
+
+    @property
+    def version(self) -> int:
+        """Of the trainer's weights: how often they have changed."""
+        return self._version
 
     def weights_changed(self) -> None:
         """See `Engine`."""
@@ -98,15 +105,33 @@ class ServerEngine:
             UserError: a prompt leaves no room for an answer, or holds a token the model does not
                 know. RunFailed: no server answers, or none has the right weights.
         """
-        world = self._groups.world
-        together(world, lambda: self._check(prompts))
+        return self.begin(prompts, settings)()
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Callable[[], list[RolloutGroup]]:
+        """Ask in the background; the answers are by the weights of this moment. A collective.
+
+        Weights that change meanwhile are sent when all answers are there.
+
+        Returns:
+            Waits for the answers and gives them, as `generate` does. A collective.
+        """
+        groups = self._groups
+        together(groups.world, lambda: self._check(prompts))
         if self._sent != self._version:
             self._send_weights()
-        groups = self._groups
-        asks = groups.model.rank() == 0 and groups.context.rank() == 0
-        found: list[list[RolloutGroup]] = []
-        together(world, lambda: found.append(self._ask(prompts, settings)) if asks else None)
-        return self._mine(found)
+        asking = None
+        if groups.model.rank() == 0 and groups.context.rank() == 0:
+            asking = self._threads.submit(self._ask, prompts, settings, self._version)
+            self._asking = asking
+
+        def finish() -> list[RolloutGroup]:
+            found: list[list[RolloutGroup]] = []
+            together(groups.world, lambda: found.append(asking.result()) if asking else None)
+            return self._mine(found)
+
+        return finish
 
     def metrics(self) -> dict[str, float]:
         """Since the last call, of this rank; 0 where it has not asked or started anything."""
@@ -124,6 +149,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """Stop the servers this engine has started."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._own:
             process.stop()
         self._own = []
@@ -146,27 +172,31 @@ class ServerEngine:
                     "tokenizer"
                 )
 
-    def _question(self, prompt: Prompt, settings: SamplingSettings) -> Question[list[Answer]]:
+    def _question(
+        self, prompt: Prompt, settings: SamplingSettings, version: int
+    ) -> Question[list[Answer]]:
         config = self._config
 
         def read(payload: Any) -> list[Answer]:
             answers = self._api.answers(payload)
-            size, version = config.model.vocab_size, str(self._version)
-            check_answers(answers, prompt, settings, self._eos_id, size, version)
+            size = config.model.vocab_size
+            check_answers(answers, prompt, settings, self._eos_id, size, str(version))
             return answers
 
         seed = answer_seed(settings.seed, prompt.index)
         return Question(self._api.generation(prompt, settings, seed, self._eos_id), read)
 
-    def _ask(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
-        questions = [self._question(prompt, settings) for prompt in prompts]
+    def _ask(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, version: int
+    ) -> list[RolloutGroup]:
+        questions = [self._question(prompt, settings, version) for prompt in prompts]
         answers = self._pool.ask(questions, lambda done: self._progress(done, len(questions)))
         return [
-            RolloutGroup(prompt, tuple(self._completion(answer) for answer in of_prompt))
+            RolloutGroup(prompt, tuple(self._completion(answer, version) for answer in of_prompt))
             for prompt, of_prompt in zip(prompts, answers, strict=True)
         ]
 
-    def _completion(self, answer: Answer) -> Completion:
+    def _completion(self, answer: Answer, version: int) -> Completion:
         routes = None
         if answer.routed_experts is not None:
             routes = self._routes(answer.routed_experts)
@@ -176,7 +206,7 @@ class ServerEngine:
             finished=answer.stopped,
             text=self._decode(answer.tokens.tolist()),
             routed_experts=routes,
-            version=self._version,
+            version=version,
         )
 
     def _routes(self, ids: np.ndarray) -> RoutedExperts:
@@ -197,6 +227,8 @@ class ServerEngine:
 
     def _send_weights(self) -> None:
         """Write the weights, let the servers read them, and see whether they have. A collective."""
+        if self._asking is not None:
+            wait([self._asking])  # no answer is to begin with some weights and end with others
         began = time.perf_counter()
         world, is_first = self._groups.world, self._groups.world.rank() == 0
         directory = self._root / f"version_{self._version}"
@@ -230,7 +262,8 @@ class ServerEngine:
         return self._pool.urls, [url for url, failure in zip(asked, failures) if failure is None]
 
     def _load_one(self, url: str, directory: Path, is_new: bool) -> str | None:
-        calls = self._api.loading(str(directory.absolute()), str(self._version))
+        version = directory.name.removeprefix("version_")
+        calls = self._api.loading(str(directory.absolute()), version)
         if is_new:
             calls = calls[-1:]  # it has read them already; it only has to be told their version
         try:
@@ -287,7 +320,8 @@ class ServerEngine:
         self, url: str, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> list[Answer] | str:
         try:
-            return [self._pool.ask_one(url, self._question(p, settings))[0] for p in prompts]
+            questions = [self._question(prompt, settings, self._version) for prompt in prompts]
+            return [self._pool.ask_one(url, question)[0] for question in questions]
         except (httpx.HTTPError, BadAnswer) as error:
             return f"the probe failed: {type(error).__name__} {error}"
 
@@ -347,7 +381,7 @@ class ServerEngine:
 
     def _revive(self) -> None:
         """No server can be asked: bring ours back, with the weights of the moment."""
-        directory = self._root / f"version_{self._version}"
+        directory = self._root / f"version_{self._sent}"
         if all(process.is_running for process in self._own):
             return
         for url in self._start_dead(directory):

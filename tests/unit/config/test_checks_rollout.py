@@ -14,9 +14,18 @@ def make(engine="vllm", temperature=1.0, top_p=1.0, top_k=0, **servers):
     return Config(rollout={"engine": engine, "servers": servers, **rollout})
 
 
+def lagging(engine="vllm", mismatch="tis", **rollout):
+    servers = {"urls": URLS} if engine == "vllm" else {}
+    return Config(
+        rollout={"engine": engine, "servers": servers, "lag": 1, **rollout},
+        algorithm={"mismatch": mismatch},
+    )
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        lagging(),
         make("builtin"),
         make(urls=URLS),
         make(start=2, python="venv/bin/python"),
@@ -42,6 +51,9 @@ def test_good_ones_pass(config):
         (make(urls=["one:8000"]), "rollout.servers.urls holds 'one:8000'; expected an address"),
         (make(urls=["ftp://one"]), "rollout.servers.urls holds 'ftp://one'; expected an address"),
         (make(urls=[URLS[0], URLS[0] + "/"]), "rollout.servers.urls names a server twice"),
+        (lagging("builtin"), "rollout.lag is 1 with rollout.engine builtin, which generates with"),
+        (lagging(mismatch="none"), "rollout.lag is 1 with algorithm.mismatch none: the answers a"),
+        (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),
         (
             make(urls=URLS, temperature=0.7, top_p=0.9),
             "rollout.temperature 0.7 with top_p 0.9 and top_k 0 and rollout.engine vllm; expected",

@@ -136,6 +136,25 @@ def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
     assert kept == {"version_2", "version_3"}
 
 
+def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, servers):
+    engine, chunks, *_ = built
+    expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
+    for server in servers:
+        server.fault, server.pause = "slow", 0.5
+    finish = engine.begin(PROMPTS, SAMPLED)
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(1.1)
+    engine.weights_changed()
+    # other questions, by the new weights, wait for the ones that are open
+    new = engine.generate(PROMPTS, SAMPLED)
+    old = finish()
+    assert tokens_of(old) == expected != tokens_of(new)
+    versions = [{a.version for group in groups for a in group.completions} for groups in (old, new)]
+    assert versions == [{0}, {1}] and engine.version == 1
+    assert engine.metrics()["servers/failures"] == 0
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
