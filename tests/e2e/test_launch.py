@@ -1,0 +1,130 @@
+"""tools/launch/torchrun.sh, with two nodes that are processes of this machine."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.support.runs import ROOT, TIMEOUT_S, reproducible
+
+SCRIPT = str(ROOT / "tools" / "launch" / "torchrun.sh")
+
+
+def environment(**settings):
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {
+        name: str(value) for name, value in settings.items()
+    }
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def nodes(folder, *words, count=2, **settings):
+    """One torchrun.sh a node, one rank each; whatever is left at the end is killed."""
+    port = free_port()
+    started = []
+    try:
+        for node in range(count):
+            env = environment(
+                NODES=count,
+                NODE_RANK=node,
+                RANKS_PER_NODE=1,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                LOGS=folder / "logs" / settings.get("JOB_ID", "job"),
+                **settings,
+            )
+            log = open(folder / f"node_{node}.log", "w")
+            started.append(
+                subprocess.Popen(
+                    [SCRIPT, *words], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
+            log.close()
+        yield started
+    finally:
+        for process in started:
+            kill(process)
+
+
+def kill(process):
+    """SIGKILL to a node's agent and ranks, as when the machine dies."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        agent = psutil.Process(process.pid)
+        for one in [*agent.children(recursive=True), agent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+def wait_for(text, log, seconds=TIMEOUT_S):
+    end = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+def test_two_nodes_give_the_metrics_of_one(folder, rl_run):
+    words = ["train", "rl.yaml", "--run_dir", "runs/nodes"]
+    with nodes(folder, *words, JOB_ID="two") as started:
+        codes = [process.wait(TIMEOUT_S) for process in started]
+    assert codes == [0, 0], (folder / "node_0.log").read_text()
+    assert reproducible(folder / "runs" / "nodes") == reproducible(folder / "runs" / "rl")
+    logs = sorted((folder / "logs" / "two").glob("node_*/**/stdout.log"))
+    assert sum("step 8/8" in log.read_text() for log in logs) == 1 and len(logs) == 2
+
+
+@pytest.mark.slow
+def test_when_a_node_dies_the_other_ends_and_the_same_command_goes_on(folder, rl_run):
+    words = ["train", "rl.yaml", "--run_dir", "runs/dying"]
+    log = folder / "node_0.log"
+    with nodes(folder, *words, JOB_ID="dies") as started:
+        wait_for("step 5/8", log)
+        kill(started[1])
+        assert started[0].wait(60.0) != 0
+    with nodes(folder, *words, JOB_ID="again") as started:
+        assert [process.wait(TIMEOUT_S) for process in started] == [0, 0]
+    assert "continuing from runs/dying/checkpoints/step_4 (step 4)" in log.read_text()
+    assert reproducible(folder / "runs" / "dying") == reproducible(folder / "runs" / "rl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_node_leads_to_a_checkpoint(folder, rl_run, number):
+    words = ["train", "rl.yaml", "--run_dir", f"runs/stopped_{number}"]
+    log = folder / "node_0.log"
+    with nodes(folder, *words, JOB_ID=f"stop{number}") as started:
+        wait_for("step 5/8", log)
+        for process in started:
+            process.send_signal(number)
+        for process in started:
+            process.wait(TIMEOUT_S)
+        assert "run the same command to continue" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "message"),
+    [
+        ({}, ["train"], "usage: tools/launch/torchrun.sh VERB CONFIG"),
+        ({"NODES": "two"}, ["train", "c"], "NODES is 'two' and NODE_RANK '0'; expected numbers"),
+        ({"NODES": 2, "NODE_RANK": 2}, ["train", "c"], "NODE_RANK is 2 with NODES 2; expected 0"),
+        ({"NODES": 2}, ["train", "c"], "MASTER_ADDR is not set with NODES 2; expected the addre"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(tmp_path, settings, words, message):
+    env = environment(**settings)
+    env.pop("MASTER_ADDR", None)
+    done = subprocess.run([SCRIPT, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"torchrun.sh: {message}") and done.stderr.count("\n") == 1

@@ -1,0 +1,72 @@
+"""The shipped sbatch file on a real Slurm of two nodes on this machine."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support import slurm
+from tests.support.runs import ROOT, reproducible
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing())),
+]
+SECONDS = 420.0
+
+
+@pytest.fixture(scope="module")
+def environment(folder, tmp_path_factory):
+    """Of the cluster; jobs are submitted from the recipe's folder, which has tools/."""
+    (folder / "tools").symlink_to(ROOT / "tools")
+    with slurm.cluster(tmp_path_factory.mktemp("slurm") / "cluster") as environment:
+        settings = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "RANKS_PER_NODE": "1"}
+        yield {**environment, **settings}
+
+
+def submit(folder, environment, name):
+    """The number of a job of two nodes, and its log."""
+    command = ["sbatch", "--parsable", "--nodes", "2", str(ROOT / "tools/launch/slurm.sbatch")]
+    command += ["train", "rl.yaml", "--run_dir", f"runs/{name}"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    return job, folder / f"slurm-{job}.log"
+
+
+def state(environment, job):
+    shown = slurm.ask(environment, "scontrol", "show", "job", job)
+    return shown.split("JobState=")[1].split()[0]
+
+
+def wait_until(happened, log):
+    end = time.monotonic() + SECONDS
+    while not happened():
+        text = log.read_text() if log.exists() else "no log"
+        assert time.monotonic() < end, text
+        time.sleep(0.2)
+
+
+def test_a_job_of_two_nodes_gives_the_metrics_of_one_machine(folder, rl_run, environment):
+    job, log = submit(folder, environment, "slurm")
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
+    wait_until(lambda: state(environment, job) in ended, log)
+    assert state(environment, job) == "COMPLETED", log.read_text()
+    assert reproducible(folder / "runs" / "slurm") == reproducible(folder / "runs" / "rl")
+
+
+def test_a_requeued_job_goes_on_from_the_checkpoint_it_left(folder, rl_run, environment):
+    job, log = submit(folder, environment, "requeued")
+    wait_until(lambda: log.exists() and "step 2/8" in log.read_text(), log)
+    slurm.ask(environment, "scontrol", "requeue", job)
+    wait_until(lambda: "run the same command to continue" in log.read_text(), log)
+    wait_until(lambda: state(environment, job) == "PENDING", log)
+    slurm.ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_until(lambda: state(environment, job) in ("COMPLETED", "FAILED"), log)
+    text = log.read_text()
+    assert state(environment, job) == "COMPLETED", text
+    assert "continuing from runs/requeued/checkpoints/step_" in text
+    assert reproducible(folder / "runs" / "requeued") == reproducible(folder / "runs" / "rl")
+    assert os.path.exists(folder / "runs" / "requeued" / "report.html")
