@@ -7,7 +7,7 @@ from typing import Sequence, Sized
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
-from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig
+from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig, RolloutConfig
 from megatron_rl.records import Prompt
 from megatron_rl.training.session import Session
 from megatron_rl.training.trace_memory import longest_sequence, trace_fact
@@ -16,12 +16,15 @@ from megatron_rl.training.trace_memory import longest_sequence, trace_fact
 def run_facts(session: Session) -> dict[str, str]:
     """Facts of every verb: where the run is, the model, the layout, the device."""
     config, ranks = session.config, session.launch.world_size
-    return {
+    facts = {
         "run": str(session.run_dir),
         "model": _model(config.model),
         "layout": f"{ranks} rank{'' if ranks == 1 else 's'}: {layout_text(config.parallel, ranks)}",
         "device": f"{session.device.kind}, {config.model.dtype}",
     }
+    if config.rollout.engine != "builtin":
+        facts["rollout"] = _servers(config.rollout)
+    return facts
 
 
 def sft_facts(config: Config, samples: Sized, held_out: Sized) -> dict[str, str]:
@@ -50,6 +53,13 @@ def train_facts(
         longest = longest_sequence(config, problems)
         facts["router trace"] = trace_fact(config, world_size, longest)
     return facts
+
+
+def _servers(rollout: RolloutConfig) -> str:
+    servers = rollout.servers
+    which = ", ".join(servers.urls) or f"{servers.start} started with {servers.python}"
+    ahead = ", answers one step ahead" if rollout.lag else ""
+    return f"{rollout.engine} servers: {which}{ahead}"
 
 
 def _model(model: ModelConfig) -> str:

@@ -148,7 +148,9 @@ class ServerEngine:
         return taken
 
     def close(self) -> None:
-        """Stop the servers this engine has started."""
+        """Stop the servers this engine has started, and asking."""
+        if self._pool is not None:
+            self._pool.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._own:
             process.stop()
@@ -232,6 +234,8 @@ class ServerEngine:
         began = time.perf_counter()
         world, is_first = self._groups.world, self._groups.world.rank() == 0
         directory = self._root / f"version_{self._version}"
+        if is_first and self._pool is None:
+            self._forget(self._versions())  # of this run before it was interrupted
         model = self._config.model
         export_model(self._chunks, self._groups, model, directory, like=model.hf_path, replace=True)
         every, loaded = together(world, lambda: self._load(directory) if is_first else None)[0]
@@ -241,7 +245,7 @@ class ServerEngine:
         self._sent = self._version
         self._sync_s += time.perf_counter() - began
         if is_first:
-            self._forget_old_weights()
+            self._forget(self._versions()[:-KEPT_VERSIONS])
 
     def _load(self, directory: Path) -> tuple[list[str], list[str]]:
         """On rank 0: all servers, and those that say that they have the weights."""
@@ -280,7 +284,7 @@ class ServerEngine:
         settings = SamplingSettings(1, ANSWER_TOKENS, temperature=rollout.temperature, seed=5)
         prompts = probe_prompts(model.vocab_size, model.max_sequence_length)
 
-        def ask() -> dict[str, list[np.ndarray] | str]:
+        def ask() -> dict[str, list[Answer] | str]:
             return {url: self._answers_to_probe(url, prompts, settings) for url in urls}
 
         found = together(world, lambda: ask() if world.rank() == 0 else None)[0]
@@ -332,10 +336,14 @@ class ServerEngine:
         )
         return float(np.abs(answer.logprobs - expected).max())
 
-    def _forget_old_weights(self) -> None:
-        versions = sorted(self._root.glob("version_*"), key=lambda p: int(p.name.split("_")[1]))
+    def _versions(self) -> list[Path]:
+        """The weights on disk, the oldest first."""
+        return sorted(self._root.glob("version_*"), key=lambda p: int(p.name.split("_")[1]))
+
+    def _forget(self, directories: Sequence[Path]) -> None:
+        """Delete them, but for those that a server is about to read."""
         needed = {self._reading[p.url] for p in self._own if not p.is_ready}
-        for directory in versions[:-KEPT_VERSIONS]:
+        for directory in directories:
             if directory not in needed:
                 shutil.rmtree(directory, ignore_errors=True)
 

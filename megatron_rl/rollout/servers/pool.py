@@ -70,7 +70,7 @@ class ServerPool:
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._in_flight, self._deadline, self._retries = in_flight, deadline_s, retries
         self._say, self._revive = say, revive
-        self._reviving = self._waiting = False
+        self._reviving = self._waiting = self._closed = False
         self._failures = 0
 
     @property
@@ -111,6 +111,10 @@ class ServerPool:
         """Ask this server again."""
         server = self._of(url)
         server.excluded, server.failures, server.rests_until = None, 0, 0.0
+
+    def close(self) -> None:
+        """Ask nothing more: who is asking, in another thread, gets `RunFailed`."""
+        self._closed = True
 
     def take_failures(self) -> int:
         """Questions since the last call that were not answered, or wrongly, and asked again."""
@@ -185,6 +189,8 @@ class ServerPool:
         """The server to ask next; waits for one."""
         end = None
         while True:
+            if self._closed:
+                raise RunFailed("the rollout servers are not asked any more")
             now = time.monotonic()
             able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]
             free = [server for server in able if server.open < self._in_flight]

@@ -112,7 +112,10 @@ def test_answers_are_those_of_the_built_in_engine(built, servers, told):
 
 def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
     engine, chunks, *_ = built
+    left = tmp_path / "run" / "servers" / "weights" / "version_40"  # by a run that was killed
+    left.mkdir(parents=True)
     first = engine.generate(PROMPTS, SAMPLED)
+    assert not left.exists()
     assert [server.loaded for server in servers] == [["version_0"]] * 2
     again = engine.generate(PROMPTS, SAMPLED)
     for one, other in zip(first, again):

@@ -179,6 +179,25 @@ def test_a_question_nobody_answers_well_ends_the_run_at_once(servers, told):
     assert time.monotonic() - began < 20.0
 
 
+def test_a_closed_pool_stops_asking(servers, told):
+    for server in servers:
+        server.fault = "error"
+    pool = make_pool(servers, told, retries=10**6, deadline_s=100.0)
+    ended = []
+
+    def ask():
+        with pytest.raises(RunFailed, match="not asked any more"):
+            pool.ask(questions())
+        ended.append(True)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_for(lambda: len(told) > 3)
+    pool.close()
+    asking.join(20.0)
+    assert ended == [True]
+
+
 def test_excluded_servers_are_not_asked_until_they_are_admitted(servers, told, expected):
     pool = make_pool(servers, told)
     pool.exclude(servers[0].url, "wrong weights")
