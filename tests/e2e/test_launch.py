@@ -128,3 +128,24 @@ def test_a_wrong_setting_is_one_line(tmp_path, settings, words, message):
     done = subprocess.run([SCRIPT, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"torchrun.sh: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "ranks"),
+    [
+        ("exit 127", 1),
+        ("echo NVIDIA-SMI has failed; exit 9", 1),
+        ("echo 'GPU 0: H100'; echo 'GPU 1: H100'", 2),
+    ],
+)
+def test_a_node_has_a_rank_for_each_gpu_or_one(tmp_path, nvidia_smi, ranks):
+    """PYTHON prints its words instead of starting anything."""
+    for name, text in (("nvidia-smi", nvidia_smi), ("python", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = environment(PYTHON=tmp_path / "python", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    env.pop("RANKS_PER_NODE", None)
+    done = subprocess.run([SCRIPT, "train", "c"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert f"--nnodes 1 --nproc-per-node {ranks} " in done.stdout
+    assert done.stdout.endswith(" -m megatron_rl train c\n")

@@ -26,7 +26,8 @@ if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
     fail "MASTER_ADDR is not set with NODES $nodes; expected the address of node 0"
 fi
 
-ranks=${RANKS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | wc -l)}
+# A missing or failing nvidia-smi is no error: there is no GPU then, and what it prints is no list of them.
+ranks=${RANKS_PER_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n '/^GPU /p' | wc -l)}
 [ "$ranks" -gt 0 ] || ranks=1
 
 words=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}")
@@ -42,7 +43,7 @@ if [ -n "${LOGS:-}" ]; then
 fi
 # torch waits 30 s by default and then kills: too short for a large checkpoint. Older ones cannot be told.
 if "$python" -m torch.distributed.run --help | grep -q -e --shutdown-timeout; then
-    words+=(--shutdown-timeout "${SHUTDOWN_S:-600}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+    words+=(--shutdown-timeout "${SHUTDOWN_S:-600}" --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
