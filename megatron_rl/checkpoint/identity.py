@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_rl.config.layout import moe_layers
+from megatron_rl.config.layout import heads_of, moe_layers
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.errors import UserError
 
@@ -27,8 +27,7 @@ NOT_ARCHITECTURE = {
 def architecture_of(model: ModelConfig) -> dict[str, Any]:
     """The fields that decide which weights there are and what they compute, defaults filled in."""
     fields = model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
-    fields["num_query_groups"] = model.num_query_groups or model.num_attention_heads
-    fields["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
+    _, fields["num_query_groups"], fields["head_dim"] = heads_of(model)
     fields["moe_layer_freq"] = [int(is_moe) for is_moe in moe_layers(model)]
     return fields
 
@@ -62,7 +61,7 @@ def check_architecture(
     differing = [
         (name, stored.get(name, missing), wanted.get(name, missing))
         for name in fields
-        if stored.get(name, missing) != wanted.get(name, missing)
+        if stored.get(name) != wanted.get(name)  # None: a field that did not exist then
     ]
     if not differing:
         return

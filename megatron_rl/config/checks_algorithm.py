@@ -60,6 +60,24 @@ def router_shift_losses_have_it(config: Config) -> None:
         )
 
 
+def dense_models_have_no_routers(config: Config) -> None:
+    """What looks at routers needs a MoE model."""
+    algorithm = config.algorithm
+    if config.model.num_experts:
+        return
+    if uses_router_shift(algorithm):
+        found = f"algorithm.name {algorithm.name} with router shift"
+        remedy = "take a loss without router shift (rspo without it is gmpo)"
+    elif algorithm.routing_replay != "none":
+        found = f"algorithm.routing_replay {algorithm.routing_replay}"
+        remedy = "set it to none"
+    else:
+        return
+    raise UserError(
+        f"found {found} and a dense model (model.num_experts 0); expected a MoE model; {remedy}"
+    )
+
+
 def router_shift_variants_have_an_effect(config: Config) -> None:
     """Settings of router shift are changed only where it is on and they do something."""
     algorithm, shift = config.algorithm, config.algorithm.router_shift
@@ -139,6 +157,7 @@ ALGORITHM_RULES: tuple[Callable[[Config], None], ...] = (
     loss_settings_are_known,
     advantages_are_known,
     router_shift_losses_have_it,
+    dense_models_have_no_routers,
     router_shift_variants_have_an_effect,
     replayed_routes_are_returned,
     mismatch_bounds_are_in_order,

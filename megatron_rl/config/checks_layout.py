@@ -17,6 +17,9 @@ def tensor_parallel_divides_model(config: Config) -> None:
         "num_query_groups": model.num_query_groups or model.num_attention_heads,
         "ffn_hidden_size": model.ffn_hidden_size,
         "shared_expert_ffn_hidden_size": model.shared_expert_ffn_hidden_size or 0,
+        "q_lora_rank": model.q_lora_rank or 0,
+        "kv_lora_rank + qk_rope_head_dim": (model.kv_lora_rank or 0)
+        + (model.qk_rope_head_dim or 0),
     }
     for name, size in sizes.items():
         if size % tensor:
@@ -44,6 +47,17 @@ def experts_spread_evenly(config: Config) -> None:
             f"model.num_experts {experts} is no multiple of parallel.expert {parts}; expected a "
             "multiple; change one of them"
         )
+
+
+def dense_models_have_no_experts_to_spread(config: Config) -> None:
+    """Expert parallelism is for MoE models."""
+    parallel = config.parallel
+    for name in ("expert", "expert_tensor"):
+        if not config.model.num_experts and getattr(parallel, name) > 1:
+            raise UserError(
+                f"parallel.{name} is {getattr(parallel, name)} with a dense model "
+                "(model.num_experts 0); expected 1; use tensor, pipeline, context or more ranks"
+            )
 
 
 def virtual_pipeline_needs_pipeline(config: Config) -> None:
@@ -142,6 +156,7 @@ LAYOUT_RULES: tuple[Callable[[Config], None], ...] = (
     tensor_parallel_divides_model,
     expert_tensor_divides_experts,
     experts_spread_evenly,
+    dense_models_have_no_experts_to_spread,
     virtual_pipeline_needs_pipeline,
     layers_spread_evenly,
     flex_dispatcher_needs_cuda,

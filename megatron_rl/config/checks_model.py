@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Callable
 
+from megatron_rl.config.layout import heads_of
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 
@@ -11,7 +12,8 @@ from megatron_rl.errors import UserError
 def heads_divide_hidden_size(config: Config) -> None:
     """Without head_dim, hidden_size is cut into num_attention_heads equal heads."""
     model = config.model
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+    given = model.head_dim or model.kv_lora_rank
+    if not given and model.hidden_size % model.num_attention_heads:
         raise UserError(
             f"model.hidden_size {model.hidden_size} is no multiple of model.num_attention_heads "
             f"{model.num_attention_heads}; expected a multiple, or model.head_dim given"
@@ -21,11 +23,14 @@ def heads_divide_hidden_size(config: Config) -> None:
 def head_dim_is_even(config: Config) -> None:
     """Rotary embeddings turn pairs of channels."""
     model = config.model
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    if head_dim % 2:
+    if model.kv_lora_rank:
+        name, width = "qk_rope_head_dim", model.qk_rope_head_dim or 2
+    else:
+        name, width = "head_dim", heads_of(model)[2]
+    if width % 2:
         raise UserError(
-            f"model.head_dim is {head_dim}; expected an even number for rotary embeddings; change "
-            "model.head_dim, or hidden_size / num_attention_heads"
+            f"model.{name} is {width}; expected an even number for rotary embeddings; change it"
+            + ("" if model.kv_lora_rank else ", or hidden_size / num_attention_heads")
         )
 
 
@@ -33,26 +38,62 @@ def query_groups_divide_heads(config: Config) -> None:
     """Each key/value head serves the same number of query heads."""
     model = config.model
     groups = model.num_query_groups
-    if groups is not None and model.num_attention_heads % groups:
+    if groups is not None and not model.kv_lora_rank and model.num_attention_heads % groups:
         raise UserError(
             f"model.num_query_groups {groups} does not divide model.num_attention_heads "
             f"{model.num_attention_heads}; expected a divisor"
         )
 
 
-def qk_norm_is_per_head(config: Config) -> None:
-    """The models have the norm of Qwen3, not yet that of OLMoE."""
-    if config.model.qk_norm and config.model.qk_norm_scope != "head":
+def yarn_needs_latent_attention(config: Config) -> None:
+    """Grouped-query attention has the plain rotary embedding."""
+    if config.model.yarn is not None and not config.model.kv_lora_rank:
         raise UserError(
-            f"model.qk_norm_scope is {config.model.qk_norm_scope}; expected head: training with a "
-            "query-key norm over all heads (OLMoE) is not implemented"
+            "model.yarn is given without latent attention (model.kv_lora_rank); expected null: "
+            "stretched rotary embeddings are not implemented for grouped-query attention"
+        )
+
+
+def latent_attention_is_whole(config: Config) -> None:
+    """Latent attention has all its widths, and nothing of grouped-query attention."""
+    model = config.model
+    widths = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    given = [name for name in (*widths, "q_lora_rank") if getattr(model, name) is not None]
+    if not model.kv_lora_rank:
+        if given:
+            raise UserError(
+                f"model.{given[0]} {getattr(model, given[0])} is given without model.kv_lora_rank; "
+                "expected both, for latent attention, or neither"
+            )
+        return
+    missing = [name for name in widths if name not in given]
+    if missing:
+        raise UserError(
+            f"model.kv_lora_rank {model.kv_lora_rank} is given without model.{missing[0]}; "
+            f"expected {', '.join(widths)} with it (qk_nope_head_dim is the width without position)"
+        )
+    others = {"num_query_groups": None, "head_dim": None, "qkv_bias": False, "qk_norm": True}
+    for name, expected in others.items():
+        if getattr(model, name) != expected:
+            raise UserError(
+                f"model.{name} is {getattr(model, name)} with latent attention "
+                f"(model.kv_lora_rank); expected {str(expected).lower().replace('none', 'null')}"
+            )
+
+
+def one_expert_is_no_choice(config: Config) -> None:
+    """A router chooses among experts."""
+    if config.model.num_experts == 1:
+        raise UserError(
+            "model.num_experts is 1; expected 2 or more, or 0 for a dense model (its MLPs are "
+            "model.ffn_hidden_size wide)"
         )
 
 
 def top_k_fits_experts(config: Config) -> None:
     """A token cannot be sent to more experts than there are."""
     model = config.model
-    if model.moe_top_k > model.num_experts:
+    if 0 < model.num_experts < model.moe_top_k:
         raise UserError(
             f"model.moe_top_k {model.moe_top_k} is above model.num_experts {model.num_experts}; "
             "expected at most that; lower model.moe_top_k"
@@ -102,7 +143,7 @@ def expert_groups_fit(config: Config) -> None:
 def moe_layer_list_is_complete(config: Config) -> None:
     """A list of MoE layers names every layer, and at least one is MoE."""
     model = config.model
-    if isinstance(model.moe_layer_freq, int):
+    if isinstance(model.moe_layer_freq, int) or not model.num_experts:
         return
     if len(model.moe_layer_freq) != model.num_layers or not any(model.moe_layer_freq):
         raise UserError(
@@ -177,7 +218,9 @@ MODEL_RULES: tuple[Callable[[Config], None], ...] = (
     heads_divide_hidden_size,
     head_dim_is_even,
     query_groups_divide_heads,
-    qk_norm_is_per_head,
+    latent_attention_is_whole,
+    yarn_needs_latent_attention,
+    one_expert_is_no_choice,
     top_k_fits_experts,
     top_1_is_pre_softmax,
     expert_groups_fit,

@@ -5,7 +5,8 @@ layout; activations are an approximation, stated at ``activation_bytes``. Not co
 of the rollout, communication buffers, the allocator's overhead, the libraries themselves.
 
 Legend: D hidden, H query heads, G key/value heads, d head_dim, F dense MLP width, E experts,
-K top-K, Fe expert width, Fs shared-expert width, V vocabulary.
+K top-K, Fe expert width, Fs shared-expert width, V vocabulary; of latent attention the ranks Rq and
+Rkv of what is compressed, r the rotated part of d, v the width of a value head.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from megatron_rl.config.layout import (
     data_parallel_size,
     expert_data_parallel_size,
+    heads_of,
     moe_layers,
     stage_layers,
 )
@@ -45,9 +47,13 @@ def attention_parameters(model: ModelConfig) -> tuple[int, int]:
     """Of a layer: (split over tensor ranks, whole on each), its two norms over D included.
 
     Split: q and o, 2 H d D; k and v, 2 G d D; with qkv_bias (H + 2 G) d. Whole: 2 D, and the norms
-    of queries and keys, 2 d per head or (H + G) d over all heads.
+    of queries and keys, 2 d per head or (H + G) d over all heads. Latent attention: split Rq H d,
+    Rkv H (d - r + v) and H v D; whole D Rq, D (Rkv + r) and the norms Rq + Rkv; without Rq split
+    D H d in its place.
     """
-    heads, groups, width = _heads(model)
+    if model.kv_lora_rank:
+        return _latent_attention_parameters(model)
+    heads, groups, width = heads_of(model)
     split = 2 * (heads + groups) * width * model.hidden_size
     if model.qkv_bias:
         split += (heads + 2 * groups) * width
@@ -55,6 +61,16 @@ def attention_parameters(model: ModelConfig) -> tuple[int, int]:
     if model.qk_norm:
         whole += 2 * width if model.qk_norm_scope == "head" else (heads + groups) * width
     return split, whole
+
+
+def _latent_attention_parameters(model: ModelConfig) -> tuple[int, int]:
+    hidden, queries, compressed = model.hidden_size, model.q_lora_rank, model.kv_lora_rank
+    heads, _, width = heads_of(model)
+    unrotated = width - model.qk_rope_head_dim
+    split = (queries or hidden) * heads * width
+    split += compressed * heads * (unrotated + model.v_head_dim) + heads * model.v_head_dim * hidden
+    whole = 2 * hidden + hidden * (compressed + model.qk_rope_head_dim) + compressed
+    return split, whole + (hidden * queries + queries if queries else 0)
 
 
 def expert_parameters(model: ModelConfig) -> int:
@@ -194,11 +210,11 @@ def activation_bytes(config: Config, stage: int) -> float:
     """Approximate activations kept for the backward pass: tokens x elements x bytes of dtype.
 
     Tokens: pack_tokens / (tensor x context). Elements a token and layer: attention and norms
-    4 D + 2 (H + G) d; dense MLP 3 F; MoE K (2 D + 3 Fe) + 3 Fs + 2 E (the router's in fp32), tokens
-    spread evenly over the experts. recompute selective: without the core attention's output, H d.
-    recompute full: the input D of every layer, and one layer whole while it is recomputed. The
-    schedule keeps ``pipeline - stage`` packs; with virtual stages ``pipeline + (pipeline - 1) /
-    virtual`` of them.
+    4 D + 2 (H + G) d, with latent attention 4 D + 2 H (d + v) + Rq + Rkv + r; dense MLP 3 F; MoE
+    K (2 D + 3 Fe) + 3 Fs + 2 E (the router's in fp32), tokens spread evenly over the experts.
+    recompute selective: without the core attention's output, H d (latent: H v). recompute full: the
+    input D of every layer, and one layer whole while it is recomputed. The schedule keeps
+    ``pipeline - stage`` packs; with virtual stages ``pipeline + (pipeline - 1) / virtual`` of them.
     """
     model, parallel = config.model, config.parallel
     tokens = config.data.pack_tokens / (parallel.tensor * parallel.context)
@@ -218,10 +234,14 @@ def activation_bytes(config: Config, stage: int) -> float:
 def _layer_elements(config: Config, is_moe: bool) -> int:
     """Elements a token leaves in one layer, see ``activation_bytes``."""
     model = config.model
-    heads, groups, width = _heads(model)
-    elements = 4 * model.hidden_size + 2 * (heads + groups) * width
+    heads, groups, width = heads_of(model)
+    elements, of_values = 4 * model.hidden_size + 2 * (heads + groups) * width, width
+    if model.kv_lora_rank:
+        of_values = model.v_head_dim
+        elements -= 2 * heads * (width - of_values)
+        elements += (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
     if config.parallel.recompute == "selective":
-        elements -= heads * width
+        elements -= heads * of_values
     if not is_moe:
         return elements + 3 * model.ffn_hidden_size
     routed = model.moe_top_k * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size)
@@ -234,9 +254,3 @@ def logit_bytes(config: Config) -> float:
     parallel = config.parallel
     share = parallel.tensor * parallel.context
     return 8 * config.data.pack_tokens * config.model.vocab_size / share
-
-
-def _heads(model: ModelConfig) -> tuple[int, int, int]:
-    """(H, G, d) with their defaults resolved."""
-    heads = model.num_attention_heads
-    return heads, model.num_query_groups or heads, model.head_dim or model.hidden_size // heads

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 from megatron_rl.config.nearest import did_you_mean
 from megatron_rl.errors import UserError
 
-MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
-
 #: Keys without effect on the logits: generation, bookkeeping, training choices made elsewhere.
 IGNORED_KEYS = frozenset(
-    """_name_or_path architectures bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length max_window_layers min_length
-    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_router_logits output_scores pad_token_id
-    prefix problem_type remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torchscript transformers_version typical_p use_bfloat16 use_cache""".split()
+    """_name_or_path architectures auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length
+    max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_nextn_predict_layers num_return_sequences output_attentions output_hidden_states
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    router_aux_loss_coef sep_token_id seq_aux suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
+    transformers_version typical_p use_bfloat16 use_cache""".split()
 )
 
 #: Keys that must have one of these values: anything else is arithmetic the models do not have.
@@ -39,10 +38,14 @@ REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "cross_attention_hidden_size": (None,),
     "hidden_act": ("silu",),
+    "mlp_bias": (False,),
     "pruned_heads": ({},),
     "quantization_config": (None,),
+    "rope_interleave": (True,),
     "rope_scaling": (None,),
     "router_jitter_noise": (0.0,),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
     "use_sliding_window": (False,),
 }
 
@@ -76,9 +79,6 @@ class _Reader:
         return UserError(f"{self.path}: {found}; expected {_EXPECTED}")
 
 
-_EXPECTED = "a plain config.json of " + ", ".join(MODEL_TYPES)
-
-
 def read_hf_config(path: Path) -> dict[str, Any]:
     """The ``ModelConfig`` fields that a config.json (or the directory that holds it) determines.
 
@@ -96,7 +96,7 @@ def fields_of_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fields(reader: _Reader) -> dict[str, Any]:
     model_type = _known_type(reader)
-    fields = {**_common(reader), **_of_family(reader, model_type)}
+    fields = {**_common(reader, model_type), **_FAMILIES[model_type](reader)}
     _refuse_the_rest(reader, model_type)
     return fields
 
@@ -134,20 +134,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _common(reader: _Reader) -> dict[str, Any]:
+def _common(reader: _Reader, model_type: str) -> dict[str, Any]:
     """What all families spell alike."""
     fields = {
         "num_layers": reader.need("num_hidden_layers"),
         "hidden_size": reader.need("hidden_size"),
         "num_attention_heads": reader.need("num_attention_heads"),
         "num_query_groups": reader.need("num_key_value_heads"),
-        "head_dim": reader.get("head_dim"),
         "ffn_hidden_size": reader.need("intermediate_size"),
-        "num_experts": reader.need("num_experts", "num_local_experts"),
-        "moe_top_k": reader.need("num_experts_per_tok"),
         "vocab_size": reader.need("vocab_size"),
         "max_sequence_length": reader.need("max_position_embeddings"),
-        "rope_base": _rope_base(reader),
+        **_rope(reader, yarn=model_type == "deepseek_v3"),
         "norm_epsilon": reader.need("rms_norm_eps"),
         # every family's class leaves the embeddings untied unless its config.json says otherwise
         "tie_embeddings": reader.get("tie_word_embeddings", default=False),
@@ -160,48 +157,151 @@ def _common(reader: _Reader) -> dict[str, Any]:
     return fields
 
 
-def _rope_base(reader: _Reader) -> float:
-    """``rope_theta`` (transformers 4) or ``rope_parameters.rope_theta`` (5), without scaling."""
+#: YaRN's numbers, all of which have to be there: their defaults differ between versions.
+_YARN_KEYS = (
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+def _rope(reader: _Reader, yarn: bool = False) -> dict[str, Any]:
+    """``rope_base``, from ``rope_theta`` (transformers 4) or ``rope_parameters`` (5); and ``yarn``,
+    where the family has it, from ``rope_scaling`` (4) or ``rope_parameters``.
+    """
     nested = reader.get("rope_parameters", default={})
     theta = reader.get("rope_theta")
-    if not isinstance(nested, dict):
-        raise reader.refuse(f"rope_parameters is {nested!r}, not an object")
-    kind = nested.get("rope_type", "default")
-    unknown = sorted(set(nested) - {"rope_type", "rope_theta"})
-    if kind != "default" or unknown:
-        what = f"rope_type {kind!r}" if kind != "default" else f"rope_parameters.{unknown[0]}"
-        raise reader.refuse(f"{what} (rope scaling) is not supported")
+    scaling = (reader.get("rope_scaling") if yarn else None) or {}
+    for name, found in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if not isinstance(found, dict):
+            raise reader.refuse(f"{name} is {found!r}, not an object")
     inner = nested.get("rope_theta")
     if theta is not None and inner is not None and theta != inner:
         raise reader.refuse(f"rope_theta={theta} and rope_parameters.rope_theta={inner} contradict")
     if theta is None and inner is None:
         raise reader.refuse("rope_theta or rope_parameters.rope_theta is missing")
-    return float(theta if inner is None else inner)
+    fields = {"rope_base": float(theta if inner is None else inner)}
+    scaling = {**scaling, **nested}
+    kinds = [scaling.pop(key) for key in ("type", "rope_type") if key in scaling]
+    kind = kinds[0] if kinds else "default"
+    scaling.pop("rope_theta", None)
+    if kind == "yarn" and yarn:
+        fields["yarn"] = _yarn(reader, scaling)
+    elif kind != "default":
+        raise reader.refuse(f"rope_type {kind!r} (rope scaling) is not supported")
+    elif scaling:
+        raise reader.refuse(f"rope_parameters.{min(scaling)} (rope scaling) is not supported")
+    return fields
 
 
-def _of_family(reader: _Reader, model_type: str) -> dict[str, Any]:
-    """What differs between families; dense layers, router order, norms and biases."""
-    if model_type == "mixtral":
-        return {
-            "moe_ffn_hidden_size": reader.need("intermediate_size"),
-            "router_pre_softmax": False,  # Mixtral always renormalises the K weights
-            "qk_norm": False,
-        }
-    # normalising the top-K of a full softmax equals a softmax over the K logits
-    fields = {"router_pre_softmax": not reader.get("norm_topk_prob", default=False)}
-    if model_type == "olmoe":
-        width = reader.need("intermediate_size")
-        return {**fields, "moe_ffn_hidden_size": width, "qk_norm": True, "qk_norm_scope": "layer"}
-    fields["moe_ffn_hidden_size"] = reader.need("moe_intermediate_size")
-    fields["moe_layer_freq"] = _moe_layers(reader)
-    if model_type == "qwen3_moe":
-        return {**fields, "qk_norm": True}
+def _yarn(reader: _Reader, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(scaling) - set(_YARN_KEYS))
+    if unknown:
+        raise reader.refuse(f"yarn's {unknown[0]} {scaling[unknown[0]]!r} is not supported")
+    missing = [key for key in _YARN_KEYS if not scaling.get(key)]
+    if missing:
+        raise reader.refuse(f"yarn's {missing[0]} is missing or 0")
+    return dict(scaling)
+
+
+def _experts(reader: _Reader) -> dict[str, Any]:
+    """Key/value heads, and how many experts there are."""
     return {
-        **fields,
+        "head_dim": reader.get("head_dim"),
+        "num_experts": reader.need("num_experts", "num_local_experts"),
+        "moe_top_k": reader.need("num_experts_per_tok"),
+    }
+
+
+def _mixtral(reader: _Reader) -> dict[str, Any]:
+    return {
+        **_experts(reader),
+        "moe_ffn_hidden_size": reader.need("intermediate_size"),
+        "router_pre_softmax": False,  # Mixtral always renormalises the K weights
+        "qk_norm": False,
+    }
+
+
+def _pre_softmax(reader: _Reader) -> bool:
+    """Normalising the top-K of a full softmax equals a softmax over the K logits."""
+    return not reader.get("norm_topk_prob", default=False)
+
+
+def _olmoe(reader: _Reader) -> dict[str, Any]:
+    return {
+        **_experts(reader),
+        "router_pre_softmax": _pre_softmax(reader),
+        "moe_ffn_hidden_size": reader.need("intermediate_size"),
+        "qk_norm": True,
+        "qk_norm_scope": "layer",
+    }
+
+
+def _qwen3_moe(reader: _Reader) -> dict[str, Any]:
+    return {
+        **_experts(reader),
+        "router_pre_softmax": _pre_softmax(reader),
+        "moe_ffn_hidden_size": reader.need("moe_intermediate_size"),
+        "moe_layer_freq": _moe_layers(reader),
+        "qk_norm": True,
+    }
+
+
+def _qwen2_moe(reader: _Reader) -> dict[str, Any]:
+    return {
+        **_qwen3_moe(reader),
         "qk_norm": False,
         "qkv_bias": reader.get("qkv_bias", default=True),
         "shared_expert_ffn_hidden_size": reader.need("shared_expert_intermediate_size"),
         "shared_expert_gate": True,
+    }
+
+
+def _qwen3(reader: _Reader) -> dict[str, Any]:
+    return {"head_dim": reader.get("head_dim"), "num_experts": 0, "qk_norm": True}
+
+
+def _deepseek_v3(reader: _Reader) -> dict[str, Any]:
+    """Latent attention, and routing by sigmoid with a bias that only chooses."""
+    layers, dense = reader.need("num_hidden_layers"), reader.need("first_k_dense_replace")
+    every = reader.get("moe_layer_freq", default=1)
+    top_k = reader.need("num_experts_per_tok")
+    groups = reader.get("n_group", default=1)
+    limited = isinstance(groups, int) and groups > 1
+    chosen = reader.get("topk_group", default=1)
+    reader.get("head_dim", "qk_rope_head_dim")
+    reader.get("qk_head_dim")  # the sum of its parts, given below
+    if not reader.get("norm_topk_prob", default=True):
+        raise reader.refuse("norm_topk_prob false with sigmoid scores is not supported")
+    if limited and top_k // chosen != 2:
+        # DeepSeek ranks groups by their two best experts, Megatron by their top_k // chosen best
+        raise reader.refuse(
+            f"topk_group {chosen} with num_experts_per_tok {top_k} is not supported (2 for each is)"
+        )
+    if reader.values.get("num_key_value_heads") != reader.values.get("num_attention_heads"):
+        raise reader.refuse("num_key_value_heads other than num_attention_heads is not supported")
+    width = reader.need("moe_intermediate_size")
+    return {
+        "num_query_groups": None,
+        "kv_lora_rank": reader.need("kv_lora_rank"),
+        "q_lora_rank": reader.get("q_lora_rank"),
+        "qk_nope_head_dim": reader.need("qk_nope_head_dim"),
+        "qk_rope_head_dim": reader.need("qk_rope_head_dim"),
+        "v_head_dim": reader.need("v_head_dim"),
+        "qk_norm": True,
+        "num_experts": reader.need("n_routed_experts", "num_local_experts"),
+        "moe_top_k": top_k,
+        "moe_ffn_hidden_size": width,
+        "moe_layer_freq": [int(i >= dense and i % every == 0) for i in range(layers)],
+        "shared_expert_ffn_hidden_size": width * (reader.get("n_shared_experts") or 0) or None,
+        "router_score": "sigmoid",
+        "router_expert_bias": True,
+        "router_num_groups": groups if limited else None,
+        "router_group_top_k": chosen if limited else None,
+        "router_scaling_factor": reader.get("routed_scaling_factor", default=1.0),
     }
 
 
@@ -216,6 +316,19 @@ def _moe_layers(reader: _Reader) -> int | list[int]:
         )
     marks = [int(step > 0 and (i + 1) % step == 0 and i not in dense) for i in range(layers)]
     return 1 if all(marks) else marks
+
+
+#: What differs between families: experts, router, norms, biases, attention.
+_FAMILIES: Mapping[str, Callable[[_Reader], dict[str, Any]]] = {
+    "qwen3_moe": _qwen3_moe,
+    "qwen2_moe": _qwen2_moe,
+    "mixtral": _mixtral,
+    "olmoe": _olmoe,
+    "deepseek_v3": _deepseek_v3,
+    "qwen3": _qwen3,
+}
+MODEL_TYPES = tuple(_FAMILIES)
+_EXPECTED = "a plain config.json of " + ", ".join(MODEL_TYPES)
 
 
 def _refuse_the_rest(reader: _Reader, model_type: str) -> None:

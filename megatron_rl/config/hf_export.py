@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Mapping
 
 from megatron_rl.config.hf_config import fields_of_values, read_hf_config
-from megatron_rl.config.layout import moe_layers
+from megatron_rl.config.layout import heads_of, moe_layers
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 
@@ -16,6 +16,8 @@ ARCHITECTURES: Mapping[str, str] = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 
 #: Fields a config.json says nothing of: where the architecture came from, and how it is trained.
@@ -50,7 +52,7 @@ def hf_config_of(model: ModelConfig) -> dict[str, Any]:
         said = _described(ModelConfig(**fields_of_values(values)))
         misses[model_type] = [n for n in wanted if wanted[n] != said.get(n)]
         if not misses[model_type]:
-            return {name: value for name, value in values.items() if value is not None}
+            return values
     nearest = min(misses, key=lambda name: len(misses[name]))
     field = misses[nearest][0]
     raise UserError(
@@ -80,14 +82,21 @@ def check_describes(directory: Path, model: ModelConfig) -> None:
 def _described(model: ModelConfig) -> dict[str, Any]:
     """The fields that a config.json describes, defaults filled in."""
     fields = model.model_dump(exclude=_NOT_DESCRIBED)
-    fields["num_query_groups"] = model.num_query_groups or model.num_attention_heads
-    fields["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
+    _, fields["num_query_groups"], fields["head_dim"] = heads_of(model)
     fields["moe_layer_freq"] = [int(mark) for mark in moe_layers(model)]
     if all(moe_layers(model)):
         del fields["ffn_hidden_size"]  # of dense layers, which there are none
-    if not model.qk_norm:
+    if not model.num_experts:
+        fields = {n: v for n, v in fields.items() if not n.startswith(_OF_EXPERTS)}
+    if not model.qk_norm or model.kv_lora_rank:
         del fields["qk_norm_scope"]
+    if model.router_score == "sigmoid":
+        fields["router_scaling_factor"] = model.router_scaling_factor or 1.0
     return fields
+
+
+#: Fields without a meaning in a dense model.
+_OF_EXPERTS = ("moe_", "router_", "shared_expert_")
 
 
 def _common(model: ModelConfig) -> dict[str, Any]:
@@ -144,6 +153,46 @@ def _mixtral(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _qwen3(model: ModelConfig) -> dict[str, Any]:
+    return {"use_sliding_window": False}
+
+
+def _deepseek_v3(model: ModelConfig) -> dict[str, Any]:
+    dense = [layer for layer, moe in enumerate(moe_layers(model)) if not moe]
+    return {
+        "head_dim": model.qk_rope_head_dim,
+        "kv_lora_rank": model.kv_lora_rank or 1,
+        "q_lora_rank": model.q_lora_rank,
+        "qk_nope_head_dim": model.qk_nope_head_dim or 1,
+        "qk_rope_head_dim": model.qk_rope_head_dim or 2,
+        "v_head_dim": model.v_head_dim or 1,
+        "rope_interleave": True,
+        "first_k_dense_replace": len(dense),
+        "n_routed_experts": model.num_experts,
+        "num_experts_per_tok": model.moe_top_k,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "n_shared_experts": (model.shared_expert_ffn_hidden_size or 0) // model.moe_ffn_hidden_size,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "n_group": model.router_num_groups or 1,
+        "topk_group": model.router_group_top_k or 1,
+        "routed_scaling_factor": model.router_scaling_factor or 1.0,
+        "num_nextn_predict_layers": 0,
+        **_stretched(model),
+    }
+
+
+def _stretched(model: ModelConfig) -> dict[str, Any]:
+    if model.yarn is None:
+        return {}
+    scaling = {"rope_type": "yarn", **model.yarn.model_dump()}
+    return {
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": model.rope_base, **scaling},
+    }
+
+
 def _olmoe(model: ModelConfig) -> dict[str, Any]:
     return {
         "num_experts": model.num_experts,
@@ -154,8 +203,10 @@ def _olmoe(model: ModelConfig) -> dict[str, Any]:
 
 
 _FAMILIES: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "qwen3": _qwen3,  # the dense one first: the others can say that there are no experts
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "olmoe": _olmoe,
     "qwen2_moe": _qwen2_moe,
+    "deepseek_v3": _deepseek_v3,
 }

@@ -36,8 +36,18 @@ def layout_text(parallel: ParallelConfig, world_size: int) -> str:
     return ", ".join([f"data {data_parallel_size(parallel, world_size)}", *parts])
 
 
+def heads_of(model: ModelConfig) -> tuple[int, int, int]:
+    """(query heads H, key/value heads G, width d of a query or key head), defaults filled in."""
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if model.kv_lora_rank:
+        return heads, heads, (model.qk_nope_head_dim or 0) + (model.qk_rope_head_dim or 0)
+    return heads, groups or heads, model.head_dim or model.hidden_size // heads
+
+
 def moe_layers(model: ModelConfig) -> list[bool]:
     """Whether each of the ``num_layers`` layers, over all stages, is a MoE layer."""
+    if not model.num_experts:
+        return [False] * model.num_layers
     if isinstance(model.moe_layer_freq, int):
         return [layer % model.moe_layer_freq == 0 for layer in range(model.num_layers)]
     return [bool(mark) for mark in model.moe_layer_freq]

@@ -21,6 +21,18 @@ _QWEN3_MOE = {
     "dtype": "bf16",
 }
 
+_LATENT = {"num_query_groups": None, "head_dim": None}
+_DEEPSEEK_V3 = {
+    **_LATENT,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "router_score": "sigmoid",
+    "router_expert_bias": True,
+    "dtype": "bf16",
+}
+
 MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
     # 1.8 million parameters: trains on a CPU in minutes.
     "tiny_moe": {
@@ -36,14 +48,18 @@ MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 128,
         "max_sequence_length": 256,
     },
-    # The routing of DeepSeek-V3 (sigmoid, bias, groups, shared expert, first layer dense) in small;
-    # attention is grouped-query, not multi-head latent.
+    # DeepSeek-V3 in small: latent attention, routing by sigmoid with bias and groups, a shared
+    # expert, the first layer dense.
     "tiny_deepseek_moe": {
+        **_LATENT,
         "num_layers": 4,
         "hidden_size": 128,
         "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "head_dim": 32,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 48,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
         "ffn_hidden_size": 256,
         "num_experts": 16,
         "moe_top_k": 4,
@@ -57,7 +73,6 @@ MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "router_scaling_factor": 2.5,
         "vocab_size": 128,
         "max_sequence_length": 256,
-        "qk_norm": False,
     },
     # Qwen/Qwen3-30B-A3B
     "qwen3_30b_a3b": {
@@ -135,6 +150,69 @@ MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "qk_norm": True,
         "qk_norm_scope": "layer",
         "norm_epsilon": 1e-5,
+        "dtype": "bf16",
+    },
+    # deepseek-ai/DeepSeek-V3, without its multi-token prediction
+    "deepseek_v3": {
+        **_DEEPSEEK_V3,
+        "num_layers": 61,
+        "hidden_size": 7168,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "ffn_hidden_size": 18432,
+        "num_experts": 256,
+        "moe_top_k": 8,
+        "moe_ffn_hidden_size": 2048,
+        "moe_layer_freq": [0] * 3 + [1] * 58,
+        "shared_expert_ffn_hidden_size": 2048,
+        "router_num_groups": 8,
+        "router_group_top_k": 4,
+        "router_scaling_factor": 2.5,
+        "vocab_size": 129280,
+        "max_sequence_length": 163840,
+        "rope_base": 1e4,
+        "yarn": {
+            "factor": 40.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "norm_epsilon": 1e-6,
+    },
+    # moonshotai/Moonlight-16B-A3B, of DeepSeek-V3's architecture
+    "moonlight_16b_a3b": {
+        **_DEEPSEEK_V3,
+        "num_layers": 27,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "ffn_hidden_size": 11264,
+        "num_experts": 64,
+        "moe_top_k": 6,
+        "moe_ffn_hidden_size": 1408,
+        "moe_layer_freq": [0] + [1] * 26,
+        "shared_expert_ffn_hidden_size": 2816,
+        "router_scaling_factor": 2.446,
+        "vocab_size": 163840,
+        "max_sequence_length": 8192,
+        "rope_base": 5e4,
+        "norm_epsilon": 1e-5,
+    },
+    # Qwen/Qwen3-4B, dense: a baseline
+    "qwen3_4b": {
+        "num_layers": 36,
+        "hidden_size": 2560,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "head_dim": 128,
+        "ffn_hidden_size": 9728,
+        "num_experts": 0,
+        "vocab_size": 151936,
+        "max_sequence_length": 40960,
+        "rope_base": 1e6,
+        "tie_embeddings": True,
+        "norm_epsilon": 1e-6,
         "dtype": "bf16",
     },
 }

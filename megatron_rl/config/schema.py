@@ -25,6 +25,24 @@ class Section(BaseModel):
     )
 
 
+class YarnConfig(Section):
+    """YaRN (arXiv 2309.00071): rotary embeddings stretched to sequences longer than those of
+    pre-training. Latent attention only."""
+
+    factor: float = Field(ge=1.0)
+    """How many times as long sequences may be."""
+    original_max_position_embeddings: int = Field(ge=1)
+    """Longest sequence of pre-training, tokens."""
+    beta_fast: float = Field(32.0, gt=0.0)
+    """Turns within that length above which a channel keeps its frequency."""
+    beta_slow: float = Field(1.0, gt=0.0)
+    """Turns below which a channel's frequency is divided by factor."""
+    mscale: float = Field(1.0, gt=0.0)
+    """Together with the next: factor on sines and cosines."""
+    mscale_all_dim: float = Field(1.0, gt=0.0)
+    """Scales attention scores by (0.1 mscale_all_dim ln(factor) + 1)^2."""
+
+
 class ModelConfig(Section):
     """The architecture: a preset or a Hugging Face model, with any field overridden."""
 
@@ -47,8 +65,8 @@ class ModelConfig(Section):
     """Width of a head; null: hidden_size / num_attention_heads."""
     ffn_hidden_size: int = Field(256, ge=1)
     """Inner width of the SwiGLU MLP of dense layers."""
-    num_experts: int = Field(8, ge=2)
-    """Experts E of a MoE layer."""
+    num_experts: int = Field(8, ge=0)
+    """Experts E of a MoE layer; 0: a dense model, all of whose layers are MLPs."""
     moe_top_k: int = Field(2, ge=1)
     """Experts K a token is sent to."""
     moe_ffn_hidden_size: int = Field(128, ge=1)
@@ -87,10 +105,24 @@ class ModelConfig(Section):
     """Longest sequence (prompt and answer), tokens."""
     rope_base: float = Field(10000.0, gt=0.0)
     """Base of the rotary position embedding."""
+    yarn: YarnConfig | None = None
+    """Stretching of the rotary position embedding; null: none."""
     qk_norm: bool = True
     """RMSNorm on queries and keys."""
     qk_norm_scope: Literal["head", "layer"] = "head"
     """head: each head is normalised by itself (Qwen3); layer: all heads together (OLMoE)."""
+    kv_lora_rank: int | None = Field(None, ge=1)
+    """Width of the compressed keys and values of multi-head latent attention (DeepSeek); null:
+    grouped-query attention. With it the three widths below are given, head_dim and
+    num_query_groups are not, and qk_norm is the norm of what is compressed."""
+    q_lora_rank: int | None = Field(None, ge=1)
+    """Width of the compressed queries of latent attention; null: queries are not compressed."""
+    qk_nope_head_dim: int | None = Field(None, ge=1)
+    """Latent attention: width of the part of a query or key head without position."""
+    qk_rope_head_dim: int | None = Field(None, ge=2)
+    """Latent attention: width of the rotated part, which all key heads share."""
+    v_head_dim: int | None = Field(None, ge=1)
+    """Latent attention: width of a value head."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     norm_epsilon: float = Field(1e-6, gt=0.0)

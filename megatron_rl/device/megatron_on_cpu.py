@@ -74,6 +74,7 @@ def install() -> None:
     _patch_router_gating()
     _patch_dispatcher()
     _patch_unequal_parts()
+    _patch_latent_attention()
 
 
 def _patch_torch_cuda() -> None:
@@ -211,3 +212,13 @@ def _patch_unequal_parts() -> None:
 
     mappings._gather_along_first_dim = gather_parts
     mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
+
+
+def _patch_latent_attention() -> None:
+    """0.16.1 believes Transformer Engine to be there, and compares with a class that is none. Fixed
+    later.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False

@@ -47,7 +47,8 @@ class Layout(PackedSeqParams):
         Args:
             layer_number: Megatron's global layer number, from 1.
             query: [T, heads, head_dim] of this rank.
-            key, value: [T, groups, head_dim]; heads is a multiple of groups.
+            key, value: [T, groups, head_dim]; heads is a multiple of groups. Values may be of
+                another width, which then is the output's.
             scale: factor on the scores.
 
         Returns:
@@ -265,13 +266,15 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Layout | None = None,
     ) -> torch.Tensor:
-        """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d]."""
+        """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d].
+
+        Latent attention leaves the axis of length 1 out.
+        """
         if not isinstance(packed_seq_params, Layout):
             raise ValueError("PackedAttention needs a Layout as packed_seq_params")
         scale = self.softmax_scale or query.shape[-1] ** -0.5
-        output = packed_seq_params.attend(
-            self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), scale
-        )
+        rows = (tensor.flatten(0, -3) for tensor in (query, key, value))
+        output = packed_seq_params.attend(self.layer_number, *rows, scale)
         return output.flatten(1).unsqueeze(1)
 
 

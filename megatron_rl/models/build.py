@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
-from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.config.layout import heads_of
+from megatron_rl.config.schema import ModelConfig, ParallelConfig, YarnConfig
 from megatron_rl.device.select import Device
 from megatron_rl.errors import UserError
 from megatron_rl.models.attention import PositionalRotaryEmbedding
@@ -34,7 +38,14 @@ def uses_transformer_engine(model: ModelConfig, device: Device) -> bool:
             "device is not CUDA; "
             "install megatron_rl[te] on a CUDA machine or leave the key out"
         )
-    return installed and device.kind == "cuda" and model.transformer_engine is not False
+    used = installed and device.kind == "cuda" and model.transformer_engine is not False
+    if model.kv_lora_rank and device.kind == "cuda" and not used:
+        raise UserError(
+            "found latent attention (model.kv_lora_rank) on CUDA without Transformer Engine; "
+            "expected it, because Megatron-Core 0.16 builds no such layer without it; install "
+            "megatron_rl[te], or leave model.transformer_engine out"
+        )
+    return used
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
@@ -56,12 +67,14 @@ def transformer_config(
             "recompute_num_layers": 1,
         },
     }[parallel.recompute]
-    return TransformerConfig(
+    heads, groups, width = heads_of(model)
+    kind = MLATransformerConfig if model.kv_lora_rank else TransformerConfig
+    return kind(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=width,
         ffn_hidden_size=model.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
@@ -89,13 +102,39 @@ def transformer_config(
         calculate_per_token_loss=True,
         moe_grouped_gemm=on_cuda_with_te,
         moe_enable_routing_replay=routing_replay,
+        transformer_impl="transformer_engine" if on_cuda_with_te else "local",
+        **_latent_fields(model),
         **_moe_fields(model, parallel),
         **_parallel_fields(parallel),
         **recompute,
     )
 
 
+def _latent_fields(model: ModelConfig) -> dict[str, object]:
+    if not model.kv_lora_rank:
+        return {}
+    return dict(
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_nope_head_dim,
+        qk_pos_emb_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        rotary_base=model.rope_base,
+        **_yarn_fields(model.yarn),
+    )
+
+
+def _yarn_fields(yarn: YarnConfig | None) -> dict[str, object]:
+    if yarn is None:
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return {"rope_type": "yarn", "rotary_scaling_factor": yarn.factor} | yarn.model_dump(
+        exclude={"factor"}
+    )
+
+
 def _moe_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, object]:
+    if not model.num_experts:
+        return {}
     return dict(
         num_moe_experts=model.num_experts,
         moe_router_topk=model.moe_top_k,
@@ -163,9 +202,10 @@ def _build_chunk(
 ) -> GPTModel:
     padded = padded_vocabulary(model.vocab_size, groups.tensor.size())
     last_virtual = vp_stage is None or vp_stage == groups.virtual_stages - 1
+    spec = block_spec(model, config, uses_transformer_engine(model, device), vp_stage)
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, uses_transformer_engine(model, device), vp_stage),
+        transformer_layer_spec=spec,
         vocab_size=padded,
         max_sequence_length=model.max_sequence_length,
         pre_process=groups.is_first_stage and vp_stage in (None, 0),
@@ -178,10 +218,11 @@ def _build_chunk(
     chunk.vocabulary_padding = padded - model.vocab_size
     if chunk.vocabulary_padding and chunk.post_process:
         mask_padding(chunk.output_layer, model.vocab_size, groups.tensor)
-    chunk.rotary_pos_emb = PositionalRotaryEmbedding(
-        kv_channels=config.kv_channels,
-        rotary_percent=1.0,
-        rotary_base=model.rope_base,
-        use_cpu_initialization=True,
-    )
+    if not model.kv_lora_rank:  # latent attention has its own in each layer
+        chunk.rotary_pos_emb = PositionalRotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=model.rope_base,
+            use_cpu_initialization=True,
+        )
     return chunk.to(device.torch_device)

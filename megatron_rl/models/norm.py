@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -20,3 +25,48 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class _NormOverHeads(torch.nn.Module):
+    """RMSNorm over all heads of a token together (OLMoE), of which a tensor-parallel rank has some.
+
+    The weight is whole on every rank: Megatron sums the gradients of ``q_layernorm`` and
+    ``k_layernorm`` over the tensor-parallel group, by name, and each rank's is zero but for its own
+    heads.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
+        self._group = parallel_state.get_tensor_model_parallel_group()
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """[..., heads of this rank, head_dim] -> the same shape."""
+        flat = heads.flatten(-2).float()
+        squares = flat.square().sum(-1, keepdim=True)
+        # the sum is of all ranks' heads, and so is its gradient
+        squares = copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(squares)
+        )
+        scaled = flat * torch.rsqrt(squares / len(self.weight) + self.eps)
+        weight = self.weight.chunk(self._group.size())[self._group.rank()]
+        return (weight * scaled.to(heads.dtype)).view_as(heads)
+
+
+class QueryNorm(_NormOverHeads):
+    """Over all query heads."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> None:
+        super().__init__(config, hidden_size * config.num_attention_heads, eps)
+
+
+class KeyNorm(_NormOverHeads):
+    """Over all key heads."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> None:
+        super().__init__(config, hidden_size * config.num_query_groups, eps)

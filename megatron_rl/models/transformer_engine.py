@@ -12,9 +12,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.attention import Layout, PackedLayout
+from megatron_rl.models.latent_attention import PackedLatentAttention
+from megatron_rl.models.norm import KeyNorm, QueryNorm
 from megatron_rl.models.router import PackRouter
-from megatron_rl.models.specs import moe_submodules
+from megatron_rl.models.specs import moe_submodules, norms_over_heads
 
 
 class LayoutTEAttention(TEDotProductAttention):
@@ -34,9 +37,10 @@ class LayoutTEAttention(TEDotProductAttention):
         **kwargs: Any,
     ) -> torch.Tensor:
         """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d]."""
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        query, key, value = (tensor.flatten(0, -3) for tensor in (query, key, value))
         layout = packed_seq_params
-        if type(layout) is not PackedLayout:
+        # Values of another width than keys (latent attention) are beyond some of the kernels.
+        if type(layout) is not PackedLayout or self.config.multi_latent_attention:
             scale = self.softmax_scale or query.shape[-1] ** -0.5
             output = layout.attend(self.layer_number, query, key, value, scale)
             return output.flatten(1).unsqueeze(1)
@@ -59,10 +63,20 @@ class LayoutTEAttention(TEDotProductAttention):
         return output.flatten(1).unsqueeze(1)
 
 
-def with_layout_attention(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """Put `LayoutTEAttention` and `PackRouter` into every layer of a Transformer Engine spec."""
+def with_layout_attention(
+    spec: TransformerBlockSubmodules, model: ModelConfig
+) -> TransformerBlockSubmodules:
+    """Put `LayoutTEAttention`, `PackRouter` and what else is ours into every layer of a Transformer
+    Engine spec.
+    """
     for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = LayoutTEAttention
+        attention = layer.submodules.self_attention
+        attention.submodules.core_attention = LayoutTEAttention
+        if model.kv_lora_rank:
+            attention.module = PackedLatentAttention
+        elif norms_over_heads(model):
+            attention.submodules.q_layernorm = QueryNorm
+            attention.submodules.k_layernorm = KeyNorm
         moe = moe_submodules(layer.submodules.mlp)
         if moe is not None:
             moe.router = PackRouter

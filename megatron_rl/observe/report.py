@@ -183,7 +183,8 @@ def _model_line(model: Mapping[str, Any]) -> str:
         ("dtype", "{}"),
     ):
         value = model.get(key)
-        parts.append(None if value is None else form.format(value))
+        of_no_experts = key in ("num_experts", "moe_top_k") and not model.get("num_experts")
+        parts.append(None if value is None or of_no_experts else form.format(value))
     return ", ".join(str(part) for part in parts if part)
 
 

@@ -66,6 +66,8 @@ def _model(model: ModelConfig) -> str:
     total, active = count_parameters(model)
     named = model.preset or model.hf_path or model.hf_config
     origin = f" ({named})" if named else ""
+    if not model.num_experts:
+        return f"{total:,} parameters: {model.num_layers} dense layers{origin}"
     return (
         f"{total:,} parameters, {active:,} active for a token: {model.num_layers} layers "
         f"({sum(moe_layers(model))} MoE), {model.num_experts} experts, "

@@ -13,10 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
 from megatron_rl.models.build import build_chunks, transformer_config
-from megatron_rl.models.specs import moe_pattern
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.router.capture import RouterCapture
 from megatron_rl.router.relay import DistanceRelay
@@ -74,7 +74,7 @@ def build_policy(
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
     optimizer = build_optimizer(config, wrapped, transformer)
-    moe = moe_pattern(transformer)
+    moe = moe_layers(config.model)
     expected = [
         [layer.layer_number for layer in chunk.decoder.layers if moe[layer.layer_number - 1]]
         for chunk in chunks

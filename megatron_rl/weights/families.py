@@ -18,6 +18,7 @@ from typing import Literal, Mapping, Sequence
 
 import torch
 
+from megatron_rl.config.layout import heads_of
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 
@@ -42,6 +43,21 @@ _NORMS = {
     "pre_mlp_layernorm.weight": Rule("copy", ("post_attention_layernorm.weight",)),
 }
 _OUTPUT = {"self_attention.linear_proj.weight": Rule("copy", ("self_attn.o_proj.weight",))}
+
+
+def _latent(ours: str, theirs: str) -> dict[str, Rule]:
+    return {f"self_attention.{ours}.weight": Rule("copy", (f"self_attn.{theirs}.weight",))}
+
+
+_LATENT_ATTENTION = {
+    **_latent("linear_q_proj", "q_proj"),  # where queries are not compressed
+    **_latent("linear_q_down_proj", "q_a_proj"),
+    **_latent("q_layernorm", "q_a_layernorm"),
+    **_latent("linear_q_up_proj", "q_b_proj"),
+    **_latent("linear_kv_down_proj", "kv_a_proj_with_mqa"),
+    **_latent("kv_layernorm", "kv_a_layernorm"),
+    **_latent("linear_kv_up_proj", "kv_b_proj"),
+}
 
 
 def _attention(parameter: str = "weight") -> dict[str, Rule]:
@@ -87,6 +103,15 @@ FAMILIES: Mapping[str, Mapping[str, Rule]] = {
         **_OUTPUT,
         **_attention(),
         **_experts("block_sparse_moe", names=("w1", "w3", "w2")),
+    },
+    "deepseek_v3": {
+        **_NORMS,
+        **_OUTPUT,
+        **_LATENT_ATTENTION,
+        **_mlp("mlp", "mlp"),
+        **_experts(),
+        "mlp.router.expert_bias": Rule("copy", ("mlp.gate.e_score_correction_bias",)),
+        **_mlp("mlp.shared_experts", "mlp.shared_experts"),
     },
     "olmoe": {**_NORMS, **_OUTPUT, **_attention(), **_QK_NORM, **_experts()},
 }
@@ -138,7 +163,7 @@ def join(
         return parts[0].chunk(size, axis)[rank]
     if rule.join == "gate_up":
         return torch.cat([part.chunk(size, axis)[rank] for part in parts])
-    groups = model.num_query_groups or model.num_attention_heads
+    _, groups, _ = heads_of(model)
     mine = [_by_group(part, groups).chunk(size)[rank] for part in parts]
     return torch.cat(mine, dim=1).flatten(0, 1)
 
@@ -149,8 +174,7 @@ def split(rule: Rule, weight: torch.Tensor, model: ModelConfig) -> list[torch.Te
         return [weight.contiguous()]
     if rule.join == "gate_up":
         return [half.contiguous() for half in weight.chunk(2)]
-    groups = model.num_query_groups or model.num_attention_heads
-    width = model.head_dim or model.hidden_size // model.num_attention_heads
+    _, groups, width = heads_of(model)
     grouped = _by_group(weight, groups)
     queries = grouped.shape[1] - 2 * width
     return [part.flatten(0, 1) for part in grouped.split([queries, width, width], dim=1)]

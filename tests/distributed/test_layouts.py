@@ -31,6 +31,9 @@ QUICK = (
     "CP2, aux and z loss",
     "TP2 PP2 EP2",
     "EP2 sharded optimizer",
+    "CP2 TP2, latent attention",
+    "TP2 PP2 EP2, norm over heads",
+    "TP2, dense model",
     "TP2 EP2, bf16",
 )
 

@@ -39,6 +39,38 @@ _QWEN3 = dict(
     decoder_sparse_step=1,
     mlp_only_layers=[],
 )
+_DEEPSEEK = dict(
+    **{**_COMMON, "num_key_value_heads": 4},
+    **_rope(1e4),
+    q_lora_rank=24,
+    kv_lora_rank=20,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    n_routed_experts=8,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=2,
+    moe_intermediate_size=32,
+    intermediate_size=96,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+)
+_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+    }
+}
+_NO_GROUPS = dict(n_group=1, topk_group=1)
 _SMALL = dict(num_experts_per_tok=2, intermediate_size=32)
 
 #: variant -> (family of transformers' classes, options of its configuration)
@@ -73,6 +105,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             sliding_window=None,
             head_dim=16,
         ),
+    ),
+    "olmoe": (
+        "Olmoe",
+        dict(**_COMMON, **_rope(1e4), **_SMALL, num_experts=8, norm_topk_prob=False),
+    ),
+    "deepseek_v3": ("DeepseekV3", _DEEPSEEK),
+    "deepseek_v3, whole queries": ("DeepseekV3", {**_DEEPSEEK, "q_lora_rank": None, **_NO_GROUPS}),
+    "deepseek_v3, stretched": ("DeepseekV3", {**_DEEPSEEK, **_YARN}),
+    "qwen3": (
+        "Qwen3",
+        dict(**_COMMON, **_rope(1e6), head_dim=32, intermediate_size=96),
     ),
 }
 

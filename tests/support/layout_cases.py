@@ -31,6 +31,18 @@ GATED = {**SHARED, "shared_expert_gate": True}
 DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
 DENSE_STAGE = {"moe_layer_freq": [0, 0, 1, 1]}
 DEEPSEEK = {**SIGMOID, **GROUPS, **SHARED, **DENSE_FIRST, "router_scaling_factor": 2.5}
+LATENT = {
+    "kv_lora_rank": 20,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_query_groups": None,
+    "head_dim": None,
+}
+WHOLE_QUERIES = {**LATENT, "q_lora_rank": None}
+OVER_HEADS = {"qk_norm_scope": "layer"}
+DENSE, GMPO = {"num_experts": 0}, {"name": "gmpo"}
 MANY_EXPERTS = {"num_experts": 260, "moe_top_k": 4, "moe_ffn_hidden_size": 8}
 ODD = {"vocab_size": 127}  # tensor parallelism pads it
 AUX = {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.01}
@@ -134,6 +146,33 @@ MODELS = (
     Case("TP2 EP2, 260 experts", 2, {**TP2, **EP2}, MANY_EXPERTS),
     Case("TP2 PP2 EP4, 260 experts", 8, {**TP2, **PP2, **EP4}, MANY_EXPERTS),
 )
+ATTENTION = (
+    Case("TP2, latent attention", 2, TP2, LATENT),
+    Case("PP2 VPP2, latent attention", 2, VPP2, LATENT),
+    Case("CP2, latent attention", 2, CP2, LATENT),
+    Case("CP2 TP2, latent attention", 4, {**CP2, **TP2}, LATENT),
+    Case("TP4, latent attention", 4, {"tensor": 4}, LATENT),
+    Case("TP2 EP2, whole queries", 2, {**TP2, **EP2}, WHOLE_QUERIES),
+    Case("recompute selective, latent attention", 1, SELECTIVE, LATENT),
+    Case("TP2 recompute full, latent attention", 2, {**TP2, **FULL}, LATENT),
+    Case("EP2 sharded, latent attention", 4, {**EP2, **SHARDED}, LATENT),
+    Case("TP2 PP2 EP2, DeepSeek-V3", 4, {**TP2, **PP2, **EP2}, {**DEEPSEEK, **LATENT}),
+    Case("TP2, norm over heads", 2, TP2, OVER_HEADS),
+    Case("CP2 TP2, norm over heads", 4, {**CP2, **TP2}, OVER_HEADS),
+    Case("TP2 PP2 EP2, norm over heads", 4, {**TP2, **PP2, **EP2}, OVER_HEADS),
+)
+DENSE_MODELS = (
+    Case("TP2, dense model", 2, TP2, DENSE, algorithm=GMPO),
+    Case("PP2 VPP2, dense model", 2, VPP2, DENSE, algorithm=GMPO),
+    Case("CP2 DP2 sharded, dense model", 4, {**CP2, **SHARDED}, DENSE, algorithm=GMPO),
+    Case(
+        "TP2 PP2, dense model, tied",
+        4,
+        {**TP2, **PP2},
+        {**DENSE, "tie_embeddings": True},
+        algorithm=GMPO,
+    ),
+)
 ROUTER_LOSSES = (
     Case("TP2, aux and z loss", 2, TP2, AUX),
     Case("TP2 EP2, aux and z loss", 2, {**TP2, **EP2}, AUX),
@@ -147,7 +186,15 @@ ROUTER_LOSSES = (
     Case("CP2 TP2, aux and z loss", 4, {**CP2, **TP2}, AUX, one_per_pack=True),
 )
 #: In fp32, everything within `TOLERANCE` of a single process.
-CASES = (*LAYOUTS, *DISPATCHERS_AND_RECOMPUTATION, *OPTIMIZERS, *MODELS, *ROUTER_LOSSES)
+CASES = (
+    *LAYOUTS,
+    *DISPATCHERS_AND_RECOMPUTATION,
+    *OPTIMIZERS,
+    *MODELS,
+    *ATTENTION,
+    *DENSE_MODELS,
+    *ROUTER_LOSSES,
+)
 #: A difference above this is an error: fp32 rounding gives about 1e-6.
 TOLERANCE = 1e-5
 

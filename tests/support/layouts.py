@@ -186,7 +186,8 @@ def _train(policy: Any, case: Case) -> dict[str, Any]:
             unshard_gradients(policy)
             result["gradients"] = gathered(policy, "main_grad")
     for item, inputs in zip(scored[-1], seen):
-        result["gamma"] |= by_sequence(item.pack, inputs.router_shift)
+        if inputs.router_shift is not None:
+            result["gamma"] |= by_sequence(item.pack, inputs.router_shift)
     result["scalars"] |= telemetry.reduce(policy.groups.world)
     result["weights"] = gathered(policy, "data") | _expert_biases(policy)
     return result
@@ -389,10 +390,10 @@ def compare(found: Run, expected: Run) -> Difference:
         (error, f"{kind}: {name}") for kind, rows in errors.items() for name, error in rows.items()
     )
     return Difference(
-        **{kind: max(rows.values()) for kind, rows in errors.items()},
+        **{kind: max(rows.values(), default=0.0) for kind, rows in errors.items()},
         replicas=found.replica_difference,
         worst=worst[1],
-        smallest_gamma=float(min(values.min() for values in expected.gamma.values())),
+        smallest_gamma=float(min((v.min() for v in expected.gamma.values()), default=1.0)),
     )
 
 

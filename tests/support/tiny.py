@@ -73,6 +73,14 @@ def build_tiny(config: Config, seed: int = 1) -> tuple[Any, Any, list[torch.nn.M
     )
 
 
+def uneven_norms(chunk: torch.nn.Module) -> None:
+    """Norms start at one; make each of them matter."""
+    generator = torch.Generator().manual_seed(4)
+    for parameter in chunk.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+
+
 def random_prompts(lengths: Sequence[int], first_index: int = 0) -> list[Prompt]:
     """Prompts of random tokens 2..63; a prompt depends on its index and length only."""
     prompts = []

@@ -103,10 +103,10 @@ class DecodeLayout(Layout):
             self.cache.values[layer_number][:, :, : self.length],
             scale,
             mask=self.mask,
-        ).reshape(num_rows, heads, head_dim)
+        ).reshape(num_rows, heads, -1)
         if num_tokens == num_rows:
             return output
-        return torch.cat([output, output.new_zeros(num_tokens - num_rows, heads, head_dim)])
+        return torch.cat([output, output.new_zeros(num_tokens - num_rows, *output.shape[1:])])
 
 
 def decode_layout(

@@ -52,10 +52,11 @@ def test_the_best_have_to_be_evaluated(checkpoint, evaluate, message):
     best_checkpoints_are_evaluated(Config(evaluate={"every": 0}))
 
 
-@pytest.mark.parametrize("preset", set(MODEL_PRESETS) - {"olmoe_1b_7b"})
+@pytest.mark.parametrize("preset", MODEL_PRESETS)
 def test_presets_pass(preset):
     longest = MODEL_PRESETS[preset]["max_sequence_length"]
-    config = make(preset, data={"pack_tokens": longest})
+    algorithm = {"name": "rspo" if MODEL_PRESETS[preset]["num_experts"] else "gmpo"}
+    config = make(preset, data={"pack_tokens": longest}, algorithm=algorithm)
     for verb in ("train", "sft", "evaluate", "generate"):
         check_config(config, None, verb, files=False)
         check_config(config, 1, verb, files=False)
@@ -70,6 +71,14 @@ def test_a_fully_split_layout_passes():
         check_config(config, ranks, "train", files=False)
 
 
+LATENT = {
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_query_groups": None,
+    "head_dim": None,
+}
 MODEL_MISTAKES = [
     (
         {"head_dim": None, "hidden_size": 130},
@@ -82,7 +91,15 @@ MODEL_MISTAKES = [
         {"num_query_groups": 3},
         "model.num_query_groups 3 does not divide model.num_attention_heads 4",
     ),
-    ({"qk_norm_scope": "layer"}, "model.qk_norm_scope is layer; expected head"),
+    ({"num_experts": 1}, "model.num_experts is 1; expected 2 or more, or 0 for a dense model"),
+    ({"v_head_dim": 8}, "model.v_head_dim 8 is given without model.kv_lora_rank"),
+    ({"kv_lora_rank": 8}, "model.kv_lora_rank 8 is given without model.qk_nope_head_dim"),
+    (
+        {**LATENT, "num_query_groups": 2},
+        "model.num_query_groups is 2 with latent attention (model.kv_lora_rank); expected null",
+    ),
+    ({**LATENT, "qk_norm": False}, "model.qk_norm is False with latent attention"),
+    ({**LATENT, "qk_rope_head_dim": 3}, "model.qk_rope_head_dim is 3; expected an even number"),
     (
         {"moe_top_k": 9},
         "model.moe_top_k 9 is above model.num_experts 8; expected at most that; lower "
@@ -178,6 +195,18 @@ def test_top_1_passes_with_softmax_over_all_experts():
             {"moe_ffn_hidden_size": 127},
             2,
             "model.moe_ffn_hidden_size 127 is no multiple of parallel.expert_tensor 2",
+        ),
+        (
+            {"expert": 2},
+            {"num_experts": 0},
+            2,
+            "parallel.expert is 2 with a dense model (model.num_experts 0); expected 1",
+        ),
+        (
+            {"tensor": 2},
+            {**LATENT, "kv_lora_rank": 9},
+            2,
+            "model.kv_lora_rank + qk_rope_head_dim 13 is no multiple of parallel.tensor 2",
         ),
         ({"expert": 3}, {}, 3, "model.num_experts 8 is no multiple of parallel.expert 3"),
         (

@@ -52,6 +52,23 @@ ACCEPTED = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({}, "found algorithm.name rspo with router shift and a dense model (model.num_experts 0)"),
+        ({"name": "gmpo", "routing_replay": "r2"}, "found algorithm.routing_replay r2 and a dense"),
+    ],
+)
+def test_a_dense_model_has_no_routers(algorithm, message):
+    with pytest.raises(UserError) as error:
+        check_config(
+            make(algorithm=algorithm, model={"num_experts": 0}), None, "train", files=False
+        )
+    assert str(error.value).startswith(message)
+    dense = make(algorithm={"name": "gmpo"}, model={"num_experts": 0})
+    check_config(dense, None, "train", files=False)
+
+
 @pytest.mark.parametrize("algorithm", ACCEPTED)
 def test_accepted(algorithm):
     check_config(make(algorithm=algorithm), None, "train", files=False)

@@ -23,6 +23,9 @@ from megatron_rl.config.schema import Config, ModelConfig
         ("qwen1_5_moe_a2_7b", 14.3, 2.7),
         ("mixtral_8x7b", 46.7, 12.9),
         ("olmoe_1b_7b", 6.9, 1.3),
+        ("deepseek_v3", 671, 37),
+        ("moonlight_16b_a3b", 16, 2.9),
+        ("qwen3_4b", 4.02, 4.02),
     ],
 )
 def test_parameters_are_those_published(preset, total, active):
@@ -57,6 +60,24 @@ def test_parameters_by_hand():
     )
     extra = 3 * 6 * 5 + 6 + 2 * (8 + 4 + 4) + 2 * ((8 + 4) - 2 * 4)
     assert count_parameters(more)[0] == others + 4 * EXPERT + extra
+
+
+def test_latent_attention_by_hand():
+    """Ranks 5 of queries and 3 of keys and values; heads of 4 + 2 channels, values of 3."""
+    widths = {"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3, "head_dim": None}
+    latent = {**SMALL, **widths, "kv_lora_rank": 3, "num_query_groups": None}
+    down, up = 6 * (3 + 2), 3 * 2 * (4 + 3)
+    common = down + up + 2 * 3 * 6 + 3 + 2 * 6
+    others = DENSE + ROUTER + 4 * EXPERT + 2 * TABLE + 6
+    whole = ModelConfig(**latent)
+    assert count_parameters(whole)[0] == others + 2 * (common + 6 * 2 * 6)
+    compressed = ModelConfig(**latent, q_lora_rank=5)
+    assert count_parameters(compressed)[0] == others + 2 * (common + 6 * 5 + 5 * 2 * 6 + 5)
+    # queries and keys of 6 channels a head, values and the output of 3, and what is compressed
+    config = Config(model=compressed, data={"pack_tokens": 10}, parallel={"recompute": "selective"})
+    attention = 4 * 6 + 2 * 2 * 6 + 2 * 3 + 5 + 3 + 2
+    dense, moe = attention + 3 * 10, attention + 2 * (2 * 6 + 3 * 3) + 2 * 4
+    assert activation_bytes(config, 0) == 10 * 4 * (dense + moe)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""Hugging Face config.json -> ModelConfig: both spellings, four families, and what is refused."""
+"""Hugging Face config.json -> ModelConfig: both spellings, six families, and what is refused."""
 
 import json
 
 import pytest
 
 from megatron_rl.config.hf_config import read_hf_config
+from megatron_rl.config.layout import heads_of
 from megatron_rl.config.load import load_config
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import ModelConfig
@@ -59,11 +60,43 @@ OLMOE = json.loads("""{
   "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": false,
   "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 50304}""")
 
+#: deepseek-ai/DeepSeek-V3-Base but for its FP8 weights, which are refused.
+DEEPSEEK = json.loads("""{
+  "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "aux_loss_alpha": 0.001,
+  "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3,
+  "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
+  "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+  "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+  "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+  "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+  "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "pretraining_tp": 1,
+  "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+  "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+  "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": true,
+  "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc",
+  "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": true,
+  "v_head_dim": 128, "vocab_size": 129280}""")
+
+#: Qwen/Qwen3-4B
+DENSE = json.loads("""{
+  "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+  "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 9728,
+  "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+  "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+  "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+  "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""")
+
 PUBLISHED = {
     "qwen3_30b_a3b": QWEN3,
     "qwen1_5_moe_a2_7b": QWEN2,
     "mixtral_8x7b": MIXTRAL,
     "olmoe_1b_7b": OLMOE,
+    "deepseek_v3": DEEPSEEK,
+    "qwen3_4b": DENSE,
 }
 
 
@@ -81,8 +114,7 @@ def read(tmp_path):
 def _resolved(fields):
     """The model with head_dim written out, to compare a preset with a file that leaves it open."""
     model = ModelConfig(**fields)
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    return model.model_copy(update={"head_dim": head_dim})
+    return model.model_copy(update={"head_dim": heads_of(model)[2]})
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -95,6 +127,9 @@ def test_both_spellings_give_the_same(read, preset):
     old = PUBLISHED[preset]
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new["rope_parameters"] = {"rope_theta": old["rope_theta"], "rope_type": "default"}
+    if preset == "deepseek_v3":
+        scaling = {k: v for k, v in old["rope_scaling"].items() if k != "type"}
+        new["rope_parameters"] |= {"rope_type": "yarn", **scaling}
     new["dtype"] = "bfloat16"
     if preset == "qwen3_30b_a3b":
         new["num_local_experts"] = new.pop("num_experts")
@@ -108,13 +143,19 @@ def test_files_written_by_transformers_are_understood(tmp_path):
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 96, "num_experts_per_tok": 2}
-    for name in ("Qwen3Moe", "Qwen2Moe", "Mixtral", "Olmoe"):
-        getattr(transformers, f"{name}Config")(**sizes).save_pretrained(tmp_path)
+    for name in ("Qwen3Moe", "Qwen2Moe", "Mixtral", "Olmoe", "Qwen3"):
+        dense = {k: v for k, v in sizes.items() if name != "Qwen3" or "experts" not in k}
+        getattr(transformers, f"{name}Config")(**dense).save_pretrained(tmp_path)
         fields = read_hf_config(tmp_path)
         assert (fields["hidden_size"], fields["num_layers"]) == (64, 2), name
         assert (fields["num_query_groups"], fields["vocab_size"]) == (2, 96), name
-        assert fields["router_pre_softmax"] is (name != "Mixtral"), name
+        assert fields.get("router_pre_softmax", False) is (name not in ("Mixtral", "Qwen3")), name
         ModelConfig(**fields)
+    sizes |= {"num_key_value_heads": 4, "num_experts_per_tok": 8}
+    transformers.DeepseekV3Config(**sizes).save_pretrained(tmp_path)
+    model = ModelConfig(**read_hf_config(tmp_path))
+    assert (model.hidden_size, model.kv_lora_rank, model.q_lora_rank) == (64, 512, 1536)
+    assert (model.num_experts, model.router_num_groups, model.router_group_top_k) == (256, 8, 4)
 
 
 def test_dense_layers_of_qwen(read):
@@ -152,8 +193,8 @@ def test_dtype_and_tied_embeddings_are_taken(read):
     [
         (
             QWEN3,
-            {"model_type": "qwen3"},
-            "model_type 'qwen3' is not supported (did you mean qwen3_moe",
+            {"model_type": "qwen3_mo"},
+            "model_type 'qwen3_mo' is not supported (did you mean qwen3_moe",
         ),
         (QWEN3, {"model_type": None}, "model_type None is not supported"),
         (QWEN3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling {'type': 'yarn'"),
@@ -167,6 +208,27 @@ def test_dtype_and_tied_embeddings_are_taken(read):
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
             "rope_parameters.full_attention (rope scaling) is not supported",
         ),
+        (
+            DEEPSEEK,
+            {"rope_scaling": {**DEEPSEEK["rope_scaling"], "type": "linear"}},
+            "rope_type 'linear' (rope scaling) is not supported",
+        ),
+        (
+            DEEPSEEK,
+            {"rope_scaling": {**DEEPSEEK["rope_scaling"], "mscale": None}},
+            "yarn's mscale is missing or 0",
+        ),
+        (
+            DEEPSEEK,
+            {"rope_scaling": {**DEEPSEEK["rope_scaling"], "truncate": False}},
+            "yarn's truncate False is not supported",
+        ),
+        (DEEPSEEK, {"topk_group": 2}, "topk_group 2 with num_experts_per_tok 8 is not supported"),
+        (DEEPSEEK, {"norm_topk_prob": False}, "norm_topk_prob false with sigmoid scores is not"),
+        (DEEPSEEK, {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
+        (DEEPSEEK, {"rope_interleave": False}, "rope_interleave False is not supported"),
+        (DEEPSEEK, {"num_key_value_heads": 8}, "num_key_value_heads other than num_attention_h"),
+        (DEEPSEEK, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config {'quan"),
         (
             QWEN3,
             {"rope_parameters": {"rope_theta": 1e4}},
@@ -212,7 +274,7 @@ def test_what_is_not_implemented_is_refused(read, tmp_path, values, changes, fou
         read(values, **changes)
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {found}")
     assert str(error.value).endswith(
-        "; expected a plain config.json of qwen3_moe, qwen2_moe, mixtral, olmoe"
+        "; expected a plain config.json of qwen3_moe, qwen2_moe, mixtral, olmoe, deepseek_v3, qwen3"
     )
 
 
