@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ def save_random_state(path: Path) -> None:
     state = {"cpu": torch.get_rng_state(), "megatron": dict(get_cuda_rng_tracker().get_states())}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, path)
+    content = io.BytesIO()
+    torch.save(state, content)  # which would raise RuntimeErrors for a full disk
+    path.write_bytes(content.getbuffer())
 
 
 def load_random_state(path: Path) -> None:

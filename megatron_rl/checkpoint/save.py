@@ -9,23 +9,26 @@ step_N/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed import ProcessGroup
 
+from megatron_rl.checkpoint.background import BackgroundWriter
 from megatron_rl.checkpoint.directory import begin, publish, step_directory
 from megatron_rl.checkpoint.identity import as_json
 from megatron_rl.checkpoint.manifest import Manifest, fingerprints, write_manifest
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, optimizer_step
 from megatron_rl.checkpoint.random_state import RANDOM, random_file, save_random_state
 from megatron_rl.checkpoint.together import together
-from megatron_rl.checkpoint.torch_dist import shard_files, write_shards
+from megatron_rl.checkpoint.torch_dist import shard_files, take_shards
 from megatron_rl.parallel.groups import Groups
 
 SHARDS = "shards"
@@ -45,6 +48,7 @@ def save_checkpoint(
     keep: int,
     keep_best: int = 0,
     score: float | None = None,
+    background: BackgroundWriter | None = None,
 ) -> Path:
     """Write and publish ``root/step_N``, then delete all but the newest ``keep`` and the best.
 
@@ -63,6 +67,8 @@ def save_checkpoint(
         keep: newest complete checkpoints left over afterwards, this one included; at least 1.
         keep_best: complete checkpoints of the highest score left over beside them.
         score: of this step, higher is better; None: it has none.
+        background: writes a copy in host memory of what this rank stores, and publishes it, after
+            the return; its ``wait`` raises what would be raised here.
 
     Returns:
         The checkpoint's directory.
@@ -73,28 +79,46 @@ def save_checkpoint(
     world, is_first = groups.world, groups.world.rank() == 0
     state, architecture, layout = as_json(state), as_json(architecture), as_json(layout)
     partial = together(world, lambda: _begin(root, step) if is_first else None)[0]
-    try:
+
+    def write_and_publish(group: ProcessGroup) -> None:
+        with _nothing_half_done(partial, is_first):
+            write_shards(group)
+            written = together(group, lambda: fingerprints(partial, _own_files(partial, group)))
+
+            def finish() -> None:
+                files = {n: entry for entries in written for n, entry in sorted(entries.items())}
+                versions = {name: version(name) for name in ("torch", "megatron-core")}
+                manifest = Manifest(step, architecture, layout, updates, files, versions, score)
+                write_manifest(partial, manifest)
+                publish(root, step, keep, keep_best)
+
+            together(group, lambda: finish() if is_first else None)
+
+    with _nothing_half_done(partial, is_first):
         sharded = {"model": model_shards(chunks, groups)}
         updates = None
         if optimizer is not None:
             updates = optimizer_step(optimizer, world)
             sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=False)
-        write_shards(sharded, partial / SHARDS)
-        written = together(world, lambda: _write_own(partial, world.rank(), state))
+        write_shards = take_shards(sharded, partial / SHARDS, world, copy=background is not None)
+        del sharded
+        together(world, lambda: _write_small_files(partial, world.rank(), state))
+    if background is None:
+        write_and_publish(world)
+    else:
+        background.start(write_and_publish)
+    return step_directory(root, step)
 
-        def finish() -> None:
-            files = {name: entry for entries in written for name, entry in sorted(entries.items())}
-            versions = {name: version(name) for name in ("torch", "megatron-core")}
-            manifest = Manifest(step, architecture, layout, updates, files, versions, score)
-            write_manifest(partial, manifest)
-            publish(root, step, keep, keep_best)
 
-        together(world, lambda: finish() if is_first else None)
+@contextlib.contextmanager
+def _nothing_half_done(partial: Path, is_first: bool) -> Iterator[None]:
+    """Remove what was written where it could not be finished: the room is needed by others."""
+    try:
+        yield
     except OSError:
         if is_first:
-            shutil.rmtree(partial, ignore_errors=True)  # the room is needed by others
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    return step_directory(root, step)
 
 
 def model_shards(chunks: Sequence[torch.nn.Module], groups: Groups) -> dict[str, Any]:
@@ -120,11 +144,14 @@ def _begin(root: Path, step: int) -> Path:
     return partial
 
 
-def _write_own(partial: Path, rank: int, state: dict[str, Any]) -> dict[str, list]:
-    """Write this rank's small files; the fingerprints of all files it wrote."""
-    own = [*shard_files(partial / SHARDS), random_file(partial, rank)]
-    save_random_state(own[-1])
+def _write_small_files(partial: Path, rank: int, state: dict[str, Any]) -> None:
+    """This rank's random state and, on rank 0, the caller's state: as they are now."""
+    save_random_state(random_file(partial, rank))
     if rank == 0:
-        own.append(partial / STATE)
-        own[-1].write_text(json.dumps(state, indent=1), encoding="utf-8")
-    return fingerprints(partial, own)
+        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _own_files(partial: Path, group: ProcessGroup) -> list[Path]:
+    """The files that this rank wrote."""
+    own = [*shard_files(partial / SHARDS), random_file(partial, group.rank())]
+    return [*own, partial / STATE] if group.rank() == 0 else own

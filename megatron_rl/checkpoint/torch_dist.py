@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
-from torch.distributed import checkpoint
+from torch.distributed import ProcessGroup, checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.checkpoint.safe_index import check_index
+from megatron_rl.checkpoint.together import together
+from megatron_rl.config.estimate import size_text
 from megatron_rl.errors import UserError
 
 
@@ -28,36 +33,73 @@ class InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):
     when Megatron writes synchronous saves in the process itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copy: bool) -> None:
+        """copy: of the tensors, so that they may change before `write` is called."""
         super().__init__("torch_dist", 1, thread_count=1)
+        self._copy = copy
+        self._shards: dict[str, list[ShardedBase]] = {}
+        self._directory = ""
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Write the shards this rank is the main replica of, and on rank 0 the index of all."""
-        by_key, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(
+        """Take the shards this rank is the main replica of; `write` writes them."""
+        self._shards, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        checkpoint.save(
-            megatron_torch.mcore_to_pyt_state_dict(by_key, False),
-            # Syncing is left to the checksum pass, which opens every file anyway.
-            storage_writer=checkpoint.FileSystemWriter(
-                checkpoint_dir, thread_count=1, sync_files=False
-            ),
-            planner=megatron_torch.MCoreSavePlanner(
-                dedup_replicated_tensors=False, flatten_state_dict=False
-            ),
-        )
+        self._directory = str(checkpoint_dir)
+        if self._copy:
+            for shard in itertools.chain.from_iterable(self._shards.values()):
+                if isinstance(shard, ShardedTensor):
+                    shard.data = shard.data.detach().to("cpu", copy=True)
+
+    def write(self, group: ProcessGroup) -> None:
+        """The shards, and on rank 0 the index of all. A collective over the group, all ranks.
+
+        Raises:
+            OSError: writing failed on some rank.
+        """
+        try:
+            checkpoint.save(
+                megatron_torch.mcore_to_pyt_state_dict(self._shards, False),
+                # Syncing is left to the checksum pass, which opens every file anyway.
+                storage_writer=checkpoint.FileSystemWriter(
+                    self._directory, thread_count=1, sync_files=False
+                ),
+                planner=megatron_torch.MCoreSavePlanner(
+                    dedup_replicated_tensors=False, flatten_state_dict=False
+                ),
+                process_group=group,
+            )
+        except CheckpointException as error:  # a BaseException, which 'except Exception' misses
+            raise _not_written(Path(self._directory), error) from error
+        finally:
+            self._shards = {}
 
 
-def write_shards(sharded: dict[str, Any], directory: Path) -> None:
-    """Write the shards of all ranks into an existing, empty directory. A collective over all ranks.
+def take_shards(
+    sharded: dict[str, Any], directory: Path, world: ProcessGroup, copy: bool
+) -> Callable[[ProcessGroup], None]:
+    """Check that the shards of all ranks make whole tensors; what comes back writes them into the
+    existing, empty directory, see `InProcessSave`. A collective over all ranks.
 
     Raises:
-        OSError: writing failed on some rank.
+        OSError: writing failed; on all ranks.
     """
+    strategy, failures = InProcessSave(copy), []
     try:
-        dist_checkpointing.save(sharded, str(directory), sharded_strategy=InProcessSave())
-    except CheckpointException as error:  # a BaseException, which 'except Exception' misses
-        raise OSError(f"{directory} could not be written: {_first_reason(error)}") from error
+        dist_checkpointing.save(sharded, str(directory), sharded_strategy=strategy)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors
+        if world.rank() > 0:
+            raise
+        # Rank 0 has small files of its own to write; the others are in Megatron's last barrier.
+        dist.barrier()
+        failures.append(_not_written(directory, error))
+
+    def report() -> None:
+        for failure in failures:
+            raise failure
+
+    together(world, report)
+    return strategy.write
 
 
 def read_shards(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -131,6 +173,15 @@ def shard_files(directory: Path) -> list[Path]:
         for path in sorted(directory.iterdir())
         if path.name.startswith(own) or (rank == 0 and not path.name.startswith("__"))
     ]
+
+
+def _not_written(directory: Path, error: BaseException) -> OSError:
+    """With the room there is: torch says of a full disk no more than "iostream error"."""
+    try:
+        room = f" ({size_text(shutil.disk_usage(directory).free)} free there)"
+    except OSError:
+        room = ""
+    return OSError(f"{directory} could not be written{room}: {_first_reason(error)}")
 
 
 def _first_reason(error: BaseException) -> str:

@@ -385,6 +385,8 @@ class CheckpointConfig(Section):
 
     every: int = Field(10, ge=0)
     """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    asynchronous: bool = False
+    """Write beside the training, from a copy in host memory of what a rank stores."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     keep_best: int = Field(0, ge=0)

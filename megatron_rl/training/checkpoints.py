@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Callable, Mapping, TypeVar
 
+from megatron_rl.checkpoint.background import BackgroundWriter
 from megatron_rl.checkpoint.directory import newest_checkpoint, newest_first
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.load import load_checkpoint
@@ -83,44 +84,78 @@ def resume(session: Session, policy: Policy, task: Task) -> int | None:
     return None
 
 
-def save(
-    session: Session,
-    policy: Policy,
-    task: Task,
-    number: int,
-    metrics: Mapping[str, float],
-    last: bool,
-) -> None:
-    """Save a checkpoint. One that cannot be written is no reason to lose the run: the older ones
-    are as they were, and the next is tried when it is due.
+class Checkpoints:
+    """Saves the run, at once or beside the training (``checkpoint.asynchronous``)."""
 
-    Raises:
-        RunFailed: it could not be written, and there is no next try.
-    """
-    session.console.phase("checkpoint")
-    check_weights(policy)
-    settings = session.config.checkpoint
-    try:
-        with session.timers("checkpoint"):
-            save_checkpoint(
-                session.checkpoints,
-                number,
-                chunks=policy.chunks,
-                optimizer=policy.optimizer,
-                state={
-                    "step": number,
-                    "scheduler": policy.scheduler.state_dict(),
-                    "task": task.state_dict(),
-                },
-                architecture=architecture_of(session.config.model),
-                layout=layout_of(session.config.parallel, session.launch.world_size),
-                groups=session.groups,
-                keep=settings.keep,
-                keep_best=settings.keep_best,
-                score=metrics.get(settings.best_metric),
-            )
-    except OSError as error:
-        newest = newest_checkpoint(session.checkpoints)
+    def __init__(self, session: Session, policy: Policy, task: Task) -> None:
+        """A collective over all ranks."""
+        self._session, self._policy, self._task = session, policy, task
+        settings = session.config.checkpoint
+        self._background = BackgroundWriter() if settings.asynchronous else None
+        self._writing = 0  #: the step whose checkpoint was begun last
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What all ranks raise together leaves them able to finish the checkpoint begun before."""
+        if kind is not None and issubclass(kind, (UserError, RunFailed)):
+            self.wait()
+
+    def save(self, number: int, metrics: Mapping[str, float], last: bool) -> None:
+        """Save a checkpoint. One that cannot be written is no reason to lose the run: the older
+        ones are as they were, and the next is tried when it is due. A collective.
+
+        Raises:
+            RunFailed: it could not be written, and there is no next try.
+        """
+        self._session.console.phase("checkpoint")
+        check_weights(self._policy)
+        with self._session.timers("checkpoint"):
+            self.wait()  # two at a time would be two copies in memory
+            self._writing = number
+            try:
+                self._begin(number, metrics)
+                if self._background is not None and last:
+                    self._background.wait()
+            except OSError as error:
+                self._report(error, last)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on the disk, or was given up with a
+        warning. A collective.
+        """
+        if self._background is None:
+            return
+        try:
+            self._background.wait()
+        except OSError as error:
+            self._report(error, last=False)
+
+    def _begin(self, number: int, metrics: Mapping[str, float]) -> None:
+        session, settings = self._session, self._session.config.checkpoint
+        save_checkpoint(
+            session.checkpoints,
+            number,
+            chunks=self._policy.chunks,
+            optimizer=self._policy.optimizer,
+            state={
+                "step": number,
+                "scheduler": self._policy.scheduler.state_dict(),
+                "task": self._task.state_dict(),
+            },
+            architecture=architecture_of(session.config.model),
+            layout=layout_of(session.config.parallel, session.launch.world_size),
+            groups=session.groups,
+            keep=settings.keep,
+            keep_best=settings.keep_best,
+            score=metrics.get(settings.best_metric),
+            background=self._background,
+        )
+
+    def _report(self, error: OSError, last: bool) -> None:
+        number, config = self._writing, self._session.config
+        newest = newest_checkpoint(self._session.checkpoints)
         text = (
             f"the checkpoint of step {number} could not be written ({error}); "
             f"{'there is none' if newest is None else f'{newest} is untouched'}"
@@ -129,5 +164,6 @@ def save(
             raise RunFailed(
                 f"{text}; make room and run the same command to continue from there"
             ) from error
-        due = min(number - number % settings.every + settings.every, session.config.train.steps)
-        session.console.warn(f"{text}; next try after step {due}")
+        every = config.checkpoint.every
+        due = min(number - number % every + every, config.train.steps)
+        self._session.console.warn(f"{text}; next try after step {due}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Callable
 
-from megatron_rl.training.checkpoints import resume, save
+from megatron_rl.training.checkpoints import Checkpoints, resume
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.session import Session
 from megatron_rl.training.stop import StopRequest
@@ -27,7 +27,8 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
         )
         return True
     writer = session.open_writer(done)
-    with StopRequest() as stop:
+    checkpoints = Checkpoints(session, policy, task)
+    with StopRequest() as stop, checkpoints:
         if done is None:
             sums = session.new_sums()
             task.evaluate(sums)
@@ -44,7 +45,7 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
             asked = stop.agreed(session.groups.world, session.device.torch_device)
             last = asked or number == total
             if last or _due(session.config.checkpoint.every, number):
-                save(session, policy, task, number, metrics, last)
+                checkpoints.save(number, metrics, last)
             if asked and number < total:
                 session.console.note(
                     f"stopped after step {number}; run the same command to continue"

@@ -1,6 +1,6 @@
 """A run that is killed again and again ends as if nothing had happened.
 
-    python tools/bench/crash_drill.py [--kills 20] [--steps 160] [--seed 0]
+    python tools/bench/crash_drill.py [--kills 20] [--steps 160] [--seed 0] [--asynchronous]
 
 Trains a tiny recipe (tests/support/recipe.py: two ranks, expert parallelism 2, a checkpoint after
 every step) once undisturbed. Then the same once more, with SIGKILL to all ranks at random moments,
@@ -36,22 +36,25 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=160, help="of the run, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--asynchronous", action="store_true", help="save in the background")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        return drill(make_recipe(Path(folder)), arguments.kills, arguments.steps, arguments.seed)
+        return drill(make_recipe(Path(folder)), arguments)
 
 
-def drill(folder: Path, kills: int, steps: int, seed: int) -> int:
+def drill(folder: Path, arguments: argparse.Namespace) -> int:
     """0 if the killed run ends as the undisturbed one does."""
+    kills, steps = arguments.kills, arguments.steps
+    in_background = arguments.asynchronous
     succeed("sft", "sft.yaml", cwd=folder, ranks=2)
     began = time.monotonic()
     succeed(*words("undisturbed", steps), cwd=folder, ranks=2)
     print(f"undisturbed: {steps} steps in {time.monotonic() - began:.0f} s", flush=True)
-    moments = random.Random(seed)
+    moments = random.Random(arguments.seed)
     done = while_saving = 0
     killed = folder / "runs" / "killed"
     while done < kills:
-        with started(*words("killed", steps), cwd=folder, ranks=2) as process:
+        with started(*words("killed", steps, in_background), cwd=folder, ranks=2) as process:
             if not _killed_at(process, moments.uniform(0.0, WINDOW_S)):
                 print(f"the run ended after {done} kills; take more --steps", file=sys.stderr)
                 return 1
@@ -61,17 +64,18 @@ def drill(folder: Path, kills: int, steps: int, seed: int) -> int:
         newest = (killed / "checkpoints" / "latest").read_text().strip()
         place = ", in the middle of a save" if saving else ""
         print(f"kill {done}: newest checkpoint {newest}{place}", flush=True)
-    succeed(*words("killed", steps), cwd=folder, ranks=2)
+    succeed(*words("killed", steps, in_background), cwd=folder, ranks=2)
     differing = compare(folder / "runs" / "undisturbed", killed, steps)
     print(f"{done} kills, {while_saving} of them in the middle of a save")
     print(f"differences from the undisturbed run: {', '.join(differing) or 'none'}")
     return 1 if differing else 0
 
 
-def words(name: str, steps: int) -> list[str]:
+def words(name: str, steps: int, in_background: bool = False) -> list[str]:
     """The command: the same however often it is run."""
-    run = ["--run_dir", f"runs/{name}", "--train.steps", str(steps)]
-    return ["train", "rl.yaml", *run, "--checkpoint.every", "1", "--evaluate.every", "10"]
+    run = ["--run_dir", f"runs/{name}", "--train.steps", str(steps), "--evaluate.every", "10"]
+    saving = ["--checkpoint.asynchronous", str(in_background).lower()]
+    return ["train", "rl.yaml", *run, "--checkpoint.every", "1", *saving]
 
 
 def _killed_at(process: Started, moment: float) -> bool:

@@ -1,6 +1,7 @@
 """Saving, resuming and refusing, in one process."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,38 @@ def test_resuming_is_bit_for_bit_the_run_that_never_stopped(config, tmp_path):
     assert all_equal(resumed.main_weights(), uninterrupted.main_weights())
     assert all_equal(list(resumed.weights().values()), list(uninterrupted.weights().values()))
     assert torch.equal(resumed.logits(), uninterrupted.logits())
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "bf16 distributed optimizer"])
+def test_what_is_written_in_the_background_is_the_moment_of_the_save(name, tmp_path, monkeypatch):
+    """The writer waits until training is three steps on, and has then written the old state."""
+    from megatron_rl.checkpoint import torch_dist
+    from megatron_rl.checkpoint.background import BackgroundWriter
+
+    trained_on, write = threading.Event(), torch_dist.InProcessSave.write
+
+    def write_late(self, group):
+        assert trained_on.wait(60)
+        write(self, group)
+
+    monkeypatch.setattr(torch_dist.InProcessSave, "write", write_late)
+    training, background = build_training(VARIANTS[name]), BackgroundWriter()
+    for number in range(3):
+        training.step(number)
+    path = save(training, tmp_path, background=background)
+    next_random = torch.rand(4)
+    assert background.busy and newest_checkpoint(tmp_path) is None
+    with pytest.raises(RuntimeError, match="has not been waited for"):
+        background.start(lambda group: None)
+    expected = [training.step(i) for i in range(3, 6)]
+    trained_on.set()
+    background.wait()
+    assert not background.busy and newest_checkpoint(tmp_path) == path
+    resumed = build_training(VARIANTS[name], seed=99)
+    assert load(resumed, path) == STATE
+    assert torch.equal(torch.rand(4), next_random)
+    assert [resumed.step(i) for i in range(3, 6)] == expected
+    assert all_equal(resumed.main_weights(), training.main_weights())
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16 distributed optimizer"])
