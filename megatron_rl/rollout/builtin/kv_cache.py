@@ -103,7 +103,7 @@ class DecodeLayout(Layout):
             self.cache.values[layer_number][:, :, : self.length],
             scale,
             mask=self.mask,
-        ).reshape(num_rows, heads, -1)
+        ).reshape(num_rows, heads, value.shape[-1])
         if num_tokens == num_rows:
             return output
         return torch.cat([output, output.new_zeros(num_tokens - num_rows, *output.shape[1:])])
