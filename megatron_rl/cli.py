@@ -28,6 +28,7 @@ from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import read_launch
+from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
 
 #: Verb -> what it does, as the help shows it.
@@ -69,6 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (FloatingPointError, RunFailed) as error:
         _print_error(error)
+        return 1
+    except RuntimeError as error:
+        heard = lost_ranks(error) if read_launch().world_size > 1 else None
+        if heard is None:
+            raise
+        _print_error(
+            RunFailed(
+                f"lost the other ranks ({heard}); expected all to answer; look for the first error "
+                "among the ranks' logs, and run the same command to continue from the last "
+                "checkpoint"
+            )
+        )
         return 1
     except KeyboardInterrupt:
         return 130

@@ -5,22 +5,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 
 import psutil
 import pytest
 
-from tests.support.runs import ROOT, TIMEOUT_S, reproducible
-
-SCRIPT = str(ROOT / "tools" / "launch" / "torchrun.sh")
-
-
-def environment(**settings):
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {
-        name: str(value) for name, value in settings.items()
-    }
+from tests.support.nodes import SCRIPT, environment, wait_for
+from tests.support.runs import TIMEOUT_S, reproducible
 
 
 def free_port():
@@ -68,13 +58,6 @@ def kill(process):
     process.wait()
 
 
-def wait_for(text, log, seconds=TIMEOUT_S):
-    end = time.monotonic() + seconds
-    while text not in log.read_text():
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
-
-
 def test_two_nodes_give_the_metrics_of_one(folder, rl_run):
     words = ["train", "rl.yaml", "--run_dir", "runs/nodes"]
     with nodes(folder, *words, JOB_ID="two") as started:
@@ -92,7 +75,8 @@ def test_when_a_node_dies_the_other_ends_and_the_same_command_goes_on(folder, rl
     with nodes(folder, *words, JOB_ID="dies") as started:
         wait_for("step 5/8", log)
         kill(started[1])
-        assert started[0].wait(60.0) != 0
+        assert started[0].wait(60.0) == 1
+    assert log.read_text().count("error: lost the other ranks (Connection ") == 1
     with nodes(folder, *words, JOB_ID="again") as started:
         assert [process.wait(TIMEOUT_S) for process in started] == [0, 0]
     assert "continuing from runs/dying/checkpoints/step_4 (step 4)" in log.read_text()
@@ -108,9 +92,10 @@ def test_a_signal_to_a_node_leads_to_a_checkpoint(folder, rl_run, number):
         wait_for("step 5/8", log)
         for process in started:
             process.send_signal(number)
-        for process in started:
-            process.wait(TIMEOUT_S)
-        assert "run the same command to continue" in log.read_text()
+        assert [process.wait(TIMEOUT_S) for process in started] == [75, 75]  # try again
+        text = log.read_text()
+        assert "run the same command to continue" in text and "Traceback" not in text
+        assert f"torchrun.sh: {number.name}: the ranks were stopped" in text
 
 
 @pytest.mark.parametrize(
@@ -128,6 +113,18 @@ def test_a_wrong_setting_is_one_line(tmp_path, settings, words, message):
     done = subprocess.run([SCRIPT, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"torchrun.sh: {message}") and done.stderr.count("\n") == 1
+
+
+def test_a_mistake_is_one_line_and_exit_code_2_on_every_rank_of_a_node(tmp_path):
+    env = environment(RANKS_PER_NODE=2)
+    words = [SCRIPT, "train", "missing.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("megatron-rl: error: ")] == lines[:1]
+    assert "missing.yaml" in lines[0]
+    assert lines[-1].startswith("torchrun.sh: rank ") and "ended with exit code 2" in lines[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

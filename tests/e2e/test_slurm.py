@@ -26,10 +26,11 @@ def environment(folder, tmp_path_factory):
         yield {**environment, **settings}
 
 
-def submit(folder, environment, name):
+def submit(folder, environment, name, options=(), words=()):
     """The number of a job of two nodes, and its log."""
-    command = ["sbatch", "--parsable", "--nodes", "2", str(ROOT / "tools/launch/slurm.sbatch")]
-    command += ["train", "rl.yaml", "--run_dir", f"runs/{name}"]
+    command = ["sbatch", "--parsable", "--nodes", "2", *options]
+    command += [str(ROOT / "tools/launch/slurm.sbatch"), "train", "rl.yaml"]
+    command += ["--run_dir", f"runs/{name}", *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
@@ -70,3 +71,16 @@ def test_a_requeued_job_goes_on_from_the_checkpoint_it_left(folder, rl_run, envi
     assert "continuing from runs/requeued/checkpoints/step_" in text
     assert reproducible(folder / "runs" / "requeued") == reproducible(folder / "runs" / "rl")
     assert os.path.exists(folder / "runs" / "requeued" / "report.html")
+
+
+def test_a_job_whose_time_is_over_is_queued_again(folder, rl_run, environment):
+    options = ["--time", "1", "--signal", "B:USR1@35"]
+    job, log = submit(folder, environment, "late", options, ["--train.steps", "2000"])
+    wait_until(lambda: log.exists() and "time is over, job" in log.read_text(), log)
+    assert "run the same command to continue" in log.read_text()
+    wait_until(lambda: state(environment, job) == "PENDING", log)
+    slurm.ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_until(lambda: "continuing from runs/late/checkpoints/step_" in log.read_text(), log)
+    slurm.ask(environment, "scancel", job)
+    wait_until(lambda: state(environment, job) in ("CANCELLED", "FAILED"), log)
+    assert "Traceback" not in log.read_text()

@@ -9,6 +9,7 @@
 #   RANKS_PER_NODE      processes here; default: one a GPU, or one where there is none
 #   MASTER_ADDR         address of node 0 as the others see it; needed with several nodes
 #   MASTER_PORT=29500   a port that is free there
+#   NODE_ADDR           this node's address as the others see it; needed where its host name does not lead to it
 #   JOB_ID=megatron_rl  other runs that meet at the same address and port need another
 #   MAX_RESTARTS=0      times the ranks are started again after one has failed; they go on from the last checkpoint
 #   SHUTDOWN_S=600      how long ranks may take for a last checkpoint after SIGTERM, SIGINT or SIGUSR1
@@ -34,6 +35,7 @@ words=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTART
 if [ "$nodes" -gt 1 ]; then
     is_host=$([ "$node" -eq 0 ] && echo true || echo false)
     words+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}")
+    [ -z "${NODE_ADDR:-}" ] || words+=(--local-addr "$NODE_ADDR")
     words+=(--rdzv-id "${JOB_ID:-megatron_rl}" --rdzv-conf "is_host=$is_host")
 else
     words+=(--standalone)
@@ -47,4 +49,4 @@ if "$python" -m torch.distributed.run --help | grep -q -e --shutdown-timeout; th
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m torch.distributed.run "${words[@]}" -m megatron_rl "$@"
+exec "$python" "$(dirname "${BASH_SOURCE[0]}")/run_ranks.py" "${words[@]}" -m megatron_rl "$@"
