@@ -8,6 +8,7 @@ no time and no GPU. Exit codes: 0 success, 2 a user's mistake (one line on stder
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron_rl.config.estimate import (
     trace_text,
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
-from megatron_rl.config.load import load_config
+from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
@@ -40,10 +41,12 @@ VERBS = {
     "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and show its layout, parameters and memory; starts nothing",
+    "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 
 #: Flags that are no fields of the config: those with a value, and those without.
-OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib"}
+OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
+OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within"}
 OWN_SWITCHES = {"--help", "--version", "--verify"}
 
 #: How long the first rank of a machine may take to reach an error after the others, seconds.
@@ -156,11 +159,31 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--world-size", type=int, metavar="N", help="ranks; default: as the config says"
             )
-            runs = [v for v in VERBS if v not in ("report", "check", "convert")]
+        if verb == "preflight":
+            _add_preflight_arguments(sub)
+        if verb in ("check", "preflight"):
             sub.add_argument(
-                "--for", dest="purpose", choices=runs, default="train", help="default: train"
+                "--for", dest="purpose", choices=_RUNS, default="train", help="default: train"
             )
     return parser
+
+
+#: Verbs that need ranks.
+_RUNS = ("train", "sft", "evaluate", "generate")
+
+
+def _add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of the run")
+    parser.add_argument("--node", type=int, required=True, metavar="R", help="this one, from 0")
+    parser.add_argument(
+        "--ranks-per-node", type=int, required=True, metavar="K", help="processes of each node"
+    )
+    parser.add_argument(
+        "--meet", required=True, metavar="HOST:PORT", help="address of node 0, and a free port"
+    )
+    parser.add_argument(
+        "--within", type=float, default=30.0, metavar="S", help="seconds it may take; default: 30"
+    )
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +224,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "convert":
         _convert(args, overrides)
         return
+    if args.verb == "preflight":
+        _preflight(args, overrides)
+        return
     config = load_config(args.config, overrides)
     if args.verb == "check":
         _show_check(config, args.world_size, args.purpose)
@@ -219,6 +245,37 @@ def _report(run_dirs: Sequence[Path]) -> None:
         print(write_report(run_dir))
     if len(run_dirs) > 1:
         print(write_comparison(run_dirs))
+
+
+def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Compare the nodes; their differences a line each, and an error that counts them."""
+    host, _, port = args.meet.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UserError(f"--meet is {args.meet!r}; expected HOST:PORT")
+    if not 0 <= args.node < args.nodes:
+        raise UserError(f"--node is {args.node} with --nodes {args.nodes}; expected 0 to N - 1")
+    # The store's complaints are stack traces; what they mean is in the report.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from megatron_rl.device import preflight
+
+    def describe() -> tuple[str, Path]:
+        config = load_config(args.config, overrides)
+        check_config(config, args.nodes * args.ranks_per_node, args.purpose)
+        return dump_config(config), config.run_dir
+
+    meeting = preflight.Meeting(args.node, args.nodes, host, int(port), args.within)
+    facts = preflight.facts_of_this_node(describe, args.ranks_per_node)
+    found = preflight.preflight(meeting, facts)
+    if not found:
+        nodes = f"{args.nodes} node{'' if args.nodes == 1 else 's'}"
+        print(f"preflight: {nodes} x {args.ranks_per_node} ranks agree")
+        return
+    for line in found:
+        print(f"preflight: {line}", file=sys.stderr)
+    raise UserError(
+        f"preflight found {len(found)} difference{'' if len(found) == 1 else 's'} between "
+        f"{args.nodes} nodes, see above; expected none; PREFLIGHT=0 starts without it"
+    )
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -8,6 +8,7 @@ it may, both are read here in ways that run nothing. All other files are read as
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 from pathlib import Path
@@ -47,12 +48,23 @@ class _Index(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self._member
         known = name in _ALLOWED.get(module, ())
         if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise Damaged(
             f"{self._path} names {module}.{name}, which an index of tensors does not need; "
             "expected one that this program has written; do not use this checkpoint"
+        )
+
+    def _member(self, kind: Any, name: str) -> Any:
+        """Early releases of Python 3.11 store the member of an enumeration as an attribute."""
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+            return kind[name]
+        raise Damaged(
+            f"{self._path} asks for the attribute {name} of {kind}, which an index of tensors does "
+            "not need; expected one that this program has written; do not use this checkpoint"
         )
 
 

@@ -14,14 +14,21 @@ from tests.support.runs import TIMEOUT_S, reproducible
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """One whose successor is free as well: there the nodes meet for the preflight."""
+    while True:
+        with socket.socket() as free, socket.socket() as next_one:
+            free.bind(("127.0.0.1", 0))
+            with contextlib.suppress(OSError, OverflowError):
+                next_one.bind(("127.0.0.1", free.getsockname()[1] + 1))
+                return free.getsockname()[1]
 
 
 @contextlib.contextmanager
-def nodes(folder, *words, count=2, **settings):
-    """One torchrun.sh a node, one rank each; whatever is left at the end is killed."""
+def nodes(folder, *words, count=2, last=(), **settings):
+    """One torchrun.sh a node, one rank each; whatever is left at the end is killed.
+
+    The last node has the words ``last`` as well.
+    """
     port = free_port()
     started = []
     try:
@@ -38,7 +45,11 @@ def nodes(folder, *words, count=2, **settings):
             log = open(folder / f"node_{node}.log", "w")
             started.append(
                 subprocess.Popen(
-                    [SCRIPT, *words], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
+                    [SCRIPT, *words, *(last if node == count - 1 else ())],
+                    cwd=folder,
+                    env=env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
                 )
             )
             log.close()
@@ -66,6 +77,16 @@ def test_two_nodes_give_the_metrics_of_one(folder, rl_run):
     assert reproducible(folder / "runs" / "nodes") == reproducible(folder / "runs" / "rl")
     logs = sorted((folder / "logs" / "two").glob("node_*/**/stdout.log"))
     assert sum("step 8/8" in log.read_text() for log in logs) == 1 and len(logs) == 2
+
+
+def test_nodes_with_different_configurations_are_told_before_they_start(folder, sft_run):
+    words = ["train", "rl.yaml", "--run_dir", "runs/unlike"]
+    with nodes(folder, *words, last=["--seed", "3"], JOB_ID="unlike") as started:
+        assert [process.wait(60.0) for process in started] == [2, 2]
+    for node in range(2):
+        report, error = (folder / f"node_{node}.log").read_text().splitlines()
+        assert report.startswith("preflight: config differs: ") and "on node 1 (" in report
+        assert error.startswith("megatron-rl: error: preflight found 1 difference between 2 nodes")
 
 
 @pytest.mark.slow

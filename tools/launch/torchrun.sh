@@ -13,6 +13,9 @@
 #   JOB_ID=megatron_rl  other runs that meet at the same address and port need another
 #   MAX_RESTARTS=0      times the ranks are started again after one has failed; they go on from the last checkpoint
 #   SHUTDOWN_S=600      how long ranks may take for a last checkpoint after SIGTERM, SIGINT or SIGUSR1
+#   PREFLIGHT=1         0: do not compare the nodes first (versions, configuration, shared run directory)
+#   PREFLIGHT_S=30      how long nodes may wait for each other there
+#   PREFLIGHT_PORT      another free port of node 0; default: MASTER_PORT + 1
 #   LOGS                directory for the output of each rank, beside the terminal
 #   PYTHON=python       interpreter of the environment that has megatron_rl
 set -euo pipefail
@@ -30,6 +33,16 @@ fi
 # A missing or failing nvidia-smi is no error: there is no GPU then, and what it prints is no list of them.
 ranks=${RANKS_PER_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n '/^GPU /p' | wc -l)}
 [ "$ranks" -gt 0 ] || ranks=1
+
+# What differs between the nodes is said before any rank starts, and a node that is missing after PREFLIGHT_S.
+if [ "$nodes" -gt 1 ] && [ "${PREFLIGHT:-1}" = 1 ]; then
+    case "$1" in train | sft | evaluate)
+        "$python" -m megatron_rl preflight "${@:2}" --for "$1" --nodes "$nodes" --node "$node" \
+            --ranks-per-node "$ranks" --within "${PREFLIGHT_S:-30}" \
+            --meet "$MASTER_ADDR:${PREFLIGHT_PORT:-$((${MASTER_PORT:-29500} + 1))}"
+        ;;
+    esac
+fi
 
 words=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}")
 if [ "$nodes" -gt 1 ]; then

@@ -123,3 +123,32 @@ def test_an_object_among_the_tensors_is_not_run(saved, tmp_path):
     ):
         check_index(tmp_path / "bad")
     assert not (tmp_path / "harm").exists()
+
+
+class Attribute:
+    """Pickled, it is the attribute of another object."""
+
+    def __init__(self, of, name):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return (getattr, (self.of, self.name))
+
+
+def test_members_of_an_enumeration_as_early_pythons_store_them(tmp_path):
+    """3.11.0 to 3.11.3 store getattr(enumeration, name); of other objects no attribute is given."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+    from megatron_rl.checkpoint.safe_index import _Index
+
+    def read(stored):
+        path = tmp_path / ".metadata"
+        path.write_bytes(pickle.dumps(stored))
+        with open(path, "rb") as file:
+            return _Index(file, path).load()
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    assert read(Attribute(_MEM_FORMAT_ENCODING, member.name)) is member
+    for of, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__reduce_ex__")):
+        with pytest.raises(Damaged, match=f"asks for the attribute {name} of "):
+            read(Attribute(of, name))
