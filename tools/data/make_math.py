@@ -1,0 +1,67 @@
+"""Makes a data set of mathematics problems from JSONL files of questions and answers.
+
+    python tools/data/make_math.py --source gsm8k/train.jsonl --out data/train.jsonl
+
+The source has an object a line, as GSM8K has (https://github.com/openai/grade-school-math,
+grade_school_math/data; --question-key question, --answer-key answer, both the defaults). Each line
+of the result holds ``prompt``, chat messages that ask for the answer in a box, and ``answer``, of
+which the verifier takes what follows the last "####".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_rl.data.prompts import load_records
+from megatron_rl.errors import UserError
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def main() -> int:
+    """Write the data set; 2 for a mistake in the source."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--question-key", default="question")
+    parser.add_argument("--answer-key", default="answer")
+    parser.add_argument("--instruction", default=INSTRUCTION, help="behind the question")
+    arguments = parser.parse_args()
+    try:
+        count = make(arguments)
+    except UserError as error:
+        print(f"make_math: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out}: {count} problems")
+    return 0
+
+
+def make(arguments: argparse.Namespace) -> int:
+    """How many problems were written; the file appears when all of them are."""
+    lines = []
+    for number, record in enumerate(load_records(arguments.source), start=1):
+        texts = []
+        for key in (arguments.question_key, arguments.answer_key):
+            if not isinstance(record.get(key), str) or not record[key].strip():
+                raise UserError(
+                    f"{arguments.source}, line {number}: found no text under {key!r}; expected it "
+                    f"among {', '.join(record)}; set --question-key or --answer-key"
+                )
+            texts.append(record[key])
+        # one message of the user: not every chat template knows a system's
+        content = f"{texts[0].strip()}\n\n{arguments.instruction}"
+        messages = [{"role": "user", "content": content}]
+        lines.append(json.dumps({"prompt": messages, "answer": texts[1]}, ensure_ascii=False))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = arguments.out.with_name(f".{arguments.out.name}.partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, arguments.out)
+    return len(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
