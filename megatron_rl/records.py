@@ -53,6 +53,8 @@ class Completion:
     routed_experts: RoutedExperts | None = None
     #: of the weights that made it: how often they had changed by then in this process
     version: int | None = None
+    #: of the weights that sampled its last token, where they changed meanwhile
+    last_version: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def servers_are_named_or_started(config: Config) -> None:
         if servers != ServersConfig():
             raise UserError(
                 "rollout.servers is set with rollout.engine builtin; expected it left out; set "
-                "rollout.engine to vllm"
+                "rollout.engine to vllm or sglang"
             )
         return
     if bool(servers.urls) == bool(servers.start):
@@ -27,7 +27,7 @@ def servers_are_named_or_started(config: Config) -> None:
     if servers.start and servers.python is None:
         raise UserError(
             "rollout.servers.start without rollout.servers.python; expected the interpreter of an "
-            "environment with vLLM; tools/setup_vllm_venv.sh makes one for a CPU"
+            f"environment with {engine}; tools/setup_vllm_venv.sh makes one for vLLM on a CPU"
         )
 
 
@@ -45,12 +45,12 @@ def urls_are_urls(config: Config) -> None:
 
 
 def servers_give_exact_logprobs(config: Config) -> None:
-    """A server's log-probabilities are those of temperature 1, or those after all of its sampling
+    """vLLM's log-probabilities are those of temperature 1, or those after all of its sampling
     settings: with top-p or top-k at another temperature neither is what the loss needs.
     """
     rollout = config.rollout
     cut = rollout.top_p < 1.0 or rollout.top_k > 0
-    if rollout.engine != "builtin" and cut and rollout.temperature != 1.0:
+    if rollout.engine == "vllm" and cut and rollout.temperature != 1.0:
         raise UserError(
             f"rollout.temperature {rollout.temperature:g} with top_p {rollout.top_p:g} and top_k "
             f"{rollout.top_k} and rollout.engine {rollout.engine}; expected top_p 1 and top_k 0, "
@@ -65,18 +65,18 @@ def lag_is_corrected(config: Config) -> None:
         return
     if rollout.engine == "builtin":
         raise UserError(
-            "rollout.lag is 1 with rollout.engine builtin, which generates with the model that is "
-            "being trained; expected vllm; set rollout.engine, or lag 0"
+            f"rollout.lag is {rollout.lag} with rollout.engine builtin, which generates with the "
+            "model that is being trained; expected vllm or sglang; set rollout.engine, or lag 0"
         )
     if rollout.dynamic_sampling:
         raise UserError(
-            "rollout.lag is 1 with rollout.dynamic_sampling, which waits for rewards before it "
-            "draws more; expected one of them; change one"
+            f"rollout.lag is {rollout.lag} with rollout.dynamic_sampling, which waits for rewards "
+            "before it draws more; expected one of them; change one"
         )
     if config.algorithm.mismatch == "none":
         raise UserError(
-            "rollout.lag is 1 with algorithm.mismatch none: the answers are by older weights; "
-            "expected a correction, such as tis; set algorithm.mismatch"
+            f"rollout.lag is {rollout.lag} with algorithm.mismatch none: the answers are by older "
+            "weights; expected a correction, such as tis; set algorithm.mismatch"
         )
 
 

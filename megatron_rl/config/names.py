@@ -19,4 +19,4 @@ LOSS_SETTINGS = {
 ADVANTAGE_NAMES = ("group_norm", "group_mean", "rloo", "reinforce_pp")
 VERIFIER_NAMES = ("countdown", "math", "code")
 #: Rollout engines that return the experts of every token.
-ENGINES_WITH_ROUTES = ("builtin", "vllm")
+ENGINES_WITH_ROUTES = ("builtin", "vllm", "sglang")

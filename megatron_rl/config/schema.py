@@ -229,7 +229,7 @@ class ServersConfig(Section):
     start: int = Field(0, ge=0)
     """Servers to start on the machine of rank 0, in place of urls; they end with the run."""
     python: str | None = None
-    """Interpreter of the environment that has vLLM; for start."""
+    """Interpreter of the environment that has vLLM or SGLang; for start."""
     options: tuple[str, ...] = ()
     """More words for the command that starts a server."""
     start_s: float = Field(600.0, gt=0.0)
@@ -237,8 +237,9 @@ class ServersConfig(Section):
     weights_dir: Path | None = None
     """Where weights are written for the servers, which have to see it; null: in run_dir."""
     reload_method: str = "reload_checkpoint"
-    """Method of vLLM's workers that reads weights, called with a directory; the default is that of
-    the worker extension megatron_rl.rollout.servers.reload.Reload, which started servers have."""
+    """Engine vllm: method of its workers that reads weights, called with a directory; the default
+    is that of the worker extension megatron_rl.rollout.servers.reload.Reload, which started servers
+    have."""
     in_flight: int = Field(32, ge=1)
     """Most open questions of a rank at a server; a question is a problem with all its answers."""
     deadline_s: float = Field(600.0, gt=0.0)
@@ -253,13 +254,14 @@ class ServersConfig(Section):
 class RolloutConfig(Section):
     """Sampling of answers."""
 
-    engine: Literal["builtin", "vllm"] = "builtin"
-    """builtin: generate with the training model itself; vllm: ask vLLM servers."""
+    engine: Literal["builtin", "vllm", "sglang"] = "builtin"
+    """builtin: generate with the training model itself; vllm, sglang: ask servers of that kind."""
     servers: ServersConfig = ServersConfig()
-    """Of engine vllm."""
-    lag: int = Field(0, ge=0, le=1)
-    """Engine vllm: 1 answers the next step's problems while this step's are trained on, by weights
-    that are one step old then."""
+    """Of engines vllm and sglang."""
+    lag: int = Field(0, ge=0)
+    """Engines of servers: answers are sampled this many steps ahead, beside the training. 1: by
+    weights that are one step old when they are trained on. More: answers that are being sampled
+    when the weights change are broken off and go on with the new ones."""
     prompts_per_step: int = Field(64, ge=1)
     """Problems of a step, over all ranks."""
     samples_per_prompt: int = Field(8, ge=1)

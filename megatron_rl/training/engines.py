@@ -10,7 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.rollout.builtin.generate import BuiltinEngine
 from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.servers.engine import ServerEngine
+from megatron_rl.rollout.servers.api import ServerApi
+from megatron_rl.rollout.servers.engine import Command, ServerEngine
+from megatron_rl.rollout.servers.sglang import SglangApi, sglang_command
 from megatron_rl.rollout.servers.vllm import VllmApi
 from megatron_rl.rollout.servers.vllm_command import vllm_command
 from megatron_rl.router.capture import RouterCapture
@@ -25,17 +27,18 @@ def build_engine(
 ) -> Engine:
     """Of ``rollout.engine``; to be closed. ``capture``: of the chunks' routers, for replay."""
     config = session.config
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine != "builtin":
+        api, command = _kind_of_server(session)
         return ServerEngine(
             config,
-            VllmApi(config.rollout.servers.reload_method),
+            api,
             chunks,
             session.groups,
             eos_id=session.tokenizer.eos_id,
             decode=session.tokenizer.decode,
             say=session.console.warn,
             own_machine=session.launch.local_world_size == session.launch.world_size,
-            command=partial(vllm_command, config, session.device.kind == "cpu"),
+            command=command,
             progress=partial(session.console.phase, "rollout"),
         )
     return BuiltinEngine(
@@ -48,3 +51,11 @@ def build_engine(
         max_sequence_length=config.model.max_sequence_length,
         capture=capture,
     )
+
+
+def _kind_of_server(session: Session) -> tuple[ServerApi, Command]:
+    config = session.config
+    if config.rollout.engine == "sglang":
+        return SglangApi(config.model), partial(sglang_command, config)
+    on_cpu = session.device.kind == "cpu"
+    return VllmApi(config.rollout.servers.reload_method), partial(vllm_command, config, on_cpu)

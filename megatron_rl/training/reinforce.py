@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Callable, Sequence, TypeVar
 
 import torch
@@ -52,10 +53,9 @@ class Reinforce:
         self._source = PromptSource(train_prompts, seed=config.seed, shuffle=config.data.shuffle)
         self._eval_prompts = eval_prompts
         self._last: Sequence[ScoredGroup] = ()
-        #: Gives the answers to the next step's problems, which are being sampled already, and where
-        #: the source stood before those were drawn.
-        self._ahead: Callable[[], list[RolloutGroup]] | None = None
-        self._cursor: dict[str, Any] = {}
+        #: Of the steps whose answers are being sampled already, the next first: where the source
+        #: stood before their problems were drawn, and what gives the answers.
+        self._ahead: deque[tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]] = deque()
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
         """Sample, reward, score, and take the optimizer steps of one rollout batch."""
@@ -88,9 +88,11 @@ class Reinforce:
         session, config = self._session, self._session.config
         wanted = config.rollout.prompts_per_step
         if not config.rollout.dynamic_sampling:
-            answers = (self._ahead or self._ask(number))()
-            more = config.rollout.lag > 0 and number < config.train.steps
-            self._ahead = self._ask(number + 1) if more else None
+            _, take = self._ahead.popleft() if self._ahead else self._ask(number)
+            answers = take()
+            last = min(number + config.rollout.lag, config.train.steps)
+            for step in range(number + len(self._ahead) + 1, last + 1):
+                self._ahead.append(self._ask(step))
             groups = self._rewarded(answers)
             return groups, groups
         batch = collect_informative(
@@ -105,13 +107,13 @@ class Reinforce:
             sums.add("groups/drawn", len(batch.drawn))
         return my_share(batch.chosen, config, session.groups), batch.drawn
 
-    def _ask(self, number: int) -> Callable[[], list[RolloutGroup]]:
-        """Draw a step's problems and begin to sample answers to this rank's."""
+    def _ask(self, number: int) -> tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]:
+        """Draw a step's problems and begin to sample answers to this rank's; see ``_ahead``."""
         config = self._session.config
-        self._cursor = self._source.state_dict()
+        cursor = self._source.state_dict()
         batch = self._source.next_batch(config.rollout.prompts_per_step)
         mine = my_share(batch, config, self._session.groups)
-        return self._engine.begin(mine, self._sampling(number))
+        return cursor, self._engine.begin(mine, self._sampling(number))
 
     def _collect(self, prompts: Sequence[Prompt], number: int, attempt: int) -> list[ScoredGroup]:
         """Sample and reward; ``attempt``: the round of dynamic sampling, < 256."""
@@ -173,11 +175,16 @@ class Reinforce:
         return telemetry
 
     def _add_lag(self, sampled: Sequence[ScoredGroup], sums: MetricSums) -> None:
-        """By how many steps the weights that sampled are older than those that are trained."""
+        """By how many steps the weights that sampled are older than those that are trained, and how
+        many answers are by several.
+        """
         answers = [answer for scored in sampled for answer in scored.group.completions]
-        lags = [self._engine.version - a.version for a in answers if a.version is not None]
-        if lags:
-            sums.add("rollout/lag", sum(lags), len(lags))
+        answers = [answer for answer in answers if answer.version is not None]
+        if answers:
+            now = self._engine.version
+            sums.add("rollout/lag", sum(now - a.version for a in answers), len(answers))
+            carried = sum(a.last_version != a.version for a in answers)
+            sums.add("rollout/carried_fraction", carried, len(answers))
 
     def evaluate(self, sums: MetricSums) -> None:
         """Held-out problems, greedy and sampled."""
@@ -193,7 +200,7 @@ class Reinforce:
         """Where the prompt cursor stands; everything else follows from seed and step. Problems that
         are being answered ahead are drawn, and asked, again after resuming.
         """
-        return {"prompts": self._cursor if self._ahead else self._source.state_dict()}
+        return {"prompts": self._ahead[0][0] if self._ahead else self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from such a state."""

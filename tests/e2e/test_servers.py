@@ -150,6 +150,22 @@ def test_the_next_answers_come_while_these_are_trained_on(folder):
     assert all(not drawn[a] & drawn[b] for a in drawn for b in drawn if a < b)
 
 
+def test_answers_two_steps_ahead_go_on_over_the_updates(folder):
+    """Answers that an update breaks off are ended by the new weights; none is lost."""
+    command = words("ahead", SHORT, *on_servers(1), "--rollout.lag", "2")
+    with started(*command, "--algorithm.mismatch", "tis", cwd=folder, ranks=2) as process:
+        finish(process)
+    rows = metrics_of(folder, "ahead")
+    assert [row["step"] for row in rows] == list(range(SHORT + 1))
+    lags = column(rows, "rollout/lag")
+    assert (lags <= [0, 1, 2, 2, 2, 2]).all() and lags[-1] > 1
+    assert column(rows, "rollout/carried_fraction").max() > 0
+    assert column(rows, "servers/probe_difference").max() < 1e-3
+    assert column(rows, "servers/failures").sum() == 0
+    times = column(rows, "reward/solved") * 1024
+    np.testing.assert_allclose(times, times.round(), atol=1e-3)
+
+
 def is_server(process, port):
     """The server of this test's run with that port, not its leash."""
     command = process.info["cmdline"] or []

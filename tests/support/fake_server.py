@@ -47,6 +47,8 @@ class FakeServer:
     hang: no answer for a minute. garbage: something else than an answer. vocabulary: a token that
     the model does not have. error: status 500. slow: a pause before each answer. refuse: no new
     weights are taken. lie: they are said to be taken, and are not. stale: an old version is named.
+
+    With ``token_s`` each token takes that long, and a pause breaks answers off in the middle.
     """
 
     def __init__(
@@ -57,6 +59,10 @@ class FakeServer:
         self.version, self.loaded = "default", []
         self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
         self.answered = 0
+        self.token_s, self.broken_off = 0.0, 0
+        self._pauses = 0  #: how often it was paused
+        self._running = threading.Event()
+        self._running.set()
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
@@ -90,6 +96,11 @@ class FakeServer:
                 self.model = self._load(directory)
         elif path == "/update_weight_version":
             self.version = body["new_version"]
+        elif path == "/pause?mode=abort":
+            self._running.clear()
+            self._pauses += 1
+        elif path == "/resume":
+            self._running.set()
         elif path != "/reset_prefix_cache":
             return 404, {"error": path}
         return 200, {"results": ["ok"]}
@@ -97,6 +108,10 @@ class FakeServer:
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any] | None:
         with self._lock:
             self.asked.append(body)
+        while not self._running.wait(0.01):
+            if self._ended.is_set():
+                return None
+        pauses = self._pauses
         if self.fault == "slow":
             self._ended.wait(self.pause)
         if self.fault == "hang":
@@ -107,17 +122,25 @@ class FakeServer:
             return 200, {"choices": "none"}
         if self.fault == "error":
             return 500, {"error": "EngineCore encountered an issue"}
-        choices = [self._choice(i, body) for i in range(body["sampling_params"]["n"])]
+        count = body["sampling_params"]["n"]
+        choices = [self._choice(i, body, pauses) for i in range(count)]
         with self._lock:
             self.answered += 1
         return 200, {"choices": choices[::-1]}  # in any order: they carry an index
 
-    def _choice(self, index: int, body: dict[str, Any]) -> dict[str, Any]:
+    def _choice(self, index: int, body: dict[str, Any], pauses: int) -> dict[str, Any]:
         settings = body["sampling_params"]
         random = np.random.default_rng(settings["seed"] + index)
         tokens, content, reason = list(body["token_ids"]), [], "length"
+        model, version = self.model, "0" if self.fault == "stale" else self.version
         for _ in range(settings["max_tokens"]):
-            logprobs = self.model(tokens)
+            if self.token_s:
+                self._ended.wait(self.token_s)
+            if self._pauses > pauses:
+                reason = "abort"
+                self.broken_off += 1
+                break
+            logprobs = model(tokens)
             token = int(logprobs.argmax())
             if settings["temperature"] > 0:
                 logits = logprobs / settings["temperature"]
@@ -130,7 +153,6 @@ class FakeServer:
         made = tokens[len(body["token_ids"]) :]
         if self.fault == "vocabulary":
             made[0] = 10**6
-        version = "0" if self.fault == "stale" else self.version
         return {
             "index": index,
             "finish_reason": reason,

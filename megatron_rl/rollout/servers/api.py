@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Sequence
+from typing import Any, Collection, Protocol, Sequence
 
 import numpy as np
 
@@ -32,6 +32,23 @@ class Answer:
     stopped: bool  #: it ended by itself, not at the length limit
     versions: tuple[str, ...]  #: of the weights that made its tokens, in order; () where not said
     routed_experts: np.ndarray | None = None  #: integers [P + N - 1, L, K], of every MoE layer
+    aborted: bool = False  #: it was broken off, for new weights; there is more to come
+
+    def continued(self, rest: Answer, prompt_length: int) -> Answer:
+        """This answer, which was broken off, and what the server went on with."""
+        routes = rest.routed_experts
+        if routes is not None and self.routed_experts is not None:
+            # of its own tokens, the experts of the weights that drew the tokens behind them
+            mine = prompt_length + len(self.tokens) - 1
+            routes = np.concatenate([self.routed_experts[:mine], routes[mine:]])
+        return Answer(
+            np.concatenate([self.tokens, rest.tokens]),
+            np.concatenate([self.logprobs, rest.logprobs]),
+            rest.stopped,
+            self.versions + rest.versions,
+            routes,
+            rest.aborted,
+        )
 
 
 class ServerApi(Protocol):
@@ -47,6 +64,14 @@ class ServerApi(Protocol):
 
     def loading(self, directory: str, version: str) -> Sequence[Call]:
         """Make the server answer with the weights of a directory that it can read."""
+
+    def interrupting(self) -> Sequence[Call]:
+        """Break all answers off: what there is of them is sent, and no other begun before
+        `resuming`.
+        """
+
+    def resuming(self) -> Sequence[Call]:
+        """Answer again."""
 
 
 def answer_seed(seed: int, index: int) -> int:
@@ -65,7 +90,8 @@ def check_answers(
     settings: SamplingSettings,
     eos_id: int,
     vocab_size: int,
-    version: str,
+    versions: Collection[str],
+    may_be_aborted: bool = False,
 ) -> None:
     """Refuse what could not have been sampled from the policy.
 
@@ -77,21 +103,30 @@ def check_answers(
         raise BadAnswer(f"{len(answers)} answers; expected {settings.samples}")
     for answer in answers:
         count = len(answer.tokens)
-        if not 0 < count <= settings.max_new_tokens:
+        if answer.aborted and not may_be_aborted:
+            raise BadAnswer("an answer that was broken off; expected a whole one")
+        if not (0 if answer.aborted else 1) <= count <= settings.max_new_tokens:
             raise BadAnswer(f"an answer of {count} tokens; expected 1 to {settings.max_new_tokens}")
-        if answer.tokens.min() < 0 or answer.tokens.max() >= vocab_size:
-            wrong = int(answer.tokens[(answer.tokens < 0) | (answer.tokens >= vocab_size)][0])
-            raise BadAnswer(f"token {wrong}; expected ids below {vocab_size}")
+        outside = answer.tokens[(answer.tokens < 0) | (answer.tokens >= vocab_size)]
+        if len(outside):
+            raise BadAnswer(f"token {int(outside[0])}; expected ids below {vocab_size}")
         if len(answer.logprobs) != count:
             raise BadAnswer(f"{len(answer.logprobs)} log-probabilities for {count} tokens")
-        if not np.isfinite(answer.logprobs).all() or answer.logprobs.max() > 1e-3:
-            raise BadAnswer(f"log-probability {answer.logprobs.max()}; expected finite, at most 0")
-        if answer.stopped != (int(answer.tokens[-1]) == eos_id):
+        largest = answer.logprobs.max(initial=-np.inf)
+        if not np.isfinite(answer.logprobs).all() or largest > 1e-3:
+            raise BadAnswer(f"log-probability {largest}; expected finite, at most 0")
+        if answer.stopped != (count > 0 and int(answer.tokens[-1]) == eos_id):
             raise BadAnswer("an answer that ends without its last token being the end token")
-        if any(found != version for found in answer.versions):
-            raise BadAnswer(f"weights of version {' '.join(answer.versions)}; expected {version}")
+        if any(found not in versions for found in answer.versions):
+            raise BadAnswer(
+                f"weights of version {' '.join(answer.versions)}; expected {' or '.join(versions)}"
+            )
         routes, tokens = answer.routed_experts, len(prompt.tokens) + count - 1
-        if settings.routes and (routes is None or routes.ndim != 3 or len(routes) != tokens):
+        if (
+            settings.routes
+            and count
+            and (routes is None or routes.ndim != 3 or len(routes) != tokens)
+        ):
             raise BadAnswer(
                 "no experts of its tokens, which algorithm.routing_replay r3 needs; expected a "
                 "server that returns them (vLLM on a GPU, with enable_return_routed_experts)"

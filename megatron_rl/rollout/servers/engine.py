@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -86,8 +87,10 @@ class ServerEngine:
         self._sync_s, self._restarts, self._difference = 0.0, 0, 0.0
         model = config.model
         self._layers = tuple(i + 1 for i, is_moe in enumerate(moe_layers(model)) if is_moe)
-        self._threads = ThreadPoolExecutor(1, "rollout servers")
-        self._asking: Future | None = None  #: answers that are being asked for in the background
+        self._lag = config.rollout.lag
+        #: The steps ahead, and an evaluation.
+        self._threads = ThreadPoolExecutor(self._lag + 1, "rollout servers")
+        self._asking: list[Future] = []  #: answers that are being asked for in the background
 
     @property
     def version(self) -> int:
@@ -112,7 +115,8 @@ class ServerEngine:
     ) -> Callable[[], list[RolloutGroup]]:
         """Ask in the background; the answers are by the weights of this moment. A collective.
 
-        Weights that change meanwhile are sent when all answers are there.
+        Weights that change meanwhile are sent when all answers are there; with a lag above 1 they
+        are sent at once, and answers that are being sampled go on with them.
 
         Returns:
             Waits for the answers and gives them, as `generate` does. A collective.
@@ -124,7 +128,7 @@ class ServerEngine:
         asking = None
         if groups.model.rank() == 0 and groups.context.rank() == 0:
             asking = self._threads.submit(self._ask, prompts, settings, self._version)
-            self._asking = asking
+            self._asking = [one for one in self._asking if not one.done()] + [asking]
 
         def finish() -> list[RolloutGroup]:
             found: list[list[RolloutGroup]] = []
@@ -175,28 +179,74 @@ class ServerEngine:
                 )
 
     def _question(
-        self, prompt: Prompt, settings: SamplingSettings, version: int
+        self,
+        prompt: Prompt,
+        settings: SamplingSettings,
+        version: int,
+        carried: bool = False,
+        seed: int | None = None,
     ) -> Question[list[Answer]]:
+        """carried: the answers may be broken off, and are by this version or a later one."""
         config = self._config
 
         def read(payload: Any) -> list[Answer]:
             answers = self._api.answers(payload)
+            last = self._version if carried else version
+            versions = [str(number) for number in range(version, last + 1)]
             size = config.model.vocab_size
-            check_answers(answers, prompt, settings, self._eos_id, size, str(version))
+            check_answers(answers, prompt, settings, self._eos_id, size, versions, carried)
             return answers
 
-        seed = answer_seed(settings.seed, prompt.index)
+        if seed is None:
+            seed = answer_seed(settings.seed, prompt.index)
         return Question(self._api.generation(prompt, settings, seed, self._eos_id), read)
 
     def _ask(
         self, prompts: Sequence[Prompt], settings: SamplingSettings, version: int
     ) -> list[RolloutGroup]:
-        questions = [self._question(prompt, settings, version) for prompt in prompts]
+        carried = self._lag > 1
+        questions = [self._question(prompt, settings, version, carried) for prompt in prompts]
         answers = self._pool.ask(questions, lambda done: self._progress(done, len(questions)))
+        self._go_on(prompts, answers, settings, version)
         return [
             RolloutGroup(prompt, tuple(self._completion(answer, version) for answer in of_prompt))
             for prompt, of_prompt in zip(prompts, answers, strict=True)
         ]
+
+    def _go_on(
+        self,
+        prompts: Sequence[Prompt],
+        answers: list[list[Answer]],
+        settings: SamplingSettings,
+        version: int,
+    ) -> None:
+        """Ask for the rest of answers that were broken off, until none is."""
+        while True:
+            broken = [
+                (p, number)
+                for p, of_prompt in enumerate(answers)
+                for number, answer in enumerate(of_prompt)
+                if answer.aborted
+            ]
+            if not broken:
+                return
+            questions = [
+                self._rest_of(prompts[p], answers[p][number], number, settings, version)
+                for p, number in broken
+            ]
+            for (p, number), (rest,) in zip(broken, self._pool.ask(questions), strict=True):
+                answer = answers[p][number]
+                answers[p][number] = answer.continued(rest, len(prompts[p].tokens))
+
+    def _rest_of(
+        self, prompt: Prompt, answer: Answer, number: int, settings: SamplingSettings, version: int
+    ) -> Question[list[Answer]]:
+        """Ask for what comes behind the tokens there are; with other random numbers than those."""
+        made = len(answer.tokens)
+        longer = replace(prompt, tokens=np.concatenate([prompt.tokens, answer.tokens]))
+        left = replace(settings, samples=1, max_new_tokens=settings.max_new_tokens - made)
+        seed = answer_seed((settings.seed + (made << 44)) % 2**64, prompt.index) + number
+        return self._question(longer, left, version, True, seed)
 
     def _completion(self, answer: Answer, version: int) -> Completion:
         routes = None
@@ -208,7 +258,8 @@ class ServerEngine:
             finished=answer.stopped,
             text=self._decode(answer.tokens.tolist()),
             routed_experts=routes,
-            version=version,
+            version=int(answer.versions[0]) if answer.versions else version,
+            last_version=int(answer.versions[-1]) if answer.versions else version,
         )
 
     def _routes(self, ids: np.ndarray) -> RoutedExperts:
@@ -229,8 +280,8 @@ class ServerEngine:
 
     def _send_weights(self) -> None:
         """Write the weights, let the servers read them, and see whether they have. A collective."""
-        if self._asking is not None:
-            wait([self._asking])  # no answer is to begin with some weights and end with others
+        if self._lag <= 1:
+            wait(self._asking)  # no answer is to begin with some weights and end with others
         began = time.perf_counter()
         world, is_first = self._groups.world, self._groups.world.rank() == 0
         directory = self._root / f"version_{self._version}"
@@ -238,10 +289,13 @@ class ServerEngine:
             self._forget(self._versions())  # of this run before it was interrupted
         model = self._config.model
         export_model(self._chunks, self._groups, model, directory, like=model.hf_path, replace=True)
+        if self._pool is not None:
+            self._pool.hold()  # until it is known which servers have the weights
         every, loaded = together(world, lambda: self._load(directory) if is_first else None)[0]
         if self._pool is None:  # of the ranks that start nothing
             self._pool = self._new_pool(every)
         self._probe(loaded)
+        self._pool.release()
         self._sent = self._version
         self._sync_s += time.perf_counter() - began
         if is_first:
@@ -270,6 +324,8 @@ class ServerEngine:
         calls = self._api.loading(str(directory.absolute()), version)
         if is_new:
             calls = calls[-1:]  # it has read them already; it only has to be told their version
+        elif self._lag > 1:
+            calls = [*self._api.interrupting(), *calls, *self._api.resuming()]
         try:
             for call in calls:
                 self._pool.ask_one(url, Question(call, lambda payload: None))

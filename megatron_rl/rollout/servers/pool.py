@@ -8,6 +8,7 @@ question is answered once or not at all: an answer that comes too late is not lo
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -70,8 +71,9 @@ class ServerPool:
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._in_flight, self._deadline, self._retries = in_flight, deadline_s, retries
         self._say, self._revive = say, revive
-        self._reviving = self._waiting = self._closed = False
+        self._reviving = self._waiting = self._closed = self._held = False
         self._failures = 0
+        self._lock = threading.Lock()  # several threads may ask at a time
 
     @property
     def urls(self) -> list[str]:
@@ -111,6 +113,16 @@ class ServerPool:
         """Ask this server again."""
         server = self._of(url)
         server.excluded, server.failures, server.rests_until = None, 0, 0.0
+
+    def hold(self) -> None:
+        """Answers that come from now on wait for `release`; those of servers that are excluded by
+        then are asked for again. Calls of `ask_one` are not held.
+        """
+        self._held = True
+
+    def release(self) -> None:
+        """See `hold`."""
+        self._held = False
 
     def close(self) -> None:
         """Ask nothing more: who is asking, in another thread, gets `RunFailed`."""
@@ -160,6 +172,10 @@ class ServerPool:
             server = await self._take()
             try:
                 payload = await self._post(client, server.url, question.call)
+                while self._held and not self._closed:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                if server.excluded is not None:
+                    raise BadAnswer(server.excluded)
                 result = question.read(payload)
             except (httpx.HTTPError, BadAnswer) as error:
                 text = " ".join(f"{type(error).__name__} {error}".split())
@@ -170,7 +186,8 @@ class ServerPool:
                 server.failures = 0
                 return result
             finally:
-                server.open -= 1
+                with self._lock:
+                    server.open -= 1
         raise RunFailed(
             f"no rollout server gave a good answer in {len(reasons)} tries; last {reasons[-1]}"
         )
@@ -192,13 +209,14 @@ class ServerPool:
             if self._closed:
                 raise RunFailed("the rollout servers are not asked any more")
             now = time.monotonic()
-            able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]
-            free = [server for server in able if server.open < self._in_flight]
-            if free:
-                self._waiting = False
-                server = min(free, key=lambda server: server.open)
-                server.open += 1
-                return server
+            with self._lock:
+                able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]
+                free = [server for server in able if server.open < self._in_flight]
+                if free:
+                    self._waiting = False
+                    server = min(free, key=lambda server: server.open)
+                    server.open += 1
+                    return server
             if able:
                 end = None
             else:

@@ -63,6 +63,14 @@ class VllmApi:
             Call("/update_weight_version", {"new_version": version}),
         )
 
+    def interrupting(self) -> Sequence[Call]:
+        """See `ServerApi`. The choices broken off end with the reason "abort"."""
+        return (Call("/pause?mode=abort", {}),)
+
+    def resuming(self) -> Sequence[Call]:
+        """See `ServerApi`."""
+        return (Call("/resume", {}),)
+
 
 def _answer(choice: dict[str, Any]) -> Answer:
     spans = choice.get("weight_versions") or ()
@@ -74,6 +82,7 @@ def _answer(choice: dict[str, Any]) -> Answer:
         stopped=choice["finish_reason"] == "stop",
         versions=tuple(str(span["version"]) for span in spans),
         routed_experts=_experts(choice.get("routed_experts")),
+        aborted=choice["finish_reason"] == "abort",
     )
 
 

@@ -152,7 +152,7 @@ def test_the_samplers_experts_need_an_engine_that_tells_them():
         replayed_routes_are_returned(config.model_copy(update={"rollout": rollout}))
     assert str(error.value) == (
         "algorithm.routing_replay is r3 with rollout.engine silent, which does not return the "
-        "experts of its tokens; expected builtin or vllm; change the engine, or take r2"
+        "experts of its tokens; expected builtin or vllm or sglang; change the engine, or take r2"
     )
 
 

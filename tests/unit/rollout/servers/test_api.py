@@ -15,8 +15,8 @@ ENDED = Answer(np.array([4, 1]), np.array([-0.5, -2.0], np.float32), True, ("7",
 CUT = Answer(np.array([4, 2, 1, 0])[:3], np.array([-0.5, 0.0, -9.0], np.float32), True, ("7", "7"))
 
 
-def check(*answers, settings=SETTINGS):
-    check_answers(answers, PROMPT, settings, eos_id=1, vocab_size=8, version="7")
+def check(*answers, settings=SETTINGS, versions=("7",), may_be_aborted=False):
+    check_answers(answers, PROMPT, settings, 1, 8, versions, may_be_aborted)
 
 
 def test_good_answers_pass():
@@ -42,6 +42,34 @@ def test_good_answers_pass():
 def test_what_the_policy_could_not_have_sampled_is_refused(change, message):
     with pytest.raises(BadAnswer, match=message):
         check(ENDED, dataclasses.replace(ENDED, **change))
+
+
+def test_an_answer_may_be_broken_off_where_it_can_go_on():
+    broken = dataclasses.replace(ENDED, tokens=np.array([4, 2]), stopped=False, aborted=True)
+    nothing = dataclasses.replace(
+        broken, tokens=np.zeros(0, int), logprobs=np.zeros(0, np.float32), versions=()
+    )
+    check(broken, nothing, may_be_aborted=True)
+    with pytest.raises(BadAnswer, match="an answer that was broken off; expected a whole one"):
+        check(broken, ENDED)
+    check(ENDED, dataclasses.replace(ENDED, versions=("7", "8")), versions=("7", "8"))
+    with pytest.raises(BadAnswer, match="weights of version 9; expected 7 or 8"):
+        check(ENDED, dataclasses.replace(ENDED, versions=("9",)), versions=("7", "8"))
+
+
+def test_a_rest_is_put_behind_what_there_was():
+    """Experts are those of the pass that drew the token behind them: 3 + 2 - 1 of the first."""
+    first = Answer(
+        np.array([4, 2]), np.array([-0.5, -1.0]), False, ("7",), np.full((4, 2, 2), 7), True
+    )
+    rest = Answer(np.array([3, 1]), np.array([-2.0, -3.0]), True, ("8",), np.full((6, 2, 2), 8))
+    whole = first.continued(rest, prompt_length=3)
+    assert whole.tokens.tolist() == [4, 2, 3, 1] and whole.logprobs.tolist() == [-0.5, -1, -2, -3]
+    assert (whole.stopped, whole.aborted, whole.versions) == (True, False, ("7", "8"))
+    assert whole.routed_experts[:, 0, 0].tolist() == [7, 7, 7, 7, 8, 8]
+    assert dataclasses.replace(first, routed_experts=None).continued(rest, 3).routed_experts is (
+        rest.routed_experts
+    )
 
 
 def test_a_missing_answer_is_seen():

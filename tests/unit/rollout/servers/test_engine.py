@@ -158,6 +158,78 @@ def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, serv
     assert engine.metrics()["servers/failures"] == 0
 
 
+LONG = SamplingSettings(3, 40, seed=4)
+
+
+@pytest.fixture
+def ahead(directory, tmp_path, servers, told):
+    """As ``built``, with answers two steps ahead, from servers that take their time."""
+    config = config_of(directory, tmp_path / "run", [s.url for s in servers])
+    rollout = config.rollout.model_copy(update={"lag": 2})
+    built = build(config.model_copy(update={"rollout": rollout}), told)
+    for server in servers:
+        server.token_s = 0.02
+    return built
+
+
+def change_weights(engine, chunks):
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(1.1)
+    engine.weights_changed()
+
+
+def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, tmp_path, told):
+    """Every token has the log-probability of the weights that drew it: the old ones first."""
+    engine, chunks, *_ = ahead
+    finish = engine.begin(PROMPTS, LONG)
+    wait_for(lambda: sum(len(server.asked) for server in servers) >= 2 + len(PROMPTS))
+    change_weights(engine, chunks)
+    new = engine.generate(PROMPTS, SAMPLED)
+    old = finish()
+    assert {a.version for group in new for a in group.completions} == {1}
+    weights = tmp_path / "run" / "servers" / "weights"
+    models = [hugging_face_model(weights / f"version_{number}") for number in range(2)]
+    carried = 0
+    for group in old:
+        for answer in group.completions:
+            tokens = [*group.prompt.tokens.tolist(), *answer.tokens.tolist()]
+            start = len(group.prompt.tokens)
+            by = np.array(
+                [[m(tokens[: start + i])[t] for i, t in enumerate(answer.tokens)] for m in models]
+            )
+            first, last = np.abs(by - answer.logprobs) < 1e-4
+            switched = int(first.argmin()) if not first.all() else len(first)
+            assert first[:switched].all() and last[switched:].all()
+            assert len(answer.tokens) == 40 or answer.finished
+            assert (answer.version, answer.last_version) == (0, int(switched < len(first)))
+            carried += 0 < switched < len(first)
+    assert carried >= 3 and sum(server.broken_off for server in servers) >= 3
+    assert told == [] and engine.metrics()["servers/failures"] == 0
+
+
+def test_what_a_server_without_the_new_weights_went_on_with_is_not_taken(ahead, servers, told):
+    engine, chunks, *_ = ahead
+    finish = engine.begin(PROMPTS, LONG)
+    wait_for(lambda: all(server.asked for server in servers))
+    servers[0].fault = "lie"
+    change_weights(engine, chunks)
+    engine.generate([], SAMPLED)
+    answers = [answer for group in finish() for answer in group.completions]
+    assert len(answers) == 9 and all(len(a.tokens) == 40 or a.finished for a in answers)
+    assert any("is left out: its log-probabilities differ" in text for text in told)
+    assert engine.metrics()["servers/used"] == 1
+
+
+def test_several_batches_are_sampled_at_a_time(ahead, servers):
+    engine = ahead[0]
+    finishers = [engine.begin(PROMPTS, dataclasses.replace(LONG, seed=n)) for n in range(2)]
+    probes = 2 * len(servers)
+    wait_for(lambda: sum(len(server.asked) for server in servers) == probes + 2 * len(PROMPTS))
+    batches = [tokens_of(finish()) for finish in finishers]
+    assert batches[0] != batches[1]
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -210,6 +210,21 @@ def test_excluded_servers_are_not_asked_until_they_are_admitted(servers, told, e
     assert len(servers[0].asked) == COUNT
 
 
+def test_answers_that_are_held_count_once_it_is_known_that_they_may(servers, told, expected):
+    """The first server is left out meanwhile: what it has answered is asked for again."""
+    pool, found = make_pool(servers, told), []
+    pool.hold()
+    asking = threading.Thread(target=lambda: found.append(pool.ask(questions())))
+    asking.start()
+    wait_for(lambda: all(server.answered for server in servers))
+    assert found == []
+    pool.exclude(servers[0].url, "wrong weights")
+    pool.release()
+    asking.join(30.0)
+    assert found == [expected]
+    assert any("BadAnswer wrong weights; asking again" in text for text in told)
+
+
 def test_one_server_is_asked_once(servers, told):
     pool = make_pool(servers, told)
     (question,) = questions(1)

@@ -106,6 +106,25 @@ def test_greedy_is_temperature_0_without_cuts():
     assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.0, 1.0, 0)
 
 
+def test_a_choice_that_was_broken_off_says_so():
+    api = VllmApi("load")
+    assert [call.path for call in api.interrupting()] == ["/pause?mode=abort"]
+    assert [call.path for call in api.resuming()] == ["/resume"]
+    payload = {  # as 0.32 answers a question that a pause has ended
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "abort",
+                "token_ids": [5, 6],
+                "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -2.0}]},
+                "weight_versions": [{"version": "3", "start": 0, "end": 2}],
+            }
+        ]
+    }
+    (answer,) = api.answers(payload)
+    assert answer.aborted and not answer.stopped and answer.versions == ("3",)
+
+
 def test_weights_are_read_then_the_cache_forgotten_then_the_version_told():
     assert API.loading("/weights/version_3", "3") == (
         Call("/collective_rpc", {"method": "reload_checkpoint", "args": ["/weights/version_3"]}),

@@ -1,0 +1,118 @@
+"""SGLang's native HTTP API (`/generate`), and the command that starts a server.
+
+No server was at hand: there is no build of it for a CPU. Requests and responses are those that
+SGLang documents and that other trainers send and read; the probe judges what a real one computes.
+Its samples are not seeded, because the samples of a prompt would share one seed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from megatron_rl.config.layout import moe_layers
+from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.records import Prompt
+from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class SglangApi:
+    """`ServerApi` of SGLang."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        """model: tells the shape of the experts that answers carry."""
+        self._shape = (model.num_layers, model.moe_top_k)
+        self._moe_layers = sum(moe_layers(model))
+
+    def generation(
+        self, prompt: Prompt, settings: SamplingSettings, seed: int, eos_id: int
+    ) -> Call:
+        """Log-probabilities are those at the temperature, before top-p and top-k."""
+        sampling = {
+            "n": settings.samples,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": 0.0 if settings.greedy else settings.temperature,
+            "top_p": 1.0 if settings.greedy else settings.top_p,
+            "top_k": -1 if settings.greedy or not settings.top_k else settings.top_k,
+            "stop_token_ids": [eos_id],
+            "skip_special_tokens": False,
+        }
+        body = {
+            "input_ids": prompt.tokens.tolist(),
+            "sampling_params": sampling,
+            "return_logprob": True,
+        }
+        return Call(
+            "/generate", body | ({"return_routed_experts": True} if settings.routes else {})
+        )
+
+    def answers(self, payload: Any) -> list[Answer]:
+        """See `ServerApi`. One sample is an object, several are a list of them, in order."""
+        try:
+            return [
+                self._answer(one) for one in (payload if isinstance(payload, list) else [payload])
+            ]
+        except (KeyError, TypeError, ValueError, OverflowError, IndexError) as error:
+            raise BadAnswer(f"not a response of /generate ({error!r})") from error
+
+    def loading(self, directory: str, version: str) -> Sequence[Call]:
+        """See `ServerApi`. Cached keys and values of the old weights are forgotten with it."""
+        body = {"model_path": directory, "weight_version": version, "flush_cache": True}
+        return (Call("/update_weights_from_disk", body),)
+
+    def interrupting(self) -> Sequence[Call]:
+        """See `ServerApi`."""
+        return (Call("/pause_generation", {"mode": "abort"}),)
+
+    def resuming(self) -> Sequence[Call]:
+        """See `ServerApi`."""
+        return (Call("/continue_generation", {}),)
+
+    def _answer(self, one: dict[str, Any]) -> Answer:
+        meta = one["meta_info"]
+        pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
+        version, reason = meta.get("weight_version"), meta["finish_reason"]["type"]
+        return Answer(
+            tokens=np.array([token for _, token in pairs], dtype=np.int64),
+            logprobs=np.array([logprob for logprob, _ in pairs], dtype=np.float32),
+            stopped=reason == "stop",
+            versions=() if version is None else (str(version),),
+            routed_experts=self._experts(meta.get("routed_experts")),
+            aborted=reason == "abort",
+        )
+
+    def _experts(self, encoded: str | None) -> np.ndarray | None:
+        """int32 [tokens, L, K], of all layers or of the MoE layers alone."""
+        if encoded is None:
+            return None
+        try:
+            flat = np.frombuffer(base64.b64decode(encoded, validate=True), dtype=np.int32)
+        except binascii.Error as error:
+            raise ValueError("routed_experts is not base64") from error
+        layers, top_k = self._shape
+        tokens, left = divmod(len(flat), layers * top_k)
+        if left:
+            layers = self._moe_layers
+            tokens = len(flat) // (layers * top_k)
+        return flat.reshape(tokens, layers, top_k)
+
+
+def sglang_command(
+    config: Config, directory: Path, host: str, port: int
+) -> tuple[list[str], dict[str, str]]:
+    """Words and environment variables; ``directory`` is what it loads first."""
+    servers = config.rollout.servers
+    words = [servers.python, "-m", "sglang.launch_server", "--model-path", str(directory)]
+    words += ["--host", host, "--port", str(port), "--skip-tokenizer-init"]
+    words += ["--dtype", _DTYPES[config.model.dtype]]
+    words += ["--context-length", str(config.model.max_sequence_length)]
+    if config.algorithm.routing_replay == "r3":
+        words += ["--enable-return-routed-experts"]
+    return [*words, *servers.options], {"HF_HUB_OFFLINE": "1"}
