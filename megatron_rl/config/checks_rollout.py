@@ -31,6 +31,17 @@ def servers_are_named_or_started(config: Config) -> None:
         )
 
 
+def broadcasts_reach_servers_of_others(config: Config) -> None:
+    """Servers of our own are started, and started again, from a directory."""
+    rollout = config.rollout
+    if rollout.servers.sync == "broadcast" and (rollout.engine != "vllm" or rollout.servers.start):
+        raise UserError(
+            f"rollout.servers.sync is broadcast with rollout.engine {rollout.engine} and "
+            f"rollout.servers.start {rollout.servers.start}; expected vllm servers given by "
+            "rollout.servers.urls; set sync to disk"
+        )
+
+
 def urls_are_urls(config: Config) -> None:
     """``rollout.servers.urls`` are http addresses, each once."""
     urls = config.rollout.servers.urls
@@ -82,6 +93,7 @@ def lag_is_corrected(config: Config) -> None:
 
 ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     servers_are_named_or_started,
+    broadcasts_reach_servers_of_others,
     urls_are_urls,
     servers_give_exact_logprobs,
     lag_is_corrected,

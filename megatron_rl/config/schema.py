@@ -234,8 +234,11 @@ class ServersConfig(Section):
     """More words for the command that starts a server."""
     start_s: float = Field(600.0, gt=0.0)
     """Longest wait for a started server, seconds."""
+    sync: Literal["disk", "broadcast"] = "disk"
+    """How weights reach the servers. disk: through a directory that they see; broadcast: through a
+    process group of rank 0 and the servers' workers (engine vllm, with urls): NCCL on CUDA."""
     weights_dir: Path | None = None
-    """Where weights are written for the servers, which have to see it; null: in run_dir."""
+    """sync disk: where weights are written, which the servers have to see; null: in run_dir."""
     reload_method: str = "reload_checkpoint"
     """Engine vllm: method of its workers that reads weights, called with a directory; the default
     is that of the worker extension megatron_rl.rollout.servers.reload.Reload, which started servers

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.config.hf_config import read_model_type
 from megatron_rl.config.hf_export import check_describes, hf_config_of
 from megatron_rl.config.schema import ModelConfig
-from megatron_rl.models.parameters import weight_views
+from megatron_rl.models.parameters import ParameterView, weight_views
+from megatron_rl.parallel.collectives import all_max, gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.families import rule_of, split
 from megatron_rl.weights.writer import SHARD_BYTES, write_hf_directory
@@ -28,13 +30,54 @@ def stream_weights(
     gather in step.
     """
     for view in weight_views(chunks, groups):
-        if view.tied or view.replicas.rank() > 0:
+        yield from _whole(view, model, family)
+
+
+#: Weights of a rank that are on the way to rank 0 at a time.
+ROUND = 32
+
+
+@torch.no_grad()
+def gather_weights(
+    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, family: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `stream_weights` yields on all ranks, on rank 0 of the world; nothing on the others,
+    which have to consume it as well.
+
+    The ranks of a pipeline stage have as many weights, in the same order, so those that gather a
+    weight together are in the same round.
+    """
+    world, views = groups.world, list(weight_views(chunks, groups))
+    device = next(chunks[0].parameters()).device
+    rounds = -(-all_max(len(views), world, device) // ROUND)
+    for number in range(rounds):
+        mine: list[tuple[str, torch.Tensor]] = []
+        for view in views[number * ROUND : (number + 1) * ROUND]:
+            mine += _whole(view, model, family)
+        described = gather_objects([(name, t.shape, t.dtype) for name, t in mine], world)
+        if world.rank() > 0:
+            for _, tensor in mine:
+                dist.send(tensor, dst=0, group=world)
             continue
-        whole = view.gather(view.of(view.parameter.detach()))
-        if view.group.rank() > 0:
-            continue
-        rule = rule_of(view.name, family)
-        yield from zip(rule.parts, split(rule, whole, model), strict=True)
+        yield from mine
+        for rank, entries in enumerate(described[1:], start=1):
+            for name, shape, dtype in entries:
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(tensor, src=rank, group=world)
+                yield name, tensor
+
+
+def _whole(
+    view: ParameterView, model: ModelConfig, family: str
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """The parts of a weight, on the rank that is to give them. A collective over its group."""
+    if view.tied or view.replicas.rank() > 0:
+        return []
+    whole = view.gather(view.of(view.parameter.detach()))
+    if view.group.rank() > 0:
+        return []
+    rule = rule_of(view.name, family)
+    return zip(rule.parts, split(rule, whole, model), strict=True)
 
 
 def describe(model: ModelConfig, like: Path | None) -> dict[str, Any]:

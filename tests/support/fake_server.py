@@ -6,14 +6,18 @@ The real one is too slow to start for every test; `tests/e2e/test_servers.py` ru
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import numpy as np
+
+from megatron_rl.rollout.servers.reload import Reload
 
 #: Log-probabilities [V] of the next token, given those before it.
 Model = Callable[[list[int]], np.ndarray]
@@ -41,6 +45,27 @@ def hugging_face_model(directory: Path) -> Model:
     return logprobs
 
 
+class _Worker(Reload):
+    """Of a fake server: the real extension, on a model that is a directory."""
+
+    rank, device = 0, "cpu"
+
+    def __init__(self, like: Path, take: Callable[[Path], None]) -> None:
+        self._like, self._take, self.model_runner = like, take, self
+
+    def _forget_kernels(self) -> None:
+        pass
+
+    def reload_weights(self, weights_iterator: Iterable[tuple[str, Any]]) -> None:
+        """As vLLM's model runner has it."""
+        from safetensors.torch import save_file
+
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self._like / "config.json", folder)
+            save_file(dict(weights_iterator), Path(folder) / "model.safetensors")
+            self._take(Path(folder))
+
+
 class FakeServer:
     """Serves until closed. Set ``fault`` to the name of one of its faults; "" for none.
 
@@ -52,10 +77,16 @@ class FakeServer:
     """
 
     def __init__(
-        self, model: Model, load: Callable[[Path], Model] | None = None, port: int = 0
+        self,
+        model: Model,
+        load: Callable[[Path], Model] | None = None,
+        port: int = 0,
+        like: Path | None = None,
     ) -> None:
+        """like: a model directory whose config.json describes weights that are broadcast."""
         self.model, self._load = model, load or (lambda directory: self.model)
         self.fault, self.pause = "", 0.3
+        self.worker = _Worker(like, self._take) if like else None
         self.version, self.loaded = "default", []
         self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
         self.answered = 0
@@ -90,10 +121,9 @@ class FakeServer:
         if path == "/collective_rpc":
             if self.fault == "refuse":
                 return 500, {"error": "no"}
-            directory = Path(body["args"][0])
-            self.loaded.append(directory.name)
-            if self.fault != "lie":
-                self.model = self._load(directory)
+            if body["method"] in ("count", "join_weights", "receive_weights"):
+                return 200, {"results": [getattr(self.worker, body["method"])(*body["args"])]}
+            self._take(Path(body["args"][0]))
         elif path == "/update_weight_version":
             self.version = body["new_version"]
         elif path == "/pause?mode=abort":
@@ -104,6 +134,11 @@ class FakeServer:
         elif path != "/reset_prefix_cache":
             return 404, {"error": path}
         return 200, {"results": ["ok"]}
+
+    def _take(self, directory: Path) -> None:
+        self.loaded.append(directory.name)
+        if self.fault != "lie":
+            self.model = self._load(directory)
 
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any] | None:
         with self._lock:

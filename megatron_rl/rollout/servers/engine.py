@@ -1,4 +1,4 @@
-"""The engine that asks inference servers: weights out by disk, answers back over HTTP."""
+"""The engine that asks inference servers: weights out, answers back over HTTP."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -29,10 +30,11 @@ from megatron_rl.rollout.servers.api import (
     answer_seed,
     check_answers,
 )
+from megatron_rl.rollout.servers.broadcast import WeightBroadcast
 from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.probe import ANSWER_TOKENS, probe_prompts, trainer_logprobs
 from megatron_rl.rollout.servers.process import ServerProcess
-from megatron_rl.weights.export import export_model
+from megatron_rl.weights.export import describe, export_model, gather_weights
 
 #: Weights on disk that are kept: those the servers have, and those they are getting.
 KEPT_VERSIONS = 2
@@ -80,6 +82,8 @@ class ServerEngine:
         self._eos_id, self._decode, self._say, self._progress = eos_id, decode, say, progress
         self._root = self._servers.weights_dir or config.run_dir / "servers" / "weights"
         self._command, self._own_machine = command, own_machine
+        self._sender: WeightBroadcast | None = None
+        self._lost: dict[str, str] = {}  #: servers without the weights of a broadcast, and why
         self._own: list[ServerProcess] = []
         self._reading: dict[str, Path] = {}  #: what each of them was started with
         self._pool: ServerPool | None = None
@@ -283,15 +287,11 @@ class ServerEngine:
         if self._lag <= 1:
             wait(self._asking)  # no answer is to begin with some weights and end with others
         began = time.perf_counter()
-        world, is_first = self._groups.world, self._groups.world.rank() == 0
-        directory = self._root / f"version_{self._version}"
-        if is_first and self._pool is None:
-            self._forget(self._versions())  # of this run before it was interrupted
-        model = self._config.model
-        export_model(self._chunks, self._groups, model, directory, like=model.hf_path, replace=True)
-        if self._pool is not None:
-            self._pool.hold()  # until it is known which servers have the weights
-        every, loaded = together(world, lambda: self._load(directory) if is_first else None)[0]
+        is_first = self._groups.world.rank() == 0
+        if self._servers.sync == "disk":
+            every, loaded = self._by_disk()
+        else:
+            every, loaded = self._by_broadcast()
         if self._pool is None:  # of the ranks that start nothing
             self._pool = self._new_pool(every)
         self._probe(loaded)
@@ -300,6 +300,71 @@ class ServerEngine:
         self._sync_s += time.perf_counter() - began
         if is_first:
             self._forget(self._versions()[:-KEPT_VERSIONS])
+
+    def _by_disk(self) -> tuple[list[str], list[str]]:
+        """All servers, and those that say that they have read the weights. A collective."""
+        world, is_first = self._groups.world, self._groups.world.rank() == 0
+        directory = self._root / f"version_{self._version}"
+        if is_first and self._pool is None:
+            self._forget(self._versions())  # of this run before it was interrupted
+        model = self._config.model
+        export_model(self._chunks, self._groups, model, directory, like=model.hf_path, replace=True)
+        self._hold()
+        return together(world, lambda: self._load(directory) if is_first else None)[0]
+
+    def _by_broadcast(self) -> tuple[list[str], list[str]]:
+        """All servers, and those that say that they have received the weights. A collective."""
+        world, is_first = self._groups.world, self._groups.world.rank() == 0
+        model = self._config.model
+        family = describe(model, model.hf_path)["model_type"]
+        self._hold()
+        together(world, lambda: self._join() if is_first else None)
+        weights = gather_weights(self._chunks, self._groups, model, family)
+        if is_first:
+            joined = [url for url in self._pool.urls if url not in self._lost]
+            self._lost |= self._sender.send(weights, joined, self._of_workers)
+        else:
+            for _ in weights:  # its part is sent to rank 0
+                pass
+        return together(world, lambda: self._tell() if is_first else None)[0]
+
+    def _hold(self) -> None:
+        if self._pool is not None:
+            self._pool.hold()  # until it is known which servers have the weights
+
+    def _join(self) -> None:
+        """On rank 0: a group with each server; those with whom there is none are lost for now."""
+        if self._pool is None:
+            self._pool = self._new_pool(self._servers.urls)
+            device = next(self._chunks[0].parameters()).device
+            self._sender = WeightBroadcast(device, self._servers.start_s, self._own_machine)
+        self._lost = {}
+        for url in self._pool.urls:
+            try:
+                for call in self._api.interrupting() if self._lag > 1 else ():
+                    self._pool.ask_one(url, Question(call, lambda payload: None))
+                self._sender.join(url, partial(self._of_workers, url))
+            except (httpx.HTTPError, BadAnswer, RuntimeError) as error:
+                self._lost[url] = " ".join(f"{type(error).__name__} {error}".split())
+
+    def _tell(self) -> tuple[list[str], list[str]]:
+        """On rank 0: tell the servers which weights they have; all, and those that know."""
+        calls = [*self._api.naming(str(self._version))]
+        calls += self._api.resuming() if self._lag > 1 else ()
+        for url in self._pool.urls:
+            try:
+                for call in () if url in self._lost else calls:
+                    self._pool.ask_one(url, Question(call, lambda payload: None))
+            except (httpx.HTTPError, BadAnswer) as error:
+                self._lost[url] = " ".join(f"{type(error).__name__} {error}".split())
+        for url, why in self._lost.items():
+            self._sender.forget(url)
+            self._say(f"rollout server {url} did not take the weights: {why}")
+        return self._pool.urls, [url for url in self._pool.urls if url not in self._lost]
+
+    def _of_workers(self, url: str, method: str, arguments: list) -> list:
+        call = self._api.of_workers(method, arguments)
+        return self._pool.ask_one(url, Question(call, self._api.results))
 
     def _load(self, directory: Path) -> tuple[list[str], list[str]]:
         """On rank 0: all servers, and those that say that they have the weights."""

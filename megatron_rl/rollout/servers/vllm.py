@@ -57,11 +57,25 @@ class VllmApi:
 
     def loading(self, directory: str, version: str) -> Sequence[Call]:
         """See `ServerApi`. Cached keys and values of the old weights are forgotten."""
+        return (self.of_workers(self._reload_method, [directory]), *self.naming(version))
+
+    def naming(self, version: str) -> Sequence[Call]:
+        """What follows new weights, however they came."""
         return (
-            Call("/collective_rpc", {"method": self._reload_method, "args": [directory]}),
             Call("/reset_prefix_cache", {}),
             Call("/update_weight_version", {"new_version": version}),
         )
+
+    def of_workers(self, method: str, arguments: list) -> Call:
+        """Call a method of all workers; its response holds what each returns, see `results`."""
+        return Call("/collective_rpc", {"method": method, "args": arguments})
+
+    def results(self, payload: Any) -> list:
+        """Of the workers. Raises `BadAnswer`."""
+        try:
+            return list(payload["results"])
+        except (KeyError, TypeError) as error:
+            raise BadAnswer(f"not a response of /collective_rpc ({error!r})") from error
 
     def interrupting(self) -> Sequence[Call]:
         """See `ServerApi`. The choices broken off end with the reason "abort"."""

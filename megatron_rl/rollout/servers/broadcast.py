@@ -1,0 +1,159 @@
+"""Weights to the servers' workers through process groups, without a disk.
+
+Rank 0 of the trainer and the workers of one server form a group (NCCL on CUDA, else gloo), made
+when the server gets its first weights. Each batch of tensors is sent as three broadcasts: the
+length of a header, the header (names, types and shapes as JSON), and all bytes. `reload.py` is the
+other end.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Callable, Iterable, Sequence
+
+import torch
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, TCPStore
+
+#: Bytes of weights sent at a time.
+BATCH_BYTES = 256 << 20
+
+Tensors = Iterable[tuple[str, torch.Tensor]]
+
+
+class WeightBroadcast:
+    """On rank 0: the groups with the servers."""
+
+    def __init__(self, device: torch.device, seconds: float, own_machine: bool) -> None:
+        """
+        Args:
+            device: of the weights.
+            seconds: longest wait for a server, in any one step.
+            own_machine: whether the servers run on this machine.
+        """
+        self._device, self._timeout = device, timedelta(seconds=seconds)
+        self._host = "127.0.0.1" if own_machine else socket.gethostname()
+        self._groups: dict[str, tuple[ProcessGroup, TCPStore]] = {}
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
+
+    def join(self, url: str, call: Callable[[str, list], list]) -> None:
+        """Form the group with a server's workers, unless it is there.
+
+        Args:
+            url: of the server.
+            call: a method of its workers, with arguments; gives what each has returned.
+
+        Raises:
+            RuntimeError: it did not come to that; or what ``call`` raises.
+        """
+        if url in self._groups:
+            return
+        size = 1 + len(call("count", []))
+        store = TCPStore(
+            self._host, 0, is_master=True, timeout=self._timeout, wait_for_workers=False
+        )
+        arguments = [self._host, store.port, self._backend, size, self._timeout.total_seconds()]
+        with ThreadPoolExecutor(1) as threads:
+            joined = threads.submit(call, "join_weights", arguments)
+            group = make_group(store, 0, size, self._backend, self._timeout)
+            _sent(group, torch.zeros(1, dtype=torch.int64, device=self._device))  # now it is there
+            joined.result()
+        self._groups[url] = (group, store)
+
+    def forget(self, url: str) -> None:
+        """The group with this server is of no use any more."""
+        self._groups.pop(url, None)
+
+    def send(
+        self, tensors: Tensors, urls: Sequence[str], call: Callable[[str, str, list], list]
+    ) -> dict[str, str]:
+        """Send the tensors to all servers that have joined; why it failed, for those it did.
+
+        Args:
+            tensors: consumed to the end, whatever fails.
+            urls: of the servers.
+            call: as for `join`, with the url before.
+        """
+        failures: dict[str, str] = {}
+        with ThreadPoolExecutor(max(1, len(urls))) as threads:
+            reading = {url: threads.submit(call, url, "receive_weights", []) for url in urls}
+            for header, payload in _batches(tensors, self._device):
+                for url in urls:
+                    if url not in failures:
+                        self._send_batch(url, header, payload, reading[url], failures)
+            for url in urls:
+                if url not in failures:
+                    self._send_batch(url, b"", None, None, failures)
+            for url, future in reading.items():
+                try:
+                    future.result(self._timeout.total_seconds())
+                except Exception as error:  # noqa: BLE001 - the caller says it, and goes on
+                    failures.setdefault(url, f"{type(error).__name__} {error}")
+        for url in failures:
+            self.forget(url)
+        return failures
+
+    def _send_batch(
+        self,
+        url: str,
+        header: bytes,
+        payload: torch.Tensor | None,
+        reading: Future | None,
+        failures: dict[str, str],
+    ) -> None:
+        group, _ = self._groups[url]
+        try:
+            if reading is not None and reading.done():
+                raise RuntimeError("it has stopped reading")
+            length = torch.tensor([len(header)], dtype=torch.int64, device=self._device)
+            _sent(group, length)
+            if header:
+                text = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self._device)
+                _sent(group, text)
+                _sent(group, payload)
+        except RuntimeError as error:
+            failures[url] = f"{type(error).__name__} {error}"
+
+
+def make_group(
+    store: TCPStore, rank: int, size: int, backend: str, timeout: timedelta
+) -> ProcessGroup:
+    """A group beside those of torch.distributed, which are one set in each process."""
+    prefixed = PrefixStore("weights", store)
+    if backend == "gloo":
+        from torch.distributed import ProcessGroupGloo
+
+        return ProcessGroupGloo(prefixed, rank, size, timeout)
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupNCCL(prefixed, rank, size, options)
+
+
+def _sent(group: ProcessGroup, tensor: torch.Tensor) -> None:
+    group.broadcast([tensor], BroadcastOptions()).wait()
+
+
+def _batches(tensors: Tensors, device: torch.device) -> Iterable[tuple[bytes, torch.Tensor]]:
+    """(header, all bytes) of some tensors at a time."""
+    waiting: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        waiting.append((name, tensor))
+        size += tensor.nbytes
+        if size >= BATCH_BYTES:
+            yield _packed(waiting, device)
+            waiting, size = [], 0
+    if waiting:
+        yield _packed(waiting, device)
+
+
+def _packed(
+    tensors: Sequence[tuple[str, torch.Tensor]], device: torch.device
+) -> tuple[bytes, torch.Tensor]:
+    header = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors]
+    flat = [t.to(device).contiguous().view(-1).view(torch.uint8) for _, t in tensors]
+    return json.dumps(header).encode(), torch.cat(flat)
