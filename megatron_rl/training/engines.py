@@ -11,8 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rl.rollout.builtin.generate import BuiltinEngine
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.servers.api import ServerApi
-from megatron_rl.rollout.servers.engine import Command, ServerEngine
+from megatron_rl.rollout.servers.engine import ServerEngine
 from megatron_rl.rollout.servers.sglang import SglangApi, sglang_command
+from megatron_rl.rollout.servers.sync import Command
 from megatron_rl.rollout.servers.vllm import VllmApi
 from megatron_rl.rollout.servers.vllm_command import vllm_command
 from megatron_rl.router.capture import RouterCapture

@@ -69,6 +69,7 @@ def kill(process):
     process.wait()
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_metrics_of_one(folder, rl_run):
     words = ["train", "rl.yaml", "--run_dir", "runs/nodes"]
     with nodes(folder, *words, JOB_ID="two") as started:

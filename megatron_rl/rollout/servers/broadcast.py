@@ -13,6 +13,7 @@ import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Callable, Iterable, Sequence
+from urllib.parse import urlsplit
 
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, TCPStore
@@ -26,15 +27,13 @@ Tensors = Iterable[tuple[str, torch.Tensor]]
 class WeightBroadcast:
     """On rank 0: the groups with the servers."""
 
-    def __init__(self, device: torch.device, seconds: float, own_machine: bool) -> None:
+    def __init__(self, device: torch.device, seconds: float) -> None:
         """
         Args:
             device: of the weights.
             seconds: longest wait for a server, in any one step.
-            own_machine: whether the servers run on this machine.
         """
         self._device, self._timeout = device, timedelta(seconds=seconds)
-        self._host = "127.0.0.1" if own_machine else socket.gethostname()
         self._groups: dict[str, tuple[ProcessGroup, TCPStore]] = {}
         self._backend = "nccl" if device.type == "cuda" else "gloo"
 
@@ -46,15 +45,13 @@ class WeightBroadcast:
             call: a method of its workers, with arguments; gives what each has returned.
 
         Raises:
-            RuntimeError: it did not come to that; or what ``call`` raises.
+            RuntimeError, OSError: it did not come to that; or what ``call`` raises.
         """
         if url in self._groups:
             return
-        size = 1 + len(call("count", []))
-        store = TCPStore(
-            self._host, 0, is_master=True, timeout=self._timeout, wait_for_workers=False
-        )
-        arguments = [self._host, store.port, self._backend, size, self._timeout.total_seconds()]
+        size, host = 1 + len(call("count", [])), _address_towards(url)
+        store = TCPStore(host, 0, is_master=True, timeout=self._timeout, wait_for_workers=False)
+        arguments = [host, store.port, self._backend, size, self._timeout.total_seconds()]
         with ThreadPoolExecutor(1) as threads:
             joined = threads.submit(call, "join_weights", arguments)
             group = make_group(store, 0, size, self._backend, self._timeout)
@@ -131,6 +128,14 @@ def make_group(
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
     return ProcessGroupNCCL(prefixed, rank, size, options)
+
+
+def _address_towards(url: str) -> str:
+    """The address of this machine as a server sees it."""
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    with socket.create_connection((parts.hostname, port), timeout=10.0) as towards:
+        return towards.getsockname()[0]
 
 
 def _sent(group: ProcessGroup, tensor: torch.Tensor) -> None:

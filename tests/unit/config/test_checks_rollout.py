@@ -17,7 +17,7 @@ def make(engine="vllm", temperature=1.0, top_p=1.0, top_k=0, **servers):
 def lagging(engine="vllm", mismatch="tis", **rollout):
     servers = {"urls": URLS} if engine == "vllm" else {}
     return Config(
-        rollout={"engine": engine, "servers": servers, "lag": 1, **rollout},
+        rollout={"engine": engine, "servers": servers, **{"lag": 1, **rollout}},
         algorithm={"mismatch": mismatch},
     )
 
@@ -32,6 +32,9 @@ def lagging(engine="vllm", mismatch="tis", **rollout):
         make(urls=URLS, temperature=0.7),
         make(urls=URLS, top_p=0.9, top_k=8),
         make("builtin", temperature=0.7, top_p=0.9),
+        make("sglang", urls=URLS, temperature=0.7, top_p=0.9),
+        make(urls=URLS, sync="broadcast"),
+        lagging(lag=3),
     ],
 )
 def test_good_ones_pass(config):
@@ -51,6 +54,11 @@ def test_good_ones_pass(config):
         (make(urls=["one:8000"]), "rollout.servers.urls holds 'one:8000'; expected an address"),
         (make(urls=["ftp://one"]), "rollout.servers.urls holds 'ftp://one'; expected an address"),
         (make(urls=[URLS[0], URLS[0] + "/"]), "rollout.servers.urls names a server twice"),
+        (
+            make(start=1, python="p", sync="broadcast"),
+            "rollout.servers.sync is broadcast with rollout.engine vllm and rollout.servers.start 1",
+        ),
+        (make("sglang", urls=URLS, sync="broadcast"), "rollout.servers.sync is broadcast with rol"),
         (lagging("builtin"), "rollout.lag is 1 with rollout.engine builtin, which generates with"),
         (lagging(mismatch="none"), "rollout.lag is 1 with algorithm.mismatch none: the answers a"),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),

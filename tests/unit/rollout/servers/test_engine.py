@@ -170,7 +170,7 @@ def receivers(directory):
 
 def broadcasting(directory, run_dir, servers, lag=0, **parallel):
     config = config_of(directory, run_dir, [server.url for server in servers], **parallel)
-    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": 20.0})
+    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": 8.0})
     rollout = config.rollout.model_copy(update={"servers": chosen, "lag": lag})
     return config.model_copy(update={"rollout": rollout})
 
@@ -219,8 +219,8 @@ def broadcast_from_ranks(directory, run_dir, urls, parallel):
     ("ranks", "parallel"),
     [
         (2, {"tensor": 2, "expert": 2}),
-        (2, {"pipeline": 2}),
-        (4, {"tensor": 2, "pipeline": 2, "expert": 2}),
+        pytest.param(2, {"pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"tensor": 2, "pipeline": 2, "expert": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_weights_that_are_spread_over_ranks_are_broadcast_whole(
@@ -362,7 +362,7 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
     engine, *_ = build(config.model_copy(update={"rollout": rollout}), told, fake_command)
     with contextlib.closing(engine):
         expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
-        processes = [psutil.Process(process.pid) for process in engine._own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own]
         assert engine.metrics()["servers/used"] == 2 and told == []
         # One dies while it is not needed: the other answers, and it is started beside it.
         kill(processes[0])
@@ -370,18 +370,18 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         metrics = engine.metrics()
         assert (metrics["servers/used"], metrics["servers/restarts"]) == (1, 1)
-        assert told == [f"rollout server {engine._own[0].url} has ended; starting it again"]
-        wait_for(lambda: engine._own[0].is_ready, 60.0)
+        assert told == [f"rollout server {engine.sync.own[0].url} has ended; starting it again"]
+        wait_for(lambda: engine.sync.own[0].is_ready, 60.0)
         engine.weights_changed()
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         assert engine.metrics()["servers/used"] == 2
         # Both die before they are asked: they are brought back with the weights of the moment.
-        processes = [psutil.Process(process.pid) for process in engine._own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own]
         for process in processes:
             kill(process)
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         assert engine.metrics()["servers/restarts"] == 2
-        processes = [psutil.Process(process.pid) for process in engine._own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own]
     assert not any(process.is_running() for process in processes)
 
 
