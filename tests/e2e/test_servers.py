@@ -9,6 +9,9 @@ import numpy as np
 import psutil
 import pytest
 
+from megatron_rl.config.load import load_config
+from megatron_rl.rollout.servers.process import ServerProcess
+from megatron_rl.rollout.servers.vllm_command import vllm_command
 from tests.support.recipe import run_tool
 from tests.support.runs import ROOT, records, started, succeed
 
@@ -164,6 +167,33 @@ def test_answers_two_steps_ahead_go_on_over_the_updates(folder):
     assert column(rows, "servers/failures").sum() == 0
     times = column(rows, "reward/solved") * 1024
     np.testing.assert_allclose(times, times.round(), atol=1e-3)
+
+
+@pytest.fixture
+def standing(folder):
+    """A server that runs already, with the warm-up's weights."""
+    succeed("convert", "runs/countdown/sft", "hf", cwd=folder)
+    config = load_config(folder / EXAMPLE / "rspo.yaml", ["--rollout.servers.python", PYTHON])
+    process = ServerProcess("127.0.0.1", folder / "standing.log")
+    process.start(*vllm_command(config, True, folder / "hf", "127.0.0.1", process.port))
+    try:
+        process.wait_until_ready(300.0)
+        yield process
+    finally:
+        process.stop()
+
+
+def test_weights_reach_a_standing_server_without_a_disk(folder, standing):
+    command = words("broadcast", SHORT, "--rollout.engine", "vllm")
+    command += ["--rollout.servers.urls", f"[{standing.url}]", "--rollout.servers.sync=broadcast"]
+    with started(*command, cwd=folder, ranks=2) as process:
+        finish(process)
+    rows = metrics_of(folder, "broadcast")
+    assert [row["step"] for row in rows] == list(range(SHORT + 1))
+    for name in ("servers/probe_difference", "mismatch/logprob_max"):
+        assert 0 < column(rows, name).max() < 1e-3
+    assert column(rows, "servers/failures").sum() == 0
+    assert not (folder / "runs" / "broadcast" / "servers").exists()
 
 
 def is_server(process, port):
