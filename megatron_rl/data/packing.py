@@ -175,7 +175,7 @@ def _build_routes(
     if routing is None:
         return None
     first = np.arange(pack_tokens)[:, None] * routing.top_k + np.arange(routing.top_k)
-    filler = (first % routing.num_experts).astype(_id_type(routing.num_experts))
+    filler = (first % routing.num_experts).astype(id_type(routing.num_experts))
     ids = np.repeat(filler[:, None], len(routing.layers), axis=1)
     start = 0
     for sample in samples:
@@ -229,5 +229,6 @@ def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
         raise ValueError(f"sample {index}: the sampler sent a token to one expert twice")
 
 
-def _id_type(num_experts: int) -> np.dtype:
+def id_type(num_experts: int) -> np.dtype:
+    """The smallest integer type that holds the ids 0..num_experts-1, as NumPy names it."""
     return {1: np.uint8, 2: np.int16, 4: np.int32}[expert_id_bytes(num_experts)]

@@ -4,7 +4,7 @@ nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,16 @@ def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def scatter_objects(values: Sequence[Any] | None, group: ProcessGroup) -> Any:
+    """This rank's of the picklable values that the group's rank 0 gives, one a rank."""
+    if group.size() == 1:
+        return values[0]
+    received: list[Any] = [None]
+    source = dist.get_global_rank(group, 0)
+    dist.scatter_object_list(received, values, src=source, group=group)
+    return received[0]
 
 
 class _GatherFirstDim(torch.autograd.Function):

@@ -5,6 +5,8 @@ The real one is too slow to start for every test; `tests/e2e/test_servers.py` ru
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import sys
@@ -90,6 +92,7 @@ class FakeServer:
         self.version, self.loaded = "default", []
         self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
         self.answered = 0
+        self.experts: tuple[int, int] | None = None  #: (L, K): answers carry experts
         self.token_s, self.broken_off = 0.0, 0
         self._pauses = 0  #: how often it was paused
         self._running = threading.Event()
@@ -134,6 +137,16 @@ class FakeServer:
         elif path != "/reset_prefix_cache":
             return 404, {"error": path}
         return 200, {"results": ["ok"]}
+
+    def _experts(self, tokens: int) -> str | None:
+        """Of a token at place t, in layer l (from 0): t + l, t + l + 1... modulo 8."""
+        if self.experts is None:
+            return None
+        layers, top_k = self.experts
+        places = np.add.outer(np.add.outer(np.arange(tokens), np.arange(layers)), np.arange(top_k))
+        file = io.BytesIO()
+        np.save(file, (places % 8).astype(np.int32))
+        return base64.b64encode(file.getvalue()).decode()
 
     def _take(self, directory: Path) -> None:
         self.loaded.append(directory.name)
@@ -192,7 +205,7 @@ class FakeServer:
             "index": index,
             "finish_reason": reason,
             "token_ids": made,
-            "routed_experts": None,
+            "routed_experts": self._experts(len(tokens) - 1),
             "weight_versions": [{"version": version, "start": 0, "end": len(made)}],
             "logprobs": {"content": content},
         }

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from megatron_rl.checkpoint.together import together
-from megatron_rl.config.layout import moe_layers
+from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
+from megatron_rl.data.packing import id_type
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.collectives import gather_objects, scatter_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import SamplingSettings
@@ -245,12 +246,35 @@ class ServerEngine:
         """A server reports every layer, the dense ones too, or the MoE layers alone."""
         if ids.shape[1] == self._config.model.num_layers:
             ids = ids[:, [layer - 1 for layer in self._layers]]
-        return RoutedExperts(ids, self._layers)
+        return RoutedExperts(ids.astype(id_type(self._config.model.num_experts)), self._layers)
 
     def _mine(self, found: list[list[RolloutGroup]]) -> list[RolloutGroup]:
-        """The answers of the rank that has asked for the same prompts; ``found`` is empty here if
-        that is another.
+        """The answers of the rank that has asked for the same prompts, with the experts of this
+        pipeline stage; ``found`` is empty here if that is another rank.
         """
-        for group in (self._groups.context, self._groups.model):
-            found = [answers for of_rank in gather_objects(found, group) for answers in of_rank]
-        return found[0]
+        found = [
+            answers
+            for of_rank in gather_objects(found, self._groups.context)
+            for answers in of_rank
+        ]
+        model, parallel, stage = self._groups.model, self._config.parallel, self._groups.pipeline
+        stages = stage_layers(self._config.model.num_layers, parallel)
+        needed = gather_objects([layer + 1 for layer in stages[stage.rank()]], model)
+        parts = (
+            [[_with_layers(g, layers) for g in found[0]] for layers in needed] if found else None
+        )
+        return scatter_objects(parts, model)
+
+
+def _with_layers(group: RolloutGroup, needed: Sequence[int]) -> RolloutGroup:
+    """The group with the sampler's experts of these layers alone."""
+    return replace(group, completions=tuple(_of_layers(a, needed) for a in group.completions))
+
+
+def _of_layers(answer: Completion, needed: Sequence[int]) -> Completion:
+    routes = answer.routed_experts
+    if routes is None:
+        return answer
+    columns = [i for i, layer in enumerate(routes.layers) if layer in needed]
+    layers = tuple(routes.layers[i] for i in columns)
+    return replace(answer, routed_experts=RoutedExperts(routes.ids[:, columns], layers))

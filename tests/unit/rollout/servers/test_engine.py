@@ -407,6 +407,35 @@ def _generate(directory, run_dir, urls, parallel):
     ], engine.metrics()
 
 
+def _routes(directory, run_dir, urls, parallel):
+    """On a rank: the experts that answers carry, and where they start."""
+    engine, *_ = build(config_of(directory, run_dir, urls, **parallel), [])
+    (group,) = engine.generate(PROMPTS[:1], dataclasses.replace(SAMPLED, routes=True))
+    return [(answer.routed_experts, len(answer.tokens)) for answer in group.completions]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "layers"),
+    [({"pipeline": 2}, [(1, 2), (3, 4)]), ({"tensor": 2}, [(1, 2, 3, 4)] * 2)],
+)
+def test_a_pipeline_stage_gets_the_experts_of_its_layers(
+    directory, tmp_path, servers, parallel, layers
+):
+    for server in servers:
+        server.experts = (4, 2)
+    urls = [server.url for server in servers]
+    ranks = run_on_ranks(2, _routes, directory, tmp_path, urls, parallel)
+    for answers, wanted in zip(ranks, layers, strict=True):
+        assert len(answers) == 3
+        for routes, count in answers:
+            assert routes.layers == wanted and routes.ids.dtype == np.uint8
+            places = np.arange(len(PROMPTS[0].tokens) + count - 1)
+            for column, layer in enumerate(wanted):
+                first = (places + layer - 1) % 8
+                np.testing.assert_array_equal(routes.ids[:, column, 0], first)
+                np.testing.assert_array_equal(routes.ids[:, column, 1], (first + 1) % 8)
+
+
 @pytest.mark.parametrize(
     "parallel", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {"expert": 2}, {}]
 )
