@@ -6,7 +6,8 @@
 # Without --python: .venv, made with $PYTHON, python3.11 or python3 (3.10 or newer) if it is not there.
 # With --python X (a command, a path, or a version such as 3.12): .venv-<version> of that interpreter.
 # --slow, --conversion and --servers run the tests that are left out otherwise, and no others: all layouts and
-# variants; all Hugging Face families under all layouts; RSPO with vLLM servers, whose environment is .venv-vllm.
+# variants, nodes, hosts and Slurm; all Hugging Face families under all layouts; RSPO with vLLM servers, whose
+# environment is .venv-vllm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

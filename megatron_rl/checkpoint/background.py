@@ -21,7 +21,7 @@ class BackgroundWriter:
         """A collective over all ranks."""
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
-        self._failure: OSError | None = None
+        self._failure: BaseException | None = None
 
     @property
     def busy(self) -> bool:
@@ -36,7 +36,7 @@ class BackgroundWriter:
         def run() -> None:
             try:
                 write(self._group)
-            except OSError as failure:
+            except BaseException as failure:  # noqa: BLE001 - raised again by `wait`
                 self._failure = failure
 
         # A daemon: where ranks are lost it would wait for them, and the process with it.
@@ -47,7 +47,7 @@ class BackgroundWriter:
         """Until what was started is on the disk.
 
         Raises:
-            OSError: it could not be written; raised on all ranks.
+            OSError: it could not be written; raised on all ranks. What else went wrong.
         """
         if self._thread is None:
             return

@@ -99,7 +99,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """What all ranks raise together leaves them able to finish the checkpoint begun before."""
-        if kind is not None and issubclass(kind, (UserError, RunFailed)):
+        if kind is not None and issubclass(kind, (UserError, RunFailed, FloatingPointError)):
             self.wait()
 
     def save(self, number: int, metrics: Mapping[str, float], last: bool) -> None:

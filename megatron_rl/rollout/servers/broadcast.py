@@ -11,12 +11,16 @@ from __future__ import annotations
 import json
 import socket
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotInTime
 from datetime import timedelta
 from typing import Callable, Iterable, Sequence
 from urllib.parse import urlsplit
 
+import httpx
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, TCPStore
+
+from megatron_rl.rollout.servers.api import BadAnswer
 
 #: Bytes of weights sent at a time.
 BATCH_BYTES = 256 << 20
@@ -86,7 +90,7 @@ class WeightBroadcast:
             for url, future in reading.items():
                 try:
                     future.result(self._timeout.total_seconds())
-                except Exception as error:  # noqa: BLE001 - the caller says it, and goes on
+                except (httpx.HTTPError, BadAnswer, TimeoutError, NotInTime) as error:
                     failures.setdefault(url, f"{type(error).__name__} {error}")
         for url in failures:
             self.forget(url)

@@ -121,6 +121,21 @@ def test_what_is_written_in_the_background_is_the_moment_of_the_save(name, tmp_p
     assert all_equal(resumed.main_weights(), training.main_weights())
 
 
+@pytest.mark.parametrize("failure", [OSError("disk full"), RuntimeError("a rank is lost")])
+def test_what_goes_wrong_in_the_background_is_raised_when_it_is_waited_for(failure):
+    from megatron_rl.checkpoint.background import BackgroundWriter
+
+    def write(group):
+        raise failure
+
+    build_training(PLAIN)
+    background = BackgroundWriter()
+    background.start(write)
+    with pytest.raises(type(failure), match=str(failure)):
+        background.wait()
+    background.wait()  # once
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16 distributed optimizer"])
 def test_a_checkpoint_of_an_untrained_model_resumes(name, tmp_path):
     untrained = build_training(VARIANTS[name])
