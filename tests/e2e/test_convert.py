@@ -29,16 +29,19 @@ observe: {tensorboard: false}
 CHAT = [{"role": "user", "content": "3 4 12"}]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def make_folder(folder, variant):
     """A model with a tokenizer in ``model``, problems as chat messages, rl.yaml."""
-    folder = tmp_path_factory.mktemp("convert")
-    hugging_face.save("qwen3_moe, dense layers", folder / "model", max_shard_size="80KB")
+    hugging_face.save(variant, folder / "model", max_shard_size="80KB")
     hugging_face.save_tokenizer(folder / "model")
     lines = [json.dumps({"prompt": CHAT, "numbers": [3, 4], "target": 12 + i}) for i in range(4)]
     (folder / "problems.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "rl.yaml").write_text(RL)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("convert"), "qwen3_moe, dense layers")
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +74,29 @@ def hugging_face_tokenizer(directory):
 
 def test_the_trained_model_answers_in_transformers_as_in_ours(folder, trained):
     _, converted = trained
+    answers_alike(folder, converted)
+
+
+@pytest.mark.conversion
+@pytest.mark.parametrize("variant", ["deepseek_v3, stretched", "olmoe", "mixtral", "qwen3"])
+def test_models_of_other_families_are_trained_and_answer_alike(tmp_path, variant):
+    make_folder(tmp_path, variant)
+    dense = "--parallel.expert=1 --algorithm.name=gmpo".split() if variant == "qwen3" else []
+    succeed("train", "rl.yaml", *dense, cwd=tmp_path, ranks=2)
+    converted = succeed("convert", "runs/from_hf", "trained", "--verify", cwd=tmp_path)
+    answers_alike(tmp_path, converted, "--algorithm.name=gmpo")
+
+
+def answers_alike(folder, converted, *more):
+    """The converted model answers greedily in transformers as our engine does."""
     assert converted.out == "trained (verified)\n"
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (folder / "trained" / name).read_bytes() == (folder / "model" / name).read_bytes()
     prompts = ["3+4=", "12 7 5: ", "ab"]
     words = [word for text in prompts for word in ("--prompt", text)]
     one = ["--parallel.expert=1", "--parallel.world_size=null", "--rollout.top_k=1"]
-    done = succeed("generate", "rl.yaml", *one, "--rollout.max_new_tokens=16", *words, cwd=folder)
+    one += ["--rollout.max_new_tokens=16", *more]
+    done = succeed("generate", "rl.yaml", *one, *words, cwd=folder)
     tokenizer = hugging_face_tokenizer(folder / "trained")
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
     answers = hugging_face.greedy(folder / "trained", ids, 16)
