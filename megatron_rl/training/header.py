@@ -58,7 +58,8 @@ def train_facts(
 def _servers(rollout: RolloutConfig) -> str:
     servers = rollout.servers
     which = ", ".join(servers.urls) or f"{servers.start} started with {servers.python}"
-    ahead = ", answers one step ahead" if rollout.lag else ""
+    steps = "one step" if rollout.lag == 1 else f"{rollout.lag} steps"
+    ahead = f", answers {steps} ahead" if rollout.lag else ""
     return f"{rollout.engine} servers: {which}{ahead}"
 
 

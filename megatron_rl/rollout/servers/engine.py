@@ -81,6 +81,7 @@ class ServerEngine:
         self._lag = config.rollout.lag
         #: The steps ahead, and an evaluation.
         self._threads = ThreadPoolExecutor(self._lag + 1, "rollout servers")
+        self._begun = 0  #: how often: what was asked for first is answered first
         self._asking: list[Future] = []  #: answers that are being asked for in the background
 
     @property
@@ -120,7 +121,8 @@ class ServerEngine:
             self.sync.send(self._version)
         asking = None
         if groups.model.rank() == 0 and groups.context.rank() == 0:
-            asking = self._threads.submit(self._ask, prompts, settings, self._version)
+            self._begun += 1
+            asking = self._threads.submit(self._ask, prompts, settings, self._version, self._begun)
             self._asking = [one for one in self._asking if not one.done()] + [asking]
 
         def finish() -> list[RolloutGroup]:
@@ -182,12 +184,14 @@ class ServerEngine:
         return Question(self._api.generation(prompt, settings, seed, self._eos_id), read)
 
     def _ask(
-        self, prompts: Sequence[Prompt], settings: SamplingSettings, version: int
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, version: int, turn: int
     ) -> list[RolloutGroup]:
         carried = self._lag > 1
         questions = [self._question(prompt, settings, version, carried) for prompt in prompts]
-        answers = self.sync.pool.ask(questions, lambda done: self._progress(done, len(questions)))
-        self._go_on(prompts, answers, settings, version)
+        answers = self.sync.pool.ask(
+            questions, lambda done: self._progress(done, len(questions)), turn
+        )
+        self._go_on(prompts, answers, settings, version, turn)
         return [
             RolloutGroup(prompt, tuple(self._completion(answer, version) for answer in of_prompt))
             for prompt, of_prompt in zip(prompts, answers, strict=True)
@@ -199,6 +203,7 @@ class ServerEngine:
         answers: list[list[Answer]],
         settings: SamplingSettings,
         version: int,
+        turn: int,
     ) -> None:
         """Ask for the rest of answers that were broken off, until none is."""
         while True:
@@ -214,7 +219,9 @@ class ServerEngine:
                 self._rest_of(prompts[p], answers[p][number], number, settings, version)
                 for p, number in broken
             ]
-            for (p, number), (rest,) in zip(broken, self.sync.pool.ask(questions), strict=True):
+            for (p, number), (rest,) in zip(
+                broken, self.sync.pool.ask(questions, turn=turn), strict=True
+            ):
                 answer = answers[p][number]
                 answers[p][number] = answer.continued(rest, len(prompts[p].tokens))
 

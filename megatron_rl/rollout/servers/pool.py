@@ -46,6 +46,14 @@ class _Server:
     excluded: str | None = None  #: why it is not to be asked until the next `admit`
 
 
+@dataclass(eq=False)
+class _Unasked:
+    """Questions of one call of `ask` that no server has been asked yet."""
+
+    turn: int
+    count: int
+
+
 class ServerPool:
     """The servers of a run, as one rank asks them."""
 
@@ -74,6 +82,7 @@ class ServerPool:
         self._reviving = self._waiting = self._closed = self._held = False
         self._failures = 0
         self._lock = threading.Lock()  # several threads may ask at a time
+        self._unasked: list[_Unasked] = []  #: of each call of `ask`
 
     @property
     def urls(self) -> list[str]:
@@ -86,15 +95,19 @@ class ServerPool:
         return [server.url for server in self._servers if server.excluded is None]
 
     def ask(
-        self, questions: Sequence[Question[Result]], done: Callable[[int], None] = lambda n: None
+        self,
+        questions: Sequence[Question[Result]],
+        done: Callable[[int], None] = lambda n: None,
+        turn: int = 0,
     ) -> list[Result]:
-        """The results, in order. ``done`` is told how many there are.
+        """The results, in order. ``done`` is told how many there are. While questions of a lower
+        ``turn`` have not been asked yet, in other threads, these wait.
 
         Raises:
             RunFailed: a question had no good answer, asked ``retries`` times again, or no server
                 came back within the deadline. Open questions are dropped then.
         """
-        return asyncio.run(self._ask(questions, done)) if questions else []
+        return asyncio.run(self._ask(questions, done, turn)) if questions else []
 
     def ask_one(self, url: str, question: Question[Result]) -> Result:
         """Ask this server, once. Raises: httpx.HTTPError, BadAnswer."""
@@ -144,16 +157,20 @@ class ServerPool:
         )
 
     async def _ask(
-        self, questions: Sequence[Question[Result]], done: Callable[[int], None]
+        self, questions: Sequence[Question[Result]], done: Callable[[int], None], turn: int
     ) -> list[Result]:
         results: dict[int, Result] = {}
         left = deque(enumerate(questions))
+        unasked = _Unasked(turn, len(left))
 
         async def work(client: httpx.AsyncClient) -> None:
             while left:
                 number, question = left.popleft()
-                results[number] = await self._answer(client, question)
+                results[number] = await self._answer(client, question, unasked)
                 done(len(results))
+
+        with self._lock:
+            self._unasked.append(unasked)
 
         async with self._client() as client:
             count = min(len(questions), self._in_flight * len(self._servers))
@@ -161,15 +178,19 @@ class ServerPool:
             try:
                 await asyncio.gather(*workers)
             finally:
+                with self._lock:
+                    self._unasked.remove(unasked)
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
         return [results[number] for number in range(len(questions))]
 
-    async def _answer(self, client: httpx.AsyncClient, question: Question[Result]) -> Result:
+    async def _answer(
+        self, client: httpx.AsyncClient, question: Question[Result], unasked: _Unasked
+    ) -> Result:
         reasons = []
         while len(reasons) <= self._retries:
-            server = await self._take()
+            server = await self._take(unasked, first=not reasons)
             try:
                 payload = await self._post(client, server.url, question.call)
                 while self._held and not self._closed:
@@ -202,8 +223,8 @@ class ServerPool:
         except ValueError as error:
             raise BadAnswer(f"{call.path} answered no JSON: {response.text[:80]!r}") from error
 
-    async def _take(self) -> _Server:
-        """The server to ask next; waits for one."""
+    async def _take(self, unasked: _Unasked, first: bool) -> _Server:
+        """The server to ask next; waits for one, and for its turn."""
         end = None
         while True:
             if self._closed:
@@ -212,8 +233,10 @@ class ServerPool:
             with self._lock:
                 able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]
                 free = [server for server in able if server.open < self._in_flight]
-                if free:
+                before = any(o.turn < unasked.turn and o.count > 0 for o in self._unasked)
+                if free and not before:
                     self._waiting = False
+                    unasked.count -= first
                     server = min(free, key=lambda server: server.open)
                     server.open += 1
                     return server

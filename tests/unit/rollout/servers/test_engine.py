@@ -47,7 +47,7 @@ def config_of(directory, run_dir, urls, **parallel):
     return load_config(None, words)
 
 
-def build(config, told, command=None):
+def build(config, told, command=None, method="load"):
     """(engine, chunks, groups, transformer) of this rank."""
     device = cpu_device()
     from megatron.core import parallel_state
@@ -66,7 +66,7 @@ def build(config, told, command=None):
     load_initial_weights(config, chunks, groups)
     engine = ServerEngine(
         config,
-        VllmApi("load"),
+        VllmApi(method),
         chunks,
         groups,
         eos_id=1,

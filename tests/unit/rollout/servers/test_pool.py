@@ -225,6 +225,23 @@ def test_answers_that_are_held_count_once_it_is_known_that_they_may(servers, tol
     assert any("BadAnswer wrong weights; asking again" in text for text in told)
 
 
+def test_who_is_first_is_asked_for_first(servers, told):
+    """One question at a time: those of the second thread wait for all of the first's."""
+    pool = make_pool(servers[:1], told, in_flight=1)
+    servers[0].fault, servers[0].pause = "slow", 0.05
+    threads = [
+        threading.Thread(target=pool.ask, args=(questions(12),), kwargs={"turn": turn})
+        for turn in (1, 2)
+    ]
+    threads[0].start()
+    wait_for(lambda: servers[0].asked)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60.0)
+    seeds = [body["sampling_params"]["seed"] for body in servers[0].asked]
+    assert sorted(seeds[:12]) == sorted(seeds[12:]) == list(range(12))
+
+
 def test_one_server_is_asked_once(servers, told):
     pool = make_pool(servers, told)
     (question,) = questions(1)
