@@ -22,6 +22,7 @@ class Case:
     model: Mapping[str, Any] = field(default_factory=dict)
     one_per_pack: bool = False  #: the same packs under any data-parallel size
     algorithm: Mapping[str, Any] = field(default_factory=dict)  #: other than plain rspo
+    device: str = "cpu"  #: or cuda
 
 
 SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}

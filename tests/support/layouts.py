@@ -21,7 +21,7 @@ import numpy as np
 from megatron_rl.config.schema import Config
 from megatron_rl.records import Sample
 from tests.support.layout_cases import BF16_FACTOR, Case
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import forget_models, run_on_ranks
 
 #: Weights large enough that attention and routers are far from uniform.
 MODEL = {
@@ -86,7 +86,7 @@ def layout_config(case: Case) -> Config:
     return Config(
         model={**MODEL, **case.model},
         parallel=dict(case.parallel),
-        device={"kind": "cpu", "threads": 1},
+        device={"kind": case.device, "threads": 1},
         data={"pack_tokens": 24 if case.one_per_pack else 48, "pack_multiple": 8},
         algorithm={
             "name": "rspo",
@@ -124,11 +124,11 @@ def rollout_batch(case: Case) -> list[Sample]:
 
 def run_case(case: Case) -> Run:
     """Run a case on its ranks."""
-    return merge(run_on_ranks(case.ranks, train_on_rank, case, timeout_s=300.0))
+    return merge(run_on_ranks(case.ranks, train_on_rank, case, timeout_s=300.0, kind=case.device))
 
 
 def single_process(case: Case) -> Case:
-    """The same model on one rank."""
+    """The same model on one CPU rank."""
     return Case(
         case.name, 1, {}, case.model, one_per_pack=case.one_per_pack, algorithm=case.algorithm
     )
@@ -195,15 +195,10 @@ def _train(policy: Any, case: Case) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def policy_of(config: Config) -> Iterator[Any]:
-    """A policy on this rank, in groups of its own that go with it.
+    """A policy on this rank, in groups of its own that go with it."""
+    from tests.support.tiny import prepared_device
 
-    Each group has threads that wake a hundred times a second, and Megatron keeps a policy alive for
-    ever: gradient hooks hold the model, and dispatchers the graph of the last micro-batch. Both are
-    cut here.
-    """
-    from tests.support.tiny import cpu_device
-
-    device = cpu_device()
+    device = prepared_device(config.device.kind)
     from megatron.core import parallel_state
 
     from megatron_rl.parallel.groups import build_groups, destroy_groups
@@ -221,12 +216,8 @@ def policy_of(config: Config) -> Iterator[Any]:
     try:
         yield policy
     finally:
-        for chunk in policy.wrapped:
-            chunk.grad_accs.clear()
-            for module in chunk.modules():
-                if hasattr(module, "token_dispatcher"):
-                    vars(module.token_dispatcher).clear()
         del policy
+        forget_models()
         destroy_groups()
         gc.collect()
 
@@ -268,7 +259,7 @@ def by_sequence(pack: Any, values: Any) -> dict[tuple, np.ndarray]:
     for sequence in range(pack.num_sequences):
         here = pack.sequence_ids == sequence
         name = tuple(pack.tokens[here].tolist())
-        result[name] = values.detach()[here & pack.mask].numpy()
+        result[name] = values.detach()[here & pack.mask].cpu().numpy()
     return result
 
 
@@ -294,7 +285,7 @@ def gathered(policy: Any, attribute: str) -> dict[str, np.ndarray]:
     for view in parameter_views(policy.chunks, policy.groups):
         tensor = getattr(view.parameter, attribute, None)  # a frozen weight has no gradient
         if tensor is not None:
-            found[view.name] = view.gather(view.of(tensor).detach()).float().numpy().copy()
+            found[view.name] = view.gather(view.of(tensor).detach()).float().cpu().numpy().copy()
     return found
 
 
@@ -305,7 +296,7 @@ def _expert_biases(policy: Any) -> dict[str, np.ndarray]:
         for layer in chunk.decoder.layers
     }
     return {
-        f"expert bias of layer {number}": bias.numpy().copy()
+        f"expert bias of layer {number}": bias.cpu().numpy().copy()
         for number, bias in biases.items()
         if bias is not None
     }

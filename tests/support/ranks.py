@@ -3,8 +3,9 @@
     def work(a, b): ...                    # a top-level function of a test or support file
     results = run_on_ranks(2, work, a, b)  # what work(a, b) returned on each rank
 
-Every call is a fresh gloo world without model-parallel groups; the function builds those it needs
-(`tests.support.tiny`). Run as a script, this file is the worker.
+Every call is a fresh world (of gloo; on CUDA of NCCL, a device a rank) without model-parallel
+groups; the function builds those it needs (`tests.support.tiny`). Run as a script, this file is the
+worker.
 """
 
 from __future__ import annotations
@@ -34,23 +35,30 @@ START_TIMEOUT_S = 300.0
 GRACE_S = 5.0
 #: A worker whose parent is gone, waiting in a collective, ends after this long.
 COLLECTIVE_TIMEOUT_S = 300.0
+#: To a rank: everyone has answered, leave the world.
+REST = b""
 
 
 class RankFailure(AssertionError):
     """A function raised on a rank, or a rank died or took too long."""
 
 
-_pools: dict[int, _Pool] = {}
+_pools: dict[tuple[int, str], _Pool] = {}
 
 
 def run_on_ranks(
-    num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 120.0,
+    kind: str = "cpu",
 ) -> list[Any]:
-    """Run ``function(*args)`` on every rank of a gloo world of ``num_ranks`` processes.
+    """Run ``function(*args)`` on every rank of a world of ``num_ranks`` processes.
 
     Args:
         function: at the top level of a file below the repository's root.
         args: picklable.
+        kind: cpu or cuda.
 
     Returns:
         What each rank returned, in rank order.
@@ -58,13 +66,13 @@ def run_on_ranks(
     Raises:
         RankFailure: with the traceback of each rank that raised, or the output of one that died.
     """
-    if num_ranks not in _pools:
-        _pools[num_ranks] = _Pool(num_ranks)
-    pool = _pools[num_ranks]
+    if (num_ranks, kind) not in _pools:
+        _pools[num_ranks, kind] = _Pool(num_ranks, kind)
+    pool = _pools[num_ranks, kind]
     try:
         answers = pool.call(function, args, timeout_s)
     except BaseException:
-        del _pools[num_ranks]
+        del _pools[num_ranks, kind]
         pool.kill()
         raise
     failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
@@ -81,7 +89,7 @@ def _kill_all() -> None:
 
 
 class _Pool:
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, kind: str) -> None:
         import torch.distributed as dist
 
         # Port 0: the system chooses a free one, and it is taken from that moment on.
@@ -93,10 +101,10 @@ class _Pool:
         for rank in range(num_ranks):
             ours, theirs = Pipe()
             output = tempfile.TemporaryFile()
-            numbers = [theirs.fileno(), rank, num_ranks, self._store.port]
+            words = [theirs.fileno(), rank, num_ranks, self._store.port, kind]
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, __file__, *map(str, numbers)],
+                    [sys.executable, __file__, *map(str, words)],
                     cwd=ROOT,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                     pass_fds=[theirs.fileno()],
@@ -136,6 +144,8 @@ class _Pool:
                     raise RankFailure(self._last_words(rank, "has died")) from None
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
+        for pipe in self._pipes:  # only now: no rank still talks to another
+            pipe.send_bytes(REST)
         return [answers[rank] for rank in range(len(self._pipes))]
 
     def _wait_for_start(self) -> None:
@@ -181,7 +191,7 @@ def _module_name(function: Callable[..., Any]) -> str:
     return ".".join(path.with_suffix("").parts)
 
 
-def _work(descriptor: int, rank: int, num_ranks: int, port: int) -> None:
+def _work(descriptor: int, rank: int, num_ranks: int, port: int, kind: str) -> None:
     """Answer calls until the parent closes the pipe."""
     sys.path[0] = str(ROOT)
     pipe = Connection(descriptor)
@@ -192,32 +202,53 @@ def _work(descriptor: int, rank: int, num_ranks: int, port: int) -> None:
     from megatron_rl.device.select import select_device
 
     launch = Launch(rank, num_ranks, rank, num_ranks, launched=True)
-    select_device(DeviceConfig(kind="cpu", threads=1), launch)
-    from megatron.core import parallel_state
-
+    device = select_device(DeviceConfig(kind=kind, threads=1), launch)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     pipe.send_bytes(b"ready")
     call = 0
     while True:
         try:
-            name, qualified_name, args = pickle.loads(pipe.recv_bytes())
+            message = pipe.recv_bytes()
         except EOFError:
             return
+        if message == REST:
+            leave_world()
+            continue
+        name, qualified_name, args = pickle.loads(message)
         call += 1
-        if dist.is_initialized():
-            # Here every rank has answered the last call, so none still talks to this one.
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-            # Groups live on in the cycles of dead models; each keeps three gloo threads that poll.
-            gc.collect()
         dist.init_process_group(
-            "gloo",
+            device.backend,
             store=dist.PrefixStore(f"call_{call}", store),
             rank=rank,
             world_size=num_ranks,
             timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
         pipe.send_bytes(_answer(name, qualified_name, args))
+
+
+def leave_world() -> None:
+    """Leave the world, and end the threads of its groups: gloo's wake a hundred times a second."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    forget_models()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()
+
+
+def forget_models() -> None:
+    """Cut what keeps Megatron's models, and with them their groups, alive for ever: gradient hooks
+    hold the model, and dispatchers the graph of the last micro-batch.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel):
+            thing.grad_accs.clear()
+        elif issubclass(type(thing), MoELayer):
+            vars(thing.token_dispatcher).clear()
 
 
 def _answer(name: str, qualified_name: str, args: bytes) -> bytes:
@@ -248,4 +279,4 @@ def _unpack(answer: bytes) -> tuple[bool, Any]:
 
 
 if __name__ == "__main__":
-    _work(*map(int, sys.argv[1:]))
+    _work(*map(int, sys.argv[1:-1]), sys.argv[-1])

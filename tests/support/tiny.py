@@ -41,11 +41,18 @@ def tiny_config(**overrides: Mapping[str, Any]) -> Config:
 
 
 def cpu_device() -> Device:
-    """The CPU, prepared for Megatron, one thread; a process in no world becomes a world of one."""
+    """`prepared_device` of the CPU."""
+    return prepared_device("cpu")
+
+
+def prepared_device(kind: str) -> Device:
+    """The CPU with one thread, or CUDA, ready for Megatron; a process in no world becomes a world
+    of one.
+    """
     connected = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
     launch = Launch(rank, size, rank, size, launched=connected)
-    device = select_device(DeviceConfig(kind="cpu", threads=1), launch)
+    device = select_device(DeviceConfig(kind=kind, threads=1), launch)
     if not connected:
         connect(device, launch, 60)
     return device
@@ -53,7 +60,7 @@ def cpu_device() -> Device:
 
 def build_tiny(config: Config, seed: int = 1) -> tuple[Any, Any, list[torch.nn.Module]]:
     """(groups, transformer_config, chunks) of this rank; groups built before are forgotten."""
-    device = cpu_device()
+    device = prepared_device(config.device.kind)
     # Megatron has to be imported after the device is prepared.
     from megatron.core import parallel_state
 
@@ -78,7 +85,8 @@ def uneven_norms(chunk: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(4)
     for parameter in chunk.parameters():
         if parameter.dim() == 1:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
+            values = torch.empty(parameter.shape).uniform_(0.5, 1.5, generator=generator)
+            parameter.data.copy_(values)
 
 
 def random_prompts(lengths: Sequence[int], first_index: int = 0) -> list[Prompt]:

@@ -25,11 +25,16 @@ class TinyTraining:
     wrapped: list[torch.nn.Module]  #: the same, wrapped for data parallelism
     optimizer: Any
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.chunks[0].parameters()).device
+
     def logits(self) -> torch.Tensor:
         """[T, V] of fixed tokens."""
         tokens = torch.arange(sum(LENGTHS)) * 7 % self.config.model.vocab_size
         with torch.no_grad():
-            return self._forward(self.chunks[0], tokens)
+            return self._forward(self.chunks[0], tokens.to(self.device))
 
     def step(self, number: int) -> float:
         """One optimizer step on the tokens of that number; this rank's loss before it."""
@@ -41,10 +46,11 @@ class TinyTraining:
         seed = 1000 * number + self.groups.data.rank()
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.config.model.vocab_size, (sum(LENGTHS),), generator=generator)
+        tokens = tokens.to(self.device)
         logits = self._forward(self.wrapped[0], tokens)
         loss = F.cross_entropy(logits.float(), tokens.roll(-1), reduction="sum")
         loss.backward()
-        finalize_model_grads(self.wrapped, torch.tensor(len(tokens)))
+        finalize_model_grads(self.wrapped, torch.tensor(len(tokens), device=self.device))
         succeeded, _, _ = self.optimizer.step()
         assert succeeded
         return loss.item() / len(tokens)
@@ -65,7 +71,7 @@ class TinyTraining:
         from megatron_rl.models.attention import packed_layout
         from megatron_rl.models.forward import forward_row
 
-        layout = packed_layout(LENGTHS, len(tokens), torch.device("cpu"))
+        layout = packed_layout(LENGTHS, len(tokens), self.device)
         return forward_row(model, tokens, layout)[0]
 
     def for_checkpoint(self) -> dict[str, Any]:
