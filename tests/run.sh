@@ -2,12 +2,14 @@
 # Check everything from nothing: environment, ruff, pytest.
 #
 #   bash tests/run.sh [--python X] [--slow | --conversion | --servers] [pytest arguments]
+#   bash tests/run.sh --gpu [--python X] [pytest arguments]
 #
 # Without --python: .venv, made with $PYTHON, python3.11 or python3 (3.10 or newer) if it is not there.
 # With --python X (a command, a path, or a version such as 3.12): .venv-<version> of that interpreter.
 # --slow, --conversion and --servers run the tests that are left out otherwise, and no others: all layouts and
 # variants, nodes, hosts and Slurm; all Hugging Face families under all layouts; RSPO with vLLM servers, whose
-# environment is .venv-vllm.
+# environment is .venv-vllm. --gpu runs the tests on CUDA devices, in the environment of the interpreter as it is
+# (--python, $PYTHON or python3), for its torch, megatron-core and Transformer Engine are the machine's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +26,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     --python=*) python=${1#--python=} ;;
-    --slow | --conversion | --servers)
+    --slow | --conversion | --servers | --gpu)
         [ -z "$only" ] || fail "--$only and $1; expected one of them"
         only=${1#--}
         ;;
@@ -45,6 +47,9 @@ if [ -n "$python" ]; then
     venv=.venv-$version
 fi
 
+if [ "$only" = gpu ]; then
+    exec "${PYTHON:-python3}" -m pytest -m gpu tests/gpu "$@"
+fi
 if [ "$only" = servers ] && [ -z "${MEGATRON_RL_VLLM_PYTHON:-}" ]; then
     bash tools/setup_vllm_venv.sh .venv-vllm
     export MEGATRON_RL_VLLM_PYTHON=$PWD/.venv-vllm/bin/python

@@ -1,6 +1,7 @@
 """How long training waits for a checkpoint: written at once, and in the background.
 
     python tools/bench/checkpoint.py [--layers 8] [--experts 16] [--repeat 3] [--directory DIR]
+                                      [--device cpu|cuda]
 
 One process, a model with its Adam state. Each repetition saves at once, then in the background
 while the process stands still, then in the background while it trains. Waited: until training may
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--directory", help="where to write; default: a temporary directory")
     arguments = parser.parse_args()
     training = build_training(
@@ -42,7 +44,8 @@ def main() -> int:
                 "num_experts": arguments.experts,
                 "hidden_size": 512,
                 "moe_ffn_hidden_size": 512,
-            }
+            },
+            device={"kind": arguments.device},
         )
     )
     training.step(0)

@@ -1,11 +1,13 @@
 """Tokens a second of the built-in rollout engine, of transformers.generate and of a vLLM server.
 
     python tools/bench/rollout.py [--vllm-python VENV/bin/python] [--prompts 64] [--tokens 64]
+    python tools/bench/rollout.py --device cuda
 
-One model of random weights (qwen3_moe: 4 layers, hidden 256, 16 experts, top-4; fp32), the same
-prompts of 8 to 48 tokens for all, answers of a fixed length sampled at temperature 1. The three
-take turns, round by round, so that they share whatever else the machine does; all have the same
-threads. vLLM is left out without an interpreter that has it (tools/setup_vllm_venv.sh makes one).
+One model of random weights (qwen3_moe: 4 layers, hidden 256, 16 experts, top-4, fp32; on CUDA 8
+layers, hidden 1024, 32 experts, bf16), the same prompts of 8 to 48 tokens for all, answers of a
+fixed length sampled at temperature 1. The three take turns, round by round, so that they share
+whatever else the machine does; all have the same threads. vLLM is left out without an interpreter
+that has it (tools/setup_vllm_venv.sh makes one).
 """
 
 from __future__ import annotations
@@ -30,6 +32,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 VOCABULARY, LONGEST_PROMPT = 512, 48
+SHAPES = {
+    "cpu": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "head_dim": 32,
+        "num_experts": 16,
+        "moe_intermediate_size": 128,
+    },
+    "cuda": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "num_experts": 32,
+        "moe_intermediate_size": 512,
+    },
+}
+DTYPES = {"cpu": "fp32", "cuda": "bf16"}
 ROW = "{:24} {:>26}"
 Round = Callable[[], int]  # generates once; the tokens it made
 
@@ -37,6 +58,7 @@ Round = Callable[[], int]  # generates once; the tokens it made
 def main() -> int:
     """Build the model, take turns, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--rounds", type=int, default=7)
@@ -51,7 +73,7 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
-        _save_model(directory, LONGEST_PROMPT + arguments.tokens)
+        _save_model(directory, SHAPES[arguments.device], LONGEST_PROMPT + arguments.tokens)
         rounds: dict[str, Round] = {
             "built-in engine": _builtin(directory, prompts, arguments),
             "transformers.generate": _transformers(directory, prompts, arguments),
@@ -66,8 +88,9 @@ def main() -> int:
             if server is not None:
                 server.stop()
     print(
-        f"{arguments.prompts} prompts x {arguments.tokens} tokens, fp32, {arguments.threads} "
-        f"threads; median (range) of {arguments.rounds} rounds in turns"
+        f"{arguments.prompts} prompts x {arguments.tokens} tokens, {DTYPES[arguments.device]} on "
+        f"{arguments.device}, {arguments.threads} threads; median (range) of {arguments.rounds} "
+        "rounds in turns"
     )
     for name, values in speeds.items():
         text = f"{np.median(values):,.0f} ({min(values):,.0f} .. {max(values):,.0f})"
@@ -86,20 +109,15 @@ def _take_turns(rounds: dict[str, Round], count: int) -> dict[str, list[float]]:
     return speeds
 
 
-def _save_model(directory: Path, longest: int) -> None:
+def _save_model(directory: Path, shape: dict[str, int], longest: int) -> None:
     import transformers
 
     config = transformers.Qwen3MoeConfig(
+        **shape,
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=32,
         intermediate_size=512,
-        num_experts=16,
         num_experts_per_tok=4,
-        moe_intermediate_size=128,
         norm_topk_prob=True,
         decoder_sparse_step=1,
         mlp_only_layers=[],
@@ -117,7 +135,8 @@ def _builtin(directory: Path, prompts: list[np.ndarray], arguments: argparse.Nam
     from megatron_rl.device.launch import read_launch
     from megatron_rl.device.select import connect, select_device
 
-    words = {"model.hf_path": directory, "model.dtype": "fp32", "device.kind": "cpu"}
+    words = {"model.hf_path": directory, "device.kind": arguments.device}
+    words["model.dtype"] = DTYPES[arguments.device]
     words["device.threads"] = arguments.threads
     config = load_config(None, [f"--{name}={value}" for name, value in words.items()])
     launch = read_launch()
@@ -159,13 +178,16 @@ def _transformers(
 ) -> Round:
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model = model.to(arguments.device).eval()
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # padded on the left
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(arguments.device), mask.to(arguments.device)
     settings = transformers.GenerationConfig(
         do_sample=True,
         top_k=0,

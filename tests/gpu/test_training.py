@@ -1,0 +1,114 @@
+"""RSPO on CUDA and NCCL, with and without Transformer Engine, trains like a process on the CPU."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.support.layout_cases import (
+    AUX,
+    BF16,
+    CASES,
+    DEEPSEEK,
+    DENSE,
+    FULL,
+    GATED,
+    GMPO,
+    LATENT,
+    MANY_EXPERTS,
+    ODD,
+    OVER_HEADS,
+    SELECTIVE,
+    Case,
+)
+from tests.support.layouts import (
+    NUMBERS,
+    References,
+    bf16_bounds,
+    comparable_in_bf16,
+    compare,
+    in_fp32,
+    run_case,
+)
+
+pytestmark = pytest.mark.gpu
+
+#: fp32 sums in another order than on the CPU, through four layers and three steps.
+TOLERANCE = 1e-4
+WITH, WITHOUT = {"transformer_engine": True}, {"transformer_engine": False}
+#: name: (model, parallel, algorithm)
+MODELS = {
+    "plain": ({}, {}, {}),
+    "gated shared expert": (GATED, {}, {}),
+    "norm over heads": (OVER_HEADS, {}, {}),
+    "as DeepSeek": (DEEPSEEK, {}, {}),
+    "260 experts": (MANY_EXPERTS, {}, {}),
+    "aux and z loss": (AUX, {}, {}),
+    "tied, odd vocabulary": ({**ODD, "tie_embeddings": True}, {}, {}),
+    "dense": (DENSE, {}, GMPO),
+    "recompute full": ({}, FULL, {}),
+    "recompute selective": ({}, SELECTIVE, {}),
+    "sharded optimizer": ({}, {"distributed_optimizer": True, "overlap_grad_reduce": True}, {}),
+}
+LATENT_MODELS = {"DeepSeek-V3": ({**DEEPSEEK, **LATENT}, {}, {})}
+
+
+def on_cuda(models, layers) -> list:
+    return [
+        pytest.param(
+            Case(name, 1, parallel, {**model, **layers}, algorithm=algorithm, device="cuda"),
+            id=f"{name}-{'te' if layers is WITH else 'local'}",
+        )
+        for name, (model, parallel, algorithm) in models.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def references() -> References:
+    return References()
+
+
+def on_the_cpu(case: Case) -> Case:
+    model = {name: v for name, v in case.model.items() if name != "transformer_engine"}
+    return dataclasses.replace(case, model=model)
+
+
+@pytest.mark.parametrize(
+    "case", [*on_cuda(MODELS, WITHOUT), *on_cuda({**MODELS, **LATENT_MODELS}, WITH)]
+)
+def test_in_fp32_cuda_trains_like_the_cpu(case: Case, references: References):
+    difference = compare(run_case(case), references.of(on_the_cpu(case)))
+    print(f"{case.name}: {difference.largest:.1e} {difference.worst}")
+    assert difference.largest < TOLERANCE, difference
+
+
+@pytest.mark.parametrize("layers", [WITHOUT, WITH], ids=["local", "te"])
+@pytest.mark.parametrize("name", ["plain", "as DeepSeek", "norm over heads"])
+def test_in_bf16_cuda_is_no_further_off_than_bf16_itself(name, layers, references: References):
+    model, parallel, algorithm = MODELS[name]
+    case = Case(name, 1, parallel, {**model, **BF16, **layers}, algorithm=algorithm, device="cuda")
+    narrow = comparable_in_bf16(references.of(on_the_cpu(case)))
+    bounds = bf16_bounds(narrow, comparable_in_bf16(references.of(in_fp32(on_the_cpu(case)))))
+    difference = compare(comparable_in_bf16(run_case(case)), narrow)
+    print(f"{name}: {difference}, at most {bounds}")
+    beyond = [number for number in NUMBERS if getattr(difference, number) > bounds[number]]
+    assert not beyond, (difference, bounds)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            dataclasses.replace(case, model={**case.model, **layers}, device="cuda"),
+            id=f"{case.name}-{'te' if layers is WITH else 'local'}",
+        )
+        for case in CASES
+        for layers in (WITHOUT, WITH)
+        # Latent attention on CUDA is Transformer Engine's.
+        if 2 <= case.ranks <= torch.cuda.device_count()
+        and (layers is WITH or "kv_lora_rank" not in case.model)
+    ],
+)
+def test_layouts_over_the_devices_of_this_machine(case: Case, references: References):
+    difference = compare(run_case(case), references.of(on_the_cpu(case)))
+    assert difference.largest < TOLERANCE, difference
