@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
     package_data={"megatron_rl": ["**/README.md"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",  # grouped_mm on any device
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
         "pydantic>=2.7,<3",

@@ -27,9 +27,21 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
-    """Set this rank's random state to the stored one; a CUDA state only where there is CUDA."""
+    """Set this rank's random state to the stored one.
+
+    What a device of another kind has left (Megatron's states are CUDA's on CUDA, the CPU's on a
+    CPU; they differ in size) is left alone.
+    """
     state = torch.load(path, map_location="cpu", weights_only=True)
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    if torch.cuda.is_available():
+        if _of_one_kind(state.get("cuda"), torch.cuda.get_rng_state()):
+            torch.cuda.set_rng_state(state["cuda"])
+    tracker = get_cuda_rng_tracker()
+    known = tracker.get_states()
+    if all(_of_one_kind(s, known.get(name)) for name, s in state["megatron"].items()):
+        tracker.set_states(state["megatron"])
+
+
+def _of_one_kind(state: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return state is not None and other is not None and state.shape == other.shape

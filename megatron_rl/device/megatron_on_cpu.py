@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from typing import Any, Callable
 
 import torch
@@ -66,6 +67,7 @@ def install() -> None:
     if getattr(torch.cuda, "_megatron_rl_on_cpu", False):
         return
     torch.cuda._megatron_rl_on_cpu = True
+    _hide_cuda_libraries()
     _patch_torch_cuda()
     _patch_factories()
     _patch_tensor_methods()
@@ -75,6 +77,14 @@ def install() -> None:
     _patch_dispatcher()
     _patch_unequal_parts()
     _patch_latent_attention()
+
+
+def _hide_cuda_libraries() -> None:
+    """Where they are installed, Megatron takes its optimizer, gradient norms and router products
+    from Transformer Engine or Apex, whatever the device (0.16, 0.19).
+    """
+    for name in ("transformer_engine", "apex"):
+        sys.modules[name] = None  # as if it could not be imported
 
 
 def _patch_torch_cuda() -> None:

@@ -20,11 +20,17 @@ WARNINGS = (
     # asks torch for, and passes the arguments of torch's load in their old order.
     r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
     "The argument order of load has been changed",
+    # Megatron 0.16 and 0.19, of a norm that stands in no layer here.
+    r"Apex is not installed\. Falling back to",
+    # Transformer Engine 2.20, of its part for another framework.
+    "Detected a Jax installation but could not find the shared object file",
+    # torch 2.11: barriers use the device that `select_device` has set.
+    r"barrier\(\): using the device under current context",
 )
 #: The same on a CPU only: that CUDA libraries are missing (six modules of Megatron 0.16 and 0.19 on
 #: import), and a setting of CUDA.
 CPU_WARNINGS = (
-    r"(Transformer Engine and )?Apex (is|are) not installed\. Falling back to",
+    r"Transformer Engine and Apex are not installed\. Falling back to",
     ".* environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
 #: Logger -> beginning of what it is not to say.

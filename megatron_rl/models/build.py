@@ -18,6 +18,7 @@ from megatron_rl.config.schema import ModelConfig, ParallelConfig, YarnConfig
 from megatron_rl.device.select import Device
 from megatron_rl.errors import UserError
 from megatron_rl.models.attention import PositionalRotaryEmbedding
+from megatron_rl.models.experts import has_grouped_kernel
 from megatron_rl.models.initial import initialise
 from megatron_rl.models.parameters import parameter_views
 from megatron_rl.models.specs import block_spec
@@ -100,7 +101,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        moe_grouped_gemm=on_cuda_with_te,
+        # Transformer Engine's experts: a product each, twice as long as torch's one kernel.
+        moe_grouped_gemm=on_cuda_with_te and not has_grouped_kernel(device.torch_device),
         moe_enable_routing_replay=routing_replay,
         transformer_impl="transformer_engine" if on_cuda_with_te else "local",
         **_latent_fields(model),

@@ -1,4 +1,4 @@
-"""The experts of a MoE layer as two grouped matrix products, without Transformer Engine."""
+"""The experts of a MoE layer as two grouped matrix products."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
     """
     product = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
     return product(x, weight.transpose(-2, -1), offs=offsets)
+
+
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Whether torch multiplies all experts' matrices in one kernel: from compute capability 9.0 on;
+    on older devices it loops over the experts and waits for the device each time.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class _ExpertWeight(torch.nn.Module):

@@ -1,5 +1,5 @@
 """Layer specs: Megatron's layers with our norm, attention and experts, or with Transformer
-Engine's.
+Engine's linear layers and norms.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and virtual stage)."""
     if transformer_engine:
-        from megatron_rl.models.transformer_engine import with_layout_attention
+        from megatron_rl.models.transformer_engine import with_our_parts
 
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        return with_layout_attention(spec, model)
+        return with_our_parts(spec, model, config)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     marks = moe_layers(model)[first : first + count]

@@ -1,5 +1,5 @@
-"""Transformer Engine's attention behind the same layouts as the local one. Imported only where it
-is installed.
+"""Transformer Engine's layers with our parts: its attention behind the same layouts as the local
+one. Imported only where it is installed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.attention import Layout, PackedLayout
+from megatron_rl.models.experts import GroupedExperts
 from megatron_rl.models.latent_attention import PackedLatentAttention
 from megatron_rl.models.norm import KeyNorm, QueryNorm
 from megatron_rl.models.router import PackRouter
@@ -63,11 +66,12 @@ class LayoutTEAttention(TEDotProductAttention):
         return output.flatten(1).unsqueeze(1)
 
 
-def with_layout_attention(
-    spec: TransformerBlockSubmodules, model: ModelConfig
+def with_our_parts(
+    spec: TransformerBlockSubmodules, model: ModelConfig, config: TransformerConfig
 ) -> TransformerBlockSubmodules:
-    """Put `LayoutTEAttention`, `PackRouter` and what else is ours into every layer of a Transformer
-    Engine spec.
+    """Put `LayoutTEAttention`, `PackRouter`, `GroupedExperts` (unless ``config.moe_grouped_gemm``
+    asks for Transformer Engine's) and what else is ours into every layer of a Transformer Engine
+    spec.
     """
     for layer in spec.layer_specs:
         attention = layer.submodules.self_attention
@@ -80,4 +84,6 @@ def with_layout_attention(
         moe = moe_submodules(layer.submodules.mlp)
         if moe is not None:
             moe.router = PackRouter
+            if not config.moe_grouped_gemm:
+                moe.experts = ModuleSpec(module=GroupedExperts)
     return spec

@@ -33,8 +33,10 @@ from tests.support.layouts import (
 
 pytestmark = pytest.mark.gpu
 
-#: fp32 sums in another order than on the CPU, through four layers and three steps.
-TOLERANCE = 1e-4
+#: As between layouts on the CPU: fp32 sums in another order.
+TOLERANCE = 1e-5
+#: On a CPU attention is computed in fp32, so that CUDA rounds to bf16 more often.
+CUDA_BF16 = 2.0
 WITH, WITHOUT = {"transformer_engine": True}, {"transformer_engine": False}
 #: name: (model, parallel, algorithm)
 MODELS = {
@@ -84,11 +86,12 @@ def test_in_fp32_cuda_trains_like_the_cpu(case: Case, references: References):
 
 @pytest.mark.parametrize("layers", [WITHOUT, WITH], ids=["local", "te"])
 @pytest.mark.parametrize("name", ["plain", "as DeepSeek", "norm over heads"])
-def test_in_bf16_cuda_is_no_further_off_than_bf16_itself(name, layers, references: References):
+def test_in_bf16_cuda_is_about_as_far_off_as_bf16_itself(name, layers, references: References):
     model, parallel, algorithm = MODELS[name]
     case = Case(name, 1, parallel, {**model, **BF16, **layers}, algorithm=algorithm, device="cuda")
     narrow = comparable_in_bf16(references.of(on_the_cpu(case)))
-    bounds = bf16_bounds(narrow, comparable_in_bf16(references.of(in_fp32(on_the_cpu(case)))))
+    exact = comparable_in_bf16(references.of(in_fp32(on_the_cpu(case))))
+    bounds = {n: CUDA_BF16 * bound for n, bound in bf16_bounds(narrow, exact).items()}
     difference = compare(comparable_in_bf16(run_case(case)), narrow)
     print(f"{name}: {difference}, at most {bounds}")
     beyond = [number for number in NUMBERS if getattr(difference, number) > bounds[number]]

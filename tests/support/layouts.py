@@ -246,7 +246,7 @@ def observed_update(policy, items, telemetry, update) -> tuple[dict[str, float],
             seen.append(inputs)
         return loss(inputs, settings)
 
-    sums = MetricSums(policy.config.model.num_layers)
+    sums = MetricSums(policy.config.model.num_layers, policy.device.torch_device)
     with mock.patch.dict(LOSSES, {policy.config.algorithm.name: spy}):
         update(policy, items, sums, telemetry)
     metrics = sums.reduce(policy.groups.world)

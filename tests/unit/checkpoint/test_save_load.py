@@ -183,6 +183,26 @@ def test_megatrons_random_states_come_back(tmp_path):
     assert all(torch.equal(restored[name], stored[name]) for name in stored)
 
 
+def test_the_random_states_of_another_kind_of_device_are_left_alone(tmp_path):
+    """CUDA's states are of 16 bytes, the CPU's of 5056."""
+    build_training(PLAIN)
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megatron_rl.checkpoint.random_state import load_random_state, save_random_state
+
+    torch.manual_seed(5)
+    save_random_state(tmp_path / "rank_0.pt")
+    state = torch.load(tmp_path / "rank_0.pt", weights_only=True)
+    of_cuda = torch.zeros(16, dtype=torch.uint8)
+    state["megatron"] = dict.fromkeys(state["megatron"], of_cuda)
+    torch.save({**state, "cuda": of_cuda}, tmp_path / "rank_0.pt")
+    expected, kept = torch.rand(2), dict(get_cuda_rng_tracker().get_states())
+    load_random_state(tmp_path / "rank_0.pt")
+    assert torch.equal(torch.rand(2), expected)
+    found = get_cuda_rng_tracker().get_states()
+    assert found.keys() == kept.keys() and all(torch.equal(found[n], kept[n]) for n in kept)
+
+
 def test_the_random_state_of_another_layout_is_left_alone(tmp_path):
     training = build_training(PLAIN)
     path = save(training, tmp_path)

@@ -1,8 +1,12 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from megatron_rl.device import megatron_on_cpu
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import ROOT, run_on_ranks
 from tests.support.tiny import cpu_device
 
 
@@ -79,3 +83,23 @@ def test_ranks_with_unequal_numbers_of_rows_are_gathered_and_reduced(sizes):
         assert gathered == rows
         assert gradient == [[3.0, 3.0]] * sizes[rank]  # 1 + 2, from both ranks
         assert part == parts[rank]
+
+
+@pytest.mark.parametrize("library", ["transformer_engine", "apex"])
+def test_a_library_for_cuda_is_left_alone_on_a_cpu(library, tmp_path):
+    """Megatron takes its optimizer and more from it wherever it can be imported."""
+    (tmp_path / f"{library}.py").write_text("raise SystemExit('imported')\n")
+    code = (
+        "from tests.support.tiny import tiny_config\n"
+        "from tests.support.tiny_training import build_training\n"
+        "print(build_training(tiny_config()).step(0))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
