@@ -216,8 +216,9 @@ def policy_of(config: Config) -> Iterator[Any]:
     try:
         yield policy
     finally:
-        del policy
-        forget_models()
+        optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+        forget_models([*optimizers, *(m for c in policy.wrapped for m in c.modules())])
+        del policy, optimizers
         destroy_groups()
         gc.collect()
 

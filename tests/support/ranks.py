@@ -25,7 +25,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Starting (importing torch and Megatron) takes seconds, on a busy machine many; a call's time
@@ -237,18 +237,26 @@ def leave_world() -> None:
     gc.collect()
 
 
-def forget_models() -> None:
-    """Cut what keeps Megatron's models, and with them their groups, alive for ever: gradient hooks
-    hold the model, and dispatchers the graph of the last micro-batch.
+def forget_models(things: Iterable[Any] | None = None) -> None:
+    """Cut what keeps Megatron's models, and with them their groups, alive for ever.
+
+    Gradient hooks hold the model, dispatchers the graph of the last micro-batch, and sharded
+    optimizers a graph over their slices of the weights.
+
+    Args:
+        things: the modules and optimizers; None: all there are in this process.
     """
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    for thing in gc.get_objects():
+    for thing in gc.get_objects() if things is None else things:
         if issubclass(type(thing), DistributedDataParallel):
             thing.grad_accs.clear()
         elif issubclass(type(thing), MoELayer):
             vars(thing.token_dispatcher).clear()
+        elif issubclass(type(thing), MegatronOptimizer):
+            vars(thing).clear()
 
 
 def _answer(name: str, qualified_name: str, args: bytes) -> bytes:
