@@ -45,6 +45,7 @@ def test_every_step_reports_the_parts(whole):
     assert 0 < first < last
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_reference_and_cursor(folder, whole):
     run(folder, "variants_resumed", 1)
     result = run(folder, "variants_resumed", 3)

@@ -24,7 +24,7 @@ model:
   vocab_size: 32
   max_sequence_length: 64
 parallel: {expert: 2, world_size: 2}
-device: {kind: cpu}
+device: {kind: cpu, threads: 1}  # the same sums on any machine
 data:
   tokenizer: {path: data/tokenizer.model}
   train: data/sft.jsonl

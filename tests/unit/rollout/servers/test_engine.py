@@ -355,6 +355,7 @@ def fake_command(directory, host, port):
     return words, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_path, told):
     config = config_of(directory, tmp_path / "run", [])
     servers = config.rollout.servers.model_copy(update={"start": 2, "python": "python"})
