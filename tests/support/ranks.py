@@ -11,6 +11,7 @@ worker.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import gc
 import importlib
@@ -145,7 +146,8 @@ class _Pool:
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         for pipe in self._pipes:  # only now: no rank still talks to another
-            pipe.send_bytes(REST)
+            with contextlib.suppress(OSError):  # has died since; the next call will say so
+                pipe.send_bytes(REST)
         return [answers[rank] for rank in range(len(self._pipes))]
 
     def _wait_for_start(self) -> None:
@@ -233,7 +235,8 @@ def leave_world() -> None:
 
     forget_models()
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     gc.collect()
 
 
