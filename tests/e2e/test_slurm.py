@@ -74,7 +74,7 @@ def test_a_requeued_job_goes_on_from_the_checkpoint_it_left(folder, rl_run, envi
 
 
 def test_a_job_whose_time_is_over_is_queued_again(folder, rl_run, environment):
-    options = ["--time", "1", "--signal", "B:USR1@35"]
+    options = ["--time", "2", "--signal", "B:USR1@60"]  # a minute for the start and some steps
     job, log = submit(folder, environment, "late", options, ["--train.steps", "2000"])
     wait_until(lambda: log.exists() and "time is over, job" in log.read_text(), log)
     assert "run the same command to continue" in log.read_text()
