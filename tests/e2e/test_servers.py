@@ -182,7 +182,7 @@ def test_answers_that_an_update_breaks_off_go_on_with_the_new_weights(tmp_path):
     directory, told = hugging_face.save("qwen3_moe", tmp_path / "hf"), []
     process = ServerProcess("127.0.0.1", tmp_path / "server.log")
     config = config_of(directory, tmp_path / "run", [process.url])
-    servers = config.rollout.servers.model_copy(update={"python": PYTHON, "in_flight": 2})
+    servers = config.rollout.servers.model_copy(update={"python": PYTHON, "in_flight": 4})
     rollout = config.rollout.model_copy(update={"servers": servers, "lag": 2})
     config = config.model_copy(update={"rollout": rollout})
     prompts = [Prompt(i, np.array([2 + i, 5, 9]), "", {}) for i in range(64)]
@@ -192,21 +192,26 @@ def test_answers_that_an_update_breaks_off_go_on_with_the_new_weights(tmp_path):
         process.wait_until_ready(300.0)
         engine, chunks, *_ = build(config, told, method="reload_checkpoint")
         engine.generate(prompts[:2], settings)  # it is slow for the first time
-        before = answered(tmp_path)
-        finish_old = engine.begin(prompts, settings)
-        wait_for(lambda: answered(tmp_path) >= before + 6)
-        change_weights(engine, chunks)
-        engine.generate([], settings)
-        answers = [(g.prompt, a) for g in finish_old() for a in g.completions]
+        # An answer takes a tenth of a second: on a busy machine all may be done before the server
+        # hears that it is to break them off.
+        for _ in range(10):
+            before = answered(tmp_path)
+            finish_old = engine.begin(prompts, settings)
+            wait_for(lambda least=before + 6: answered(tmp_path) >= least)
+            change_weights(engine, chunks)
+            engine.generate([], settings)
+            answers = [(g.prompt, a) for g in finish_old() for a in g.completions]
+            carried = [(p, a) for p, a in answers if a.last_version != a.version]
+            if carried:
+                break
     finally:
         process.stop()
-    versions = sorted((tmp_path / "run" / "servers" / "weights").iterdir())
+    assert carried and told == []
+    assert len(answers) == 192 and all(a.finished or len(a.tokens) == 40 for _, a in answers)
+    old, new = sorted({answer.version for _, answer in answers})
+    versions = [tmp_path / "run" / "servers" / "weights" / f"version_{v}" for v in (old, new)]
     models = [hugging_face_model(path) for path in versions]
-    carried = 0
-    for prompt, answer in answers:
-        if answer.last_version == answer.version:
-            continue
-        carried += 1
+    for prompt, answer in carried:
         tokens, start = [*prompt.tokens.tolist(), *answer.tokens.tolist()], len(prompt.tokens)
         by = np.array(
             [[m(tokens[: start + i])[t] for i, t in enumerate(answer.tokens)] for m in models]
@@ -214,8 +219,6 @@ def test_answers_that_an_update_breaks_off_go_on_with_the_new_weights(tmp_path):
         first, last = np.abs(by - answer.logprobs) < 1e-3
         switched = int(first.argmin()) if not first.all() else len(first)
         assert 0 < switched < len(first) and first[:switched].all() and last[switched:].all()
-    assert carried > 0 and {answer.version for _, answer in answers} == {0, 1} and told == []
-    assert len(answers) == 192 and all(a.finished or len(a.tokens) == 40 for _, a in answers)
 
 
 @pytest.fixture
