@@ -50,6 +50,13 @@ def wait_until(happened, log):
         time.sleep(0.2)
 
 
+def start_again(environment, job, log):
+    """Start a requeued job at once; Slurm itself lets it wait for two minutes."""
+    wait_until(lambda: state(environment, job) == "PENDING", log)
+    time.sleep(3.0)  # a node refuses the job in the second in which it was taken from it
+    slurm.ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
 def test_a_job_of_two_nodes_gives_the_metrics_of_one_machine(folder, rl_run, environment):
     job, log = submit(folder, environment, "slurm")
     ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
@@ -63,8 +70,7 @@ def test_a_requeued_job_goes_on_from_the_checkpoint_it_left(folder, rl_run, envi
     wait_until(lambda: log.exists() and "step 2/8" in log.read_text(), log)
     slurm.ask(environment, "scontrol", "requeue", job)
     wait_until(lambda: "run the same command to continue" in log.read_text(), log)
-    wait_until(lambda: state(environment, job) == "PENDING", log)
-    slurm.ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_again(environment, job, log)
     wait_until(lambda: state(environment, job) in ("COMPLETED", "FAILED"), log)
     text = log.read_text()
     assert state(environment, job) == "COMPLETED", text
@@ -78,8 +84,7 @@ def test_a_job_whose_time_is_over_is_queued_again(folder, rl_run, environment):
     job, log = submit(folder, environment, "late", options, ["--train.steps", "2000"])
     wait_until(lambda: log.exists() and "time is over, job" in log.read_text(), log)
     assert "run the same command to continue" in log.read_text()
-    wait_until(lambda: state(environment, job) == "PENDING", log)
-    slurm.ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_again(environment, job, log)
     wait_until(lambda: "continuing from runs/late/checkpoints/step_" in log.read_text(), log)
     slurm.ask(environment, "scancel", job)
     wait_until(lambda: state(environment, job) in ("CANCELLED", "FAILED"), log)
