@@ -176,7 +176,10 @@ MISTAKES = {
     "wrong type": (quantise, "as F8_E4M3; expected one of F32, BF16, F16"),
     "outside": (point_outside, "names the file '../model-00002-of-"),
     "unknown architecture": (set_config(model_type="llama"), "model_type 'llama' is not supported"),
-    "rope scaling": (set_config(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn'"),
+    "rope scaling": (
+        set_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        "rope_type 'yarn'",
+    ),
     "window": (set_config(use_sliding_window=True, sliding_window=8), "sliding_window 8 is not"),
     "quantised": (set_config(quantization_config={"bits": 4}), "quantization_config"),
     "other shape": (set_config(moe_intermediate_size=16), "expected parts of a weight (32, 64)"),
