@@ -34,9 +34,8 @@ def load_random_state(path: Path) -> None:
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available():
-        if _of_one_kind(state.get("cuda"), torch.cuda.get_rng_state()):
-            torch.cuda.set_rng_state(state["cuda"])
+    if torch.cuda.is_available() and _of_one_kind(state.get("cuda"), torch.cuda.get_rng_state()):
+        torch.cuda.set_rng_state(state["cuda"])
     tracker = get_cuda_rng_tracker()
     known = tracker.get_states()
     if all(_of_one_kind(s, known.get(name)) for name, s in state["megatron"].items()):

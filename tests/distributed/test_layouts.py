@@ -9,10 +9,8 @@ from tests.support.layout_cases import BF16_CASES, CASES, TOLERANCE, Case
 from tests.support.layouts import (
     NUMBERS,
     References,
-    bf16_bounds,
-    comparable_in_bf16,
     compare,
-    in_fp32,
+    compare_in_bf16,
     run_case,
 )
 
@@ -59,9 +57,7 @@ def test_a_layout_trains_like_a_single_process(case: Case, references: Reference
 
 @pytest.mark.parametrize("case", parameters(BF16_CASES))
 def test_in_bf16_a_layout_is_no_further_off_than_bf16_itself(case: Case, references: References):
-    narrow = comparable_in_bf16(references.of(case))
-    bounds = bf16_bounds(narrow, comparable_in_bf16(references.of(in_fp32(case))))
-    difference = compare(comparable_in_bf16(run_case(case)), narrow)
+    difference, bounds = compare_in_bf16(case, references)
     assert 0.01 < bounds["logprobs"] < 0.2 and bounds["replicas"] == 0.0  # it is bf16's size
     beyond = [name for name in NUMBERS if getattr(difference, name) > bounds[name]]
     assert not beyond, (difference, bounds)

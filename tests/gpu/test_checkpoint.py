@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.layout_cases import DEEPSEEK, LATENT, OVER_HEADS
-from tests.support.layouts import relative
+from tests.support.layouts import relative, whole_weights
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import tiny_config
 from tests.support.tiny_training import build_training
@@ -24,16 +24,6 @@ def config(kind, model):
     return tiny_config(model=model, device={"kind": kind})
 
 
-def weights(training):
-    """{global name: array} of all parameters."""
-    from megatron_rl.models.parameters import weight_views
-
-    return {
-        view.name: view.of(view.parameter).detach().float().cpu().numpy()
-        for view in weight_views(training.chunks, training.groups)
-    }
-
-
 def train_and_save(kind, model, root):
     """On a rank: weights and logits after three steps, whose checkpoint is left behind."""
     from megatron_rl.checkpoint.save import save_checkpoint
@@ -41,7 +31,7 @@ def train_and_save(kind, model, root):
     training = build_training(config(kind, model))
     losses = [training.step(number) for number in range(3)]
     save_checkpoint(Path(root), 3, state={}, keep=2, **training.for_checkpoint())
-    after = weights(training), training.logits().float().cpu().numpy()
+    after = whole_weights(training), training.logits().float().cpu().numpy()
     losses += [training.step(number) for number in (3, 4)]
     return losses, *after
 
@@ -52,7 +42,7 @@ def load_and_go_on(kind, model, root):
 
     training = build_training(config(kind, model), seed=99)
     load_checkpoint(Path(root) / "step_3", **training.for_checkpoint())
-    after = weights(training), training.logits().float().cpu().numpy()
+    after = whole_weights(training), training.logits().float().cpu().numpy()
     return [training.step(number) for number in (3, 4)], *after
 
 

@@ -19,22 +19,19 @@ from tests.support.layout_cases import (
     ODD,
     OVER_HEADS,
     SELECTIVE,
+    TOLERANCE,
     Case,
 )
 from tests.support.layouts import (
     NUMBERS,
     References,
-    bf16_bounds,
-    comparable_in_bf16,
     compare,
-    in_fp32,
+    compare_in_bf16,
     run_case,
 )
 
 pytestmark = pytest.mark.gpu
 
-#: As between layouts on the CPU: fp32 sums in another order.
-TOLERANCE = 1e-5
 #: On a CPU attention is computed in fp32, so that CUDA rounds to bf16 more often.
 CUDA_BF16 = 2.0
 WITH, WITHOUT = {"transformer_engine": True}, {"transformer_engine": False}
@@ -70,16 +67,11 @@ def references() -> References:
     return References()
 
 
-def on_the_cpu(case: Case) -> Case:
-    model = {name: v for name, v in case.model.items() if name != "transformer_engine"}
-    return dataclasses.replace(case, model=model)
-
-
 @pytest.mark.parametrize(
     "case", [*on_cuda(MODELS, WITHOUT), *on_cuda({**MODELS, **LATENT_MODELS}, WITH)]
 )
 def test_in_fp32_cuda_trains_like_the_cpu(case: Case, references: References):
-    difference = compare(run_case(case), references.of(on_the_cpu(case)))
+    difference = compare(run_case(case), references.of(case))
     print(f"{case.name}: {difference.largest:.1e} {difference.worst}")
     assert difference.largest < TOLERANCE, difference
 
@@ -89,10 +81,8 @@ def test_in_fp32_cuda_trains_like_the_cpu(case: Case, references: References):
 def test_in_bf16_cuda_is_about_as_far_off_as_bf16_itself(name, layers, references: References):
     model, parallel, algorithm = MODELS[name]
     case = Case(name, 1, parallel, {**model, **BF16, **layers}, algorithm=algorithm, device="cuda")
-    narrow = comparable_in_bf16(references.of(on_the_cpu(case)))
-    exact = comparable_in_bf16(references.of(in_fp32(on_the_cpu(case))))
-    bounds = {n: CUDA_BF16 * bound for n, bound in bf16_bounds(narrow, exact).items()}
-    difference = compare(comparable_in_bf16(run_case(case)), narrow)
+    difference, on_the_cpu = compare_in_bf16(case, references)
+    bounds = {number: CUDA_BF16 * bound for number, bound in on_the_cpu.items()}
     print(f"{name}: {difference}, at most {bounds}")
     beyond = [number for number in NUMBERS if getattr(difference, number) > bounds[number]]
     assert not beyond, (difference, bounds)
@@ -113,5 +103,5 @@ def test_in_bf16_cuda_is_about_as_far_off_as_bf16_itself(name, layers, reference
     ],
 )
 def test_layouts_over_the_devices_of_this_machine(case: Case, references: References):
-    difference = compare(run_case(case), references.of(on_the_cpu(case)))
+    difference = compare(run_case(case), references.of(case))
     assert difference.largest < TOLERANCE, difference

@@ -128,10 +128,9 @@ def run_case(case: Case) -> Run:
 
 
 def single_process(case: Case) -> Case:
-    """The same model on one CPU rank."""
-    return Case(
-        case.name, 1, {}, case.model, one_per_pack=case.one_per_pack, algorithm=case.algorithm
-    )
+    """The same model on one CPU rank, which has no Transformer Engine."""
+    model = {name: value for name, value in case.model.items() if name != "transformer_engine"}
+    return Case(case.name, 1, {}, model, one_per_pack=case.one_per_pack, algorithm=case.algorithm)
 
 
 def in_fp32(case: Case) -> Case:
@@ -189,7 +188,7 @@ def _train(policy: Any, case: Case) -> dict[str, Any]:
         if inputs.router_shift is not None:
             result["gamma"] |= by_sequence(item.pack, inputs.router_shift)
     result["scalars"] |= telemetry.reduce(policy.groups.world)
-    result["weights"] = gathered(policy, "data") | _expert_biases(policy)
+    result["weights"] = whole_weights(policy)
     return result
 
 
@@ -290,6 +289,11 @@ def gathered(policy: Any, attribute: str) -> dict[str, np.ndarray]:
     return found
 
 
+def whole_weights(policy: Any) -> dict[str, np.ndarray]:
+    """This rank's parameters, whole, by global name, and the routers' biases. A collective."""
+    return gathered(policy, "data") | _expert_biases(policy)
+
+
 def _expert_biases(policy: Any) -> dict[str, np.ndarray]:
     biases = {
         layer.layer_number - 1: getattr(getattr(layer.mlp, "router", None), "expert_bias", None)
@@ -354,6 +358,13 @@ def bf16_bounds(narrow: Run, exact: Run) -> dict[str, float]:
     bounds = {name: BF16_FACTOR * getattr(difference, name) for name in NUMBERS}
     largest = max(bounds[name] for name in SCALARS)
     return bounds | dict.fromkeys(SCALARS, largest)
+
+
+def compare_in_bf16(case: Case, references: References) -> tuple[Difference, dict[str, float]]:
+    """Run a bf16 case: how far it is from its single process, and `bf16_bounds`."""
+    narrow = comparable_in_bf16(references.of(case))
+    exact = comparable_in_bf16(references.of(in_fp32(case)))
+    return compare(comparable_in_bf16(run_case(case)), narrow), bf16_bounds(narrow, exact)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

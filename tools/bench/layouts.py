@@ -30,10 +30,8 @@ from tests.support.layouts import (  # noqa: E402
     NUMBERS,
     Difference,
     References,
-    bf16_bounds,
-    comparable_in_bf16,
     compare,
-    in_fp32,
+    compare_in_bf16,
     run_case,
 )
 from tests.support.ranks import RankFailure  # noqa: E402
@@ -71,9 +69,7 @@ def _fp32(case: Case, references: References) -> tuple[Difference, Bounds]:
 
 
 def _bf16(case: Case, references: References) -> tuple[Difference, Bounds]:
-    narrow = comparable_in_bf16(references.of(case))
-    exact = comparable_in_bf16(references.of(in_fp32(case)))
-    return compare(comparable_in_bf16(run_case(case)), narrow), bf16_bounds(narrow, exact)
+    return compare_in_bf16(case, references)
 
 
 def _print_table(console: Console, title: str, cases, measure, references: References) -> int:

@@ -50,7 +50,7 @@ SHAPES = {
         "moe_intermediate_size": 512,
     },
 }
-DTYPES = {"cpu": "fp32", "cuda": "bf16"}
+DTYPES = {"cpu": ("fp32", torch.float32), "cuda": ("bf16", torch.bfloat16)}
 ROW = "{:24} {:>26}"
 Round = Callable[[], int]  # generates once; the tokens it made
 
@@ -88,9 +88,9 @@ def main() -> int:
             if server is not None:
                 server.stop()
     print(
-        f"{arguments.prompts} prompts x {arguments.tokens} tokens, {DTYPES[arguments.device]} on "
-        f"{arguments.device}, {arguments.threads} threads; median (range) of {arguments.rounds} "
-        "rounds in turns"
+        f"{arguments.prompts} prompts x {arguments.tokens} tokens, "
+        f"{DTYPES[arguments.device][0]} on {arguments.device}, {arguments.threads} threads; "
+        f"median (range) of {arguments.rounds} rounds in turns"
     )
     for name, values in speeds.items():
         text = f"{np.median(values):,.0f} ({min(values):,.0f} .. {max(values):,.0f})"
@@ -136,7 +136,7 @@ def _builtin(directory: Path, prompts: list[np.ndarray], arguments: argparse.Nam
     from megatron_rl.device.select import connect, select_device
 
     words = {"model.hf_path": directory, "device.kind": arguments.device}
-    words["model.dtype"] = DTYPES[arguments.device]
+    words["model.dtype"], _ = DTYPES[arguments.device]
     words["device.threads"] = arguments.threads
     config = load_config(None, [f"--{name}={value}" for name, value in words.items()])
     launch = read_launch()
@@ -178,7 +178,7 @@ def _transformers(
 ) -> Round:
     import transformers
 
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    _, dtype = DTYPES[arguments.device]
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     model = model.to(arguments.device).eval()
     width = max(map(len, prompts))
