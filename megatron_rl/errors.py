@@ -13,3 +13,8 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """The input was right, and the result is not: exit code 1, one line, no traceback."""
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and what it says, on one line."""
+    return " ".join(f"{type(error).__name__} {error}".split())

@@ -180,6 +180,11 @@ def split(rule: Rule, weight: torch.Tensor, model: ModelConfig) -> list[torch.Te
     return [part.flatten(0, 1) for part in grouped.split([queries, width, width], dim=1)]
 
 
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; a copy if it is a part of another, which it would keep in memory."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def _by_group(part: torch.Tensor, groups: int) -> torch.Tensor:
     """[groups * n, ...] -> [groups, n, ...]."""
     return part.view(groups, len(part) // groups, *part.shape[1:])

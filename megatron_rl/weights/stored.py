@@ -11,7 +11,7 @@ from megatron_rl.checkpoint.save import SHARDS
 from megatron_rl.checkpoint.torch_dist import StoredTensors
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.parameters import OF_THE_VOCABULARY, canonical_name
-from megatron_rl.weights.families import rule_of, split
+from megatron_rl.weights.families import alone, rule_of, split
 
 #: The experts of a layer are stored as one tensor, stacked along a first axis.
 _STACKED = ".mlp.experts.experts."
@@ -42,13 +42,17 @@ class StoredWeights:
     def stream(self, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor) of every weight of this rank's share of the stored tensors.
 
-        One stored tensor is in memory at a time: the experts of a layer are the largest.
+        One stored tensor is in memory at a time (the experts of a layer are the largest), and none
+        while the next is read: no tensor that is yielded keeps it alive.
         """
         for key in self.keys[rank::ranks]:
-            stored = self._tensors.get(key)
-            for name, weight in self._weights(key, stored):
-                rule = rule_of(name, self._family)
-                yield from zip(rule.parts, split(rule, weight, self._model), strict=True)
+            yield from self._parts(key)
+
+    def _parts(self, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in self._weights(key, self._tensors.get(key)):
+            rule = rule_of(name, self._family)
+            for part, tensor in zip(rule.parts, split(rule, weight, self._model), strict=True):
+                yield part, alone(tensor)
 
     def _weights(self, key: str, stored: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         name = canonical_name(key)

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import UserError
 from megatron_rl.weights.companions import copy_companions
+from megatron_rl.weights.families import alone
 from megatron_rl.weights.source import INDEX
 
 SHARD_BYTES = 1 << 30
@@ -34,8 +35,7 @@ class _Shards:
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._size + size > self._limit:
             self.flush()
-        # A copy: a slice would keep the whole of what it is a slice of.
-        self._waiting[name] = tensor.to("cpu", copy=True)
+        self._waiting[name] = alone(tensor.cpu())
         self._size += size
 
     def flush(self) -> None:

@@ -52,8 +52,11 @@ class _Worker(Reload):
 
     rank, device = 0, "cpu"
 
-    def __init__(self, like: Path, take: Callable[[Path], None]) -> None:
-        self._like, self._take, self.model_runner = like, take, self
+    def __init__(
+        self, like: Path, take: Callable[[Path], None], between: Callable[[], None]
+    ) -> None:
+        """between: called after each weight."""
+        self._like, self._take, self._between, self.model_runner = like, take, between, self
 
     def _forget_kernels(self) -> None:
         pass
@@ -64,7 +67,11 @@ class _Worker(Reload):
 
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(self._like / "config.json", folder)
-            save_file(dict(weights_iterator), Path(folder) / "model.safetensors")
+            weights = {}
+            for name, weight in weights_iterator:
+                weights[name] = weight
+                self._between()
+            save_file(weights, Path(folder) / "model.safetensors")
             self._take(Path(folder))
 
 
@@ -73,7 +80,9 @@ class FakeServer:
 
     hang: no answer for a minute. garbage: something else than an answer. vocabulary: a token that
     the model does not have. error: status 500. slow: a pause before each answer. refuse: no new
-    weights are taken. lie: they are said to be taken, and are not. stale: an old version is named.
+    weights are taken, which is said at once; refuse late: after a pause. stall: the first of them
+    are read, and no more. lie: they are said to be taken, and are not. stale: an old version is
+    named.
 
     With ``token_s`` each token takes that long, and a pause breaks answers off in the middle.
     """
@@ -88,7 +97,7 @@ class FakeServer:
         """like: a model directory whose config.json describes weights that are broadcast."""
         self.model, self._load = model, load or (lambda directory: self.model)
         self.fault, self.pause = "", 0.3
-        self.worker = _Worker(like, self._take) if like else None
+        self.worker = _Worker(like, self._take, self._between) if like else None
         self.version, self.loaded = "default", []
         self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
         self.answered = 0
@@ -122,10 +131,15 @@ class FakeServer:
         if path == "/inference/v1/generate":
             return self._generate(body)
         if path == "/collective_rpc":
-            if self.fault == "refuse":
+            if self.fault.startswith("refuse"):
+                self._ended.wait(self.pause if self.fault == "refuse late" else 0.0)
                 return 500, {"error": "no"}
             if body["method"] in ("count", "join_weights", "receive_weights"):
-                return 200, {"results": [getattr(self.worker, body["method"])(*body["args"])]}
+                try:
+                    result = getattr(self.worker, body["method"])(*body["args"])
+                except RuntimeError as error:
+                    return 500, {"error": str(error)}
+                return 200, {"results": [result]}
             self._take(Path(body["args"][0]))
         elif path == "/update_weight_version":
             self.version = body["new_version"]
@@ -152,6 +166,10 @@ class FakeServer:
         self.loaded.append(directory.name)
         if self.fault != "lie":
             self.model = self._load(directory)
+
+    def _between(self) -> None:
+        if self.fault == "stall":
+            self._ended.wait(60.0)
 
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any] | None:
         with self._lock:

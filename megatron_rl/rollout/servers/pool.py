@@ -16,7 +16,7 @@ from typing import Any, Callable, Generic, Sequence, TypeVar
 
 import httpx
 
-from megatron_rl.errors import RunFailed
+from megatron_rl.errors import RunFailed, one_line
 from megatron_rl.rollout.servers.api import BadAnswer, Call
 
 Result = TypeVar("Result")
@@ -199,7 +199,7 @@ class ServerPool:
                     raise BadAnswer(server.excluded)
                 result = question.read(payload)
             except (httpx.HTTPError, BadAnswer) as error:
-                text = " ".join(f"{type(error).__name__} {error}".split())
+                text = one_line(error)
                 reasons.append(f"{server.url}: {text}")
                 self._rest(server)
                 self._say(f"rollout server {reasons[-1]}; asking again")

@@ -43,12 +43,17 @@ class Reload:
         self._receive(1, torch.int64)
         return size
 
-    def receive_weights(self) -> int:
-        """Take the weights that the trainer sends to the group; how many tensors they were."""
+    def receive_weights(self, number: int) -> int:
+        """Take the weights that the trainer sends to the group; how many tensors they were.
+
+        Args:
+            number: of the sending, under which the trainer is told that this worker reads.
+        """
         received = 0
 
         def weights() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal received
+            self._trainer[1].set(f"reads/{number}/{1 + self.rank}", "")
             while length := int(self._receive(1, torch.int64)):
                 header = bytes(self._receive(length, torch.uint8).cpu().numpy())
                 entries = [

@@ -18,7 +18,7 @@ import torch
 
 from megatron_rl.checkpoint.together import together
 from megatron_rl.config.schema import Config
-from megatron_rl.errors import RunFailed
+from megatron_rl.errors import RunFailed, one_line
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
@@ -161,7 +161,7 @@ class WeightSync:
                     self.pool.ask_one(url, Question(call, lambda payload: None))
                 self._sender.join(url, partial(self._of_workers, url))
             except (httpx.HTTPError, BadAnswer, RuntimeError, OSError) as error:
-                self._lost[url] = " ".join(f"{type(error).__name__} {error}".split())
+                self._lost[url] = one_line(error)
 
     def _tell(self) -> tuple[list[str], list[str]]:
         """On rank 0: tell the servers which weights they have; all, and those that know."""
@@ -172,7 +172,7 @@ class WeightSync:
                 for call in () if url in self._lost else calls:
                     self.pool.ask_one(url, Question(call, lambda payload: None))
             except (httpx.HTTPError, BadAnswer) as error:
-                self._lost[url] = " ".join(f"{type(error).__name__} {error}".split())
+                self._lost[url] = one_line(error)
         for url, why in self._lost.items():
             self._sender.forget(url)
             self._say(f"rollout server {url} did not take the weights: {why}")
@@ -211,7 +211,7 @@ class WeightSync:
             for call in calls:
                 self.pool.ask_one(url, Question(call, lambda payload: None))
         except (httpx.HTTPError, BadAnswer) as error:
-            return " ".join(f"{type(error).__name__} {error}".split())
+            return one_line(error)
         return None
 
     def _probe(self, urls: Sequence[str]) -> None:

@@ -187,13 +187,14 @@ def test_weights_are_broadcast_without_a_disk(directory, tmp_path, receivers, to
     assert not (tmp_path / "servers").exists()
 
 
+@pytest.mark.parametrize("fault", ["refuse", "refuse late", "stall"])
 def test_a_server_that_stops_reading_is_left_out_and_joins_again(
-    directory, tmp_path, receivers, told
+    directory, tmp_path, receivers, told, fault
 ):
     engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers), told)
     engine.generate(PROMPTS, SAMPLED)
     change_weights(engine, chunks)
-    receivers[0].fault = "refuse"
+    receivers[0].fault = fault
     groups = engine.generate(PROMPTS, SAMPLED)
     assert [len(group.completions) for group in groups] == [3, 3, 3]
     assert any(f"{receivers[0].url} did not take the weights" in text for text in told), told
