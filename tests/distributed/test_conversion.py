@@ -142,8 +142,9 @@ def check(variant, layouts, folder):
     jobs = {name: Job(source, folder, name) for name in layouts}
     for name, job in jobs.items():
         found = whole_logits(run_on_ranks(ALL_LAYOUTS[name][0], import_and_export, job))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=f"{variant}, {name}")
-        same_bits(stored(job.exported), original, f"{variant}, {name}")
+        where = f"{variant}, {name}"
+        close(found, expected, where)
+        same_bits(stored(job.exported), original, where)
     first = jobs[layouts[0]].exported
     assert torch.equal(hugging_face.logits(first), expected)  # and its config.json says the same
     index = json.loads((first / "model.safetensors.index.json").read_text())
@@ -153,6 +154,12 @@ def check(variant, layouts, folder):
         ranks = ALL_LAYOUTS[name][0]
         wrong = run_on_ranks(ranks, load_checkpoint_of, jobs[name], jobs[before].checkpoint)
         assert wrong == [[]] * ranks, f"{variant}, {before} -> {name}"
+
+
+def close(found, expected, where):
+    torch.testing.assert_close(
+        found, expected, atol=1e-4, rtol=0, msg=lambda text: f"{where}: {text}"
+    )
 
 
 def same_bits(found, original, where):

@@ -32,12 +32,19 @@ def toy_model(vocab_size: int = 16) -> Model:
     return lambda tokens: table[tokens[-1] % vocab_size]
 
 
+#: Loading switches off, for the whole process, that weights are tied; of two threads that load, the
+#: second takes that for what it has to restore.
+_loading = threading.Lock()
+
+
 def hugging_face_model(directory: Path) -> Model:
     """What transformers computes from a model directory."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with _loading:
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.eval()
 
     @torch.no_grad()
     def logprobs(tokens: list[int]) -> np.ndarray:
