@@ -50,11 +50,28 @@ def test_a_second_installation_changes_nothing():
 
 
 def test_megatrons_small_functions_are_left_uncompiled_and_torch_compile_as_it_was():
-    cpu_device()
-    from megatron.core.fusions.fused_bias_swiglu import swiglu
+    code = (  # in a process of its own: Megatron decides when it is imported
+        "from tests.support.tiny import cpu_device\n"
+        "cpu_device()\n"
+        "import torch\n"
+        "from megatron.core.fusions.fused_bias_swiglu import swiglu\n"
+        "for function in swiglu, torch.compile(lambda x: x, backend='eager'):\n"
+        "    print(hasattr(function, '_torchdynamo_orig_callable'))\n"
+    )
+    assert output_of(code).split() == ["False", "True"]
 
-    assert not hasattr(swiglu, "_torchdynamo_orig_callable")
-    assert hasattr(torch.compile(lambda x: x, backend="eager"), "_torchdynamo_orig_callable")
+
+def output_of(code, *places):
+    """What a new interpreter prints, with these directories to import from."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*places, ROOT]))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def unequal_parts(sizes):
@@ -94,12 +111,4 @@ def test_libraries_for_cuda_are_left_alone_on_a_cpu(tmp_path):
         "from tests.support.tiny_training import build_training\n"
         "print(build_training(tiny_config()).step(0))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 0
+    assert float(output_of(code, tmp_path)) > 0
