@@ -23,7 +23,9 @@ def save_random_state(path: Path) -> None:
         state["cuda"] = torch.cuda.get_rng_state()
     content = io.BytesIO()
     torch.save(state, content)  # which would raise RuntimeErrors for a full disk
-    path.write_bytes(content.getbuffer())
+    # A copy: on a full disk the error's frames keep what is written, and Python 3.12.1's collector
+    # ends in a segmentation fault over a view of a BytesIO.
+    path.write_bytes(content.getvalue())
 
 
 def load_random_state(path: Path) -> None:

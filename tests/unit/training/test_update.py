@@ -146,7 +146,7 @@ def test_the_loss_of_later_updates_is_the_equation_token_by_token(name):
         gamma,
     )
     assert count == 8
-    assert metrics["loss"] == pytest.approx(float(total) / count, rel=2e-5)
+    assert metrics["loss"] == pytest.approx(total.item() / count, rel=2e-5)
 
 
 def test_gamma_carries_no_gradient():
