@@ -164,8 +164,12 @@ def test_answers_come_two_steps_ahead(folder):
         finish(process)
     rows = metrics_of(folder, "ahead")
     assert [row["step"] for row in rows] == list(range(SHORT + 1))
-    # the server is faster than the trainer here: all answers are there before the next update
-    assert column(rows, "rollout/lag").tolist() == [0, 1, 2, 2, 2, 2]
+    # Where an update comes before an answer is begun, it is by newer weights than at its asking.
+    lags = column(rows, "rollout/lag")
+    assert lags[0] == 0 and (lags <= [0, 1, 2, 2, 2, 2]).all()
+    assert lags.max() > 1  # some were begun two updates before they were trained on
+    differences = column(rows, "mismatch/logprob_max")
+    assert ((differences > 1e-3) == (lags > 0)).all()
     assert column(rows, "servers/probe_difference").max() < 1e-3
     assert column(rows, "servers/failures").sum() == 0
     times = column(rows, "reward/solved") * 1024
