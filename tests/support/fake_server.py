@@ -37,8 +37,8 @@ def toy_model(vocab_size: int = 16) -> Model:
 _loading = threading.Lock()
 
 
-def hugging_face_model(directory: Path) -> Model:
-    """What transformers computes from a model directory."""
+def hugging_face_logprobs(directory: Path) -> Callable[[list[int]], np.ndarray]:
+    """What transformers computes from a model directory: float64 [N, V], behind each token."""
     import torch
     import transformers
 
@@ -48,10 +48,16 @@ def hugging_face_model(directory: Path) -> Model:
 
     @torch.no_grad()
     def logprobs(tokens: list[int]) -> np.ndarray:
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
         return logits.log_softmax(-1).double().numpy()
 
     return logprobs
+
+
+def hugging_face_model(directory: Path) -> Model:
+    """The same, behind the last token alone."""
+    logprobs = hugging_face_logprobs(directory)
+    return lambda tokens: logprobs(tokens)[-1]
 
 
 class _Worker(Reload):

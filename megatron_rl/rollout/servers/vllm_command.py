@@ -27,6 +27,9 @@ def vllm_command(
     words += ["--skip-tokenizer-init", "--enable-scale-out"]
     if on_cpu:
         words += ["--enforce-eager"]  # compiling takes longer than it saves
+        # vLLM 0.32 ends where a prompt with a seed is read in parts: it takes back the random
+        # numbers of all parts but the last, which torch cannot do on a CPU.
+        words += ["--no-enable-chunked-prefill"]
     words += ["--worker-extension-cls", "megatron_rl.rollout.servers.reload.Reload"]
     if config.algorithm.routing_replay == "r3":
         words += ["--enable-return-routed-experts"]
