@@ -1,32 +1,23 @@
 """RSPO on Countdown with answers from real vLLM servers: `bash tests/run.sh --servers`."""
 
-import json
-import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import pytest
 
 from megatron_rl.config.load import load_config
-from megatron_rl.records import Prompt
-from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.process import ServerProcess
 from megatron_rl.rollout.servers.vllm_command import vllm_command
-from tests.support import hugging_face
-from tests.support.fake_server import hugging_face_logprobs, wait_for
 from tests.support.recipe import run_tool
 from tests.support.runs import ROOT, records, started, succeed
-from tests.unit.rollout.servers.test_engine import build, change_weights, config_of
+from tests.support.server_engine import vllm_python
 
 pytestmark = pytest.mark.servers
 
 EXAMPLE = "examples/countdown"
-PYTHON = os.environ.get("MEGATRON_RL_VLLM_PYTHON")
 STEPS, SHORT = 20, 6
 LONG_S = 1200.0
 
@@ -34,7 +25,6 @@ LONG_S = 1200.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The example's recipe with its data, and its supervised warm-up."""
-    assert PYTHON, "set MEGATRON_RL_VLLM_PYTHON to an interpreter with vLLM"
     folder = tmp_path_factory.mktemp("servers")
     here = folder / EXAMPLE
     here.mkdir(parents=True)
@@ -59,7 +49,7 @@ def words(name, steps, *more):
 
 
 def on_servers(count):
-    start = ["--rollout.servers.start", str(count), "--rollout.servers.python", PYTHON]
+    start = ["--rollout.servers.start", str(count), "--rollout.servers.python", vllm_python()]
     return ["--rollout.engine", "vllm", *start]
 
 
@@ -179,89 +169,13 @@ def test_answers_come_two_steps_ahead(folder):
     np.testing.assert_allclose(times, times.round(), atol=1e-3)
 
 
-def tokens_made(url):
-    """How many tokens the server has sampled so far, those of unfinished answers too."""
-    text = httpx.get(f"{url}/metrics", timeout=60.0).text
-    (count,) = re.findall(r"^vllm:generation_tokens_total{.*} (.+)$", text, re.MULTILINE)
-    return float(count)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A server with a tiny model that answers long: what is said, its process, the engine,
-    the trainer's chunks, and where its weights lie.
-    """
-    folder, told = tmp_path_factory.mktemp("tiny"), []
-    directory = hugging_face.save("qwen3_moe", folder / "hf")
-    model = json.loads((directory / "config.json").read_text())
-    longer = model | {"max_position_embeddings": 1024}
-    (directory / "config.json").write_text(json.dumps(longer))
-    process = ServerProcess("127.0.0.1", folder / "server.log")
-    config = config_of(directory, folder / "run", [process.url])
-    servers = config.rollout.servers.model_copy(update={"python": PYTHON, "in_flight": 16})
-    rollout = config.rollout.model_copy(update={"servers": servers, "lag": 2})
-    config = config.model_copy(update={"rollout": rollout})
-    process.start(*vllm_command(config, True, directory, "127.0.0.1", process.port))
-    try:
-        process.wait_until_ready(300.0)
-        engine, chunks, *_ = build(config, told, method="reload_checkpoint")
-        yield told, process, engine, chunks, folder / "run" / "servers" / "weights"
-    finally:
-        process.stop()
-
-
-PROMPTS = [Prompt(i, np.array([2 + i, 5, 9]), "", {}) for i in range(16)]
-
-
-def test_prompts_are_answered_that_are_together_more_than_a_server_reads_at_a_time(tiny):
-    told, _, engine, *_ = tiny
-    prompts = [replace(prompt, tokens=np.tile(prompt.tokens, 300)) for prompt in PROMPTS]
-    found = engine.generate(prompts, SamplingSettings(3, 4, seed=4))
-    assert [len(group.completions) for group in found] == [3] * 16
-    assert told == []
-
-
-def test_answers_that_an_update_breaks_off_go_on_with_the_new_weights(tiny):
-    """Every token has the log-probability of the weights that drew it, the old ones first."""
-    told, process, engine, chunks, weights = tiny
-    # The model is so small that the server may sample all answers before it hears that it is to
-    # break them off; then once more.
-    for _ in range(10):
-        before = tokens_made(process.url)
-        finish_old = engine.begin(PROMPTS, SamplingSettings(3, 1000, seed=4))
-        wait_for(lambda least=before + 240: tokens_made(process.url) >= least, 60.0)
-        change_weights(engine, chunks)
-        engine.generate([], SamplingSettings(1, 1))
-        answers = [(g.prompt, a) for g in finish_old() for a in g.completions]
-        if any(a.last_version != a.version for _, a in answers):
-            break
-    assert told == []
-    assert len(answers) == 48 and all(a.finished or len(a.tokens) == 1000 for _, a in answers)
-    version = engine.version - 1
-    models = [hugging_face_logprobs(weights / f"version_{version + v}") for v in (0, 1)]
-    carried = 0
-    for prompt, answer in answers:
-        tokens, start = [*prompt.tokens.tolist(), *answer.tokens.tolist()], len(prompt.tokens)
-        places = range(start - 1, len(tokens) - 1)
-        by = np.stack([m(tokens)[places, answer.tokens] for m in models])
-        old, new = np.abs(by - answer.logprobs) < 1e-3
-        switched = len(old) if old.all() else int(old.argmin())
-        assert new[switched:].all()
-        if answer.version > version:  # nothing of it was there yet
-            assert new.all()
-        elif answer.last_version == version:  # it had ended
-            assert old.all()
-        else:
-            assert switched > 0
-            carried += switched < len(old)
-    assert carried
-
-
 @pytest.fixture
 def standing(folder):
     """A server that runs already, with the warm-up's weights."""
     succeed("convert", "runs/countdown/sft", "hf", cwd=folder)
-    config = load_config(folder / EXAMPLE / "rspo.yaml", ["--rollout.servers.python", PYTHON])
+    config = load_config(
+        folder / EXAMPLE / "rspo.yaml", ["--rollout.servers.python", vllm_python()]
+    )
     process = ServerProcess("127.0.0.1", folder / "standing.log")
     process.start(*vllm_command(config, True, folder / "hf", "127.0.0.1", process.port))
     try:

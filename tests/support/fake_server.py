@@ -1,6 +1,6 @@
 """A server that speaks vLLM's routes, with a model of its own and faults on demand.
 
-The real one is too slow to start for every test; `tests/e2e/test_servers.py` runs it.
+The real one is too slow to start for every test; `tests/e2e/test_vllm_server.py` asks it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Callable, Iterable
 
 import numpy as np
+import torch
 
 from megatron_rl.rollout.servers.reload import Reload
+from tests.support import hugging_face
 
 #: Log-probabilities [V] of the next token, given those before it.
 Model = Callable[[list[int]], np.ndarray]
@@ -32,32 +34,16 @@ def toy_model(vocab_size: int = 16) -> Model:
     return lambda tokens: table[tokens[-1] % vocab_size]
 
 
-#: Loading switches off, for the whole process, that weights are tied; of two threads that load, the
-#: second takes that for what it has to restore.
-_loading = threading.Lock()
-
-
-def hugging_face_logprobs(directory: Path) -> Callable[[list[int]], np.ndarray]:
-    """What transformers computes from a model directory: float64 [N, V], behind each token."""
-    import torch
-    import transformers
-
-    with _loading:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model.eval()
+def hugging_face_model(directory: Path) -> Model:
+    """What transformers computes from a model directory, float64."""
+    model = hugging_face.load(directory)
 
     @torch.no_grad()
     def logprobs(tokens: list[int]) -> np.ndarray:
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
         return logits.log_softmax(-1).double().numpy()
 
     return logprobs
-
-
-def hugging_face_model(directory: Path) -> Model:
-    """The same, behind the last token alone."""
-    logprobs = hugging_face_logprobs(directory)
-    return lambda tokens: logprobs(tokens)[-1]
 
 
 class _Worker(Reload):
@@ -95,7 +81,7 @@ class FakeServer:
     the model does not have. error: status 500. slow: a pause before each answer. refuse: no new
     weights are taken, which is said at once; refuse late: after a pause. stall: the first of them
     are read, and no more. lie: they are said to be taken, and are not. stale: an old version is
-    named.
+    named. impatient: a connection that was used is closed when it is to be used again.
 
     With ``token_s`` each token takes that long, and a pause breaks answers off in the middle.
     """
@@ -245,13 +231,16 @@ class FakeServer:
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        used = False
 
         def do_GET(self) -> None:
             self._send(200, {})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            response = server.respond(self.path, body)
+            gone = server.fault == "impatient" and self.used
+            response = None if gone else server.respond(self.path, body)
+            self.used = True
             if response is None:
                 self.close_connection = True
                 return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
+import numpy as np
 import torch
+
+from megatron_rl.records import Completion, Prompt
 
 VOCABULARY = 125  # no multiple of 2: tensor parallelism pads it
 _COMMON = dict(
@@ -150,13 +154,36 @@ def tokens(count: int = 24) -> torch.Tensor:
     return torch.randint(2, VOCABULARY, (count,), generator=torch.Generator().manual_seed(3))
 
 
+#: Loading switches off, for the whole process, that weights are tied; of two threads that load, the
+#: second takes that for what it has to restore.
+_loading = threading.Lock()
+
+
+def load(directory: Path) -> torch.nn.Module:
+    """The model of a model directory, fp32, in evaluation mode."""
+    import transformers
+
+    with _loading:
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval()
+
+
 @torch.no_grad()
 def logits(directory: Path) -> torch.Tensor:
     """What transformers computes from a model directory in fp32, [24, V]."""
-    import transformers
+    return load(directory)(tokens()[None], use_cache=False).logits[0]
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.eval()(tokens()[None], use_cache=False).logits[0]
+
+@torch.no_grad()
+def drawn_by(
+    models: Sequence[torch.nn.Module], prompt: Prompt, answer: Completion, within: float
+) -> np.ndarray:
+    """Whether each token's log-probability is what each of the models gives it: bool [M, T]."""
+    ids = torch.tensor([*prompt.tokens.tolist(), *answer.tokens.tolist()])
+    places = torch.arange(len(prompt.tokens), len(ids))
+    logits = torch.stack([model(ids[None], use_cache=False).logits[0] for model in models])
+    logprobs = logits.double().log_softmax(-1)[:, places - 1, ids[places]]
+    return np.abs(logprobs.numpy() - answer.logprobs) < within
 
 
 #: What the tokenizer below knows beside its end token, a character a token.
@@ -192,14 +219,12 @@ def spelled(ids: list[int]) -> str:
 @torch.no_grad()
 def greedy(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
     """What transformers answers: at most ``count`` tokens, up to the end token, fp32."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = load(directory)
     answers = []
     for prompt in prompts:
         ids = list(prompt)
         while len(ids) < len(prompt) + count and ids[-1] != 1:
-            logits = model.eval()(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
             ids.append(int(logits.argmax()))
         answers.append(ids[len(prompt) :])
     return answers

@@ -23,8 +23,9 @@ Result = TypeVar("Result")
 
 #: Seconds a server rests after its first failure in a row; doubled with each further one.
 FIRST_REST_S, LONGEST_REST_S = 0.5, 30.0
-#: Seconds for a connection.
-CONNECT_S = 5.0
+#: Seconds for a connection. This side may be the slow one: while it trains, its threads can be
+#: late by seconds.
+CONNECT_S = 15.0
 #: Seconds between looks for a server that can be asked, where none can.
 LOOK_EVERY_S = 0.05
 
@@ -152,7 +153,9 @@ class ServerPool:
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             timeout=httpx.Timeout(self._deadline, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=None),
+            # A connection for each question. Servers close one that is not used for 5 s; a
+            # question that is sent at that moment is lost.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # no proxy stands between a run and its servers
         )
 

@@ -9,7 +9,6 @@ import psutil
 import pytest
 import torch
 
-from megatron_rl.config.load import load_config
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
@@ -17,7 +16,7 @@ from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import ROOT
-from tests.support.tiny import cpu_device
+from tests.support.server_engine import build, change_weights, config_of
 
 PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
 GREEDY = SamplingSettings(1, 6, greedy=True)
@@ -37,45 +36,6 @@ def servers(directory):
         FakeServer(toy_model(), hugging_face_model) as other,
     ):
         yield one, other
-
-
-def config_of(directory, run_dir, urls, **parallel):
-    words = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
-    words += [f"--parallel.{name}={value}" for name, value in parallel.items()]
-    words += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
-    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=30"]
-    return load_config(None, words)
-
-
-def build(config, told, command=None, method="load"):
-    """(engine, chunks, groups, transformer) of this rank."""
-    device = cpu_device()
-    from megatron.core import parallel_state
-
-    from megatron_rl.models.build import build_chunks, transformer_config
-    from megatron_rl.parallel.groups import build_groups, destroy_groups
-    from megatron_rl.rollout.servers.engine import ServerEngine
-    from megatron_rl.rollout.servers.vllm import VllmApi
-    from megatron_rl.training.initial_weights import load_initial_weights
-
-    if parallel_state.model_parallel_is_initialized():
-        destroy_groups()
-    groups = build_groups(config.parallel)
-    transformer = transformer_config(config.model, config.parallel, device)
-    chunks = build_chunks(config.model, transformer, groups, device, config.seed)
-    load_initial_weights(config, chunks, groups)
-    engine = ServerEngine(
-        config,
-        VllmApi(method),
-        chunks,
-        groups,
-        eos_id=1,
-        decode=lambda ids: " ".join(map(str, ids)),
-        say=told.append,
-        own_machine=True,
-        command=command,
-    )
-    return engine, chunks, groups, transformer
 
 
 @pytest.fixture
@@ -248,13 +208,6 @@ def ahead(directory, tmp_path, servers, told):
     return built
 
 
-def change_weights(engine, chunks):
-    with torch.no_grad():
-        for parameter in chunks[0].parameters():
-            parameter.mul_(1.1)
-    engine.weights_changed()
-
-
 def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, tmp_path, told):
     """Every token has the log-probability of the weights that drew it: the old ones first."""
     engine, chunks, *_ = ahead
@@ -265,18 +218,13 @@ def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, 
     old = finish()
     assert {a.version for group in new for a in group.completions} == {1}
     weights = tmp_path / "run" / "servers" / "weights"
-    models = [hugging_face_model(weights / f"version_{number}") for number in range(2)]
+    models = [hugging_face.load(weights / f"version_{number}") for number in range(2)]
     carried = 0
     for group in old:
         for answer in group.completions:
-            tokens = [*group.prompt.tokens.tolist(), *answer.tokens.tolist()]
-            start = len(group.prompt.tokens)
-            by = np.array(
-                [[m(tokens[: start + i])[t] for i, t in enumerate(answer.tokens)] for m in models]
-            )
-            first, last = np.abs(by - answer.logprobs) < 1e-4
-            switched = int(first.argmin()) if not first.all() else len(first)
-            assert first[:switched].all() and last[switched:].all()
+            first, last = hugging_face.drawn_by(models, group.prompt, answer, 1e-4)
+            switched = len(first) if first.all() else int(first.argmin())
+            assert last[switched:].all()
             assert len(answer.tokens) == 40 or answer.finished
             assert (answer.version, answer.last_version) == (0, int(switched < len(first)))
             carried += 0 < switched < len(first)

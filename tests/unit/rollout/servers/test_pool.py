@@ -105,6 +105,13 @@ def test_a_server_that_hangs_is_waited_for_until_the_deadline_only(servers, told
     assert "ReadTimeout" in told[0]
 
 
+def test_no_question_is_sent_on_a_connection_that_its_server_is_closing(servers, told, expected):
+    for server in servers:
+        server.fault = "impatient"
+    assert make_pool(servers, told).ask(questions()) == expected
+    assert told == []
+
+
 def test_a_slow_server_gets_fewer_questions(servers, told, expected):
     servers[0].fault, servers[0].pause = "slow", 0.5
     assert make_pool(servers, told, in_flight=2).ask(questions()) == expected

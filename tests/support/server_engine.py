@@ -1,0 +1,74 @@
+"""An engine on servers, with a tiny model, in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.rollout.servers.sync import Command
+from tests.support.tiny import cpu_device
+
+
+def config_of(directory: Path, run_dir: Path, urls: Sequence[str], **parallel: int) -> Config:
+    """Of a run on servers, from a model directory."""
+    words = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
+    words += [f"--parallel.{name}={value}" for name, value in parallel.items()]
+    words += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
+    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=30"]
+    return load_config(None, words)
+
+
+def build(
+    config: Config, told: list[str], command: Command | None = None, method: str = "load"
+) -> tuple[Any, list[torch.nn.Module], Any, Any]:
+    """(engine, chunks, groups, transformer) of this rank.
+
+    told: gets what is said to a person. method: with which the worker extension loads weights.
+    """
+    device = cpu_device()
+    from megatron.core import parallel_state
+
+    from megatron_rl.models.build import build_chunks, transformer_config
+    from megatron_rl.parallel.groups import build_groups, destroy_groups
+    from megatron_rl.rollout.servers.engine import ServerEngine
+    from megatron_rl.rollout.servers.vllm import VllmApi
+    from megatron_rl.training.initial_weights import load_initial_weights
+
+    if parallel_state.model_parallel_is_initialized():
+        destroy_groups()
+    groups = build_groups(config.parallel)
+    transformer = transformer_config(config.model, config.parallel, device)
+    chunks = build_chunks(config.model, transformer, groups, device, config.seed)
+    load_initial_weights(config, chunks, groups)
+    engine = ServerEngine(
+        config,
+        VllmApi(method),
+        chunks,
+        groups,
+        eos_id=1,
+        decode=lambda ids: " ".join(map(str, ids)),
+        say=told.append,
+        own_machine=True,
+        command=command,
+    )
+    return engine, chunks, groups, transformer
+
+
+def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:
+    """As an update does it: every weight another, and the engine told."""
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(1.1)
+    engine.weights_changed()
+
+
+def vllm_python() -> str:
+    """The interpreter with vLLM that tests with real servers use."""
+    python = os.environ.get("MEGATRON_RL_VLLM_PYTHON")
+    assert python, "set MEGATRON_RL_VLLM_PYTHON to an interpreter with vLLM"
+    return python
