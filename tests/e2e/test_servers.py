@@ -25,6 +25,7 @@ LONG_S = 1200.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The example's recipe with its data, and its supervised warm-up."""
+    vllm_python()  # said before anything is trained
     folder = tmp_path_factory.mktemp("servers")
     here = folder / EXAMPLE
     here.mkdir(parents=True)
