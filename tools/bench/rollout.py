@@ -13,23 +13,22 @@ that has it (tools/setup_vllm_venv.sh makes one).
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
+import httpx
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from megatron_rl.config.load import load_config  # noqa: E402
+from megatron_rl.config.schema import Config  # noqa: E402
+from megatron_rl.rollout.servers.process import ServerProcess  # noqa: E402
 
 VOCABULARY, LONGEST_PROMPT = 512, 48
 SHAPES = {
@@ -78,15 +77,13 @@ def main() -> int:
             "built-in engine": _builtin(directory, prompts, arguments),
             "transformers.generate": _transformers(directory, prompts, arguments),
         }
-        server = None
-        if arguments.vllm_python:
-            server = _Server(arguments.vllm_python, directory, Path(folder) / "vllm.log")
-            rounds["vLLM server"] = server.round(prompts, arguments.tokens)
+        server = ServerProcess("127.0.0.1", Path(folder) / "vllm.log")
         try:
+            if arguments.vllm_python:
+                rounds["vLLM server"] = _vllm(server, directory, prompts, arguments)
             speeds = _take_turns(rounds, arguments.rounds)
         finally:
-            if server is not None:
-                server.stop()
+            server.stop()
     print(
         f"{arguments.prompts} prompts x {arguments.tokens} tokens, "
         f"{DTYPES[arguments.device][0]} on {arguments.device}, {arguments.threads} threads; "
@@ -130,15 +127,18 @@ def _save_model(directory: Path, shape: dict[str, int], longest: int) -> None:
     transformers.Qwen3MoeForCausalLM(config).float().save_pretrained(directory)
 
 
+def _config(directory: Path, arguments: argparse.Namespace, **more: str) -> Config:
+    words = {"model.hf_path": directory, "device.kind": arguments.device, **more}
+    words["model.dtype"], _ = DTYPES[arguments.device]
+    words["device.threads"] = arguments.threads
+    return load_config(None, [f"--{name}={value}" for name, value in words.items()])
+
+
 def _builtin(directory: Path, prompts: list[np.ndarray], arguments: argparse.Namespace) -> Round:
-    from megatron_rl.config.load import load_config
     from megatron_rl.device.launch import read_launch
     from megatron_rl.device.select import connect, select_device
 
-    words = {"model.hf_path": directory, "device.kind": arguments.device}
-    words["model.dtype"], _ = DTYPES[arguments.device]
-    words["device.threads"] = arguments.threads
-    config = load_config(None, [f"--{name}={value}" for name, value in words.items()])
+    config = _config(directory, arguments)
     launch = read_launch()
     device = select_device(config.device, launch)
     connect(device, launch, config.device.timeout_s)
@@ -204,78 +204,36 @@ def _transformers(
     return generate
 
 
-class _Server:
-    """A vLLM server of our own."""
+def _vllm(
+    server: ServerProcess,
+    directory: Path,
+    prompts: list[np.ndarray],
+    arguments: argparse.Namespace,
+) -> Round:
+    from megatron_rl.rollout.servers.vllm_command import vllm_command
 
-    def __init__(self, python: str, directory: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._url, self._log = f"http://127.0.0.1:{port}", log
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-        words += ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
-        words += ["--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager"]
-        with open(log, "w") as out:
-            self._process = subprocess.Popen(
-                [python, *words],
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._wait(180.0)
+    config = _config(directory, arguments, **{"rollout.servers.python": arguments.vllm_python})
+    on_cpu = arguments.device == "cpu"
+    server.start(*vllm_command(config, on_cpu, directory, "127.0.0.1", server.port))
+    server.wait_until_ready(180.0)
+    body = {
+        "model": "policy",
+        "prompt": [prompt.tolist() for prompt in prompts],
+        "max_tokens": arguments.tokens,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "detokenize": False,
+    }
 
-    def _wait(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self._process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.5)
-        self.stop()
-        raise SystemExit("the vLLM server did not start:\n" + self._log.read_text()[-2000:])
+    def generate() -> int:
+        url = f"{server.url}/v1/completions"
+        response = httpx.post(url, json=body, timeout=600.0, trust_env=False)
+        choices = response.raise_for_status().json()["choices"]
+        return sum(len(choice["token_ids"]) for choice in choices)
 
-    def round(self, prompts: list[np.ndarray], tokens: int) -> Round:
-        body = {
-            "model": "policy",
-            "prompt": [prompt.tolist() for prompt in prompts],
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            "detokenize": False,
-        }
-
-        def generate() -> int:
-            choices = self._post("/v1/completions", body)["choices"]
-            return sum(len(choice["token_ids"]) for choice in choices)
-
-        return generate
-
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
-
-    def stop(self) -> None:
-        """End it and what it has started."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, 9)
-                self._process.wait()
+    return generate
 
 
 if __name__ == "__main__":
