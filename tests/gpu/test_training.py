@@ -23,8 +23,8 @@ from tests.support.layout_cases import (
     Case,
 )
 from tests.support.layouts import (
-    NUMBERS,
     References,
+    beyond,
     compare,
     compare_in_bf16,
     run_case,
@@ -81,11 +81,10 @@ def test_in_fp32_cuda_trains_like_the_cpu(case: Case, references: References):
 def test_in_bf16_cuda_is_about_as_far_off_as_bf16_itself(name, layers, references: References):
     model, parallel, algorithm = MODELS[name]
     case = Case(name, 1, parallel, {**model, **BF16, **layers}, algorithm=algorithm, device="cuda")
-    difference, on_the_cpu = compare_in_bf16(case, references)
+    factors, on_the_cpu = compare_in_bf16(case, references)
     bounds = {number: CUDA_BF16 * bound for number, bound in on_the_cpu.items()}
-    print(f"{name}: {difference}, at most {bounds}")
-    beyond = [number for number in NUMBERS if getattr(difference, number) > bounds[number]]
-    assert not beyond, (difference, bounds)
+    print(f"{name}: {factors}, at most {bounds}")
+    assert not beyond(factors, bounds), (factors, bounds)
 
 
 @pytest.mark.parametrize(

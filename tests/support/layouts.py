@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_rl.config.schema import Config
 from megatron_rl.records import Sample
-from tests.support.layout_cases import BF16_FACTOR, Case
+from tests.support.layout_cases import BF16_SEEDS, BF16_SIGMAS, BF16_SPREAD, Case
 from tests.support.ranks import forget_models, run_on_ranks
 
 #: Weights large enough that attention and routers are far from uniform.
@@ -84,6 +84,7 @@ NUMBERS = (*SCALARS, "logprobs", "gamma", "gradients", "weights", "replicas")
 def layout_config(case: Case) -> Config:
     """The whole configuration of a case."""
     return Config(
+        seed=1 + case.seed,
         model={**MODEL, **case.model},
         parallel=dict(case.parallel),
         device={"kind": case.device, "threads": 1},
@@ -105,7 +106,7 @@ def rollout_batch(case: Case) -> list[Sample]:
     2 to 23 tokens, so that a mini-batch takes three packs on one rank; 13 to 23 where no two fit in
     a pack.
     """
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(7 + case.seed)
     vocab_size = layout_config(case).model.vocab_size
     samples = []
     for _ in range(MINI_BATCHES * SEQUENCES):
@@ -130,7 +131,7 @@ def run_case(case: Case) -> Run:
 def single_process(case: Case) -> Case:
     """The same model on one CPU rank, which has no Transformer Engine."""
     model = {name: value for name, value in case.model.items() if name != "transformer_engine"}
-    return Case(case.name, 1, {}, model, one_per_pack=case.one_per_pack, algorithm=case.algorithm)
+    return dataclasses.replace(case, ranks=1, parallel={}, model=model, device="cpu")
 
 
 def in_fp32(case: Case) -> Case:
@@ -346,25 +347,71 @@ def comparable_in_bf16(run: Run) -> Run:
     )
 
 
-def bf16_bounds(narrow: Run, exact: Run) -> dict[str, float]:
-    """What each number of a `Difference` may be in bf16: `BF16_FACTOR` times how far bf16 is from
-    fp32 in one process (both made comparable).
+def compare_in_bf16(
+    case: Case, references: References, seeds: int = BF16_SEEDS
+) -> tuple[dict[str, float], dict[str, float]]:
+    """How much further from fp32 a layout is in bf16 than a single process is, and the bounds.
 
-    A layout and the single process round the same fp32 numbers independently, so they are about
-    sqrt(2) times as far from each other as from those. The three kinds of scalars share the largest
-    of their bounds: each is a few samples of the rounding error, which may be small by chance.
+    A single difference is one draw of the machine's rounding and may be several times its usual
+    size. So each of ``NUMBERS`` is measured on several seeds (other weights, other sequences, hence
+    other roundings), and what counts is the geometric mean of the ratios. Where a layout rounds as
+    often as a single process does, the logarithm of a ratio has mean 0 and the standard deviation
+    `BF16_SPREAD`, whatever the processor; the bound is `BF16_SIGMAS` standard deviations of the
+    mean. ``replicas`` is the largest difference itself, which is 0 in bf16 too.
+
+    Returns:
+        Ratios and bounds (`bf16_bounds`), by the names of ``NUMBERS``.
     """
-    difference = compare(narrow, exact)
-    bounds = {name: BF16_FACTOR * getattr(difference, name) for name in NUMBERS}
-    largest = max(bounds[name] for name in SCALARS)
-    return bounds | dict.fromkeys(SCALARS, largest)
+    cases = [dataclasses.replace(case, seed=seed) for seed in range(seeds)]
+    exact = [comparable_in_bf16(references.of(in_fp32(each))) for each in cases]
+    narrow = [comparable_in_bf16(references.of(each)) for each in cases]
+    found = [comparable_in_bf16(run_case(each)) for each in cases]
+    factors = mean_factors(log_ratios(found, narrow, exact))
+    replicas = max(run.replica_difference for run in found)
+    return factors | {"replicas": replicas}, bf16_bounds(seeds)
 
 
-def compare_in_bf16(case: Case, references: References) -> tuple[Difference, dict[str, float]]:
-    """Run a bf16 case: how far it is from its single process, and `bf16_bounds`."""
-    narrow = comparable_in_bf16(references.of(case))
-    exact = comparable_in_bf16(references.of(in_fp32(case)))
-    return compare(comparable_in_bf16(run_case(case)), narrow), bf16_bounds(narrow, exact)
+def mean_factors(ratios: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The geometric means of ratios given as logarithms."""
+    return {name: float(np.exp(values.mean())) for name, values in ratios.items()}
+
+
+def bf16_bounds(seeds: int = BF16_SEEDS) -> dict[str, float]:
+    """The largest geometric mean over these many seeds, by the names of ``NUMBERS``."""
+    bounds = {
+        name: float(np.exp(BF16_SIGMAS * spread / seeds**0.5))
+        for name, spread in BF16_SPREAD.items()
+    }
+    return bounds | {"replicas": 0.0}
+
+
+def beyond(numbers: Mapping[str, float], bounds: Mapping[str, float]) -> list[str]:
+    """The names of the numbers that are above their bound."""
+    return [name for name in NUMBERS if name in numbers and not numbers[name] <= bounds[name]]
+
+
+def log_ratios(
+    found: Sequence[Run], narrow: Sequence[Run], exact: Sequence[Run]
+) -> dict[str, np.ndarray]:
+    """log(distance of ``found`` from ``exact`` / distance of ``narrow`` from ``exact``), a value a
+    seed, by the names of ``NUMBERS`` without replicas.
+
+    A scalar's distance is relative to its size over all seeds: a loss may be nearly 0 by chance.
+    """
+    size = {
+        name: float(np.sqrt(np.mean([run.scalars[name] ** 2 for run in exact])))
+        for name in exact[0].scalars
+    }
+    logs: dict[str, list[float]] = {}
+    for layout, single, true in zip(found, narrow, exact, strict=True):
+        distances = [
+            {kind: max(rows.values()) for kind, rows in errors_of(run, true, size).items()}
+            for run in (layout, single)
+        ]
+        for name in distances[0]:
+            of_layout, of_single = (max(each[name], 1e-9) for each in distances)
+            logs.setdefault(name, []).append(float(np.log(of_layout / of_single)))
+    return {name: np.array(values) for name, values in logs.items()}
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -378,17 +425,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def compare(found: Run, expected: Run) -> Difference:
     """The differences of a run from the run of one process."""
-    scalars = {
-        name: abs(found.scalars[name] - value) / max(abs(value), 1e-3)
-        for name, value in expected.scalars.items()
-    }
-    errors = {kind: {} for kind in SCALARS}
-    for name, error in scalars.items():
-        kind = name.partition(" of update")[0]
-        errors[kind if kind in errors else "statistics"][name] = error
-    errors["logprobs"] = _errors(found.old_logprobs, expected.old_logprobs)
-    for kind in ("gamma", "gradients", "weights"):
-        errors[kind] = _errors(getattr(found, kind), getattr(expected, kind))
+    errors = errors_of(found, expected, expected.scalars)
     worst = max(
         (error, f"{kind}: {name}") for kind, rows in errors.items() for name, error in rows.items()
     )
@@ -398,6 +435,21 @@ def compare(found: Run, expected: Run) -> Difference:
         worst=worst[1],
         smallest_gamma=float(min((v.min() for v in expected.gamma.values()), default=1.0)),
     )
+
+
+def errors_of(found: Run, expected: Run, size: Mapping[str, float]) -> dict[str, dict[Any, float]]:
+    """Each scalar's error relative to its ``size``, each tensor's to its norm: kind -> name ->
+    error.
+    """
+    errors: dict[str, dict[Any, float]] = {kind: {} for kind in SCALARS}
+    for name, value in expected.scalars.items():
+        kind = name.partition(" of update")[0]
+        error = abs(found.scalars[name] - value) / max(abs(size[name]), 1e-3)
+        errors[kind if kind in errors else "statistics"][name] = error
+    errors["logprobs"] = _errors(found.old_logprobs, expected.old_logprobs)
+    for kind in ("gamma", "gradients", "weights"):
+        errors[kind] = _errors(getattr(found, kind), getattr(expected, kind))
+    return errors
 
 
 def _errors(found: Mapping, expected: Mapping) -> dict[Any, float]:
