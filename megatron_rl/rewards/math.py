@@ -8,19 +8,14 @@ dozen characters, and math-verify's own time limit is a signal, which works in t
 from __future__ import annotations
 
 import json
-import os
 import re
-import select
-import subprocess
-import sys
-import threading
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Mapping
 
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.base import Reward, make_reward, require
+from megatron_rl.rewards.worker_pool import WorkerPool
 
 #: Only this much of the end of a completion is searched for its answer, characters.
 MAX_CHARACTERS = 20_000
@@ -28,8 +23,11 @@ MAX_CHARACTERS = 20_000
 MAX_ANSWER_CHARACTERS = 256
 
 _WORKER = Path(__file__).with_name("math_worker.py")
-_START_S = 60.0
-_COMPARE_S = 5.0
+_COMPARE_CPU_S = 3.0
+_COMPARE_WALL_S = 120.0
+_REMEDY = (
+    "the verifier 'math' expects math-verify and its parser; pip install 'math-verify[antlr4_13_2]'"
+)
 
 # A hyphen behind a digit, a letter or a bracket is an operator, not a sign.
 _NUMBER = re.compile(
@@ -40,17 +38,11 @@ _NUMBER = re.compile(
 
 
 class MathVerifier:
-    """A verifier with a worker process, started at the first answer that is not a plain number.
+    """A verifier with worker processes for the answers that are no plain numbers."""
 
-    The worker ends with the process that uses it; one that overruns its time is killed and replaced
-    at the next need.
-    """
-
-    def __init__(self, compare_s: float = _COMPARE_S) -> None:
-        self._compare_s = compare_s
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen | None = None
-        self._owner = 0  # a forked copy of this process must not share the worker's pipes
+    def __init__(self, cpu_s: float = _COMPARE_CPU_S) -> None:
+        """cpu_s: processor time a comparison may take, seconds."""
+        self._workers = WorkerPool(_WORKER, cpu_s, _COMPARE_WALL_S, _REMEDY)
 
     def __call__(self, record: Mapping[str, Any], completion: str) -> Reward:
         r"""1.0 if the completion's answer equals the record's, else 0.0; well formed: it has one.
@@ -81,25 +73,8 @@ class MathVerifier:
         return self._ask_worker(expected, answer)
 
     def _ask_worker(self, expected: str, answer: str) -> bool:
-        with self._lock:
-            worker = self._running_worker()
-            reply = _exchange(worker, json.dumps([expected, answer]), self._compare_s)
-            if reply not in ("true", "false"):
-                self._stop()  # too slow, or out of memory: an answer that cannot be verified
-            return reply == "true"
-
-    def _running_worker(self) -> subprocess.Popen:
-        if self._worker is None or self._owner != os.getpid() or self._worker.poll() is not None:
-            self._worker, self._owner = _start_worker(), os.getpid()
-        return self._worker
-
-    def _stop(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.wait()
-            self._worker.stdin.close()
-            self._worker.stdout.close()
-            self._worker = None
+        # Too slow, or out of memory: an answer that cannot be verified.
+        return self._workers.ask(json.dumps([expected, answer])) == "true"
 
 
 verify_math = MathVerifier()
@@ -168,53 +143,3 @@ def plain_number(text: str) -> Fraction | None:
     if denominator and int(denominator) == 0:
         return None
     return Fraction(numerator) / (int(denominator) if denominator else 1)
-
-
-def _start_worker() -> subprocess.Popen:
-    worker = subprocess.Popen(
-        # Run as a script, it would import the math.py beside it instead of the standard library's.
-        [
-            sys.executable,
-            "-c",
-            f"import runpy; runpy.run_path({str(_WORKER)!r}, run_name='__main__')",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    ready = _read_line(worker, time.monotonic() + _START_S)
-    if ready != "ready":
-        worker.kill()
-        worker.wait()
-        raise UserError(
-            f"math-verify worker: {ready or 'no reply'}; "
-            "the verifier 'math' expects math-verify and its parser; "
-            "pip install 'math-verify[antlr4_13_2]'"
-        )
-    return worker
-
-
-def _exchange(worker: subprocess.Popen, line: str, seconds: float) -> str:
-    """Sends a line, returns the reply; "" if the worker died or took longer."""
-    try:
-        worker.stdin.write(line.encode() + b"\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        return ""
-    return _read_line(worker, time.monotonic() + seconds)
-
-
-def _read_line(worker: subprocess.Popen, deadline: float) -> str:
-    poll = select.poll()
-    poll.register(worker.stdout, select.POLLIN)
-    data = b""
-    while not data.endswith(b"\n"):
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 or not poll.poll(1000 * remaining):
-            return ""
-        chunk = os.read(worker.stdout.fileno(), 4096)
-        if not chunk:
-            return ""
-        data += chunk
-    return data.decode().strip()

@@ -13,6 +13,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rewards import VERIFIERS
 from megatron_rl.rewards import math as math_room
 from megatron_rl.rewards.math import MathVerifier, extract_answer, last_boxed, plain_number
+from megatron_rl.rewards.worker_pool import WorkerPool
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "test.jsonl"
 
@@ -33,7 +34,7 @@ GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "test.jsonl"
     ],
 )
 def test_numbers_are_compared_without_math_verify(answer, completion, monkeypatch):
-    monkeypatch.setattr(math_room, "_start_worker", lambda: pytest.fail("not needed"))
+    monkeypatch.setattr(WorkerPool, "_start", lambda self: pytest.fail("not needed"))
     reward = MathVerifier()({"answer": answer}, completion)
     assert (reward.value, reward.parts) == (1.0, {"solved": 1.0, "well_formed": 1.0})
 
@@ -78,7 +79,7 @@ def test_expressions(answer, completion, value):
 
 def test_an_endless_answer_is_cut_and_the_next_one_judged():
     pytest.importorskip("math_verify", reason="math-verify is not installed")
-    verify = MathVerifier(compare_s=1.0)
+    verify = MathVerifier(cpu_s=1.0)
     results = []
 
     def judge() -> None:  # where a time limit by signal could not work
