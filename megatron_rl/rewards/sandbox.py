@@ -5,8 +5,8 @@ What holds, on Linux for x86-64 and ARM64, with or without root rights:
 * a system-call filter (seccomp) from before the program's first statement: no sockets, hence no
   network; no new process or thread, no exec; no signal to and no look into other processes; files
   can be read but nothing can be created, changed or removed;
-* limits on CPU time, address space, open files, file size and core dumps; a wall-clock deadline,
-  after which the whole process group is killed; the process also dies with the one that started it;
+* limits on CPU time, address space, open files, file size and core dumps; deadlines after which the
+  whole process group is killed; the process also dies with the one that started it;
 * an empty environment, an empty working directory, isolated mode (-I) without site packages: only
   the standard library;
 * output is thrown away, so it cannot fill memory or disk and cannot be taken for a verdict.
@@ -15,6 +15,10 @@ What does not hold: the program can read every file its user can read; and since
 the same interpreter, a program written to forge the verdict could search its own process for the
 channel and the token and do so. Leaving early, printing, or raising in any way never counts as a
 pass.
+
+How busy the machine is decides no verdict: processor time does, and time asleep; elapsed time ends
+only what is stuck. A child that something else has killed (the machine was out of memory) is run
+once more.
 """
 
 from __future__ import annotations
@@ -36,8 +40,9 @@ from megatron_rl.errors import UserError
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _MAX_VERDICT_BYTES = 8192
-_START_S = 60.0  # for the interpreter to start and confine itself
+_START_S = 300.0  # for the interpreter to start and confine itself, from a busy disk
 _MAX_REASON = 300
+_TICK_S = 0.1  # how often the child's time is looked at
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,10 @@ class Limits:
     """What a program may use."""
 
     cpu_s: int = 4  #: processor time, seconds
-    wall_s: float = 8.0  #: elapsed time from the program's first statement on, seconds
+    #: elapsed time from the program's first statement on, less the time in which it was ready to
+    #: run and other processes had the cores, seconds
+    wall_s: float = 8.0
+    stop_s: float = 120.0  #: the same with that time, seconds: for a machine that is stuck
     memory_mib: int = 512  #: address space, MiB
 
 
@@ -68,6 +76,14 @@ def run_program(program: str, tests: str, entry_point: str, limits: Limits) -> O
             f"platform {sys.platform}; the code sandbox expects Linux; "
             "run the verifier 'code' on Linux"
         )
+    outcome = _run_once(program, tests, entry_point, limits)
+    if outcome is None:
+        outcome = _run_once(program, tests, entry_point, limits)
+    return outcome or Outcome(False, False, "killed from outside, twice")
+
+
+def _run_once(program: str, tests: str, entry_point: str, limits: Limits) -> Outcome | None:
+    """None: something else has killed the child."""
     token = secrets.token_hex(16)
     # The child takes the token from its pipe after the last test; no variable holds it before.
     token_read, token_write = os.pipe()
@@ -84,14 +100,17 @@ def run_program(program: str, tests: str, entry_point: str, limits: Limits) -> O
             os.close(verdict_write)
             verdict_write = -1
             try:
-                lines, ended = _read_lines(verdict_read, limits.wall_s)
+                lines, stopped = _read_lines(verdict_read, _OwnTime(child.pid), limits)
+                killed = not stopped and _ended_by(child) == -signal.SIGKILL
             finally:
                 _kill(child)
     finally:
         for descriptor in (token_read, token_write, verdict_read, verdict_write):
             if descriptor >= 0:
                 os.close(descriptor)
-    return _judge(lines, ended, child.returncode, token, limits)
+    if killed and not (lines and lines[-1].startswith(("passed ", "failed "))):
+        return None
+    return _judge(lines, stopped, child.returncode, token, limits)
 
 
 def _start(
@@ -116,31 +135,77 @@ def _start(
     )
 
 
-def _read_lines(descriptor: int, wall_s: float) -> tuple[list[str], bool]:
-    """Lines up to the end of the pipe, the deadline or ``_MAX_VERDICT_BYTES``; False: the deadline.
+class _OwnTime:
+    """Seconds a process has computed or slept: what it cannot blame on a busy machine."""
 
-    The first line ends the start of the interpreter, which has a deadline of its own: how busy the
-    machine is at that moment must not decide about a reward.
+    def __init__(self, pid: int) -> None:
+        self._stat = Path(f"/proc/{pid}/stat")
+        self._start = self._cpu_s = 0.0
+        self._asleep_s = 0.0
+        self._looked = time.monotonic()
+
+    def begin(self) -> None:
+        """Count from here on."""
+        self._start = self._cpu_s = self._read()[1]
+        self._asleep_s, self._looked = 0.0, time.monotonic()
+
+    def look(self) -> float:
+        """Seconds so far. To be called about once a tick: the process is seen in its sleep."""
+        state, cpu_s = self._read()
+        now = time.monotonic()
+        if state == "S":
+            # Not more than two ticks at a time: this thread may have been held up itself.
+            elapsed = min(now - self._looked, 2 * _TICK_S)
+            self._asleep_s += max(0.0, elapsed - (cpu_s - self._cpu_s))
+        self._cpu_s, self._looked = cpu_s, now
+        return self._cpu_s - self._start + self._asleep_s
+
+    def _read(self) -> tuple[str, float]:
+        """State, as in proc(5), and processor time, seconds."""
+        try:
+            # The name of the command stands in parentheses and may hold any character.
+            fields = self._stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended; its pipe says so
+            return "", self._cpu_s
+        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _read_lines(descriptor: int, own: _OwnTime, limits: Limits) -> tuple[list[str], str]:
+    """Lines up to the end of the pipe, a deadline or ``_MAX_VERDICT_BYTES``; why it was stopped.
+
+    The first line ends the start of the interpreter, which has a deadline of its own.
     """
     poll = select.poll()  # not select(): a training process may have more than 1024 descriptors
     poll.register(descriptor, select.POLLIN)
     data = b""
     deadline = time.monotonic() + _START_S
     while len(data) < _MAX_VERDICT_BYTES:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 or not poll.poll(1000 * remaining):
-            return _lines(data), False
+        if time.monotonic() >= deadline:
+            return _lines(data), f"stopped after {limits.stop_s:g} s, kept from running"
+        if b"\n" in data and own.look() >= limits.wall_s:
+            return _lines(data), f"stopped after {limits.wall_s:g} s"
+        if not poll.poll(1000 * _TICK_S):
+            continue
         chunk = os.read(descriptor, _MAX_VERDICT_BYTES)
         if not chunk:
             break
         if b"\n" not in data and b"\n" in chunk:
-            deadline = time.monotonic() + wall_s
+            deadline = time.monotonic() + limits.stop_s
+            own.begin()
         data += chunk
-    return _lines(data), True
+    return _lines(data), ""
 
 
 def _lines(data: bytes) -> list[str]:
     return data.decode("utf-8", errors="replace").split("\n")[:-1]
+
+
+def _ended_by(child: subprocess.Popen) -> int | None:
+    """The exit code of a child that closed its pipe; None if it goes on without one."""
+    try:
+        return child.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _kill(child: subprocess.Popen) -> None:
@@ -152,7 +217,7 @@ def _kill(child: subprocess.Popen) -> None:
     child.wait()
 
 
-def _judge(lines: list[str], ended: bool, exit_code: int, token: str, limits: Limits) -> Outcome:
+def _judge(lines: list[str], stopped: str, exit_code: int, token: str, limits: Limits) -> Outcome:
     if not lines or lines[0] != "ready":
         # Only the part of the child that precedes the program can have written the first line.
         found = lines[0] if lines else f"no word from the child (exit code {exit_code})"
@@ -167,8 +232,8 @@ def _judge(lines: list[str], ended: bool, exit_code: int, token: str, limits: Li
         return Outcome(True, True, "all tests passed")
     if last.startswith("failed "):
         return Outcome(False, compiled, last[len("failed ") :][:_MAX_REASON])
-    if not ended:
-        return Outcome(False, compiled, f"stopped after {limits.wall_s:g} s")
+    if stopped:
+        return Outcome(False, compiled, stopped)
     if exit_code == -signal.SIGXCPU:
         return Outcome(False, compiled, f"stopped after {limits.cpu_s} s of processor time")
     return Outcome(False, compiled, "ended before its tests were done")

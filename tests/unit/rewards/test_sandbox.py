@@ -1,6 +1,8 @@
 """What model output can and cannot do."""
 
+import contextlib
 import os
+import signal
 import struct
 import threading
 import time
@@ -106,6 +108,61 @@ def test_sleeping_ends_at_the_deadline():
     outcome = run_program(GOOD + "import time; time.sleep(60)", TESTS, "f", limits)
     assert outcome == Outcome(False, True, "stopped after 1 s")
     assert 1.0 <= time.monotonic() - start < 30
+
+
+def test_many_short_sleeps_are_a_long_one():
+    limits = Limits(cpu_s=4, wall_s=1.0, memory_mib=256)
+    program = GOOD + "import time\nwhile True: time.sleep(0.02)"
+    assert run_program(program, TESTS, "f", limits).reason == "stopped after 1 s"
+
+
+COMPUTE = "import time\nwhile time.process_time() < 0.6: pass\n"
+
+
+@contextlib.contextmanager
+def when_computing(act):
+    """Calls ``act`` with the id of a child of this process once it has computed for 0.2 s."""
+    before, done = set(children().split()), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            for pid in set(children().split()) - before:
+                with contextlib.suppress(OSError):
+                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    if int(fields[11]) >= 0.2 * os.sysconf("SC_CLK_TCK"):
+                        return act(int(pid))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_time_in_which_it_may_not_run_is_not_the_programs():
+    def hold(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+
+    with when_computing(hold):
+        outcome = run_program(COMPUTE + GOOD, TESTS, "f", Limits(cpu_s=4, wall_s=1.0))
+    assert outcome == Outcome(True, True, "all tests passed")
+
+
+def test_what_something_else_has_killed_is_run_once_more():
+    with when_computing(lambda pid: os.kill(pid, signal.SIGKILL)):
+        outcome = run_program(COMPUTE + GOOD, TESTS, "f", Limits(cpu_s=4))
+    assert outcome == Outcome(True, True, "all tests passed")
+
+
+def test_a_stuck_machine_is_not_waited_for_without_end():
+    with when_computing(lambda pid: os.kill(pid, signal.SIGSTOP)):
+        limits = Limits(cpu_s=4, wall_s=1.0, stop_s=1.0)
+        outcome = run_program(COMPUTE + GOOD, TESTS, "f", limits)
+    assert outcome == Outcome(False, True, "stopped after 1 s, kept from running")
 
 
 def test_memory_is_limited():
