@@ -3,20 +3,23 @@
 The record has the form of HumanEval (arXiv 2107.03374): ``tests`` (or ``test``), source text, or a
 list of source texts, that either defines ``check(candidate)`` or consists of plain assertions;
 ``entry_point``, the name of the function; and ``prompt``, the beginning of the program, needed
-where the completion continues it.
+where the completion continues it. The function may be a method of a class ``Solution`` (the form of
+LeetCode), of which each call makes an instance; ``entry_point`` is then "f" or "Solution().f".
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Mapping
+from typing import Any, Iterable, Mapping
 
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.base import Reward, make_reward, require
+from megatron_rl.rewards.fences import begins_with_fence, fenced_blocks, loose_blocks
 from megatron_rl.rewards.sandbox import Limits, run_program
 
 #: Longest completion that is run, characters.
 MAX_CHARACTERS = 100_000
+_MOST_READINGS = 8
 
 
 def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
@@ -35,44 +38,72 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
             False, False, f"answer of {len(completion)} characters, more than {MAX_CHARACTERS}"
         )
     prompt = record.get("prompt")
-    program = build_program(prompt if isinstance(prompt, str) else "", completion, entry_point)
-    outcome = run_program(program, tests, entry_point, Limits())
+    programs = build_programs(prompt if isinstance(prompt, str) else "", completion, entry_point)
+    outcome = run_program(programs, tests, entry_point, Limits())
     return make_reward(outcome.passed, outcome.compiled, outcome.reason)
 
 
-def build_program(prompt: str, completion: str, entry_point: str) -> str:
-    """The program to run.
+def build_programs(prompt: str, completion: str, entry_point: str) -> list[str]:
+    """The programs that a completion can be read as; the first that compiles is the one to run.
 
-    Of a completion with fenced blocks (```), the last block that defines ``entry_point``, else the
-    last block. Code that defines ``entry_point`` itself follows what stands before that definition
-    in the prompt (imports, helpers); any other code continues the prompt.
+    That is the whole completion, for code may hold fences in its docstrings, unless it begins with
+    a fence ("~~~python" is an expression). Else it is the last fenced block that defines the entry
+    point, without one the last block of Python, without one the last block; with the other ends
+    that these can have.
     """
-    code = _fenced(completion, entry_point)
-    definition = _definition(entry_point)
-    if definition.search(code) is None:
+    readings = [] if begins_with_fence(completion) else [completion]
+    if "```" in completion or "~~~" in completion:
+        readings += _from_fences(completion, entry_point)
+    programs = [_program(prompt, code, entry_point) for code in readings]
+    return list(dict.fromkeys(programs))[:_MOST_READINGS]
+
+
+def _program(prompt: str, code: str, entry_point: str) -> str:
+    """Code that defines the entry point itself follows what stands before that definition in the
+    prompt (imports, helpers); any other code continues the prompt.
+    """
+    name = _defined(code, entry_point)
+    if name is None:
         return prompt + code
-    in_prompt = definition.search(prompt)
-    return code if in_prompt is None else prompt[: in_prompt.start()] + "\n" + code
+    method = entry_point.rpartition("().")[2]
+    starts = [found.start() for key in (name, method) if (found := _definition(key).search(prompt))]
+    return prompt[: min(starts)] + "\n" + code if starts else code
 
 
-def _fenced(completion: str, entry_point: str) -> str:
-    # Text outside the fences has even places in the list, blocks have odd ones.
-    pieces = completion.split("```")
-    blocks = [_without_language(block) for block in pieces[1::2]]
-    if not blocks:
-        return completion
-    defining = [block for block in blocks if _definition(entry_point).search(block)]
-    return (defining or blocks)[-1]
+def _from_fences(completion: str, entry_point: str) -> list[str]:
+    def defining(texts: Iterable[str]) -> list[str]:
+        return [text for text in texts if _defined(text, entry_point)]
+
+    blocks = fenced_blocks(completion)
+    texts = [block.text for block in blocks]
+    python = [block.text for block in blocks if block.is_python]
+    longer = [text for block in reversed(blocks) for text in block.longer]
+    loose = loose_blocks(completion)
+    return [
+        *(defining(texts) or python or texts)[-1:],
+        *defining(longer),
+        *(defining(loose) or loose)[-1:],
+    ]
 
 
-def _without_language(block: str) -> str:
-    """Drops the language name that may follow the opening fence on its line."""
-    first, separator, rest = block.partition("\n")
-    return rest if separator and first.strip().lower() in ("", "python", "python3", "py") else block
+def _defined(code: str, entry_point: str) -> str | None:
+    """The name in ``code`` that gives the entry point: its own, or of the class it is a method of;
+    None if the code does not define it.
+    """
+    owner, _, method = entry_point.rpartition("().")
+    if not owner and _definition(method).search(code):
+        return method
+    owner = owner or "Solution"
+    head = _definition(owner).search(code)
+    is_method = re.compile(rf"^[ \t]+(async[ \t]+)?def[ \t]+{re.escape(method)}\b", re.MULTILINE)
+    return owner if head is not None and is_method.search(code, head.end()) else None
 
 
-def _definition(entry_point: str) -> re.Pattern[str]:
-    return re.compile(rf"^(async[ \t]+)?(def|class)[ \t]+{re.escape(entry_point)}\b", re.MULTILINE)
+def _definition(name: str) -> re.Pattern[str]:
+    name = re.escape(name)
+    statement = rf"(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b"
+    assignment = rf"{name}[ \t]*(?::[^=\n]*)?=[ \t]*lambda\b"
+    return re.compile(rf"^(?:{statement}|{assignment})", re.MULTILINE)
 
 
 def _text(value: Any, key: str) -> str:

@@ -34,7 +34,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Sequence
 
 from megatron_rl.errors import UserError
 
@@ -66,9 +66,13 @@ class Outcome:
     reason: str
 
 
-def run_program(program: str, tests: str, entry_point: str, limits: Limits) -> Outcome:
+def run_program(
+    program: str | Sequence[str], tests: str, entry_point: str, limits: Limits
+) -> Outcome:
     """Executes the program, then its tests; if these define ``check``, calls it on the entry point.
 
+    Several programs are the ways to read one answer: the first that compiles is executed. The entry
+    point is a function "f", or the method f of a class Solution, or of a class C as "C().f".
     Passed: all of that returned. Raises ``UserError`` where the confinement cannot be set up.
     """
     if not sys.platform.startswith("linux"):
@@ -76,13 +80,15 @@ def run_program(program: str, tests: str, entry_point: str, limits: Limits) -> O
             f"platform {sys.platform}; the code sandbox expects Linux; "
             "run the verifier 'code' on Linux"
         )
-    outcome = _run_once(program, tests, entry_point, limits)
+    programs = [program] if isinstance(program, str) else list(program)
+    job = json.dumps([programs, tests, entry_point]).encode()
+    outcome = _run_once(job, limits)
     if outcome is None:
-        outcome = _run_once(program, tests, entry_point, limits)
+        outcome = _run_once(job, limits)
     return outcome or Outcome(False, False, "killed from outside, twice")
 
 
-def _run_once(program: str, tests: str, entry_point: str, limits: Limits) -> Outcome | None:
+def _run_once(job: bytes, limits: Limits) -> Outcome | None:
     """None: something else has killed the child."""
     token = secrets.token_hex(16)
     # The child takes the token from its pipe after the last test; no variable holds it before.
@@ -91,12 +97,12 @@ def _run_once(program: str, tests: str, entry_point: str, limits: Limits) -> Out
     try:
         os.write(token_write, token.encode())
         with (
-            tempfile.TemporaryFile() as job,
+            tempfile.TemporaryFile() as file,
             tempfile.TemporaryDirectory(prefix="sandbox-") as folder,
         ):
-            job.write(json.dumps([program, tests, entry_point]).encode())
-            job.seek(0)
-            child = _start(job, folder, token_read, verdict_write, limits)
+            file.write(job)
+            file.seek(0)
+            child = _start(file, folder, token_read, verdict_write, limits)
             os.close(verdict_write)
             verdict_write = -1
             try:

@@ -1,7 +1,7 @@
 """The confined side of ``sandbox.py``: locks its own process up, then runs the program and tests.
 
 Started as ``python -I -S -B sandbox_child.py TOKEN_FD VERDICT_FD CPU_S MEMORY_MIB PARENT_PID`` with
-the job, a JSON list [program, tests, entry_point], on standard input. Uses the standard library
+the job, a JSON list [programs, tests, entry_point], on standard input. Uses the standard library
 only and imports nothing of this package. Writes lines to VERDICT_FD: "ready", "compiled", and
 "passed TOKEN" or "failed WHY".
 """
@@ -115,23 +115,50 @@ def _prctl(libc: ctypes.CDLL, option: int, first: int, second: int = 0) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
 
 
-def run(program: str, tests: str, entry_point: str, verdict: int) -> None:
-    """Compiles and executes the program, executes the tests in its namespace, calls ``check`` if
-    they define it.
+def run(programs: list[str], tests: str, entry_point: str, verdict: int) -> None:
+    """Executes the first program that compiles, executes the tests in its namespace, calls
+    ``check`` if they define it.
     """
-    code = compile(program, "program", "exec", dont_inherit=True)
+    code = compile_first(programs)
     os.write(verdict, b"compiled\n")
     module = types.ModuleType("program")  # not __main__: what stands under that guard does not run
     sys.modules["program"] = module
     exec(code, module.__dict__)
     module.__dict__.pop("check", None)
-    if entry_point not in module.__dict__:
-        raise NameError(f"{entry_point} is not defined")
-    candidate = module.__dict__[entry_point]
+    candidate = find(module.__dict__, entry_point)
     exec(compile(tests, "tests", "exec", dont_inherit=True), module.__dict__)
     check = module.__dict__.get("check")
     if check is not None:
         check(candidate)
+
+
+def compile_first(programs: list[str]) -> types.CodeType:
+    """The first that is valid Python; the error of the first reading of fences if none is."""
+    errors = []
+    for program in programs:
+        try:
+            return compile(program, "program", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError) as error:
+            errors.append(error)
+    raise errors[min(1, len(errors) - 1)]
+
+
+def find(names: dict, entry_point: str) -> object:
+    """The function to test. Of a method, one that makes a new instance for each call; it is among
+    ``names`` as well, for tests that call it by name.
+    """
+    owner, _, method = entry_point.rpartition("().")
+    if not owner and method in names:
+        return names[method]
+    made = names.get(owner or "Solution")
+    if not isinstance(made, type) or not hasattr(made, method):
+        raise NameError(f"{entry_point} is not defined")
+
+    def call(*arguments, **named):
+        return getattr(made(), method)(*arguments, **named)
+
+    names.setdefault(method, call)
+    return call
 
 
 def describe(error: BaseException) -> str:

@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_rl.errors import UserError
 from megatron_rl.rewards import VERIFIERS
-from megatron_rl.rewards.code import MAX_CHARACTERS, build_program
+from megatron_rl.rewards.code import MAX_CHARACTERS, build_programs
 
 HUMANEVAL = Path(__file__).parents[4] / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
 
@@ -39,6 +41,92 @@ def test_right(completion):
     assert (reward.value, reward.parts) == (1.0, {"solved": 1.0, "well_formed": 1.0})
 
 
+NOTE = '    """For example:\n\n    ```python\n    area(1)\n    ```\n    """\n'
+NOTED = "def area(r):\n" + NOTE + BODY + "\n"
+OUTER = '"""Areas.\n\n```\n>>> area(1)\n```\n"""\n' + WHOLE
+METHOD = "class Solution:\n    def area(self, r):\n    " + BODY.replace("\n", "\n    ") + "\n"
+LISTED = "1. So:\n\n" + textwrap.indent(f"```python\n{WHOLE}\n```\n", " " * 5)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        pytest.param(NOTE + BODY, id="body, fences in its docstring"),
+        pytest.param(NOTED, id="function, fences in its docstring"),
+        pytest.param(f"So:\n```python\n{NOTED}```\nDone.", id="block, fences in a docstring"),
+        pytest.param(OUTER, id="fences at the margin"),
+        pytest.param(f"So:\n```python\n{OUTER}```\nDone.", id="block, fences at the margin"),
+        pytest.param(f"~~~\n{WHOLE}~~~\nDone.", id="tildes"),
+        pytest.param(f"~~~python\n{NOTED}~~~\nDone.", id="tildes around back-ticks"),
+        pytest.param(f"````python\n{OUTER}````\n", id="a longer fence"),
+        pytest.param(f'```python title="area.py"\n{WHOLE}```', id="info string"),
+        pytest.param(f"```{{.python .numberLines}}\n{WHOLE}```", id="attributes"),
+        pytest.param(f"```Python 3\n{WHOLE}```", id="version"),
+        pytest.param(f"``` python\r\n{WHOLE}```\r\n", id="line ends of Windows"),
+        pytest.param(LISTED, id="in a list"),
+        pytest.param(f"   ```python\n{WHOLE}   ```", id="indented fences alone"),
+        pytest.param(f"```python\n{BODY}\n```\n```text\n3.14\n```", id="output behind it"),
+        pytest.param(f"```python\n{WHOLE.strip()}```\nDone.", id="closed behind a statement"),
+        pytest.param(f"So: ```python\n{WHOLE}```", id="opened behind a word"),
+        pytest.param(f"````markdown\n```python\n{WHOLE}```\n````", id="Markdown in Markdown"),
+        pytest.param(f"Use `` ` `` and\n```a``` or\n```\n{WHOLE}```", id="code in a line"),
+        pytest.param(f"~~~python\n{WHOLE}", id="tildes, cut"),
+        pytest.param(METHOD, id="class Solution"),
+        pytest.param(f"```python\n{METHOD}```", id="class Solution in a block"),
+        pytest.param(f"```\n{METHOD}```\n```\nSolution().area(1)\n```", id="and its use"),
+        pytest.param("area = lambda r: math.pi * r**2", id="lambda"),
+    ],
+)
+def test_every_way_to_write_a_right_program(completion):
+    reward = VERIFIERS["code"](RECORD, completion)
+    assert (reward.value, reward.reason) == (1.0, "all tests passed")
+
+
+@pytest.mark.parametrize("entry_point", ["area", "Solution().area"])
+@pytest.mark.parametrize(
+    ("tests", "prompt"),
+    [
+        (
+            "def check(candidate):\n    assert candidate(2) == 4 and candidate(r=3) == 9",
+            "Write it.",
+        ),
+        ("assert area(2) == 4", "class Solution:\n    def area(self, r):\n"),
+        ("assert Solution().area(2) == 4\nassert area is not Solution", ""),
+    ],
+)
+def test_a_method_of_a_class(tests, prompt, entry_point):
+    record = {"prompt": prompt, "tests": tests, "entry_point": entry_point}
+    right = "class Solution:\n    def area(self, r):\n        return r * r"
+    assert VERIFIERS["code"](record, right).value == 1.0
+    assert VERIFIERS["code"](record, right.replace("r * r", "r")).value == 0.0
+
+
+def test_each_call_has_an_instance_of_its_own():
+    record = {"tests": "assert f(1) == 1\nassert f(1) == 1", "entry_point": "f"}
+    program = (
+        "class Solution:\n    def __init__(self): self.calls = 0\n"
+        "    def f(self, x):\n        self.calls += x\n        return self.calls\n"
+    )
+    assert VERIFIERS["code"](record, program).value == 1.0
+
+
+def test_of_several_blocks_the_last_counts_even_if_it_is_wrong():
+    broken = WHOLE.replace("return", "return (")
+    for last in (broken, WHOLE.replace("**2", "**3")):
+        answer = f"```python\n{WHOLE}```\nor better\n```python\n{last}```"
+        assert VERIFIERS["code"](RECORD, answer).value == 0.0
+
+
+@pytest.mark.parametrize(
+    "line", ["```\n", "```a\n```\n", "```a\n", "~~~\n```\n", "`" * 9, " `" * 9]
+)
+def test_reading_is_quick_whatever_is_read(line):
+    text = line * (MAX_CHARACTERS // len(line))
+    start = time.process_time()
+    assert len(build_programs("", text, "f")) <= 8
+    assert time.process_time() - start < 10  # a scan of the whole for each block takes minutes
+
+
 @pytest.mark.parametrize(
     ("completion", "well_formed"),
     [
@@ -55,12 +143,18 @@ def test_not_right(completion, well_formed):
     assert (reward.value, reward.parts) == (0.0, {"solved": 0.0, "well_formed": well_formed})
 
 
-def test_build_program():
-    prompt = "import a\n\ndef f():\n"
-    assert build_program(prompt, "    pass", "f") == "import a\n\ndef f():\n    pass"
-    assert build_program(prompt, "def f(): ...", "f") == "import a\n\n\ndef f(): ..."
-    assert build_program(prompt, "def ff(): ...", "f") == prompt + "def ff(): ..."
-    assert build_program("Write f.", "def f(): ...", "f") == "def f(): ..."
+@pytest.mark.parametrize(
+    ("prompt", "completion", "program"),
+    [
+        ("import a\n\ndef f():\n", "    pass", "import a\n\ndef f():\n    pass"),
+        ("import a\n\ndef f():\n", "def f(): ...", "import a\n\n\ndef f(): ..."),
+        ("import a\n\ndef f():\n", "def ff(): ...", "import a\n\ndef f():\ndef ff(): ..."),
+        ("Write f.", "def f(): ...", "def f(): ..."),
+        ("Write f.", "f = lambda: ...", "f = lambda: ..."),
+    ],
+)
+def test_without_fences_there_is_one_reading(prompt, completion, program):
+    assert build_programs(prompt, completion, "f") == [program]
 
 
 def test_tests_may_be_a_list():
