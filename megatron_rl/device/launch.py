@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Mapping
 
+from megatron_rl.device.cores import usable_cores
 from megatron_rl.errors import UserError
 
 
@@ -18,6 +19,11 @@ class Launch:
     local_rank: int  #: 0..local_world_size-1, on this machine
     local_world_size: int
     launched: bool  #: False: started by hand, one process without torchrun
+
+    @property
+    def cores(self) -> int:
+        """Processor cores for this rank, at least 1: its share of what the process may use."""
+        return max(1, usable_cores() // self.local_world_size)
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:

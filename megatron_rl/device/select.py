@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +42,7 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
         silence("cuda")
         torch.cuda.set_device(launch.local_rank)
         return Device("cuda", torch.device("cuda", launch.local_rank), "nccl")
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or max(1, cores // launch.local_world_size))
+    torch.set_num_threads(config.threads or launch.cores)
     silence("cpu")
     megatron_on_cpu.install()
     return Device("cpu", torch.device("cpu"), "gloo")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Protocol
 
 from megatron_rl.errors import UserError
+
+_PART = re.compile(r"[a-z][a-z0-9_]*")
+#: Names of metrics that are no parts.
+_TAKEN = frozenset(("mean", "std", "problems", "samples"))
 
 
 @dataclass(frozen=True)
@@ -13,13 +19,27 @@ class Reward:
     """The verdict on one completion.
 
     Every verifier of this package fills two parts, each 0.0 or 1.0: ``solved`` (the answer is
-    right) and ``well_formed`` (an answer could be read at all).
+    right) and ``well_formed`` (an answer could be read at all). Others may leave them out, and fill
+    parts of their own. ValueError: a number that is not finite, or a name that is no part's.
     """
 
     value: float  #: what the policy is trained on
-    #: named components, averaged in the metrics
+    #: named components, averaged in the metrics reward/NAME and eval/NAME; a name is of lower-case
+    #: letters, digits and underscores
     parts: dict[str, float] = field(default_factory=dict)
     reason: str = ""  #: a short text for people, at most a few hundred characters
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"reward {self.value}; expected a finite number")
+        for name, value in self.parts.items():
+            if not _PART.fullmatch(name) or name in _TAKEN:
+                raise ValueError(
+                    f"part {name!r} of a reward; expected lower-case letters, digits and "
+                    f"underscores, and none of {', '.join(sorted(_TAKEN))}"
+                )
+            if not math.isfinite(value):
+                raise ValueError(f"part {name!r} of a reward is {value}; expected a finite number")
 
 
 class Verifier(Protocol):

@@ -1,17 +1,15 @@
-"""From prompts to scored groups, to training samples, to metrics and sample lines."""
+"""From scored groups to training samples, to metrics and sample lines."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Sequence
 
 import numpy as np
 
-from megatron_rl.records import Prompt, RolloutGroup, Sample
-from megatron_rl.rewards.base import Reward, Verifier
+from megatron_rl.records import RolloutGroup, Sample
+from megatron_rl.rewards.base import Reward
 from megatron_rl.rewards.overlong import overlong_offset
-from megatron_rl.rollout.engine import Engine, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -30,32 +28,6 @@ class ScoredGroup:
     def is_informative(self) -> bool:
         """Whether the rewards differ: else every advantage is 0 and the group teaches nothing."""
         return bool(np.ptp(self.values) > 0.0)
-
-
-def collect(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    verifier: Verifier,
-    settings: SamplingSettings,
-    threads: int = 8,
-) -> list[ScoredGroup]:
-    """Generate answers to this rank's prompts and score them. Collective where the engine is.
-
-    The verifier runs in this many threads: some wait for a process of their own.
-    """
-    return score_groups(engine.generate(prompts, settings), verifier, threads)
-
-
-def score_groups(
-    groups: Sequence[RolloutGroup], verifier: Verifier, threads: int = 8
-) -> list[ScoredGroup]:
-    """Score the completions of groups, in these many threads."""
-    pairs = [(group.prompt.record, answer.text) for group in groups for answer in group.completions]
-    with ThreadPoolExecutor(threads) as pool:
-        rewards = pool.map(lambda pair: verifier(*pair), pairs)
-        return [
-            ScoredGroup(group, tuple(next(rewards) for _ in group.completions)) for group in groups
-        ]
 
 
 def shape_overlong(

@@ -6,10 +6,10 @@ from typing import Sequence
 
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.records import Prompt
-from megatron_rl.rewards import VERIFIERS
-from megatron_rl.rollout.collect import ScoredGroup, collect
+from megatron_rl.rollout.collect import ScoredGroup
 from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settings
 from megatron_rl.training.guard import check_answers
+from megatron_rl.training.rewards import reward_workers
 from megatron_rl.training.session import Session
 
 #: Keeps the samples of an evaluation apart from those of training; the same at every evaluation of
@@ -34,17 +34,19 @@ def evaluate(
     config = session.config
     data = session.groups.data
     mine = prompts[data.rank() :: data.size()]
-    verifier = VERIFIERS[config.reward.name]
+    rewards = reward_workers(session)
     with session.timers("eval"):
         session.console.phase("evaluate, greedy")
-        greedy = collect(engine, mine, verifier, _settings(session, samples=1, greedy=True))
+        answers = engine.generate(mine, _settings(session, samples=1, greedy=True))
+        greedy = rewards.score(answers)
         check_answers(greedy, session.groups.world)
         _add(sums, "eval/pass@1", "solved", greedy)
         _add(sums, "eval/well_formed", "well_formed", greedy)
         if config.evaluate.samples:
             session.console.phase("evaluate, sampled")
             settings = _settings(session, samples=config.evaluate.samples, greedy=False)
-            _add(sums, "eval/mean@k", "solved", collect(engine, mine, verifier, settings))
+            sampled = rewards.score(engine.generate(mine, settings))
+            _add(sums, "eval/mean@k", "solved", sampled)
             sums.add("eval/samples", config.evaluate.samples)
     if session.counts_once:
         sums.add("eval/problems", len(mine))

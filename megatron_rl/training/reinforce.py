@@ -16,12 +16,10 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Prompt, RolloutGroup, Sample
-from megatron_rl.rewards import VERIFIERS
 from megatron_rl.rollout.collect import (
     ScoredGroup,
     rollout_metrics,
     sample_rows,
-    score_groups,
     shape_overlong,
     to_samples,
 )
@@ -32,6 +30,7 @@ from megatron_rl.training.batch import pack_mini_batches
 from megatron_rl.training.evaluate import evaluate
 from megatron_rl.training.guard import check_answers, not_finite, raise_together
 from megatron_rl.training.policy import Policy
+from megatron_rl.training.rewards import reward_workers
 from megatron_rl.training.score import ScoredPack, score, score_reference
 from megatron_rl.training.session import Session
 from megatron_rl.training.update import update
@@ -52,6 +51,7 @@ class Reinforce:
         self._session, self._policy, self._engine = session, policy, engine
         self._source = PromptSource(train_prompts, seed=config.seed, shuffle=config.data.shuffle)
         self._eval_prompts = eval_prompts
+        self._rewards = reward_workers(session)
         self._last: Sequence[ScoredGroup] = ()
         #: Of the steps whose answers are being sampled already, the next first: where the source
         #: stood before their problems were drawn, and what gives the answers.
@@ -132,7 +132,7 @@ class Reinforce:
 
     def _rewarded(self, answers: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         rollout, reward = self._session.config.rollout, self._session.config.reward
-        groups = score_groups(answers, VERIFIERS[reward.name])
+        groups = self._rewards.score(answers)
         if not reward.overlong_buffer:
             return groups
         return shape_overlong(

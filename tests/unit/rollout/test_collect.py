@@ -5,10 +5,7 @@ import pytest
 
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward
-from megatron_rl.rollout.collect import collect, rollout_metrics, sample_rows, to_samples
-from megatron_rl.rollout.engine import SamplingSettings
-
-SETTINGS = SamplingSettings(samples=2, max_new_tokens=4)
+from megatron_rl.rollout.collect import ScoredGroup, rollout_metrics, sample_rows, to_samples
 
 
 def completion(tokens, finished, text):
@@ -16,13 +13,16 @@ def completion(tokens, finished, text):
     return Completion(tokens, -np.arange(1, len(tokens) + 1, dtype=np.float32), finished, text)
 
 
-class FixedEngine:
-    """Gives two fixed answers to every prompt."""
-
-    def generate(self, prompts, settings):
-        assert settings is SETTINGS
-        answers = completion([7, 8, 9], True, "yes"), completion([4], False, "no")
-        return [RolloutGroup(prompt, answers) for prompt in prompts]
+def judged(verifier):
+    """Two fixed answers to every prompt, with their rewards."""
+    answers = completion([7, 8, 9], True, "yes"), completion([4], False, "no")
+    return [
+        ScoredGroup(
+            RolloutGroup(prompt, answers),
+            tuple(verifier(prompt.record, answer.text) for answer in answers),
+        )
+        for prompt in prompts()
+    ]
 
 
 def prompts():
@@ -39,14 +39,7 @@ def verifier(record, text):
 
 @pytest.fixture
 def scored():
-    return collect(FixedEngine(), prompts(), verifier, SETTINGS)
-
-
-def test_collect_scores_every_completion_in_order(scored):
-    assert [[reward.value for reward in s.rewards] for s in scored] == [[1.0, 0.0], [0.25, 0.25]]
-    assert [s.group.prompt.index for s in scored] == [10, 11]
-    assert [reward.reason for reward in scored[0].rewards] == ["yes", "no"]
-    assert collect(FixedEngine(), [], verifier, SETTINGS) == []
+    return judged(verifier)
 
 
 def test_samples_carry_prompt_completion_and_advantage(scored):
@@ -87,7 +80,7 @@ def test_metrics_of_a_rank_without_prompts_add_nothing(scored):
 
 
 def test_parts_a_verifier_does_not_give_are_not_counted():
-    groups = collect(FixedEngine(), prompts(), lambda record, text: Reward(1.0), SETTINGS)
+    groups = judged(lambda record, text: Reward(1.0))
     assert rollout_metrics(groups)["reward/solved"] == (0.0, 0.0)
 
 

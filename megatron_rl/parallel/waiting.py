@@ -1,0 +1,46 @@
+"""Waiting for work of unequal length on all ranks, without taking a slow rank for a lost one."""
+
+from __future__ import annotations
+
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Callable, Sequence
+
+from torch.distributed import ProcessGroup
+
+from megatron_rl.parallel.collectives import gather_objects
+
+#: Seconds between two exchanges; far below any timeout of a collective.
+TICK_S = 1.0
+
+
+def wait_together(
+    futures: Sequence[Future],
+    group: ProcessGroup,
+    show: Callable[[int, int, int], None] = lambda rank, done, total: None,
+) -> bool:
+    """Wait until every rank's futures are done, or one of any rank has raised. A collective.
+
+    The ranks exchange how far they are every ``TICK_S``, so that none waits longer than that in a
+    collective while another works in other threads; a rank that has died is noticed there, as in
+    any collective.
+
+    Args:
+        futures: this rank's, possibly none.
+        group: the ranks that wait for each other.
+        show: told at every exchange but the last of the rank with most left: rank, done, total.
+
+    Returns:
+        Whether one has raised; the same on every rank.
+    """
+    while True:
+        wait(futures, timeout=TICK_S, return_when=FIRST_EXCEPTION)
+        done = [future for future in futures if future.done()]
+        raised = any(future.exception() is not None for future in done)
+        states = gather_objects((len(done), len(futures), raised), group)
+        if any(failed for _, _, failed in states):
+            return True
+        left = [total - done for done, total, _ in states]
+        if not any(left):
+            return False
+        rank = left.index(max(left))
+        show(rank, *states[rank][:2])
