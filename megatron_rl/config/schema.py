@@ -396,8 +396,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     keep_best: int = Field(0, ge=0)
     """Best checkpoints kept beside them, of the steps that were evaluated."""
-    best_metric: Literal["eval/pass@1", "eval/mean@k"] = "eval/pass@1"
-    """What the best ones are highest in."""
+    best_metric: str = Field("eval/pass@1", pattern=r"^eval/(pass@1|mean@k|[a-z][a-z0-9_]*)$")
+    """What the best ones are highest in: eval/pass@1, eval/mean@k, or eval/ and the name of a part
+    of the reward."""
     init_from: Path | None = None
     """Run or checkpoint directory whose weights (and nothing else) a new run starts from; null: the
     weights of model.hf_path, else random ones."""

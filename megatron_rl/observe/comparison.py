@@ -107,7 +107,7 @@ def _row(label: str, run: Run) -> str:
         run.config.get("optimizer", {}).get("lr", ""),
         run.records[-1]["step"],
         _gain(run, "eval/pass@1"),
-        f"{mean_at_k(run)} {_gain(run, 'eval/mean@k')}",
+        _sampled_gain(run),
         _extreme(run, "grad_norm", max),
         _extreme(run, "kl_old", max),
         _extreme(run, "router/shift_mean", min),
@@ -121,6 +121,11 @@ def _gain(run: Run, name: str) -> str:
         return ""
     before, after = values[0], values[-1]
     return f"{100 * before:.1f}% to {100 * after:.1f}% ({points(before, after)})"
+
+
+def _sampled_gain(run: Run) -> str:
+    gain = _gain(run, "eval/mean@k")
+    return f"{mean_at_k(run)} {gain}" if gain else ""
 
 
 def _extreme(run: Run, name: str, choose: Callable) -> str:

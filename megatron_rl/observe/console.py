@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TextIO
 
+from megatron_rl.observe.metric_table import split_part
+
 _Format = Callable[[float], str]
 
 
@@ -47,8 +49,8 @@ def step_line(step: int, total_steps: int | None, metrics: Mapping[str, float]) 
 
 
 def eval_line(step: int, metrics: Mapping[str, float], total_steps: int | None = None) -> str:
-    """The line of an evaluation: greedy pass@1, mean@k, well-formed answers, problems and
-    seconds."""
+    """The line of an evaluation: greedy pass@1, mean@k, well-formed answers, other parts of the
+    reward, problems and seconds."""
     k = metrics.get("eval/samples", math.nan)
     cells = [f"eval at step {step:>{len(str(total_steps or step))}}"]
     for name, label in (
@@ -58,6 +60,10 @@ def eval_line(step: int, metrics: Mapping[str, float], total_steps: int | None =
     ):
         if name in metrics:
             cells.append(f"{label} {_cell(metrics[name], _percent):>6}")
+    for name in sorted(metrics):
+        part = split_part(name)
+        if part is not None and part[0] == "eval":
+            cells.append(f"{part[1]} {_cell(metrics[name], '{:.3f}'.format)}")
     if "eval/problems" in metrics:
         cells.append(f"{metrics['eval/problems']:.0f} problems")
     if "time/eval_s" in metrics:

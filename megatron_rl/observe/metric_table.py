@@ -1,7 +1,8 @@
 """The one table of metric names: unit, reduction over ranks, verbs that write it, meaning.
 
 Names ending in ``layer_NN`` stand for one name a layer, such as ``router/shift_mean/layer_03``: the
-transformer layer's number over all pipeline stages, from 0, at least two digits.
+transformer layer's number over all pipeline stages, from 0, at least two digits. ``PART`` stands
+for one name a part of the reward that the verifier fills.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ Reduction = Literal["mean", "sum", "max", "min", "given"]
 
 _LAYER = re.compile(r"(?P<base>.+)/layer_(?P<layer>\d{2,})")
 _LAYER_SUFFIX = "/layer_NN"
+_PART = re.compile(r"(?P<base>reward|eval)/(?P<part>[a-z][a-z0-9_]*)")
+_PART_SUFFIX = "/PART"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ _TABLE: tuple[Metric, ...] = (
            "Completions the verifier calls right."),
     Metric("reward/well_formed", "fraction", "mean", _RL,
            "Completions in the form the verifier expects, right or not."),
+    Metric("reward/PART", "", "mean", _RL,
+           "Any other part of the reward, mean over the completions that have it."),
     Metric("groups/zero_variance_fraction", "fraction", "mean", _RL,
            "Groups with equal rewards: no gradient from them."),
     Metric("groups/rounds", "rounds", "mean", _RL,
@@ -150,6 +155,8 @@ _TABLE: tuple[Metric, ...] = (
            "Sampled answers to held-out problems that are right, k a problem."),
     Metric("eval/well_formed", "fraction", "mean", _EVAL,
            "Greedy answers in the form the verifier expects."),
+    Metric("eval/PART", "", "mean", _EVAL,
+           "Any other part of the reward, mean over the greedy answers that have it."),
     Metric("eval/problems", "problems", "sum", _EVAL,
            "Held-out problems of the evaluation."),
     Metric("eval/samples", "answers", "max", _EVAL,
@@ -188,11 +195,24 @@ def split_layer(name: str) -> tuple[str, int] | None:
     return (match["base"], int(match["layer"])) if match else None
 
 
+def split_part(name: str) -> tuple[str, str] | None:
+    """("reward", "format") of reward/format, a part of the reward that has no row of its own; None
+    for any other name."""
+    match = _PART.fullmatch(name)
+    return (match["base"], match["part"]) if match and name not in METRICS else None
+
+
 def metric(name: str) -> Metric:
     """The table's row for a name. ValueError: the table has no such name."""
+    part = split_part(name)
+    return METRICS[f"{part[0]}{_PART_SUFFIX}"] if part else fixed_metric(name)
+
+
+def fixed_metric(name: str) -> Metric:
+    """`metric` of a name that is not up to the verifier: others are refused as mistyped."""
     layered = split_layer(name)
     row = METRICS.get(f"{layered[0]}{_LAYER_SUFFIX}" if layered else name)
-    if row is None or name.endswith(_LAYER_SUFFIX):  # a row stands for its layers only
+    if row is None or name.endswith((_LAYER_SUFFIX, _PART_SUFFIX)):  # a row stands for its names
         near = difflib.get_close_matches(name, METRICS, n=1)
         hint = f", such as {near[0]!r}" if near else ""
         raise ValueError(
@@ -203,12 +223,13 @@ def metric(name: str) -> Metric:
 
 
 def reduced_names(num_layers: int) -> tuple[str, ...]:
-    """Every name a rank may add, sorted; ``layer_NN`` rows once a layer 0..num_layers-1."""
+    """Every name a rank may add, sorted; ``layer_NN`` rows once a layer 0..num_layers-1. Without
+    parts of the reward, which are known once a verifier has filled them."""
     names = []
     for row in _TABLE:
         if row.name.endswith(_LAYER_SUFFIX):
             base = row.name.removesuffix(_LAYER_SUFFIX)
             names += [layer_name(base, layer) for layer in range(num_layers)]
-        elif row.reduction != "given":
+        elif row.reduction != "given" and not row.name.endswith(_PART_SUFFIX):
             names.append(row.name)
     return tuple(sorted(names))

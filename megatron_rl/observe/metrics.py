@@ -6,7 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_rl.observe.metric_table import METRICS, Metric, layer_name, metric, reduced_names
+from megatron_rl.observe.metric_table import (
+    METRICS,
+    Metric,
+    fixed_metric,
+    layer_name,
+    metric,
+    reduced_names,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +28,8 @@ class MetricSums:
     """The running sums of one step on one rank.
 
     Values may be 0-d tensors: nothing is read back to the host before ``reduce``. The vectors
-    that travel hold a slot for every name of the table, so ranks need not add the same names
-    (pipeline stages add their own layers).
+    that travel hold a slot for every name of the table and every part of the reward that any rank
+    has, so ranks need not add the same names (pipeline stages add their own layers).
     """
 
     def __init__(self, num_layers: int = 0, device: torch.device | str = "cpu") -> None:
@@ -33,18 +40,31 @@ class MetricSums:
         self._device = device
         self._sums: dict[str, Number] = {}
         self._counts: dict[str, Number] = {}
+        self._parts: set[str] = set()  # names that a verifier has given, of this rank
         self._tops: dict[str, Number] = {}  # running maximum; of the negated value for "min"
 
     def add(self, name: str, value: Number, count: Number = 1.0) -> None:
         """Add to a metric: ``value`` is the sum over ``count`` things for mean and sum, the
         extreme among them for max and min (left out when count is 0). ValueError: a name that is
         not in the table or is not added but given."""
-        row = metric(name)
+        row = fixed_metric(name)
         if name not in self._allowed:
             raise ValueError(
                 f"metric {name!r} cannot be added; {self._why_not(row)} "
                 "(table METRICS in megatron_rl/observe/metric_table.py)"
             )
+        self._add(row, name, value, count)
+
+    def add_parts(self, base: str, parts: Mapping[str, tuple[Number, Number]]) -> None:
+        """Add parts of the reward, name -> (sum, count), to ``base``/name; base: reward or eval.
+        Ranks need not have the same ones."""
+        for part, (value, count) in parts.items():
+            name = f"{base}/{part}"
+            if name not in self._allowed:
+                self._parts.add(name)
+            self._add(metric(name), name, value, count)
+
+    def _add(self, row: Metric, name: str, value: Number, count: Number) -> None:
         value, count = self._as_number(name, value), self._as_number(name, count)
         self._counts[name] = self._counts.get(name, 0.0) + count
         if row.reduction in ("mean", "sum"):
@@ -63,8 +83,8 @@ class MetricSums:
             self.add(name, value)
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """The metrics over all ranks of ``group``: one all-reduce MAX, one SUM, one wait for the
-        device.
+        """The metrics over all ranks of ``group``: one exchange of the names of reward parts, one
+        all-reduce MAX, one SUM, one wait for the device.
 
         None, or torch.distributed not initialised: this process alone. Names no rank added are
         absent; a mean (or extreme) over a count of 0 is NaN. Ranks that hold the same tokens
@@ -74,17 +94,27 @@ class MetricSums:
         import torch
         import torch.distributed as dist
 
-        present = [float(name in self._counts) for name in self._names]
-        columns = [self._sums.get(name, 0.0) for name in self._names]
-        columns += [self._counts.get(name, 0.0) for name in self._names]
+        among = group if dist.is_available() and dist.is_initialized() else None
+        names = self._names + self._parts_of_all(among)
+        present = [float(name in self._counts) for name in names]
+        columns = [self._sums.get(name, 0.0) for name in names]
+        columns += [self._counts.get(name, 0.0) for name in names]
         sums = self._pack(columns + present)
-        tops = self._pack([self._tops.get(name, -math.inf) for name in self._names])
+        tops = self._pack([self._tops.get(name, -math.inf) for name in names])
         # A maximum loses NaN on some backends; a sum carries it.
-        sums[: len(self._names)] += torch.where(tops.isnan(), tops, torch.zeros_like(tops))
-        if group is not None and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
-        return self._unpack(torch.cat([sums, tops]).tolist())
+        sums[: len(names)] += torch.where(tops.isnan(), tops, torch.zeros_like(tops))
+        if among is not None:
+            dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=among)
+            dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=among)
+        return self._unpack(names, torch.cat([sums, tops]).tolist())
+
+    def _parts_of_all(self, group: dist.ProcessGroup | None) -> tuple[str, ...]:
+        """Parts that any rank has, in the same order on all."""
+        if group is None:
+            return tuple(sorted(self._parts))
+        from megatron_rl.parallel.collectives import gather_objects
+
+        return tuple(sorted(set().union(*gather_objects(self._parts, group))))
 
     def _add_extreme(self, name: str, value: Number, count: Number) -> None:
         import torch
@@ -117,11 +147,12 @@ class MetricSums:
             packed[index] = torch.stack(list(tensors.values()))
         return packed
 
-    def _unpack(self, numbers: list[float]) -> dict[str, float]:
-        size = len(self._names)
+    @staticmethod
+    def _unpack(names: Sequence[str], numbers: list[float]) -> dict[str, float]:
+        size = len(names)
         sums, counts, present, tops = (numbers[i * size : (i + 1) * size] for i in range(4))
         result = {}
-        for i, name in enumerate(self._names):
+        for i, name in enumerate(names):
             if not present[i]:
                 continue
             reduction = metric(name).reduction

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_rl.observe.metric_table import split_part
 from megatron_rl.observe.run_files import Run
+
+_CURVES = 5  # of a plot: there are as many colours
 
 
 @dataclass(frozen=True)
@@ -195,3 +198,24 @@ PLOTS: tuple[Plot, ...] = (
         (("tokens_per_second", "tokens/s"),),
     ),
 )
+
+
+def part_names(run: Run) -> list[str]:
+    """Metrics of the run that are parts of the reward without a row of their own, sorted."""
+    return sorted({name for record in run.records for name in record if split_part(name)})
+
+
+def part_plots(run: Run) -> tuple[Plot, ...]:
+    """Plots of these; () where there are none."""
+    names, plots = part_names(run), []
+    for start in range(0, len(names), _CURVES):
+        chosen = names[start : start + _CURVES]
+        plots.append(
+            Plot(
+                f"parts_{len(plots) + 1}",
+                "Parts of the reward",
+                "Means over sampled completions (reward) and greedy answers (eval).",
+                tuple((name, name) for name in chosen),
+            )
+        )
+    return tuple(plots)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.observe.page import write_figures, write_page
-from megatron_rl.observe.plot_list import PLOTS
+from megatron_rl.observe.plot_list import PLOTS, part_names, part_plots
 from megatron_rl.observe.run_files import Run, read_run
 
 REPORT_FILE = "report.html"
@@ -25,15 +25,15 @@ def write_report(run_dir: Path) -> Path:
     UserError: config.yaml or metrics.jsonl is missing, empty or malformed.
     """
     run = read_run(run_dir)
-    figures = write_figures(PLOTS, run, run.directory / PLOTS_DIR)
+    figures = write_figures(PLOTS + part_plots(run), run, run.directory / PLOTS_DIR)
     path = run.directory / REPORT_FILE
     write_page(path, run.directory.resolve().name, _summary(run), _sections(run, figures))
     return path
 
 
 def summary(run_dir: Path) -> str:
-    """One line: evaluation before and after with the gain in points, or the loss where there is
-    none; steps and time.
+    """One line: evaluation before and after with the gain in points, or the mean reward, or the
+    loss where there is none; steps and time.
 
     UserError: as for ``write_report``.
     """
@@ -67,9 +67,10 @@ def _summary(run: Run) -> str:
     problems = run.series("eval/problems")[1]
     if facts and problems:
         facts[-1] += f" on {problems[-1]:.0f} held-out problems"
-    losses = run.series("loss")[1]
-    if not facts and losses:
-        facts = [f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"]
+    for name, label in (("reward/mean", "mean reward"), ("loss", "loss")):
+        values = run.series(name)[1]
+        if not facts and values:
+            facts = [f"{label} {values[0]:.4g} -> {values[-1]:.4g}"]
     steps = run.records[-1]["step"]
     return ", ".join(
         [*facts, f"{steps} step{'' if steps == 1 else 's'} in {duration(_wall_seconds(run))}"]
@@ -120,13 +121,15 @@ def _tiles(run: Run) -> str:
         ("eval/pass@1", "pass@1, greedy"),
         ("eval/mean@k", f"{mean_at_k(run)}, sampled"),
         ("eval/well_formed", "well formed"),
+        *((name, name) for name in part_names(run) if name.startswith("eval/")),
         ("reward/mean", "mean reward"),
         ("accuracy", "token accuracy"),
         ("loss", "loss"),
     ):
         values = run.series(name)[1]
         if values and (name != "loss" or not run.series("reward/mean")[0]):
-            tiles.append(_tile(label, values, fraction=name not in ("reward/mean", "loss")))
+            fraction = name not in ("reward/mean", "loss", *part_names(run))
+            tiles.append(_tile(label, values, fraction=fraction))
     return f"<section class='tiles'>{''.join(tiles)}</section>"
 
 

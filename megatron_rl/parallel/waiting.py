@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
 from typing import Callable, Sequence
 
 from torch.distributed import ProcessGroup
@@ -17,6 +17,8 @@ def wait_together(
     futures: Sequence[Future],
     group: ProcessGroup,
     show: Callable[[int, int, int], None] = lambda rank, done, total: None,
+    *,
+    to_the_end: bool = False,
 ) -> bool:
     """Wait until every rank's futures are done, or one of any rank has raised. A collective.
 
@@ -28,19 +30,19 @@ def wait_together(
         futures: this rank's, possibly none.
         group: the ranks that wait for each other.
         show: told at every exchange but the last of the rank with most left: rank, done, total.
+        to_the_end: wait for the others as well when one has raised.
 
     Returns:
         Whether one has raised; the same on every rank.
     """
     while True:
-        wait(futures, timeout=TICK_S, return_when=FIRST_EXCEPTION)
+        wait(futures, timeout=TICK_S, return_when=ALL_COMPLETED if to_the_end else FIRST_EXCEPTION)
         done = [future for future in futures if future.done()]
         raised = any(future.exception() is not None for future in done)
         states = gather_objects((len(done), len(futures), raised), group)
-        if any(failed for _, _, failed in states):
-            return True
         left = [total - done for done, total, _ in states]
-        if not any(left):
-            return False
+        failed = any(raised for _, _, raised in states)
+        if not any(left) or (failed and not to_the_end):
+            return failed
         rank = left.index(max(left))
         show(rank, *states[rank][:2])

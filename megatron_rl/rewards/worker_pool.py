@@ -57,7 +57,8 @@ class WorkerPool:
             reply = _exchange(worker, line, self._wall_s)
         finally:
             alive = worker.poll() is None
-            if reply and alive:
+            # "killed" may be of an earlier moment, and the answer to this line still to come.
+            if alive and reply not in ("", "killed"):
                 with self._lock:
                     self._free.append(worker)
             else:

@@ -76,12 +76,11 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, flo
 
     ``reward/std`` and ``groups/zero_variance_fraction`` are means over groups: of the standard
     deviation (over G) of the rewards, and of whether all rewards of the group are the same, so that
-    it teaches nothing. ``reward/solved`` and ``reward/well_formed`` are means of those parts of the
-    reward, over completions that have them.
+    it teaches nothing.
     """
     rewards = [reward for scored in groups for reward in scored.rewards]
     completions = [answer for scored in groups for answer in scored.group.completions]
-    metrics = {
+    return {
         "reward/mean": _sum_and_count(reward.value for reward in rewards),
         "reward/std": _sum_and_count(scored.values.std() for scored in groups),
         "response/length_mean": _sum_and_count(len(answer.tokens) for answer in completions),
@@ -90,11 +89,16 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, flo
             np.ptp(scored.values) == 0.0 for scored in groups
         ),
     }
-    for part in ("solved", "well_formed"):
-        metrics[f"reward/{part}"] = _sum_and_count(
-            reward.parts[part] for reward in rewards if part in reward.parts
-        )
-    return metrics
+
+
+def part_sums(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, float]]:
+    """Each part of this rank's rewards as (sum, number of the completions that have it)."""
+    values: dict[str, list[float]] = {}
+    for scored in groups:
+        for reward in scored.rewards:
+            for part, value in reward.parts.items():
+                values.setdefault(part, []).append(value)
+    return {part: _sum_and_count(values[part]) for part in sorted(values)}
 
 
 def _sum_and_count(numbers: Any) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.load import load_checkpoint
 from megatron_rl.checkpoint.manifest import Damaged
 from megatron_rl.checkpoint.save import save_checkpoint
+from megatron_rl.config.schema import Config
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.training.guard import check_weights
 from megatron_rl.training.initial_weights import load_initial_weights
@@ -82,6 +83,18 @@ def resume(session: Session, policy: Policy, task: Task) -> int | None:
     if origin is not None:
         session.console.note(f"starting from the weights of {origin}")
     return None
+
+
+def check_best_metric(config: Config, metrics: Mapping[str, float]) -> None:
+    """``metrics``: of an evaluation. UserError: the best checkpoints could not be told by it."""
+    settings = config.checkpoint
+    if settings.keep_best and settings.best_metric not in metrics:
+        found = [name for name in sorted(metrics) if name.startswith("eval/")]
+        raise UserError(
+            f"checkpoint.best_metric is {settings.best_metric}, and the evaluation with the "
+            f"verifier {config.reward.name!r} gives {', '.join(found) or 'none'}; expected one of "
+            "these; set it, or checkpoint.keep_best to 0"
+        )
 
 
 class Checkpoints:

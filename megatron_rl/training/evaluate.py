@@ -6,7 +6,7 @@ from typing import Sequence
 
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.records import Prompt
-from megatron_rl.rollout.collect import ScoredGroup
+from megatron_rl.rollout.collect import ScoredGroup, part_sums
 from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settings
 from megatron_rl.training.guard import check_answers
 from megatron_rl.training.rewards import reward_workers
@@ -40,13 +40,14 @@ def evaluate(
         answers = engine.generate(mine, _settings(session, samples=1, greedy=True))
         greedy = rewards.score(answers)
         check_answers(greedy, session.groups.world)
-        _add(sums, "eval/pass@1", "solved", greedy)
-        _add(sums, "eval/well_formed", "well_formed", greedy)
+        parts = part_sums(greedy)
+        _add_solved(sums, "eval/pass@1", parts)
+        sums.add_parts("eval", parts)
         if config.evaluate.samples:
             session.console.phase("evaluate, sampled")
             settings = _settings(session, samples=config.evaluate.samples, greedy=False)
             sampled = rewards.score(engine.generate(mine, settings))
-            _add(sums, "eval/mean@k", "solved", sampled)
+            _add_solved(sums, "eval/mean@k", part_sums(sampled))
             sums.add("eval/samples", config.evaluate.samples)
     if session.counts_once:
         sums.add("eval/problems", len(mine))
@@ -59,6 +60,7 @@ def _settings(session: Session, *, samples: int, greedy: bool) -> SamplingSettin
     return sampling_settings(config.rollout, samples=samples, greedy=greedy, seed=seed)
 
 
-def _add(sums: MetricSums, name: str, part: str, groups: Sequence[ScoredGroup]) -> None:
-    parts = [reward.parts.get(part, 0.0) for group in groups for reward in group.rewards]
-    sums.add(name, float(sum(parts)), float(len(parts)))
+def _add_solved(sums: MetricSums, name: str, parts: dict[str, tuple[float, float]]) -> None:
+    """Takes ``solved`` out of the parts; a verifier that does not say it leaves the metric out."""
+    if "solved" in parts:
+        sums.add(name, *parts.pop("solved"))

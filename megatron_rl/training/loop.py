@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Callable
 
-from megatron_rl.training.checkpoints import Checkpoints, resume
+from megatron_rl.training.checkpoints import Checkpoints, check_best_metric, resume
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.session import Session
 from megatron_rl.training.stop import StopRequest
@@ -32,7 +32,9 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
         if done is None:
             sums = session.new_sums()
             task.evaluate(sums)
-            _record(session, writer, 0, session.reduce(sums), task)
+            metrics = session.reduce(sums)
+            _record(session, writer, 0, metrics, task)
+            check_best_metric(session.config, metrics)
             done = 0
         for number in range(done + 1, total + 1):
             sums = session.new_sums()
@@ -67,5 +69,5 @@ def _record(session: Session, writer, number: int, metrics: dict[str, float], ta
     writer.write_samples(number, task.samples()[: session.config.observe.samples])
     if "loss" in metrics:
         session.console.step(number, metrics)
-    if "eval/pass@1" in metrics:
+    if "eval/problems" in metrics:
         session.console.eval(number, metrics)

@@ -18,6 +18,7 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Prompt, RolloutGroup, Sample
 from megatron_rl.rollout.collect import (
     ScoredGroup,
+    part_sums,
     rollout_metrics,
     sample_rows,
     shape_overlong,
@@ -66,6 +67,7 @@ class Reinforce:
             check_answers(sampled, session.groups.world)
         sums.add_each(self._engine.metrics())
         sums.add_all(rollout_metrics(sampled))
+        sums.add_parts("reward", part_sums(sampled))
         self._add_lag(sampled, sums)
         lengths = [len(answer.tokens) for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Callable, Sequence
 
@@ -16,6 +16,7 @@ from megatron_rl.data.packing import id_type
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.collectives import gather_objects, scatter_objects
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.api import (
@@ -117,7 +118,8 @@ class ServerEngine:
         together(groups.world, lambda: self._check(prompts))
         if self.sync.sent != self._version:
             if self._lag <= 1:
-                wait(self._asking)  # no answer is to begin with some weights and end with others
+                # No answer is to begin with some weights and end with others.
+                wait_together(self._asking, groups.world, to_the_end=True)
             self.sync.send(self._version)
         asking = None
         if groups.model.rank() == 0 and groups.context.rank() == 0:
@@ -127,6 +129,8 @@ class ServerEngine:
 
         def finish() -> list[RolloutGroup]:
             found: list[list[RolloutGroup]] = []
+            # Another rank's servers may be slower than a collective waits.
+            wait_together([asking] if asking else [], groups.world, to_the_end=True)
             together(groups.world, lambda: found.append(asking.result()) if asking else None)
             return self._mine(found)
 

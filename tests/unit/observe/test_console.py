@@ -46,6 +46,8 @@ def test_gradient_norms_of_any_size_keep_the_columns(norm, text):
 def test_eval_line():
     metrics = {"eval/pass@1": 0.432, "eval/mean@k": 0.38, "eval/samples": 4, "eval/problems": 512}
     assert eval_line(0, metrics) == "eval at step 0  pass@1  43.2%  mean@4  38.0%  512 problems"
+    without_solved = {"eval/format": 0.75, "eval/problems": 16, "eval/samples": 4}
+    assert eval_line(3, without_solved) == "eval at step 3  format 0.750  16 problems"
     assert eval_line(9, {"eval/pass@1": 1.0, "time/eval_s": 3.04}, total_steps=300) == (
         "eval at step   9  pass@1 100.0%  3.0 s"
     )

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import megatron_rl.observe
-from megatron_rl.observe.metric_table import METRICS, layer_name, metric, reduced_names, split_layer
+from megatron_rl.observe.metric_table import (
+    METRICS,
+    layer_name,
+    metric,
+    reduced_names,
+    split_layer,
+    split_part,
+)
 from megatron_rl.observe.metrics import MetricSums
 
 CONTRACT = (
@@ -92,6 +99,7 @@ def test_layers():
     ("name", "part"),
     [
         ("reward/mena", "reward/mean"),  # names the nearest
+        ("reward/PART", "METRICS"),
         ("loss/layer_00", "METRICS"),
         ("router/shift_mean/layer_NN", "METRICS"),
         ("router/shift_mean/layer_3", "METRICS"),
@@ -102,6 +110,27 @@ def test_refused_names(name, part):
     with pytest.raises(ValueError, match="metric_table.py") as caught:
         MetricSums(num_layers=8).add(name, 1.0)
     assert part in str(caught.value)
+
+
+def test_parts_of_the_reward():
+    sums = MetricSums()
+    sums.add_parts("reward", {"solved": (1.0, 4), "format": (3.0, 4)})
+    sums.add_parts("reward", {"format": (1.0, 4)})
+    sums.add_parts("eval", {"format": (1.0, 2)})
+    assert sums.reduce() == {"reward/solved": 0.25, "reward/format": 0.5, "eval/format": 0.5}
+    assert metric("eval/format").name == "eval/PART" and metric("reward/solved").unit == "fraction"
+    assert split_part("reward/format") == ("reward", "format")
+    assert split_part("reward/solved") is None and split_part("loss/format") is None
+
+
+def test_names_that_are_no_parts_are_those_of_the_table():
+    from megatron_rl.rewards.base import Reward
+
+    own = {name.partition("/")[2] for name in METRICS if name.startswith(("reward/", "eval/"))}
+    for part in own - {"solved", "well_formed"}:
+        with pytest.raises(ValueError, match="of a reward; expected"):
+            Reward(0.0, {part: 1.0})
+    assert Reward(0.0, {"solved": 1.0, "well_formed": 0.0, "other_2": 0.5}).value == 0.0
 
 
 def test_a_vector_is_refused():
@@ -145,6 +174,7 @@ sums.add("tokens/step", torch.tensor(10.0 + rank))                # 21
 sums.add("ratio_max", torch.tensor(1.0 + rank), 5)                # 2
 sums.add("router/shift_min", 0.5 + rank / 4, 5)                   # 0.5
 sums.add("time/step_s", float("nan") if rank == 0 else 1.0)       # one NaN shows
+sums.add_parts("reward", [{"b": (1.0, 2)}, {"a": (3.0, 1), "c": (4.0, 1)}][rank])
 sums.add(f"router/entropy/layer_0{rank}", 3.0 * (rank + 1), 3)    # each stage its own layer
 together, alone = sums.reduce(dist.group.WORLD), sums.reduce(None)
 print(json.dumps([together, alone]))
@@ -174,6 +204,9 @@ def test_two_ranks_agree_on_the_reduced_metrics(tmp_path):
     assert math.isnan(together.pop("time/step_s"))
     assert together == {
         "ratio_max": 2.0,
+        "reward/a": 3.0,
+        "reward/b": 0.5,
+        "reward/c": 4.0,
         "reward/mean": 0.75,
         "router/entropy/layer_00": 1.0,
         "router/entropy/layer_01": 2.0,

@@ -94,6 +94,21 @@ def test_page_holds_the_numbers(page):
     assert "<td class='number'>0.333</td>" in page and "answer 1" in page
 
 
+def test_a_verifier_that_does_not_say_solved(tmp_path):
+    records = [{"step": 0, "eval/format": 0.25, "eval/samples": 4.0, "eval/problems": 16.0}]
+    for step in (1, 2):
+        records.append({"step": step, "reward/mean": 0.25 * step, "loss": 0.0, "time/step_s": 2.0})
+        records[-1] |= {"reward/format": 0.5, "reward/length": -0.125 * step}
+    records[-1] |= {"eval/format": 0.75}
+    run = _write(tmp_path / "run", records)
+    assert summary(run) == "mean reward 0.25 -> 0.5, 2 steps in 4.0s"
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "<span class='label'>eval/format</span><strong>0.750</strong>" in text
+    assert "pass@1, greedy" not in text and "mean@4" not in text
+    drawn = {path.stem for path in (run / "plots").glob("*.png")}
+    assert drawn == {"reward", "loss", "parts_1"}
+
+
 class _Tags(HTMLParser):
     def __init__(self):
         super().__init__()

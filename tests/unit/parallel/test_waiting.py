@@ -1,10 +1,9 @@
 """Ranks that wait for each other's work."""
 
-import datetime
 import subprocess
 import sys
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -14,37 +13,47 @@ from megatron_rl.parallel.waiting import wait_together
 from tests.support.ranks import run_on_ranks
 
 
-def quick_group():
-    """Of all ranks, whose collectives wait for a second and a half at most."""
-    return dist.new_group(timeout=datetime.timedelta(seconds=1.5))
-
-
 def a_slow_rank():
-    waiting.TICK_S = 0.2
-    group, seen = quick_group(), set()
-    with ThreadPoolExecutor(1) as executor:
-        seconds = [0.0, 4.0][dist.get_rank()]
-        futures = [executor.submit(time.sleep, seconds), executor.submit(time.sleep, 0.0)]
-        raised = wait_together(futures, group, lambda *state: seen.add(state))
-        return raised, [future.done() for future in futures], sorted(seen)
+    """Rank 1 has one done of two; the other is done once that was told three times."""
+    slow, done = Future(), Future()
+    done.set_result(None)
+    told = []
+
+    def show(*state):
+        told.append(state)
+        if len(told) == 3:
+            slow.set_result(None)
+
+    futures = [done, slow] if dist.get_rank() == 1 else [done]
+    with mock.patch.object(waiting, "TICK_S", 0.05):
+        return wait_together(futures, dist.group.WORLD, show), told
 
 
-def test_a_slow_rank_is_not_a_lost_one():
-    seen = (1, 0, 2)  # rank 1 has done none of two
-    for raised, done, shown in run_on_ranks(2, a_slow_rank):
-        assert (raised, done) == (False, [True, True])
-        assert seen in shown and {rank for rank, _, _ in shown} == {1}
+def test_ranks_stay_in_touch_while_one_has_work():
+    assert run_on_ranks(2, a_slow_rank) == [(False, [(1, 1, 2)] * 3)] * 2
 
 
-def without_work_and_with_a_failure():
-    endless, failed = Future(), Future()
+def a_failure(to_the_end):
+    """Rank 1 has one that has raised and one that ends when that is told."""
+    last, failed = Future(), Future()
     failed.set_exception(KeyError("x"))
-    futures = [failed, endless] if dist.get_rank() == 1 else [endless]
-    return wait_together([], dist.group.WORLD), wait_together(futures, dist.group.WORLD)
+    futures = [failed, last] if dist.get_rank() == 1 else []
+    told = []
+
+    def show(*state):
+        told.append(state)
+        last.set_result(None)
+
+    with mock.patch.object(waiting, "TICK_S", 0.05):
+        return wait_together(futures, dist.group.WORLD, show, to_the_end=to_the_end), told
 
 
 def test_one_that_raises_ends_the_wait_of_all():
-    assert run_on_ranks(2, without_work_and_with_a_failure) == [(False, True), (False, True)]
+    assert run_on_ranks(2, a_failure, False) == [(True, [])] * 2
+
+
+def test_or_the_others_are_waited_for_as_well():
+    assert run_on_ranks(2, a_failure, True) == [(True, [(1, 1, 2)])] * 2
 
 
 RANK = """

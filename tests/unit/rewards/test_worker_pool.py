@@ -89,7 +89,7 @@ def test_a_stuck_worker_is_given_up(worker, monkeypatch):
 
 def test_a_late_answer_costs_its_own_time_and_no_new_start():
     pytest.importorskip("math_verify", reason="math-verify is not installed")
-    verify = MathVerifier(0.2)
+    verify = MathVerifier(0.5)
     assert judge(verify) == 0.0  # x is not y
     (process,) = verify._workers._free
     assert judge(verify, "\\boxed{9^{9^{9^9}}}") == 0.0
@@ -98,17 +98,26 @@ def test_a_late_answer_costs_its_own_time_and_no_new_start():
     assert verify._workers._free == [process]
 
 
+def children(verify: MathVerifier) -> list[int]:
+    (process,) = verify._workers._free
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def test_a_child_that_dies_at_rest_shifts_no_verdict():
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    verify = MathVerifier(30.0)
+    assert judge(verify) == 0.0
+    os.kill(children(verify)[0], signal.SIGKILL)
+    answers = ["x", "y", "x + 0", "2 x", "x"]
+    assert [judge(verify, f"\\boxed{{{answer}}}") for answer in answers] == [1, 0, 1, 0, 1]
+
+
 def test_what_the_machine_kills_is_compared_by_another_child():
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     verify = MathVerifier(30.0)
     assert judge(verify) == 0.0
-    (process,) = verify._workers._free
-
-    def children() -> list[int]:
-        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-            return [int(word) for word in file.read().split()]
-
-    (first,) = children()
+    (first,) = children(verify)
     results = []
     thread = threading.Thread(
         target=lambda: results.append(judge(verify, "\\boxed{x}")), daemon=True
@@ -119,4 +128,4 @@ def test_what_the_machine_kills_is_compared_by_another_child():
     os.kill(first, signal.SIGKILL)
     thread.join()
     assert results == [1.0]
-    assert children() != [first]
+    assert children(verify) != [first]

@@ -5,7 +5,13 @@ import pytest
 
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward
-from megatron_rl.rollout.collect import ScoredGroup, rollout_metrics, sample_rows, to_samples
+from megatron_rl.rollout.collect import (
+    ScoredGroup,
+    part_sums,
+    rollout_metrics,
+    sample_rows,
+    to_samples,
+)
 
 
 def completion(tokens, finished, text):
@@ -65,8 +71,6 @@ def test_metrics_by_hand(scored):
     assert rollout_metrics(scored) == {
         "reward/mean": (1.5, 4.0),
         "reward/std": (0.5, 2.0),
-        "reward/solved": (1.0, 4.0),
-        "reward/well_formed": (3.0, 4.0),
         "response/length_mean": (8.0, 4.0),
         "response/finished_fraction": (2.0, 4.0),
         "groups/zero_variance_fraction": (1.0, 2.0),
@@ -79,9 +83,14 @@ def test_metrics_of_a_rank_without_prompts_add_nothing(scored):
     assert set(empty.values()) == {(0.0, 0.0)}
 
 
-def test_parts_a_verifier_does_not_give_are_not_counted():
-    groups = judged(lambda record, text: Reward(1.0))
-    assert rollout_metrics(groups)["reward/solved"] == (0.0, 0.0)
+def test_parts_are_added_over_the_completions_that_have_them(scored):
+    assert part_sums(scored) == {"solved": (1.0, 4.0), "well_formed": (3.0, 4.0)}
+    assert part_sums(judged(lambda record, text: Reward(1.0))) == {}
+
+    def now_and_then(record, text):
+        return Reward(1.0, {"style": 0.25, **({"tone": 0.5} if text == "yes" else {})})
+
+    assert part_sums(judged(now_and_then)) == {"style": (1.0, 4.0), "tone": (1.0, 2.0)}
 
 
 def test_sample_rows_take_every_prompt_before_a_second_answer(scored):

@@ -1,7 +1,6 @@
 """Rewards on one rank and on several: in order, once an answer, and of a verifier that fails."""
 
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,12 +55,13 @@ def test_every_answer_has_its_reward_in_order():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_as_many_at_once_as_there_are_threads(threads):
     lock, now, most = threading.Lock(), [0], [0]
+    together = threading.Barrier(threads, timeout=60)
 
     def verifier(record, text):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.05)
+        together.wait()
         with lock:
             now[0] -= 1
         return Reward(0.0)
