@@ -109,7 +109,7 @@ def test_a_child_that_dies_at_rest_shifts_no_verdict():
     verify = MathVerifier(30.0)
     assert judge(verify) == 0.0
     os.kill(children(verify)[0], signal.SIGKILL)
-    answers = ["x", "y", "x + 0", "2 x", "x"]
+    answers = ["x", "y", "x", "z", "x"]
     assert [judge(verify, f"\\boxed{{{answer}}}") for answer in answers] == [1, 0, 1, 0, 1]
 
 
