@@ -45,7 +45,9 @@ class Reward:
 class Verifier(Protocol):
     """Judges a completion; safe to call from several threads, and never raises on a completion.
 
-    ``UserError`` is raised only where the record or the machine lacks what the verifier needs.
+    It bounds its own time, best by processor time: how busy a machine is must not decide a reward.
+    A call computes in its thread or in one process at a time. ``UserError`` is raised only where
+    the record or the machine lacks what the verifier needs.
     """
 
     def __call__(self, record: Mapping[str, Any], completion: str) -> Reward: ...
