@@ -106,7 +106,8 @@ def _run_once(job: bytes, limits: Limits) -> Outcome | None:
             os.close(verdict_write)
             verdict_write = -1
             try:
-                lines, stopped = _read_lines(verdict_read, _OwnTime(child.pid), limits)
+                own = _OwnTime(child.pid)
+                lines, stopped = _read_lines(verdict_read, own, limits)
                 killed = not stopped and _ended_by(child) == -signal.SIGKILL
             finally:
                 _kill(child)
@@ -114,7 +115,9 @@ def _run_once(job: bytes, limits: Limits) -> Outcome | None:
         for descriptor in (token_read, token_write, verdict_read, verdict_write):
             if descriptor >= 0:
                 os.close(descriptor)
-    if killed and not (lines and lines[-1].startswith(("passed ", "failed "))):
+    # With its processor time used up, it is the kernel that kills a program that ignores SIGXCPU.
+    decided = own.cpu_s >= limits.cpu_s or lines[-1:] and lines[-1].startswith(("passed", "failed"))
+    if killed and not decided:
         return None
     return _judge(lines, stopped, child.returncode, token, limits)
 
@@ -165,6 +168,11 @@ class _OwnTime:
             self._asleep_s += max(0.0, elapsed - (cpu_s - self._cpu_s))
         self._cpu_s, self._looked = cpu_s, now
         return self._cpu_s - self._start + self._asleep_s
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time when it was looked at last, seconds."""
+        return self._cpu_s
 
     def _read(self) -> tuple[str, float]:
         """State, as in proc(5), and processor time, seconds."""

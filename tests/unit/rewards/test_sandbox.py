@@ -102,6 +102,12 @@ def test_a_fork_bomb_that_ignores_errors_ends_with_its_time():
     assert run(program).reason == "stopped after 1 s of processor time"
 
 
+def test_a_program_that_ignores_the_end_of_its_time_is_run_once():
+    program = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass\n"
+    outcome = run(program)
+    assert outcome == Outcome(False, True, "ended before its tests were done")
+
+
 def test_sleeping_ends_at_the_deadline():
     start = time.monotonic()
     limits = Limits(cpu_s=1, wall_s=1.0, memory_mib=256)
