@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.observe.console import SilentConsole
 from megatron_rl.parallel import waiting
@@ -78,12 +79,22 @@ def recording(kind):
         asked.append(text)
         return Reward(float(dist.get_rank()))
 
-    world = dist.group.WORLD
-    scored = workers(verifier, world=world, **{kind: world}).score(answers([["a", "b"], ["c"]]))
+    from megatron.core import parallel_state
+
+    from megatron_rl.parallel.groups import build_groups, destroy_groups
+
+    if parallel_state.model_parallel_is_initialized():  # by a test before
+        destroy_groups()
+    groups = build_groups(ParallelConfig(**{kind: 2}))
+    try:
+        workers = RewardWorkers("mine", verifier, 2, groups, SilentConsole())
+        scored = workers.score(answers([["a", "b"], ["c"]]))
+    finally:
+        destroy_groups()
     return sorted(asked), values(scored)
 
 
-@pytest.mark.parametrize("kind", ["model", "context"])
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "context"])
 def test_ranks_with_the_same_answers_judge_each_once_and_agree(kind):
     assert run_on_ranks(2, recording, kind) == [
         (["a", "c"], [[0.0, 1.0], [0.0]]),
