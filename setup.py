@@ -36,7 +36,7 @@ setup(
         "psutil>=5.9",  # Megatron's checkpoints need it and do not declare it
         "matplotlib>=3.8",
         "tensorboard>=2.14",
-        "math-verify>=0.7",
+        "sympy>=1.12",
     ],
     # Apex, which Megatron-Core can use for fused kernels, is on no package index: build it from its
     # source. Nothing here needs it.
