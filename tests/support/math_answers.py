@@ -11,6 +11,7 @@ RIGHT = r"""
 5   >> The final answer is $\boxed{5}$. I hope it is correct.   \text{The answer is } 5
 5   \text{Answer: }5   ５   >> The answer is ５.   >> Therefore, the total is 5 dollars.   >> #### 5
 5   5 \, \text{cm}   >> \boxed{5}.   5.   \displaystyle 5   {5}   >> \fbox{5}
+5   >> \boxed{\boxed{5}}
 12   12\text{ cm}^3   >> 12 o'clock   12\text{ sq. units}
 \frac{\pi}{4}   \frac{1}{4}\pi   0.785398
 2\sqrt{2}   >> 2\sqrt{2}
@@ -35,7 +36,7 @@ C   \textbf{(C) } 15   (C)
 \$12.50   12.50   \$12.50
 12.5   \$12.50
 p = 7   7
-7   p = 7   >> x_1 = 7   7\,\text{in}   7 in
+7   p = 7   >> x_1 = 7   7\,\text{in}   7 in   +7   7.00
 f(x) = x^2   x^2
 x^2   f(x)=x^2
 f^{-1}(x) = x - 1   x-1
@@ -65,7 +66,7 @@ e^2   e^{2}
 1024   2^{10}
 2^{10}   1024
 10^6   1000000
-1000000   10^6
+1000000   10^6   1\ 000\ 000   1 000 000   1,000,000.00
 3x+2y=5   3x + 2y = 5   3x+2y-5=0
 3x+2y-5=0   y = \frac{5-3x}{2}
 y = 2x + 3   2x+3
@@ -134,8 +135,9 @@ x+C   x+C
 \sqrt{2}+\sqrt{3}   \sqrt{3}+\sqrt{2}
 \sqrt{5+2\sqrt{6}}   \sqrt{2}+\sqrt{3}
 18   18 \text{ dollars per day}   \$18   \text{18 eggs}   18\text{ eggs}   18 eggs
+18   \$18\text{ per day}
 540   540 \text{ meters a week}
-6   6 \text{ (students)}
+6   6 \text{ (students)}   |AB| = 6   AB = 6   \overline{AB}=6   S_{\triangle ABC}=6
 \dfrac{\sqrt{2}}{2}   \tfrac{\sqrt 2}2
 y=-x   -x
 x<-2 \text{ or } x>3   (-\infty,-2)\cup(3,\infty)   x>3 \text{ or } x<-2
@@ -189,6 +191,154 @@ $\frac{1}{2}$   1/2
 \(\frac{1}{2}\)   1/2
 $x=4$   4
 $5   5
+\sqrt{x-10}   (x-10)^{1/2}
+\$32,\!348   32348
+32348   \$32,\!348
+10,\!080   10080
+\frac{270}7\text{ degrees}   \frac{270}{7}^\circ
+.0000672   6.72\times 10^{-5}
+6.72 \times 10^{-5}   0.0000672
+2516_8   2516_8
+3R^2   3 R^2
+(a+5)(b+2)   (b+2)(a+5)
+\text{B,E}   B, E
+B, E   \text{B and E}
+A, C   C, A
+A,C   \text{(A), (C)}
+\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}   \begin{bmatrix} -1/3 \\[4pt] 2/3 \end{bmatrix}
+y^2=4x   y^2 - 4x = 0
+6 - 5i   -5i+6
+6-5i   6-5\mathrm{i}
+\text{Evelyn}   Evelyn
+\frac{3}{56}   \dfrac{3}{56}
+5.4 \text{ cents}   5.4
+5.4   5.4\text{ cents}
+\left( -\frac{4}{5}, \frac{3}{5} \right)   (-0.8, 0.6)
+x^3+3x-6   x^3 + 3x - 6
+-\frac{1}{2}x+3   3-\frac{x}{2}
+\frac{1}{2}, 3   3, \frac{1}{2}
+4+2\sqrt{3}   2(2+\sqrt{3})
+\frac{1}{e}   e^{-1}
+e^{-1}   \frac1e
+\frac{\sqrt{6}-\sqrt{2}}{4}   \frac{\sqrt{2}(\sqrt{3}-1)}{4}
+\frac{1}{2}\ln 2   \ln\sqrt{2}
+\ln 4   2\ln 2
+\log_{10} 2   \log_{10}(2)
+n!   n!
+(n+1)!   (n+1)!
+\binom{n}{2}   \frac{n(n-1)}{2}
+\frac{n!}{2}   \frac12 n!
+2^{n+1}-2   2(2^n-1)   2\cdot 2^n-2
+4^n   2^{2n}
+3^{n}   3^n
+x=2, x=3   2, 3
+x = 2, 3   2,3
+2, 3   x = 2, 3
+x=2,3   x=2 or x=3
+\{2,3\}   x=2, x=3
+2,3   \{2,3\}
+x \in \{2,3\}   2,3
+x\in\{2,3\}   \{2,3\}
+-3 \le x \le 5   [-3,5]
+[-3,5]   -3\leqslant x\leqslant 5
+(-3,5]   -3 < x \le 5
+(-\infty, -3) \cup (5, \infty)   x<-3\text{ or }x>5
+x < -3 or x > 5   (-\infty,-3)\cup(5,\infty)
+x\leq 5   (-\infty,5]
+1:2:3   1:2:3
+60^\circ   60^{\circ}   60\,^\circ
+60°   60
+60   60\degree
+32°F   32^\circ\text{F}
+32^\circ F   32^\circ \text{F}
+25 °C   25^\circ\mathrm{C}
+\text{All real numbers}   \text{all real numbers}
+DNE   \text{DNE}
+undefined   \text{Undefined}
+\text{None}   none
+True   \text{true}
+5\sqrt{2}\text{ cm}   5\sqrt{2}
+12\pi   12\pi \text{ square inches}
+12\pi\text{ in}^2   12\pi
+8\text{ in.}   8
+8   8\text{ in.}
+\frac{7}{2}\text{ hours}   3.5
+3.5 hours   3.5\text{ h}
+2 hours   120\text{ min}
+0.375   \frac{3}{8}
+37.5\%   \frac{3}{8}
+37.5%   37.5
+37.5   37.5\%
+33\frac{1}{3}\%   \frac{100}{3}\%
+1000   10^3
+2.5\text{ million}   2500000
+\$2.5\text{ million}   2{,}500{,}000
+$1.2\times10^6$   1200000
+-1, 0, 1   0, \pm 1
+1,2,3,4   1,2,3,4
+3,5,7   3, 5 \text{ and } 7
+3, 5, 7   3, 5, \text{ and } 7
+(1,2), (3,4)   (1,2)\text{ and }(3,4)
+(2,-1)   (2,-1)
+(0,0),(1,1)   (1,1), (0,0)
+x+2y-z=3   x + 2y - z - 3 = 0
+y=\frac{1}{2}x   x=2y
+y = 3   3
+y=x^2   y = x^2
+r = 2\cos\theta   2\cos \theta
+x^2+(y-1)^2=4   x^2+y^2-2y-3=0
+\sqrt{2}/2   \frac{1}{\sqrt{2}}
+\frac{\sqrt{2}}{2}   2^{-1/2}
+1.414   \sqrt{2}
+2\sqrt{5}   \sqrt{20}
+\sqrt[4]{8}   8^{\frac14}
+8^{1/4}   2^{3/4}
+\tan^{-1}(2)   \arctan 2
+\cos^2\theta   1-\sin^2\theta
+\sec x   \frac{1}{\cos x}
+\sin 2x   2\sin x\cos x
+2\sin x   2\sin(x)
+\sin(2x)   \sin 2x
+\mathbf{i}+2\mathbf{j}   \mathbf{i} + 2\mathbf{j}
+\overrightarrow{AB}   \overrightarrow{AB}
+\triangle ABC   \triangle ABC
+\angle A   \angle A
+\frac{dy}{dx}=2x   2x
+f'(x)=2x   2x
+2x   f'(x) = 2x   y' = 2x   \frac{dy}{dx} = 2x
+0.3   P(A)=0.3
+\frac{13}{4}   3.25
+3.25   3\frac14   13/4
+-3.25   -3\frac{1}{4}
+80   80\ \text{km/h}
+80 km/h   80\,\text{km}/\text{h}
+80\text{ km/h}   80\text{ kilometers per hour}
+80 mph   80\text{ miles per hour}
+5\text{ m/s}^2   5\ \mathrm{m/s^2}
+5 kg   5000\text{ g}
+3 dozen   36
+January 5, 2020   2020-01-05
+5 January 2020   \text{January 5, 2020}
+12:30   12\!:\!30
+5:00 PM   5:00\text{ p.m.}
+4   \text{4}   \text{ 4 }   \mathrm{4}   4\text{ }   \,4   $4$   \(4\)   {4}   \left(4\right)
+4   4\quad   \color{red}{4}   \color{red} 4   \underline{4}   \mathbf 4   ~4~
+4   \textcolor{blue}{4}
+a^{2}b   b a^2
+ab   ab
+\alpha+\beta   \beta+\alpha
+2\alpha   2α
+\theta   θ
+x_{1}+x_{2}   x_1+x_2
+\lambda_1   λ₁
+\frac{x^2-1}{x-1}   x+1
+x+1   \frac{x^2-1}{x-1}
+1-x   -(x-1)
+x(x-1)   x^2-x
+\frac{1}{1-x}   -\frac{1}{x-1}
+3x-2y   -2y+3x
+\frac{a+b}{2}   (a+b)/2   \frac a2+\frac b2
+\sqrt{a^2+b^2}   (a^2+b^2)^{1/2}
 """
 
 WRONG = r"""
@@ -204,9 +354,10 @@ WRONG = r"""
 5   >> \boxed{5}\boxed{6}   >> \boxed{6}, \boxed{5}   >> \boxed{6} or \boxed{5}
 5   >> \boxed{6}$ and $\boxed{5}   5\text{ if }x>0   5; 6   5\;6   5\ 6   5_6   ^5   5^   5?
 5   5 \to 6   5\mid 6   5\mod 6   5 \pmod 6   5\equiv 11   \overline{5}   \sim 5   \not 5   \neg 5
-5   \lnot 5   !5   5'   V   five
+5   \lnot 5   !5   5'   V   five   5\text{,}6   5\text{/}6   5\text{ to 6}   5\text{ up to six}
+5   5\text{ fifteen}   \cancel{5}   5̶   5 % 6   5=x=6   >> \boxed{5
 50   >> \boxed{5}0
-6   >> The answer is 5 or 6   >> 5-6   >> 5–6   >> 5, 6   >> 5 to 6   >> $5/6$
+6   >> The answer is 5 or 6   >> 5-6   >> 5–6   >> 5, 6   >> 5 to 6   >> $5/6$   a+b=6
 2   >> x^2   >> $x^{2}$   >> log_2   >> H2   >> x_2   >> a_{2}   >> 1½   >> 1 1/2
 3   >> 2\sqrt{3}   >> \sqrt{3}   >> \sqrt3   >> 2\sqrt 3   >> \frac{3}{4}   З   \log_2 8
 7   >> x = 6/7   7\text{ is incorrect}   7 is not it   7 hmm 8   \text{7, I think, or 8}
@@ -218,19 +369,20 @@ no   on   n*o   n \cdot o   o n   not no   yes   no and yes   yes, no   no\text{
 abc   cba
 e   2.718
 i   -i
-x   y   X   x \cdot 1 + 0y   \sqrt{x^2}   \ln e^x
-x+1   X+1   \text{x}+1+0y
+x   y   X   x \cdot 1 + 0y   \sqrt{x^2}   \ln e^x   \arcsin(\sin x)
+x+1   X+1   \text{x}+1+0y   x+1 \text{ or } x-1   x+1, x-1   \pm x+1   x+1=x-1   ax+b
+x+1   x+1 \approx x
 A   B   A, B   AB   A or B   (A) or (B)   A/B   (A) and B   A. B. C.   (A)(B)(C)(D)   ABCD   A|B
-A   not A   (A) is wrong, C
+A   not A   (A) is wrong, C   А
 B   \text{A or B}
 (1,2)   (2,1)   1,2   [1,2]   (1,2),(3,4)   (1,2]   (x,y)   (1,2,3)   x=2, y=1   \frac{1}{2}   1<2
 (1,2)   \begin{pmatrix}1\\2\end{pmatrix}
 1,2   1   12   1.2   (1,2)   1,2,3
-1, 2   1,1,2   1,1   \{1,2,2\}
+1, 2   1,1,2   1,1   \{1,2,2\}   \{1\},\{2\}
 x=1,y=2   x=2,y=1   2,1   x=1
-[1,2]   (1,2)   [1,3]   x   1 < x < 2
+[1,2]   (1,2)   [1,3]   x   1 < x < 2   [1,2]\cup[3,4]
 x>3   3   x<3   x=3   x>3,x<3   3>x   x>-3
-y=2x+1   y=2x   0=0   y=y   y   x=2y+1   (y-2x-1)^2=0   (y-2x-1)(x-y)=0
+y=2x+1   y=2x   0=0   y=y   y   x=2y+1   (y-2x-1)^2=0   (y-2x-1)(x-y)=0   y=2x+1=5
 x^2+y^2=1   x^2+y^2   1
 x=5   x=x   x   y=5   x=5,6   x-5=0   2x=10
 5 cm   5 km   500 cm
@@ -256,7 +408,7 @@ x=5   x=x   x   y=5   x=5,6   x-5=0   2x=10
 \sqrt{2}   1.41
 \pi   3.14   \frac{22}{7}   \frac{355}{113}
 3.14   3.15
-0.5   0.54   0.45
+0.5   0.54   0.45   0.5\%
 e^{\pi\sqrt{163}}   262537412640768744
 262537412640768744   e^{\pi\sqrt{163}}
 262537412640768743.99   262537412640768743
@@ -287,6 +439,13 @@ x^2   x^2+C   x^{2.0000001}
 -1   i^2   e^{i\pi}
 17   7   1 7
 1/2   1\2
+yes   yes no   yes/no
+6.02\times10^{23}   6.02
+1/6   1/2/3
+64   2^3^2
+512   2^3^2
+15   5!!
+\$18 \text{ per day}   \$18 \text{ per week}
 """
 
 

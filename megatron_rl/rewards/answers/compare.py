@@ -134,7 +134,9 @@ def _same_quantity(expected: Answer, answer: Answer, judge: Judge, finished: boo
                 _scaled(one, expected.unit.factor), _scaled(other, answer.unit.factor)
             )
         return _same(one, other, judge, finished)
-    if _same(one, other, judge, finished):
+    if isinstance(expected, Number) and abs(expected.value) < 1 and _is_percent(answer):
+        pass  # a share: 0.5 is 50%, not 0.5%
+    elif _same(one, other, judge, finished):
         return True
     if _is_percent(expected) and isinstance(one, Number):
         return _same(_scaled(one, Fraction(1, 100)), other, judge, finished)

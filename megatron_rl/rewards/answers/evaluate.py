@@ -17,7 +17,7 @@ PRIME = 2**61 - 1
 _MAX_BITS = 4096
 _MAX_FACTORIAL = 400
 #: Values of the variables at which expressions are compared: none is special to any function.
-_POINTS = (0.7318, 1.3917, 2.6180, -0.5772, -1.8393, 3.3598)
+_POINTS = (0.7318, 1.3917, 2.6180, -0.5772, -1.8393, 3.3598, 17.1729, -14.0833)
 _SPREAD = 0.3819
 
 

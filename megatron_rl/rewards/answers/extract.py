@@ -7,6 +7,7 @@ import re
 from megatron_rl.rewards.answers.text import MAX_CHARACTERS, fold_unicode
 
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BETWEEN_BOXES = re.compile(
     r"[\s$,;]*(?:(?:and|or|,|;|\\(?:text|quad|qquad|,|;)\{?\s*(?:and|or)?\s*\}?)[\s$]*)"
     r"(?:[a-zA-Z]\w*\s*=\s*)?[\s$]*"
@@ -18,12 +19,13 @@ _MAX_BOXES = 16
 def extract_answer(completion: str) -> str | None:
     r"""The content of the last complete \boxed{}, else the last number as a whole, else None.
 
-    Boxes that only a comma, "and" or "or" parts are one answer of several values.
+    Boxes that only a comma, "and" or "or" parts are one answer of several values. None too if no
+    box is complete and one was begun: the answer is cut off.
     """
     tail = completion[-MAX_CHARACTERS:]
     spans = _boxes(tail)
     if not spans:
-        return _last_number(tail)
+        return None if _OPEN_BOX.search(tail) else _last_number(tail)
     contents = [tail[slice(*spans[-1])].strip()]
     for (_, before), (start, _) in zip(spans[-2::-1], spans[::-1]):
         between = tail[before + 1 : tail.rfind("\\", 0, start)]

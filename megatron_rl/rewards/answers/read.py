@@ -30,7 +30,7 @@ from megatron_rl.rewards.answers.literals import (
 )
 from megatron_rl.rewards.answers.text import fold_words
 from megatron_rl.rewards.answers.tokens import Token, Unreadable, is_symbol, is_word, tokenize
-from megatron_rl.rewards.answers.units import is_known, parse_unit
+from megatron_rl.rewards.answers.units import Unit, is_known, parse_unit
 
 _MAX_ITEMS = 32
 
@@ -134,10 +134,19 @@ def _several(tokens: Sequence[Token], depth: int) -> Answer | None:
     for index in range(len(pieces) - 1, 0, -1):
         if not pieces[index - 1] and borders[index - 1].kind != "mark" and index > 1:
             del pieces[index - 1]
-    items = tuple(_read(piece, depth + 1) for piece in pieces)
+    items = _flat([_read(piece, depth + 1) for piece in pieces])
     intervals = all(isinstance(item, Relation) and "=" not in item.signs for item in items)
     words = all(token.kind != "mark" and token.text.strip().lower() == "or" for token in borders)
     return Collection("union" if intervals and words else "list", items)
+
+
+def _flat(items: Sequence[Answer]) -> tuple[Answer, ...]:
+    """0, 1 and -1 of "0, plus or minus 1"."""
+    flat: list[Answer] = []
+    for item in items:
+        two = isinstance(item, Collection) and item.kind == "list"
+        flat.extend(item.items if two else [item])
+    return tuple(flat)
 
 
 def _relation(pieces: list[list[Token]], signs: list[str], depth: int) -> Answer:
@@ -163,8 +172,12 @@ def _name(tokens: Sequence[Token]) -> str | None:
         return None
     if len(tokens) > 1 and any(token.kind == "text" for token in tokens):
         return None
-    bare = text.replace("^{-1}", "").replace("{", "").replace("}", "")
-    if tokens and tokens[0].kind in ("text", "word", "command") and _NAME.fullmatch(bare):
+    bare = text.replace("^{-1}", "").replace("{", "").replace("}", "").strip("|")
+    if (
+        tokens
+        and (tokens[0].kind in ("text", "word", "command") or text[0] == "|")
+        and _NAME.fullmatch(bare)
+    ):
         return text
     if re.fullmatch(r"\([^\W\d_](?:,[^\W\d_])+\)", bare):
         return text
@@ -216,12 +229,7 @@ def _set(inner: Sequence[Token], closing: Token, depth: int) -> Answer:
     if any(is_symbol(token, "|", "mid", ":") for token in inner):
         raise Unreadable("a set by its property")
     pieces, _ = _split(inner, lambda token: is_symbol(token, ",", ";"))
-    items: list[Answer] = []
-    for piece in pieces:
-        item = _read(piece, depth + 1)
-        two = isinstance(item, Collection) and item.kind == "list"
-        items.extend(item.items if two else [item])
-    return Collection("set", tuple(items))
+    return Collection("set", _flat([_read(piece, depth + 1) for piece in pieces]))
 
 
 def _matrix(tokens: Sequence[Token], depth: int) -> Answer:
@@ -249,11 +257,12 @@ def _matrix(tokens: Sequence[Token], depth: int) -> Answer:
 
 def _value(tokens: Sequence[Token]) -> Answer:
     """A number, expression or quantity."""
+    if not tokens:
+        raise Unreadable("nothing")
     if is_symbol(tokens[0], "$", "\\$", "\u20ac", "\u00a3", "\u00a5", "\u20b9"):
-        unit = parse_unit(tokens[0].text[-1])
-        return Quantity(_number_or_expression(tokens[1:]), unit)
+        return _price(_value(tokens[1:]), parse_unit(tokens[0].text[-1]))
     if len(tokens) > 1 and is_symbol(tokens[0], "-") and is_symbol(tokens[1], "$", "\\$"):
-        return Quantity(_number_or_expression([tokens[0], *tokens[2:]]), parse_unit("$"))
+        return _price(_value([tokens[0], *tokens[2:]]), parse_unit("$"))
     start = _unit_start(tokens)
     if start is None:
         return _number_or_expression(tokens)
@@ -261,6 +270,16 @@ def _value(tokens: Sequence[Token]) -> Answer:
     if unit is None:
         raise Unreadable("no unit")
     return Quantity(_number_or_expression(tokens[:start]), unit)
+
+
+def _price(value: Answer, currency: Unit) -> Answer:
+    """$5, $5 million, $5 dollars, and $5 per day."""
+    if not isinstance(value, Quantity):
+        return Quantity(value, currency)
+    if value.unit.dimension == currency.dimension:
+        return value
+    dimension = tuple(sorted(currency.dimension + value.unit.dimension))
+    return Quantity(value.value, value.unit._replace(dimension=dimension))
 
 
 def _unit_start(tokens: Sequence[Token]) -> int | None:

@@ -53,6 +53,14 @@ _SYMBOLS = {
     "\u066b": ".",
     "\u066c": ",",
     "\uff3c": "\\",
+    **{
+        letter: f"\\{name} "
+        for letter, name in zip(
+            "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ",
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma "
+            "tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega".split(),
+        )
+    },
 }
 _SYMBOL = re.compile(f"[{re.escape(''.join(_SYMBOLS))}]")
 
@@ -95,7 +103,9 @@ def _plain(character: str) -> str:
 _SIZES = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|quad|qquad)(?![a-zA-Z])\.?"
 )
-_FONTS = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|boxed|fbox|ensuremath|mathds)\s*\{")
+_FONTS = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|underline|boxed|fbox|ensuremath|mathds)\s*\{"
+)
 _WORDS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up|sc)?|mathrm|operatorname\*?|mbox|hbox|rm|bf)\s*"
     r"\{((?:[^{}\\]|\{[^{}\\]*\})*)\}"
@@ -125,8 +135,6 @@ _COMMANDS = {
     "rbrack": "]",
     "lvert": "vert",
     "rvert": "vert",
-    "degree": "circ",
-    "textdegree": "circ",
     "varphi": "phi",
     "varepsilon": "epsilon",
 }
@@ -137,6 +145,8 @@ _PLAIN_COMMANDS = {
     "lt": "<",
     "gt": ">",
     "textdollar": r"\$",
+    "degree": r"^\circ ",
+    "textdegree": r"^\circ ",
     "colon": ":",
 }
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
@@ -145,6 +155,9 @@ _PREFIX = re.compile(
     r":?\s*\}?\s*:?\s*(?=[-+\d.$\\({])",
     re.IGNORECASE,
 )
+_COLORS = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:mathbf|bf|rm)\s(?=\s*\d)")
+_ROW_SPACE = re.compile(r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]")
+_UPRIGHT = re.compile(r"\\(?:mathrm|operatorname|rm)\s*\{([ei])\}")
 _MATH_MARKS = re.compile(r"(?<!\\)\\[()\[\]]|(?<!\\)\$\$")
 
 
@@ -160,7 +173,7 @@ def clean(text: str) -> str:
     if " " in text:
         text = _SPACED_GROUPS.sub(lambda found: found.group(1).replace(" ", ""), text)
         text = _PREFIX.sub("", text)
-    return text.strip().removesuffix("\\\\").rstrip().removesuffix(".").rstrip()
+    return text.rstrip("\\ ").removesuffix(".").strip()
 
 
 _SPACES_BETWEEN = re.compile(r"\s+")
@@ -168,7 +181,8 @@ _PLAIN_TEXT = frozenset("\\${}~")
 
 
 def _clean_latex(text: str) -> str:
-    text = _without_math_marks(text)
+    text = _ROW_SPACE.sub(r"\\\\", _COLORS.sub("", text))
+    text = _UPRIGHT.sub(r"\1", _without_math_marks(text))
     text = _SIZES.sub(" ", text)
     text = _GROUPS.sub("", text)
     text = _DECIMAL_COMMA.sub(".", text)

@@ -65,8 +65,9 @@ def tokenize(text: str) -> list[Token]:
             if grouped is not None:
                 value, end = grouped.group().replace(",", ""), grouped.end()
         depth += (value in _OPEN) - (value in _CLOSE)
-        tokens.append(Token(kind, value, spaced))
         position = end
+        if kind != "text" or value.strip():
+            tokens.append(Token(kind, value, spaced))
     return tokens
 
 

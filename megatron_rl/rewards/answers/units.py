@@ -71,8 +71,6 @@ _TABLE = {
     "amount": {"mol mole": 1},
     "celsius": {"°c celsius ^circc": 1},
     "fahrenheit": {"°f fahrenheit ^circf": 1},
-    "speed, miles": {"mph": 1},
-    "speed, kilometres": {"kph kmh": 1},
     # factors, no units
     "": {
         "hundred": 100,
@@ -96,16 +94,19 @@ _CAPITALS |= {"Pa", "kPa", "AM", "PM"}
 _NO_UNITS = frozenset(
     "minus plus times over squared cubed or and to not no half third quarter tenths hundredths "
     "thousandths ten negative factorial more less than approximately about modulo mod base of is "
-    "wrong if else one two three four five six seven eight nine eleven twelve maybe possibly "
-    "either between through any some except without nor but".split()
+    "wrong if else zero one two three four five six seven eight nine eleven twelve thirteen "
+    "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty "
+    "maybe possibly either between through any some except without nor but".split()
 )
 _PIECES = re.compile(r"\s*(per(?![a-zA-Z])|/|\*|\^\{?(-?\d)\}?|[^\s/*^\d{}-]+|\^circ\s?[CF]?)")
+_SPEED = {"mph": "miles per hour", "kph": "km per hour", "kmh": "km per hour"}
+_SPEEDS = re.compile(r"\b(?:mph|kph|kmh)\b")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
 def is_known(word: str) -> bool:
     """Whether a word without marks around it names a unit of the table; capitals count."""
-    if word in _CAPITALS:
+    if word in _CAPITALS or word in _SPEED:
         return True
     return (word if len(word) <= 2 else _singular(word.lower())) in _KNOWN
 
@@ -116,7 +117,7 @@ def parse_unit(text: str) -> Unit | None:
     sign, power, count = 1, 1, 0
     last: tuple[str, Fraction, int] | None = None
     position = 0
-    text = text.strip().rstrip(".")
+    text = _SPEEDS.sub(lambda found: _SPEED[found.group()], text.strip().rstrip("."))
     while position < len(text):
         match = _PIECES.match(text, position)
         if match is None:

@@ -123,6 +123,7 @@ def test_the_problem_restated_is_no_answer():
         ("it is 5 cm^2", "5 cm^2"),
         ("nothing", None),
         ("\\boxed{}", None),
+        ("so it is 5, \\boxed{5", None),
     ],
 )
 def test_where_the_answer_stands(completion, answer):
