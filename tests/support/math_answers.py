@@ -339,6 +339,7 @@ x(x-1)   x^2-x
 3x-2y   -2y+3x
 \frac{a+b}{2}   (a+b)/2   \frac a2+\frac b2
 \sqrt{a^2+b^2}   (a^2+b^2)^{1/2}
+3, 4   x=3, y=4
 """
 
 WRONG = r"""
@@ -355,7 +356,9 @@ WRONG = r"""
 5   >> \boxed{6}$ and $\boxed{5}   5\text{ if }x>0   5; 6   5\;6   5\ 6   5_6   ^5   5^   5?
 5   5 \to 6   5\mid 6   5\mod 6   5 \pmod 6   5\equiv 11   \overline{5}   \sim 5   \not 5   \neg 5
 5   \lnot 5   !5   5'   V   five   5\text{,}6   5\text{/}6   5\text{ to 6}   5\text{ up to six}
-5   5\text{ fifteen}   \cancel{5}   5̶   5 % 6   5=x=6   >> \boxed{5
+5   5\text{ fifteen}   \cancel{5}   5̶   5 % 6   5=x=6   >> \boxed{5   \frac{14}{2}=5   \sqrt{7}=5
+5   \sqrt7=5   sqrt(7)=5   \sin x=5   \pi=5   \log_2 9=5   \frac{x}{2}=5   7!=5   |7|=5   7_2=5
+5   (7)=5
 50   >> \boxed{5}0
 6   >> The answer is 5 or 6   >> 5-6   >> 5–6   >> 5, 6   >> 5 to 6   >> $5/6$   a+b=6
 2   >> x^2   >> $x^{2}$   >> log_2   >> H2   >> x_2   >> a_{2}   >> 1½   >> 1 1/2
@@ -446,6 +449,10 @@ yes   yes no   yes/no
 512   2^3^2
 15   5!!
 \$18 \text{ per day}   \$18 \text{ per week}
+78.54   \sqrt25\pi\approx 78.54
+3, 4   x=4, y=3
+-3.25   0-3\frac14
+x=3, y=4   3, 4   x=3, x=4
 """
 
 

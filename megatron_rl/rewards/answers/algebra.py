@@ -32,7 +32,7 @@ FUNCTIONS = {
     "sgn": "sign",
 }
 _INVERSE = {"sin": "asin", "cos": "acos", "tan": "atan"}
-_GREEK = frozenset(
+GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split()
 )
@@ -267,7 +267,7 @@ class _Parser:
             tree = self.sum(depth + 1)
             self._expect(close)
             return ("fn", {"vert": "abs", "lfloor": "floor", "lceil": "ceil"}[name], tree)
-        if name in _GREEK:
+        if name in GREEK:
             return self._symbol(name)
         raise Unreadable(f"command {name}")
 
@@ -310,9 +310,7 @@ class _Parser:
         return self._base(depth + 1)
 
 
-_STARTS = frozenset(
-    ["frac", "binom", "sqrt", "pi", "infty", "lfloor", "lceil", *FUNCTIONS, *_GREEK]
-)
+_STARTS = frozenset(["frac", "binom", "sqrt", "pi", "infty", "lfloor", "lceil", *FUNCTIONS, *GREEK])
 
 
 def _quotient(above: str, below: str) -> Tree:

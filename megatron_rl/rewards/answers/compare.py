@@ -172,10 +172,15 @@ def _same_collection(expected: Collection, answer: Collection, judge: Judge) -> 
         return False
     if len(expected.items) != len(answer.items):
         return False
-    names = [_defined(item) for item in expected.items]
-    if len(set(names) - {None}) > 1 and names != [_defined(item) for item in answer.items]:
-        if sorted(map(str, names)) != sorted(str(_defined(item)) for item in answer.items):
+    names = [_defined(item) for item in answer.items]
+    if len(set(names) - {None}) > 1:  # x = 2, y = 3 names each value
+        wanted = [_defined(item) for item in expected.items]
+        if set(wanted) == {None}:
+            return _pairwise(expected.items, answer.items, judge)
+        if sorted(map(str, wanted)) != sorted(map(str, names)):
             return False
+    elif len({_defined(item) for item in expected.items} - {None}) > 1:
+        return False
     left = list(answer.items)
     for item in expected.items:
         found = next((other for other in left if _same(item, other, judge)), None)

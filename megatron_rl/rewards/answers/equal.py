@@ -69,8 +69,7 @@ def _is_worked_out(tree: Tree, sums: bool) -> bool:
     for node in walk(tree):
         if node[0] in ("fn", "log"):
             return False
-        numbers = [child for child in node[1:] if isinstance(child, tuple) and exact(child)]
-        if node[0] == "add" and (not sums or len(numbers) > 1):
+        if node[0] == "add" and (not sums or all(exact(child) is not None for child in node[1:])):
             return False
         if node[0] == "mul" and sum(_is_literal(child) for child in node[1:]) > 1:
             return False

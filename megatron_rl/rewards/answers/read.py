@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Callable, Sequence
 
-from megatron_rl.rewards.answers.algebra import parse_expression
+from megatron_rl.rewards.answers.algebra import FUNCTIONS, GREEK, parse_expression
 from megatron_rl.rewards.answers.kinds import (
     Answer,
     Brackets,
@@ -164,6 +164,11 @@ def _relation(pieces: list[list[Token]], signs: list[str], depth: int) -> Answer
 _NAME = re.compile(r"[^\W\d_]\w*'*(?:\((?:-?\d+|[^\W\d_])(?:,(?:-?\d+|[^\W\d_]))*\))?")
 
 
+_DERIVATIVE = re.compile(r"frac\{d[a-z]?\}\{d[a-z]\}")
+_NAME_COMMANDS = GREEK | {"angle", "triangle", "overline", "overrightarrow", "vec", "bar", "hat"}
+_NO_NAMES = ("sqrt", "cbrt", "pi", *FUNCTIONS)
+
+
 def _name(tokens: Sequence[Token]) -> str | None:
     r"""What a definition defines: x, x_1, f(x), f^{-1}(x), \text{Area}, (x, y); else None."""
     text = "".join(token.text.strip() for token in tokens)
@@ -171,6 +176,11 @@ def _name(tokens: Sequence[Token]) -> str | None:
     if any(one and other for one, other in zip(words, words[1:])) or len(text) > 32:
         return None
     if len(tokens) > 1 and any(token.kind == "text" for token in tokens):
+        return None
+    if _DERIVATIVE.fullmatch(text):
+        return text
+    commands = {token.text for token in tokens if token.kind == "command"}
+    if not commands <= _NAME_COMMANDS or any(is_word(token, *_NO_NAMES) for token in tokens):
         return None
     bare = text.replace("^{-1}", "").replace("{", "").replace("}", "").strip("|")
     if (
