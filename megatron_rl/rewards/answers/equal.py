@@ -26,6 +26,7 @@ Judge = Callable[[Tree, Tree], bool]
 
 
 def is_number(expected: Number, answer: Answer, finished: bool) -> bool:
+    """Whether an answer is a number, written out or (unless ``finished`` is False) nearly so."""
     if isinstance(answer, Number):
         return same_number(expected, answer)
     if not isinstance(answer, Expression) or symbols(answer.tree):
@@ -83,6 +84,7 @@ def _is_literal(tree: Tree) -> bool:
 
 
 def real_value(tree: Tree) -> float | None:
+    """Of an expression without variables; None if it has none or is not real."""
     value = at_points(tree)[0]
     if value is None or abs(value.imag) > 1e-12 * max(1.0, abs(value)):
         return None
@@ -93,6 +95,7 @@ def real_value(tree: Tree) -> float | None:
 
 
 def same_expression(expected: Tree, answer: Answer, judge: Judge) -> bool:
+    """Whether an answer equals an expression that is more than a number."""
     if isinstance(answer, Words) and len(answer.folded) <= 3:
         # "xy" is a product only where the reference is algebra in x and y
         if not answer.folded.isalpha() or set(answer.folded) != symbols(expected):

@@ -124,7 +124,7 @@ def _read(tokens: Sequence[Token], depth: int) -> Answer:
 def _several(tokens: Sequence[Token], depth: int) -> Answer | None:
     pieces, borders = _split(
         tokens,
-        lambda token: is_symbol(token, ",", ";") or is_word(token, "or", "and", "or else"),
+        lambda token: is_symbol(token, ",", ";") or is_word(token, "or", "and"),
     )
     if not borders:
         return None
@@ -161,6 +161,7 @@ def _relation(pieces: list[list[Token]], signs: list[str], depth: int) -> Answer
     return Relation(tuple(sides), tuple(signs))
 
 
+# A letter with an index or primes, or a word; perhaps with arguments.
 _NAME = re.compile(r"[^\W\d_]\w*'*(?:\((?:-?\d+|[^\W\d_])(?:,(?:-?\d+|[^\W\d_]))*\))?")
 
 

@@ -221,8 +221,11 @@ def _one_command(found: re.Match[str]) -> str:
     return f"\\{name}"
 
 
+_QUOTES = " \"'`\u201c\u201d\u2018"
+
+
 def fold_words(text: str) -> str:
     """Words without case, spaces at the ends, quotes, and punctuation behind them."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("{", " ").replace("}", " ")
-    text = text.strip(" \"'`\u201c\u201d\u2018.,;:!")
+    text = text.strip(_QUOTES).rstrip(_QUOTES + ".,;:!")
     return " ".join(text.casefold().split())
