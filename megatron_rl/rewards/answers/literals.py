@@ -17,6 +17,7 @@ _PLAIN = re.compile(
 )
 _REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}", re.ASCII)
 _QUOTIENT = re.compile(r"(-?)\s*(\d+)\s*/\s*(\d+)", re.ASCII)
+_FRACTION = re.compile(r"(-?) ?\\frac\{(\d+)\}\{(\d+)\}", re.ASCII)
 _ISO_DATE = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})", re.ASCII)
 SLASH_DATE = re.compile(r"\d{1,4}/\d{1,2}/\d{1,4}", re.ASCII)
 _MONTHS = "january february march april may june july august september october november december"
@@ -51,7 +52,7 @@ def plain_number(text: str) -> Number | None:
         part = Fraction(int(again), 10 ** len(again) - 1) / 10 ** len(once)
         value = Fraction(f"{whole or 0}.{once or 0}") + part
         return Number(-value if sign else value)
-    match = _QUOTIENT.fullmatch(text)
+    match = _QUOTIENT.fullmatch(text) or _FRACTION.fullmatch(text)
     if match is not None and int(match.group(3)):
         value = Fraction(int(match.group(2)), int(match.group(3)))
         return Number(-value if match.group(1) else value)
