@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.checkpoint.together import together
-from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, connect, select_device
+from megatron_rl.observe.configurations import keep_configuration
 from megatron_rl.observe.console import Console, SilentConsole
 from megatron_rl.observe.metrics import MetricSums
-from megatron_rl.observe.run_files import CONFIG_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
@@ -76,8 +75,7 @@ class Session:
                     resume_step=resume_step,
                 )
                 opened.append(writer)
-                text = dump_config(self.config)
-                (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+                writer.configuration = keep_configuration(self.run_dir, self.config, resume_step)
                 if self.config.model.hf_path is not None:
                     keep_companions(self.config.model.hf_path, self.run_dir)
 
