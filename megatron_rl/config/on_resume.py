@@ -32,7 +32,7 @@ tokenizer.kind tokenizer.path train eval prompt_key completion_key pack_tokens p
 _CHECKPOINT = "every asynchronous keep keep_best best_metric resume changed_data".split()
 
 #: Every key of the schema, by itself or by its section: the longest name counts. A key of model,
-#: data or checkpoint has to be entered by itself.
+#: data or checkpoint, and a section, have to be entered by themselves.
 ON_RESUME: dict[str, Kind] = {
     "run_dir": "silent",
     "seed": "refused",  # it orders the problems
@@ -72,17 +72,17 @@ class Change(NamedTuple):
 
 
 def kind_of(key: str) -> Kind:
-    """The kind of a key, or of an entry of a dict field. KeyError: it has none yet."""
+    """The kind of a key, or of an entry of a dict field; of one that the schema no longer has:
+    said.
+    """
     name = key
-    while name not in ON_RESUME:
-        name, dot, _ = name.rpartition(".")
-        if not dot:
-            raise KeyError(f"{key} has no kind; enter it in ON_RESUME")
-    return ON_RESUME[name]
+    while name and name not in ON_RESUME:
+        name = name.rpartition(".")[0]
+    return ON_RESUME.get(name, "said")
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """What differs between two resolved configurations and is not silent, in the order of ``after``.
+    """What differs between two resolved configurations and is not silent; the order is ``after``'s.
 
     A key that only one of them has (they are of two versions) differs where its value is not the
     default.
@@ -95,7 +95,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
             if old.get(key, new.get(key)) == defaults[key]:
                 continue
         change = Change(key, old.get(key, NOT_SET), new.get(key, NOT_SET))
-        if not _same(change) and _kind_of_any(key) != "silent":
+        if not _same(change) and kind_of(key) != "silent":
             found.append(change)
     return found
 
@@ -103,14 +103,6 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 def shown(value: Any) -> str:
     """A value for reading."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _kind_of_any(key: str) -> Kind:
-    """Also of a key that the schema no longer has."""
-    try:
-        return kind_of(key)
-    except KeyError:
-        return "said"
 
 
 def _same(change: Change) -> bool:

@@ -1,9 +1,9 @@
 """The configurations of a run, each with the first step it was in force.
 
-    RUN_DIR/
-      config.yaml            the newest
-      configs/step_0.yaml    in force from step 0 (the evaluation before the first step) on
-      configs/step_41.yaml   in force from step 41 on
+RUN_DIR/
+  config.yaml            the newest
+  configs/step_0.yaml    in force from step 0 (the evaluation before the first step) on
+  configs/step_41.yaml   in force from step 41 on
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def changes_since(run_dir: Path, step: int, config: Config) -> list[Change] | No
 
 
 def keep_configuration(run_dir: Path, config: Config, resume_step: int | None) -> int:
-    """Write config.yaml, and its copy below configs/ where something other than silent keys changed.
+    """Write config.yaml, and a copy below configs/ where other than silent keys have changed.
 
     A new run (``resume_step`` None) moves the configurations of an old one aside. Those of steps
     that are done again go with the records of these steps.

@@ -121,7 +121,11 @@ def _mark_changes(axes: Axes, run: Run, theme: Theme) -> None:
     """A dotted line before the first step of every configuration but the first."""
     for configuration in run.configurations[1:]:
         axes.axvline(
-            configuration.first_step - 0.5, color=theme.muted, linewidth=1.0, linestyle=":", zorder=1
+            configuration.first_step - 0.5,
+            color=theme.muted,
+            linewidth=1.0,
+            linestyle=":",
+            zorder=1,
         )
 
 

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.names import ROUTER_SHIFT_LOSSES
 from megatron_rl.config.on_resume import shown
 from megatron_rl.observe.page import write_figures, write_page
 from megatron_rl.observe.plot_list import PLOTS
@@ -230,14 +231,17 @@ def _layout_line(parallel: Mapping[str, Any]) -> str:
 def _algorithm_line(run: Run) -> str:
     if not run.series("reward/mean")[0] and run.series("loss")[0]:
         return "supervised fine-tuning"
-    shifted = bool(run.series("router/shift_mean")[0])
 
     def line(config: Mapping[str, Any]) -> str:
         algorithm = _section(config, "algorithm")
         names = (("name", ""), ("advantages", "advantages"), ("mini_batches", "mini-batches"))
-        floor = _section(algorithm, "router_shift").get("floor")
-        shift = f", router-shift floor {floor}" if shifted and floor is not None else ""
-        return _fields(algorithm, names) + shift
+        shift = _section(algorithm, "router_shift")
+        enabled = shift.get("enabled")
+        if enabled is None:
+            enabled = algorithm.get("name") in ROUTER_SHIFT_LOSSES
+        floor = shift.get("floor") if enabled else None
+        shifted = "" if floor is None else f", router-shift floor {floor}"
+        return _fields(algorithm, names) + shifted
 
     return run.over_time(line)
 
