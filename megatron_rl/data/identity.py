@@ -35,7 +35,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     if before.get("records") != now.get("records"):
         return f"{now['size']:,} as before, with other content"
     if before["tokens"] != now["tokens"]:
-        same = "records" in now
-        what = "the same lines with other tokens" if same else "as many with other tokens"
-        return f"{what}: another {'' if same else 'content, '}tokenizer, chat template or key"
+        if "records" in now:
+            return "the same lines, with other tokens: another tokenizer, chat template or key"
+        count = f"{now['size']:,} as before, with other tokens"
+        return f"{count}: other lines, or another tokenizer, chat template or key"
     return None
