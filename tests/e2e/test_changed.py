@@ -1,7 +1,6 @@
 """Runs that are continued with another configuration or other data; and whose weights are taken."""
 
 import json
-import shutil
 
 import pytest
 
@@ -40,6 +39,8 @@ COMMANDS = {
     "typo in generate": ["generate", "rl.yaml", *FAST, "--run_dir=runs/lr", "--prompt=1 2=3:"],
     "evaluate": ["evaluate", "rl.yaml", *FAST, "--checkpoint.resume=never"],
     "base": ["evaluate", "rl.yaml", *FAST, "--run_dir=runs/lr", "--base"],
+    "old": sft(2, "--run_dir=runs/anew"),
+    "anew": sft(1, "--run_dir=runs/anew", "--checkpoint.resume=never", "--optimizer.lr=2e-2"),
     "base of nothing": ["evaluate", "sft.yaml", *FAST, "--base"],
 }
 
@@ -61,6 +62,9 @@ def folder(tmp_path_factory):
 def done(folder):
     """Every command's result."""
     return run_in_turn(COMMANDS, folder)
+
+
+SFT_4 = "runs/sft/checkpoints/step_4"
 
 
 def metric(folder, run, name):
@@ -183,12 +187,13 @@ def test_the_base_model_is_measured_when_asked_for(done):
 
 
 def test_a_run_that_starts_anew_leaves_nothing_of_the_old_one_to_go_on_from(folder, done):
-    shutil.copytree(folder / "runs" / "sft", folder / "runs" / "anew")
-    again = [*sft(1), "--run_dir=runs/anew", "--checkpoint.resume=never"]
-    result = run_in_turn({"again": again}, folder)["again"]
-    assert result.code == 0, result.err
+    assert done["anew"].code == 0, done["anew"].err
+    assert "moved the checkpoints in runs/anew aside: a new run\n" in done["anew"].out
     run_dir = folder / "runs" / "anew"
     assert {path.name for path in (run_dir / "checkpoints").glob("step_*")} == {"step_1"}
-    assert (run_dir / "checkpoints.old-1" / "step_5" / "manifest.json").is_file()
-    assert {path.name for path in (run_dir / "configs").iterdir()} == {"step_0.yaml"}
-    assert len(list((run_dir / "configs.old-1").iterdir())) == 3
+    assert (run_dir / "checkpoints.old-1" / "step_2" / "manifest.json").is_file()
+    rates = [
+        load_config(run_dir / folder / "step_0.yaml").optimizer.lr
+        for folder in ("configs", "configs.old-1")
+    ]
+    assert rates == [2e-2, 1e-2]
