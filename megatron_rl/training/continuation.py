@@ -15,7 +15,7 @@ from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
 from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest
 from megatron_rl.checkpoint.save import STATE
-from megatron_rl.config.on_resume import kind_of, shown
+from megatron_rl.config.on_resume import Change, kind_of, shown
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
 from megatron_rl.errors import UserError
@@ -78,8 +78,7 @@ def check_state(
             f"verb {stored['verb']}, or {anew}"
         )
     for change in changes_since(config.run_dir, state["step"], config) or ():
-        # What of the model counts is what it comes to: `check_architecture`.
-        if kind_of(change.key) == "refused" and not change.key.startswith("model."):
+        if _is_refused(change):
             raise UserError(
                 f"{change.key} was {shown(change.before)} in the run that wrote {path} and is "
                 f"{shown(change.after)} now; expected the same; restore it, or {anew}"
@@ -133,6 +132,13 @@ def what_differs(
             path = getattr(config.data, split)
             warnings.append(f"data.{split} {path} is not what it was ({other}): {meaning}")
     return notes, warnings
+
+
+def _is_refused(change: Change) -> bool:
+    if change.key == "model.freeze_router":  # frozen weights have no optimizer state to go on with
+        return change.after is False
+    # What of the model counts is what it comes to: `check_architecture`.
+    return kind_of(change.key) == "refused" and not change.key.startswith("model.")
 
 
 def _verb_of(task: Mapping[str, Any]) -> str:
