@@ -121,7 +121,9 @@ def test_a_router_may_be_frozen_and_not_be_freed(config):
     check_state(frozen, "step_2", state_of(config), identity(config))
     keep_configuration(config.run_dir, frozen, 1)
     found = refusal(config, state_of(config), identity(config))
-    assert found.startswith("model.freeze_router was true in the run that wrote step_2 and is false")
+    assert found.startswith(
+        "model.freeze_router was true in the run that wrote step_2 and is false"
+    )
 
 
 def test_what_may_change_is_said_key_by_key(config):
