@@ -25,7 +25,9 @@ def identity_of(items: Sequence[Prompt | Sample]) -> dict[str, Any]:
             text = json.dumps(item.record, sort_keys=True)  # ASCII: a lone surrogate is no obstacle
             records.update(f"{item.index} {text}\n".encode())
     found = {"size": len(items), "tokens": tokens.hexdigest()}
-    return found | ({"records": records.hexdigest()} if isinstance(items[0], Prompt) else {})
+    if not items or isinstance(items[0], Prompt):
+        found["records"] = records.hexdigest()
+    return found
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -48,3 +48,9 @@ def test_samples_are_told_apart_by_their_tokens_and_by_where_the_answer_begins()
     for other in (Sample(np.array([1, 2, 4]), 1), Sample(np.array([1, 2, 3]), 2)):
         found = difference(identity_of([sample]), identity_of([other]))
         assert found.startswith("1 as before, with other tokens: other lines, or another tokenizer")
+
+
+def test_no_problems_are_told_from_some():
+    nothing = identity_of([])
+    assert difference(nothing, identity_of([])) is None
+    assert difference(nothing, identity_of(prompts())) == "0 then, 2 now"
