@@ -178,7 +178,7 @@ def _check_weights(config: Config, base: bool) -> None:
     if not base and not newest_first(config.run_dir / "checkpoints"):
         state = "holds no complete checkpoint" if config.run_dir.exists() else "does not exist"
         raise UserError(
-            f"{config.run_dir} {state}; expected the directory of a run; correct run_dir, train "
+            f"{config.run_dir} {state}; expected a run directory; correct run_dir, train "
             "first, or say --base for the weights of checkpoint.init_from or model.hf_path"
         )
 

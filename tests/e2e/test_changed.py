@@ -139,8 +139,8 @@ def test_what_changed_is_said_key_by_key_and_kept(folder, done):
             "algorithm.reference initial would be runs/sft/checkpoints/step_5 and was "
             "runs/sft/checkpoints/step_2 in the run that wrote runs/rl/checkpoints/step_1; ",
         ),
-        ("typo", "runs/lr does not exist; expected the directory of a run; correct run_dir, "),
-        ("typo in generate", "runs/lr does not exist; expected the directory of a run; correct "),
+        ("typo", "runs/lr does not exist; expected a run directory; correct run_dir, train "),
+        ("typo in generate", "runs/lr does not exist; expected a run directory; correct run_dir, "),
         ("base of nothing", "--base asks for the weights a run starts from, and neither checkpoi"),
     ],
 )

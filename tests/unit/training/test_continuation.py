@@ -11,14 +11,23 @@ from megatron_rl.observe.configurations import keep_configuration
 from megatron_rl.records import Prompt, Sample
 from tests.support.tiny import cpu_device
 
-cpu_device()  # Megatron has to be imported after it
 
-from megatron_rl.training.continuation import (  # noqa: E402
-    check_continuation,
-    check_state,
-    run_identity,
-    what_differs,
-)
+@pytest.fixture(autouse=True, scope="module")
+def prepared():
+    """Megatron has to be imported after the CPU is prepared for it."""
+    cpu_device()
+
+
+def check_state(*arguments):
+    from megatron_rl.training.continuation import check_state
+
+    check_state(*arguments)
+
+
+def what_differs(*arguments):
+    from megatron_rl.training.continuation import what_differs
+
+    return what_differs(*arguments)
 
 
 def prompts(*targets):
@@ -41,6 +50,8 @@ def config(tmp_path):
 
 
 def identity(config, verb="train", train=TRAIN, held_out=HELD_OUT):
+    from megatron_rl.training.continuation import run_identity
+
     return run_identity(config, verb, train, held_out)
 
 
@@ -198,4 +209,47 @@ def test_another_reference_is_refused(config, tmp_path):
 
 
 def test_a_new_run_is_not_compared_with_what_lies_in_its_directory(config):
+    from megatron_rl.training.continuation import check_continuation
+
+    config = changed(config, seed=2)
     check_continuation(config, identity(config))  # no checkpoint
+    write_checkpoint(config.run_dir, state_of(config))
+    with pytest.raises(UserError, match="seed was 1 in the run that wrote .*step_2 and is 2 now"):
+        check_continuation(config, identity(config))
+    anew = changed(config, checkpoint={"resume": "never"})
+    check_continuation(anew, identity(config))
+
+
+def test_a_damaged_checkpoint_is_left_to_whoever_loads_it(config):
+    """An older one may do, or the error be of the damage."""
+    from megatron_rl.training.continuation import check_continuation
+
+    config = changed(config, seed=2)
+    checkpoint = write_checkpoint(config.run_dir, state_of(config))
+    (checkpoint / "state.json").write_text("{")
+    check_continuation(config, identity(config))
+    (checkpoint / "state.json").unlink()
+    check_continuation(config, identity(config))
+    (checkpoint / "manifest.json").write_text("{")
+    check_continuation(config, identity(config))
+
+
+def test_another_architecture_is_refused_before_anything_is_loaded(config):
+    from megatron_rl.training.continuation import check_continuation
+
+    write_checkpoint(config.run_dir, state_of(config))
+    other = changed(config, model={"dtype": "bf16"})
+    with pytest.raises(UserError, match="dtype fp32; .* has dtype bf16; .*init_from .*step_2$"):
+        check_continuation(other, identity(config))
+
+
+def write_checkpoint(run_dir, state):
+    """What of step 2's checkpoint says what it is of."""
+    from megatron_rl.checkpoint.identity import architecture_of
+    from megatron_rl.checkpoint.manifest import Manifest, write_manifest
+
+    checkpoint = run_dir / "checkpoints" / "step_2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_manifest(checkpoint, Manifest(2, architecture_of(Config().model), {}, 2, {}, {}))
+    return checkpoint
