@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again"
             )
-        if verb in ("evaluate", "generate"):
+        if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
             sub.add_argument(
                 "--base",
                 action="store_true",

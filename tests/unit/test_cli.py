@@ -84,6 +84,12 @@ def test_the_base_model_is_asked_for_by_name(run_yaml, training):
     assert main(["train", run_yaml, "--base"]) == 2
 
 
+def test_preflight_takes_the_words_of_evaluate(run_yaml, capsys):
+    """As tools/launch/torchrun.sh hands them on; it gets as far as the address."""
+    words = ["--base", "--for=evaluate", "--nodes=2", "--node=0", "--ranks-per-node=1", "--meet=x"]
+    assert refusal(capsys, "preflight", run_yaml, *words) == "--meet is 'x'; expected HOST:PORT"
+
+
 def test_report_prints_the_pages(tmp_path, monkeypatch, capsys):
     report = types.ModuleType("megatron_rl.observe.report")
     report.write_report = lambda run_dir: run_dir / "report.html"
