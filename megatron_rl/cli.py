@@ -47,7 +47,7 @@ VERBS = {
 #: Flags that are no fields of the config: those with a value, and those without.
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
 OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within"}
-OWN_SWITCHES = {"--help", "--version", "--verify"}
+OWN_SWITCHES = {"--help", "--version", "--verify", "--base"}
 
 #: How long the first rank of a machine may take to reach an error after the others, seconds.
 PATIENCE_S = 10.0
@@ -154,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "generate":
             sub.add_argument(
                 "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again"
+            )
+        if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
+            sub.add_argument(
+                "--base",
+                action="store_true",
+                help="of the weights a run starts from (checkpoint.init_from, else model.hf_path), "
+                "not of the run",
             )
         if verb == "check":
             sub.add_argument(
@@ -332,9 +339,9 @@ def _start(args: argparse.Namespace, config: Config) -> None:
     elif args.verb == "sft":
         run.sft(config)
     elif args.verb == "evaluate":
-        run.evaluate(config)
+        run.evaluate(config, base=args.base)
     else:
-        run.generate(config, args.prompt)
+        run.generate(config, args.prompt, base=args.base)
 
 
 def _show_check(config: Config, world_size: int | None, purpose: str) -> None:

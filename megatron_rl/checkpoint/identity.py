@@ -67,7 +67,9 @@ def check_architecture(
         return
     found = ", ".join(f"{name} {value}" for name, value, _ in differing)
     expected = ", ".join(f"{name} {value}" for name, _, value in differing)
+    remedy = "use the model section of the run that wrote it, or another run_dir"
+    if all(name == "dtype" for name, _, _ in differing):
+        remedy += f" with checkpoint.init_from {where}"
     raise UserError(
-        f"{where} is of a model with {found}; the configuration's model has {expected}; "
-        "use the model section of the run that wrote it, or another directory"
+        f"{where} is of a model with {found}; the configuration's model has {expected}; {remedy}"
     )

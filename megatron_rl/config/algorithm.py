@@ -18,6 +18,11 @@ def keeps_trace(algorithm: AlgorithmConfig) -> bool:
     return uses_router_shift(algorithm) or algorithm.routing_replay != "none"
 
 
+def updates_per_step(algorithm: AlgorithmConfig) -> int:
+    """Optimizer steps on a rollout batch."""
+    return algorithm.mini_batches * algorithm.epochs
+
+
 def mismatch_high(algorithm: AlgorithmConfig) -> float:
     """The upper bound of pi_old / mu, or the default of the kind of weight."""
     if algorithm.mismatch_high is not None:

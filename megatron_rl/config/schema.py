@@ -404,7 +404,10 @@ class CheckpointConfig(Section):
     weights of model.hf_path, else random ones."""
     resume: Literal["auto", "newest", "never"] = "auto"
     """auto: continue from the newest undamaged checkpoint of the run, if it has any; newest: from
-    the newest, or not at all; never: start anew."""
+    the newest, or not at all; never: start anew, with the old checkpoints moved aside."""
+    changed_data: Literal["refuse", "accept"] = "refuse"
+    """Resuming where data.train gives other problems than those the run was trained on. accept: go
+    on with them, at the same place where they are as many, else with a new epoch."""
 
 
 class ObserveConfig(Section):

@@ -127,21 +127,26 @@ class PromptSource(Generic[Item]):
             "size": len(self._prompts),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where ``state`` was taken; ``UserError`` on another data set, seed or order."""
-        for key, here in (
-            ("size", len(self._prompts)),
-            ("seed", self._seed),
-            ("shuffle", self._shuffle),
-        ):
-            if state[key] != here:
+    def load_state_dict(self, state: Mapping[str, Any], *, other_data: bool = False) -> None:
+        """Continues where ``state`` was taken; with ``other_data`` at the same place of other
+        prompts, or with a new epoch where their number is another.
+
+        ``UserError`` on another seed or order, and on another number without ``other_data``.
+        """
+        here = {"seed": self._seed, "shuffle": self._shuffle}
+        if not other_data:
+            here["size"] = len(self._prompts)
+        for key, value in here.items():
+            if state[key] != value:
                 raise UserError(
-                    f"checkpoint with {key} {state[key]} of the prompts, here {here}; "
+                    f"checkpoint with {key} {state[key]} of the prompts, here {value}; "
                     "resuming expects the same data, seed and order; "
                     "restore data.train, seed and data.shuffle, or start a new run with "
                     "checkpoint.init_from"
                 )
         self._epoch, self._offset = int(state["epoch"]), int(state["offset"])
+        if state["size"] != len(self._prompts):
+            self._epoch, self._offset = self._epoch + 1, 0
         self._order = self._order_of(self._epoch)
 
     def _order_of(self, epoch: int) -> np.ndarray:

@@ -99,12 +99,11 @@ def _table(runs: dict[str, Run]) -> str:
 
 
 def _row(label: str, run: Run) -> str:
-    algorithm = run.config.get("algorithm", {})
     cells = (
         label,
-        algorithm.get("name", ""),
+        run.over_time(lambda config: config.get("algorithm", {}).get("name", "")),
         "yes" if run.series("router/shift_mean")[0] else "no",
-        run.config.get("optimizer", {}).get("lr", ""),
+        run.over_time(lambda config: str(config.get("optimizer", {}).get("lr", ""))),
         run.records[-1]["step"],
         _gain(run, "eval/pass@1"),
         _sampled_gain(run),

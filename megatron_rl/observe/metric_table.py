@@ -41,6 +41,8 @@ _RL, _SFT, _ANY, _EVAL = "train", "sft", "train sft", "train sft evaluate"
 _TABLE: tuple[Metric, ...] = (
     Metric("step", "", "given", _EVAL,
            "Steps done; 0 holds the evaluation before the first step."),
+    Metric("configuration", "step", "given", _ANY,
+           "First step of the configuration in force: configs/step_N.yaml."),
     Metric("loss", "", "mean", _ANY,
            "Training loss, mean over optimizer steps."),
     Metric("lr", "", "mean", _ANY,

@@ -74,6 +74,7 @@ def render(plot: Plot, run: Run, theme: Theme) -> bytes:
         "time": _draw_time,
     }[plot.kind]
     draw(axes, plot, run, theme)
+    _mark_changes(axes, run, theme)
     _finish(axes, plot, run, theme)
     return _png(figure)
 
@@ -114,6 +115,18 @@ def _style(axes: Axes, plot: Plot, theme: Theme) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     if plot.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _mark_changes(axes: Axes, run: Run, theme: Theme) -> None:
+    """A dotted line before the first step of every configuration but the first."""
+    for configuration in run.configurations[1:]:
+        axes.axvline(
+            configuration.first_step - 0.5,
+            color=theme.muted,
+            linewidth=1.0,
+            linestyle=":",
+            zorder=1,
+        )
 
 
 def _finish(axes: Axes, plot: Plot, run: Run, theme: Theme) -> None:

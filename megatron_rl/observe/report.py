@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.names import ROUTER_SHIFT_LOSSES
+from megatron_rl.config.on_resume import shown
 from megatron_rl.observe.page import write_figures, write_page
 from megatron_rl.observe.plot_list import PLOTS, part_names, part_plots
 from megatron_rl.observe.run_files import Run, read_run
@@ -108,9 +110,10 @@ def _sections(run: Run, figures: str) -> list[str]:
     return [
         _tiles(run),
         _facts(run),
+        _change_table(run),
         figures,
         _sample_table(run),
-        f"<details><summary>Configuration</summary><pre>{escape(run.config_text)}</pre></details>",
+        *_configurations(run),
     ]
 
 
@@ -147,15 +150,10 @@ def _tile(label: str, values: Sequence[float], fraction: bool) -> str:
 
 def _facts(run: Run) -> str:
     rows = [
-        ("Model", _model_line(_section(run, "model"))),
-        ("Layout", _layout_line(_section(run, "parallel"))),
+        ("Model", run.over_time(lambda config: _model_line(_section(config, "model")))),
+        ("Layout", run.over_time(lambda config: _layout_line(_section(config, "parallel")))),
         ("Algorithm", _algorithm_line(run)),
-        (
-            "Optimizer",
-            _fields(
-                _section(run, "optimizer"), (("lr", "lr"), ("schedule", ""), ("clip_grad", "clip"))
-            ),
-        ),
+        ("Optimizer", run.over_time(_optimizer_line)),
         ("Length", f"{run.records[-1]['step']} steps in {duration(_wall_seconds(run))}"),
         ("Throughput", _last(run, "tokens_per_second", "{:,.0f} tokens/s at the last step")),
         ("Memory", _last(run, "memory/peak_gib", "{:.2f} GiB at the peak of the fullest rank")),
@@ -164,9 +162,42 @@ def _facts(run: Run) -> str:
     return f"<dl class='facts'>{cells}</dl>"
 
 
-def _section(run: Run, name: str) -> Mapping[str, Any]:
-    section = run.config.get(name)
+def _change_table(run: Run) -> str:
+    """What was changed at which step; nothing where one configuration was in force throughout."""
+    rows = "".join(
+        f"<tr><td class='number'>{step}</td><td>{escape(change.key)}</td>"
+        f"<td>{_shown(shown(change.before))}</td><td>{_shown(shown(change.after))}</td></tr>"
+        for step, changed in run.changes()
+        for change in changed
+    )
+    if not rows:
+        return ""
+    head = "<tr><th>From step</th><th>Key</th><th>Before</th><th>After</th></tr>"
+    return (
+        "<section class='samples'><h2>Changed configuration</h2><div class='scroll'>"
+        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _configurations(run: Run) -> list[str]:
+    """The configurations whole, folded away; the newest as config.yaml has it."""
+    texts = [("Configuration", run.config_text)]
+    if len(run.configurations) > 1:
+        texts = [(f"Configuration from step {c.first_step}", c.text) for c in run.configurations]
+    return [
+        f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
+        for title, text in texts
+    ]
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
     return section if isinstance(section, dict) else {}
+
+
+def _optimizer_line(config: Mapping[str, Any]) -> str:
+    names = (("lr", "lr"), ("schedule", ""), ("clip_grad", "clip"))
+    return _fields(_section(config, "optimizer"), names)
 
 
 def _fields(section: Mapping[str, Any], names: Sequence[tuple[str, str]]) -> str:
@@ -203,18 +234,19 @@ def _layout_line(parallel: Mapping[str, Any]) -> str:
 def _algorithm_line(run: Run) -> str:
     if not run.series("reward/mean")[0] and run.series("loss")[0]:
         return "supervised fine-tuning"
-    algorithm = _section(run, "algorithm")
-    line = _fields(
-        algorithm, (("name", ""), ("advantages", "advantages"), ("mini_batches", "mini-batches"))
-    )
-    shift = algorithm.get("router_shift")
-    if (
-        run.series("router/shift_mean")[0]
-        and isinstance(shift, dict)
-        and shift.get("floor") is not None
-    ):
-        line += f", router-shift floor {shift['floor']}"
-    return line
+
+    def line(config: Mapping[str, Any]) -> str:
+        algorithm = _section(config, "algorithm")
+        names = (("name", ""), ("advantages", "advantages"), ("mini_batches", "mini-batches"))
+        shift = _section(algorithm, "router_shift")
+        enabled = shift.get("enabled")
+        if enabled is None:
+            enabled = algorithm.get("name") in ROUTER_SHIFT_LOSSES
+        floor = shift.get("floor") if enabled else None
+        shifted = "" if floor is None else f", router-shift floor {floor}"
+        return _fields(algorithm, names) + shifted
+
+    return run.over_time(line)
 
 
 def _last(run: Run, name: str, form: str) -> str:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.on_resume import Change, changes
 from megatron_rl.errors import UserError
+from megatron_rl.observe.configurations import (
+    CONFIG_FILE,
+    Configuration,
+    read_configurations,
+)
 from megatron_rl.observe.metric_table import split_layer
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-CONFIG_FILE = "config.yaml"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -87,6 +92,24 @@ class Run:
     config_text: str
     records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, at least one, by step
     samples: tuple[Mapping[str, Any], ...]  #: samples.jsonl; may be empty
+    configurations: tuple[Configuration, ...] = ()  #: those that steps were done under, by step
+
+    def over_time(self, text: Callable[[Mapping[str, Any]], str]) -> str:
+        """What ``text`` makes of the configurations, each with its first step where it differs from
+        the one before: ``rspo; from step 41: grpo``."""
+        shown = [text(self.configurations[0].values if self.configurations else self.config)]
+        parts = list(shown)
+        for configuration in self.configurations[1:]:
+            line = text(configuration.values)
+            if line != shown[-1]:
+                shown.append(line)
+                parts.append(f"from step {configuration.first_step}: {line}")
+        return "; ".join(parts)
+
+    def changes(self) -> list[tuple[int, list[Change]]]:
+        """The first step of every configuration but the first, and what it changed."""
+        pairs = zip(self.configurations, self.configurations[1:], strict=False)
+        return [(new.first_step, changes(old.values, new.values)) for old, new in pairs]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it has a finite value; two empty lists where it
@@ -144,4 +167,6 @@ def read_run(run_dir: Path) -> Run:
     samples_path = run_dir / SAMPLES_FILE
     samples = read_jsonl(samples_path) if samples_path.is_file() else []
     ordered = tuple(sorted(records, key=lambda record: record["step"]))
-    return Run(run_dir, config, text, ordered, tuple(samples))
+    last = ordered[-1]["step"]
+    done_under = [c for c in read_configurations(run_dir) if c.first_step <= last]
+    return Run(run_dir, config, text, ordered, tuple(samples), tuple(done_under))

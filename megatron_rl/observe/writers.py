@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.observe.files import move_aside
 from megatron_rl.observe.metric_table import metric
 from megatron_rl.observe.run_files import METRICS_FILE, SAMPLES_FILE, drop_after, to_json_line
 
@@ -29,13 +30,15 @@ class RunWriter:
     ) -> None:
         """wandb: project name. UserError: W&B is asked for and not installed, or a file of the
         run cannot be read."""
+        #: First step of the configuration in force, written with every record; None: left out.
+        self.configuration: int | None = None
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         wandb_module = _import_wandb() if wandb else None
         last = None
         for name in (METRICS_FILE, SAMPLES_FILE):
             if resume_step is None:
-                _move_aside(self._run_dir / name)
+                move_aside(self._run_dir / name)
             else:
                 kept = drop_after(self._run_dir / name, resume_step)
                 last = kept if name == METRICS_FILE else last
@@ -58,6 +61,8 @@ class RunWriter:
         for name in metrics:
             metric(name)
         values = {name: float(value) for name, value in metrics.items() if name != "step"}
+        if self.configuration is not None:
+            values["configuration"] = float(self.configuration)
         self._append(self._metrics_file, {"step": step, **values})
         self._last_step = step
         if self._tensorboard is not None:
@@ -129,13 +134,3 @@ def _import_wandb() -> Any:
             "pip install wandb, or remove observe.wandb"
         ) from error
     return wandb
-
-
-def _move_aside(path: Path) -> None:
-    """Rename a non-empty file to the first free ``<name>.old-N``."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    number = 1
-    while path.with_name(f"{path.name}.old-{number}").exists():
-        number += 1
-    path.rename(path.with_name(f"{path.name}.old-{number}"))

@@ -13,8 +13,10 @@ from megatron_rl.checkpoint.manifest import Damaged
 from megatron_rl.checkpoint.save import save_checkpoint
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.training.continuation import check_state, what_differs
 from megatron_rl.training.guard import check_weights
 from megatron_rl.training.initial_weights import load_initial_weights
+from megatron_rl.training.optimizer import continue_schedule
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.session import Session
 from megatron_rl.training.task import Task
@@ -22,17 +24,19 @@ from megatron_rl.training.task import Task
 Loaded = TypeVar("Loaded")
 
 
-def load_newest(session: Session, load: Callable[[Path], Loaded]) -> tuple[Path, Loaded] | None:
-    """Load the run's newest checkpoint, or with ``checkpoint.resume`` auto the newest that is
-    undamaged; None if there is none. A collective over all ranks.
+def load_newest(
+    session: Session, load: Callable[[Path], Loaded], resume: str
+) -> tuple[Path, Loaded] | None:
+    """Load the run's newest checkpoint, or with ``resume`` auto the newest that is undamaged; None
+    if there is none. A collective over all ranks.
 
     Args:
         load: a collective that raises `Damaged` before it changes anything.
+        resume: as ``checkpoint.resume``.
 
     Raises:
         UserError: the newest is damaged (newest), or all are (auto). Nothing is deleted.
     """
-    resume = session.config.checkpoint.resume
     paths = newest_first(session.checkpoints) if resume != "never" else []
     reasons = []
     for path in paths:
@@ -73,13 +77,10 @@ def resume(session: Session, policy: Policy, task: Task) -> int | None:
             groups=session.groups,
         )
 
-    found = load_newest(session, load)
+    found = load_newest(session, load, session.config.checkpoint.resume)
     if found is not None:
-        path, state = found
-        policy.scheduler.load_state_dict(state["scheduler"])
-        task.load_state_dict(state["task"])
-        session.console.note(f"continuing from {path} (step {state['step']})")
-        return state["step"]
+        _go_on(session, policy, task, *found)
+        return found[1]["step"]
     if origin is not None:
         session.console.note(f"starting from the weights of {origin}")
     return None
@@ -95,6 +96,26 @@ def check_best_metric(config: Config, metrics: Mapping[str, float]) -> None:
             f"verifier {config.reward.name!r} gives {', '.join(found) or 'none'}; expected one of "
             "these; set it, or checkpoint.keep_best to 0"
         )
+
+
+def _go_on(
+    session: Session, policy: Policy, task: Task, path: Path, state: Mapping[str, Any]
+) -> None:
+    """Schedule and data cursor behind a checkpoint that was loaded; says what has changed."""
+    config, console = session.config, session.console
+    # It may be an older one than `check_continuation` has seen.
+    check_state(config, path, state, task.identity)
+    steps_left = max(0, config.train.steps - state["step"])
+    continue_schedule(policy.scheduler, state["scheduler"], steps_left * task.updates_per_step)
+    other_data = config.checkpoint.changed_data == "accept"
+    task.load_state_dict(state["task"], other_data=other_data)
+    console.note(f"continuing from {path} (step {state['step']})")
+    if steps_left:
+        notes, warnings = what_differs(config, state, task.identity)
+        for line in notes:
+            console.note(line)
+        for line in warnings:
+            console.warn(line)
 
 
 class Checkpoints:
@@ -156,6 +177,7 @@ class Checkpoints:
                 "step": number,
                 "scheduler": self._policy.scheduler.state_dict(),
                 "task": self._task.state_dict(),
+                "identity": self._task.identity,
             },
             architecture=architecture_of(session.config.model),
             layout=layout_of(session.config.parallel, session.launch.world_size),

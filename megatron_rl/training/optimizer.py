@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -80,10 +80,37 @@ def build_scheduler(
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=max(optimizer_steps, settings.warmup_steps + 1),
+        lr_decay_steps=_decay_steps(optimizer_steps, settings.warmup_steps),
         lr_decay_style=settings.schedule,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # Loading a state takes the number of updates from it and nothing else: Megatron's default
+        # takes lengths, shape, rates and weight decay of the run that wrote it.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
+
+
+def continue_schedule(
+    scheduler: OptimizerParamScheduler, state: Mapping[str, Any], updates_left: int
+) -> None:
+    """Go on behind the updates that a stored schedule has made, with the settings of the scheduler:
+    those of the configuration.
+
+    Args:
+        scheduler: new, of `build_scheduler`.
+        state: its ``state_dict`` at the checkpoint.
+        updates_left: optimizer steps that are still to come. The decay ends with the last of them,
+            also where the steps before were of another number of mini-batches.
+    """
+    scheduler.lr_decay_steps = _decay_steps(
+        state["num_steps"] + updates_left, scheduler.lr_warmup_steps
+    )
+    scheduler.load_state_dict(dict(state))
+
+
+def _decay_steps(updates: int, warmup_steps: int) -> int:
+    """Megatron wants the decay to end behind the warm-up."""
+    return max(updates, warmup_steps + 1)

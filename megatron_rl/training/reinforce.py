@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, Callable, Mapping, Sequence, TypeVar
 
 import torch
 
 from megatron_rl.algorithms import ADVANTAGES
 from megatron_rl.algorithms.kl import k3
-from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
+from megatron_rl.config.algorithm import keeps_trace, updates_per_step, uses_router_shift
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import PromptSource
 from megatron_rl.observe.metrics import MetricSums
@@ -47,8 +47,10 @@ class Reinforce:
         engine: Engine,
         train_prompts: Sequence[Prompt],
         eval_prompts: Sequence[Prompt],
+        identity: Mapping[str, Any],
     ) -> None:
         config = session.config
+        self.identity = identity
         self._session, self._policy, self._engine = session, policy, engine
         self._source = PromptSource(train_prompts, seed=config.seed, shuffle=config.data.shuffle)
         self._eval_prompts = eval_prompts
@@ -57,6 +59,11 @@ class Reinforce:
         #: Of the steps whose answers are being sampled already, the next first: where the source
         #: stood before their problems were drawn, and what gives the answers.
         self._ahead: deque[tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]] = deque()
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a step."""
+        return updates_per_step(self._session.config.algorithm)
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
         """Sample, reward, score, and take the optimizer steps of one rollout batch."""
@@ -204,9 +211,9 @@ class Reinforce:
         """
         return {"prompts": self._ahead[0][0] if self._ahead else self._source.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from such a state."""
-        self._source.load_state_dict(state["prompts"])
+    def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
+        """Continue from such a state; ``other_data``: its problems may have been others."""
+        self._source.load_state_dict(state["prompts"], other_data=other_data)
 
 
 Item = TypeVar("Item", Prompt, ScoredGroup)

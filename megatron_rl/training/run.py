@@ -12,10 +12,11 @@ from typing import Callable, Mapping, Sequence
 
 import numpy as np
 
+from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
-from megatron_rl.config.algorithm import keeps_trace
+from megatron_rl.config.algorithm import keeps_trace, updates_per_step
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import load_prompts, load_samples
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
@@ -26,6 +27,7 @@ from megatron_rl.observe.report import summary, write_report
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.training.checkpoints import load_newest
+from megatron_rl.training.continuation import check_continuation, run_identity
 from megatron_rl.training.engines import build_engine
 from megatron_rl.training.evaluate import evaluate as evaluate_problems
 from megatron_rl.training.header import run_facts, sft_facts, train_facts
@@ -46,13 +48,15 @@ def train(config: Config) -> None:
     """Reinforcement learning from ``data.train``, evaluated on ``data.eval``."""
     tokenizer = _tokenizer(config)
     problems, held_out = (_prompts(config, tokenizer, split) for split in ("train", "eval"))
+    identity = run_identity(config, "train", problems, held_out)
+    check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
         if keeps_trace(config.algorithm):
             check_trace_fits(session, longest_sequence(config, problems))
-        return Reinforce(session, policy, engine, problems, held_out)
+        return Reinforce(session, policy, engine, problems, held_out, identity)
 
-    updates = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs
+    updates = config.train.steps * updates_per_step(config.algorithm)
     facts = train_facts(config, problems, held_out, read_launch().world_size)
     _run(config, "train", tokenizer, facts, updates, make_task)
 
@@ -65,9 +69,11 @@ def sft(config: Config) -> None:
         data.train, tokenizer, data.prompt_key, data.completion_key, max_tokens=longest
     )
     held_out = _prompts(config, tokenizer, "eval")
+    identity = run_identity(config, "sft", samples, held_out)
+    check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
-        return Supervised(session, policy, engine, samples, held_out)
+        return Supervised(session, policy, engine, samples, held_out, identity)
 
     facts = sft_facts(config, samples, held_out)
     _run(config, "sft", tokenizer, facts, config.train.steps, make_task)
@@ -100,12 +106,15 @@ def _run(
             session.console.note(f"report: {report}")
 
 
-def evaluate(config: Config) -> None:
-    """Evaluate the newest weights of the run, or those it would start from, on ``data.eval``."""
+def evaluate(config: Config, *, base: bool = False) -> None:
+    """Evaluate the newest weights of the run on ``data.eval``; ``base``: those a new run would
+    start from.
+    """
+    _check_weights(config, base)
     tokenizer = _tokenizer(config)
     problems = _prompts(config, tokenizer, "eval")
     with open_session(config, "evaluate", None, tokenizer) as session:
-        engine, weights, step = _load_engine(session)
+        engine, weights, step = _load_engine(session, base)
         data = f"{len(problems):,} problems ({config.data.eval}), reward {config.reward.name}"
         session.console.header({**run_facts(session), "weights": weights, "data": data})
         sums = session.new_sums()
@@ -114,8 +123,9 @@ def evaluate(config: Config) -> None:
         session.console.eval(step, session.reduce(sums))
 
 
-def generate(config: Config, prompts: Sequence[str]) -> None:
+def generate(config: Config, prompts: Sequence[str], *, base: bool = False) -> None:
     """Print a sampled answer to each prompt, of the weights that `evaluate` takes."""
+    _check_weights(config, base)
     tokenizer = _tokenizer(config)
     problems = [
         Prompt(i, np.array(tokenizer.encode_prompt(text), dtype=np.int64), text, {})
@@ -123,7 +133,7 @@ def generate(config: Config, prompts: Sequence[str]) -> None:
     ]
     _check_room(config, problems)
     with open_session(config, "generate", None, tokenizer) as session:
-        engine, _, _ = _load_engine(session)
+        engine, _, _ = _load_engine(session, base)
         settings = sampling_settings(config.rollout, samples=1, greedy=False, seed=config.seed)
         mine = problems if session.groups.data.rank() == 0 else []
         with contextlib.closing(engine):
@@ -158,11 +168,23 @@ def _check_room(config: Config, problems: Sequence[Prompt]) -> None:
             )
 
 
-def _load_engine(session: Session) -> tuple[Engine, str, int]:
-    """The model without an optimizer, the checkpoint its weights are from, and that one's step.
+def _check_weights(config: Config, base: bool) -> None:
+    """The weights asked for are named. Other weights than the run's are never taken unasked."""
+    if base and config.checkpoint.init_from is None and config.model.hf_path is None:
+        raise UserError(
+            "--base asks for the weights a run starts from, and neither checkpoint.init_from nor "
+            "model.hf_path is given; expected one of them; set it, or leave --base out"
+        )
+    if not base and not newest_first(config.run_dir / "checkpoints"):
+        state = "holds no complete checkpoint" if config.run_dir.exists() else "does not exist"
+        raise UserError(
+            f"{config.run_dir} {state}; expected a run directory; correct run_dir, train "
+            "first, or say --base for the weights of checkpoint.init_from or model.hf_path"
+        )
 
-    As when a run is continued: the run's newest checkpoint, else what a new run starts from.
-    """
+
+def _load_engine(session: Session, base: bool) -> tuple[Engine, str, int]:
+    """The model without an optimizer, the checkpoint its weights are from, and that one's step."""
     config, groups = session.config, session.groups
     transformer = transformer_config(config.model, config.parallel, session.device)
     chunks = build_chunks(config.model, transformer, groups, session.device, config.seed)
@@ -171,14 +193,11 @@ def _load_engine(session: Session) -> tuple[Engine, str, int]:
         architecture = architecture_of(config.model)
         return load_weights(path, chunks=chunks, architecture=architecture, groups=groups)
 
-    loaded = load_newest(session, load)
-    found = loaded[0] if loaded is not None else load_initial_weights(config, chunks, groups)
-    if found is None:
-        there = Path(config.run_dir).exists()
-        state = "holds no complete checkpoint" if there else "does not exist"
-        raise UserError(
-            f"{config.run_dir} {state}; expected a run directory, or other weights; "
-            "correct run_dir, set checkpoint.init_from or model.hf_path, or train first"
-        )
+    if base:
+        found = load_initial_weights(config, chunks, groups)
+    else:
+        # A configuration that has its runs start anew has them measured all the same.
+        resume = "newest" if config.checkpoint.resume == "newest" else "auto"
+        found, _ = load_newest(session, load, resume)
     step = read_manifest(found).step if found != config.model.hf_path else 0
     return build_engine(session, chunks, transformer), str(found), step

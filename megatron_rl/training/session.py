@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -10,19 +11,21 @@ from typing import Iterator
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.checkpoint.together import together
-from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, connect, select_device
+from megatron_rl.observe.configurations import keep_configuration
 from megatron_rl.observe.console import Console, SilentConsole
+from megatron_rl.observe.files import move_aside
 from megatron_rl.observe.metrics import MetricSums
-from megatron_rl.observe.run_files import CONFIG_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
-from megatron_rl.weights.companions import keep_companions
+from megatron_rl.weights.companions import FOLDER as COMPANIONS
+from megatron_rl.weights.companions import keep_companions, kept_companions
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,27 @@ class Session:
                     resume_step=resume_step,
                 )
                 opened.append(writer)
-                text = dump_config(self.config)
-                (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
-                if self.config.model.hf_path is not None:
-                    keep_companions(self.config.model.hf_path, self.run_dir)
+                writer.configuration = keep_configuration(self.run_dir, self.config, resume_step)
+                if resume_step is None:
+                    self._clear_for_a_new_run()
+                source = self.config.model.hf_path
+                if source is not None and kept_companions(self.run_dir) is None:
+                    keep_companions(source, self.run_dir)
 
         together(self.groups.world, open_files)
         return opened[0] if opened else None
+
+    def _clear_for_a_new_run(self) -> None:
+        """What an old run left is no part of the new one: its checkpoints would be resumed from,
+        and its tokenizer exported.
+        """
+        companions = self.run_dir / COMPANIONS
+        if newest_first(self.checkpoints):
+            for path in (self.checkpoints, companions):
+                move_aside(path)
+            self.console.note(f"moved the checkpoints in {self.run_dir} aside: a new run")
+        elif companions.is_dir():
+            shutil.rmtree(companions)
 
     def new_sums(self) -> MetricSums:
         """Empty sums for the metrics of a step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from megatron_rl.data.prompts import PromptSource
 from megatron_rl.observe.metrics import MetricSums
@@ -26,12 +26,19 @@ class Supervised:
         engine: Engine,
         samples: Sequence[Sample],
         eval_prompts: Sequence[Prompt],
+        identity: Mapping[str, Any],
     ) -> None:
         config = session.config
+        self.identity = identity
         self._session, self._policy, self._engine = session, policy, engine
         self._source = PromptSource(samples, seed=config.seed, shuffle=config.data.shuffle)
         self._eval_prompts = eval_prompts
         self._last: Sequence[ScoredGroup] = ()
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a step."""
+        return 1
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
         """One optimizer step on the next batch."""
@@ -63,6 +70,6 @@ class Supervised:
         """Where the data cursor stands."""
         return {"samples": self._source.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from such a state."""
-        self._source.load_state_dict(state["samples"])
+    def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
+        """Continue from such a state; ``other_data``: its samples may have been others."""
+        self._source.load_state_dict(state["samples"], other_data=other_data)

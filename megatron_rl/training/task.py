@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Mapping, Protocol
 
 from megatron_rl.observe.metrics import MetricSums
 
 
 class Task(Protocol):
     """What differs between supervised fine-tuning and reinforcement learning."""
+
+    identity: Mapping[str, Any]
+    """The verb, and what `data.identity` says of its data: see `continuation.run_identity`."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a step."""
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
         """Do one step. Metrics go into ``sums``; returns those reduced already. A collective."""
@@ -22,5 +29,5 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: where the data cursor stands."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from such a state."""
+    def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
+        """Continue from such a state; ``other_data``: its data may have been others."""

@@ -32,7 +32,7 @@ MISTAKES = {
         "bad.jsonl, line 2: not JSON (",
     ),
     "empty": (
-        ["evaluate", "rl.yaml", *ONE_RANK, "--data.eval", "empty.jsonl"],
+        ["evaluate", "sft.yaml", *ONE_RANK, "--data.eval", "empty.jsonl"],
         "empty.jsonl: empty data set; expected one JSON object a line",
     ),
     "vocabulary": (

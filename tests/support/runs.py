@@ -139,6 +139,37 @@ def succeed(*words: str, cwd: Path, ranks: int | None = None) -> Done:
     return done
 
 
+_ONE_AFTER_THE_OTHER = """
+import contextlib, io, json, sys
+from megatron_rl.cli import main
+done = []
+for words in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    done.append((code, out.getvalue(), err.getvalue()))
+json.dump(done, sys.stdout)
+"""
+
+
+def run_in_turn(commands: dict[str, list[str]], cwd: Path) -> dict[str, Done]:
+    """``megatron-rl WORDS`` of one rank, one after the other in a single process, which starts but
+    once; what each gave, by its name.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _ONE_AFTER_THE_OTHER],
+        cwd=cwd,
+        env=_environment(),
+        input=json.dumps(list(commands.values())),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: Done(*parts) for name, parts in zip(commands, found, strict=True)}
+
+
 def records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -34,9 +34,12 @@ def training(monkeypatch):
     """Stands in for megatron_rl.training.run and records the calls."""
     calls = []
     module = types.ModuleType("megatron_rl.training.run")
-    for verb in ("train", "sft", "evaluate"):
+    for verb in ("train", "sft"):
         setattr(module, verb, lambda config, verb=verb: calls.append((verb, config)))
-    module.generate = lambda config, prompts: calls.append(("generate", config, prompts))
+    module.evaluate = lambda config, base: calls.append(("evaluate", config, base))
+    module.generate = lambda config, prompts, base: calls.append(
+        ("generate", config, prompts, base)
+    )
     device = types.ModuleType("megatron_rl.device.select")
     device.select_device = lambda config, launch: None
     monkeypatch.setitem(sys.modules, "megatron_rl.device.select", device)
@@ -65,8 +68,26 @@ def test_a_verb_gets_the_config_with_its_overrides(run_yaml, training, verb):
 def test_generate_gets_every_prompt(run_yaml, training):
     words = ["generate", run_yaml, "--prompt", "--2+2", "--rollout.top_k", "5", "--prompt=b c"]
     assert main(words) == 0
-    verb, config, prompts = training[0]
-    assert (verb, config.rollout.top_k, prompts) == ("generate", 5, ["--2+2", "b c"])
+    verb, config, prompts, base = training[0]
+    assert (verb, config.rollout.top_k, prompts, base) == ("generate", 5, ["--2+2", "b c"], False)
+
+
+def test_the_base_model_is_asked_for_by_name(run_yaml, training):
+    assert main(["evaluate", run_yaml]) == 0
+    assert main(["evaluate", "--base", run_yaml, "--seed", "5"]) == 0
+    assert main(["generate", run_yaml, "--prompt", "a", "--base"]) == 0
+    assert [(call[0], call[-1]) for call in training] == [
+        ("evaluate", False),
+        ("evaluate", True),
+        ("generate", True),
+    ]
+    assert main(["train", run_yaml, "--base"]) == 2
+
+
+def test_preflight_takes_the_words_of_evaluate(run_yaml, capsys):
+    """As tools/launch/torchrun.sh hands them on; it gets as far as the address."""
+    words = ["--base", "--for=evaluate", "--nodes=2", "--node=0", "--ranks-per-node=1", "--meet=x"]
+    assert refusal(capsys, "preflight", run_yaml, *words) == "--meet is 'x'; expected HOST:PORT"
 
 
 def test_report_prints_the_pages(tmp_path, monkeypatch, capsys):

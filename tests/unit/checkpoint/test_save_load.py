@@ -67,6 +67,24 @@ def all_equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.parametrize("name", ["fp32", "bf16 distributed optimizer"])
+def test_the_settings_of_adam_are_not_those_of_the_checkpoint(name, tmp_path):
+    """Rate, weight decay, betas and epsilon stay as the optimizer was built with them."""
+    first = build_training(VARIANTS[name])
+    first.step(0)
+    path = save(first, tmp_path)
+    second = build_training(VARIANTS[name])
+    other = {"lr": 0.5, "weight_decay": 0.25, "betas": (0.1, 0.2), "eps": 1e-3}
+    other |= {"max_lr": 0.5, "min_lr": 0.125}
+    for group in second.optimizer.param_groups:
+        assert all(group[name] != value for name, value in other.items())
+        group.update(other)
+    load(second, path)
+    for group in second.optimizer.param_groups:
+        assert {name: group[name] for name in other} == other
+    assert all_equal(second.main_weights(), first.main_weights())
+
+
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_resuming_is_bit_for_bit_the_run_that_never_stopped(config, tmp_path):
     uninterrupted = build_training(config)

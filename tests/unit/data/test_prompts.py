@@ -168,3 +168,20 @@ def test_resume_expects_the_same_data(count, seed, shuffle, found):
     state = PromptSource(prompts(10), seed=5, shuffle=True).state_dict()
     with pytest.raises(UserError, match=found):
         PromptSource(prompts(count), seed, shuffle).load_state_dict(state)
+
+
+def test_other_data_is_taken_when_told_to():
+    """As many: at the same place. Fewer or more: with the next epoch."""
+    before = PromptSource(prompts(10), seed=5, shuffle=True)
+    before.next_batch(13)
+    state = before.state_dict()
+    same = PromptSource(prompts(10), 5, True)
+    same.load_state_dict(state, other_data=True)
+    assert indices(same.next_batch(7)) == indices(before.next_batch(7))
+    more = PromptSource(prompts(12), 5, True)
+    more.load_state_dict(state, other_data=True)
+    fresh = PromptSource(prompts(12), 5, True)
+    fresh.next_batch(24)
+    assert indices(more.next_batch(12)) == indices(fresh.next_batch(12))
+    with pytest.raises(UserError, match="seed 5 of the prompts, here 6"):
+        PromptSource(prompts(12), 6, True).load_state_dict(state, other_data=True)

@@ -49,6 +49,15 @@ def test_the_table_holds_each_runs_gains_and_extremes(runs, tmp_path):
     ]
 
 
+def test_a_run_of_two_losses_is_not_one_of_the_last(runs):
+    configs = runs[0] / "configs"
+    configs.mkdir()
+    (configs / "step_0.yaml").write_text("algorithm: {name: rspo}\noptimizer: {lr: 1.0e-4}\n")
+    (configs / "step_3.yaml").write_text("algorithm: {name: grpo}\noptimizer: {lr: 1.0e-4}\n")
+    row = cells(write_comparison(runs).read_text())[0]
+    assert (row[1], row[3]) == ("rspo; from step 3: grpo", "0.0001")
+
+
 def test_a_curve_for_each_run_and_no_plot_without_data(runs, tmp_path):
     write_comparison(runs)
     plots = tmp_path / "comparison_plots"

@@ -229,3 +229,56 @@ def test_numbers_for_reading():
         *("9.4s", "1m00s", "1m00s", "2m31s", "1h00m", "3h04m")
     ]
     assert smooth([0.0, 3.0, 6.0, 3.0], 1) == [1.5, 3.0, 4.0, 4.5]
+
+
+def test_a_run_of_two_configurations_shows_both(tmp_path):
+    """40 steps of rspo and one of grpo are not a run of grpo."""
+    records = [_train_record(step) for step in range(1, 42)]
+    later = CONFIG.replace("name: rspo", "name: grpo").replace("lr: 0.0003", "lr: 0.0001")
+    run_dir = _write(tmp_path / "run", records, config=later)
+    (run_dir / "configs").mkdir()
+    (run_dir / "configs" / "step_0.yaml").write_text(CONFIG)
+    (run_dir / "configs" / "step_41.yaml").write_text(later)
+    (run_dir / "configs" / "step_42.yaml").write_text("seed: 9\n")  # no step was done under it
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["Algorithm"] == (
+        "rspo, advantages group_norm, router-shift floor 0.8; from step 41: "
+        "grpo, advantages group_norm"
+    )
+    assert facts["Optimizer"] == "lr 0.0003, constant; from step 41: lr 0.0001, constant"
+    assert facts["Layout"] == "ranks 8, tensor 2, expert 4"  # the same throughout: once
+    table = page[page.index("Changed configuration") :]
+    rows = re.findall(
+        "<tr><td class='number'>(.*?)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)<", table
+    )
+    assert rows == [
+        ("41", "algorithm.name", "rspo", "grpo"),
+        ("41", "optimizer.lr", "0.0003", "0.0001"),
+    ]
+    assert "<summary>Configuration from step 0</summary>" in page
+    assert "<summary>Configuration from step 41</summary>" in page
+    assert "step 42" not in page
+
+
+def test_a_run_of_one_configuration_has_no_table_of_changes(page):
+    assert "Changed configuration" not in page
+
+
+def test_plots_have_a_line_where_the_configuration_changed(tmp_path):
+    """Left of step 4, half way from step 3; the pixels of a column there and of one beside it."""
+    records = [_train_record(step) for step in range(1, 7)]
+    one = _write(tmp_path / "one", records)
+    two = _write(tmp_path / "two", records)
+    (two / "configs").mkdir()
+    for step, text in ((0, CONFIG), (4, CONFIG.replace("rspo", "grpo"))):
+        (two / "configs" / f"step_{step}.yaml").write_text(text)
+    images = []
+    for run_dir in (one, two):
+        write_report(run_dir)
+        with Image.open(run_dir / "plots" / "reward.png") as image:
+            images.append(np.asarray(image.convert("L"), dtype=int))
+    columns = np.flatnonzero((np.abs(images[0] - images[1]) > 40).any(axis=0))
+    assert 0 < len(columns) < 8  # one thin line
+    width = images[0].shape[1]
+    assert 0.4 < columns.mean() / width < 0.65  # the middle of steps 1 to 6

@@ -79,3 +79,45 @@ def test_bf16_weights_have_fp32_main_weights():
         moved = before - weight.main_param
         assert float(moved.min()) > 0.0  # too small for bf16, but not lost
         assert torch.equal(weight.detach(), weight.main_param.bfloat16())
+
+
+def test_a_run_that_goes_on_has_the_schedule_of_its_configuration():
+    """Two updates of a run of two; then two more of four, with everything else changed as well."""
+    from megatron_rl.training.optimizer import continue_schedule
+
+    with build(lr=1.0, schedule="cosine", weight_decay=0.5, beta1=0.5) as policy:
+        policy.scheduler.lr_decay_steps = 2
+        assert [step(policy) for _ in range(2)] == pytest.approx([0.5, 0.0])
+        state = policy.scheduler.state_dict()
+    changed = {"lr": 0.8, "min_lr": 0.1, "schedule": "linear", "weight_decay": 0.25, "beta1": 0.7}
+    with build(**changed) as policy:
+        continue_schedule(policy.scheduler, state, updates_left=2)
+        assert [step(policy) for _ in range(2)] == pytest.approx([0.1 + 0.7 * 1 / 4, 0.1])
+        decayed = [group for group in policy.optimizer.param_groups if group["wd_mult"] == 1.0]
+        assert {group["weight_decay"] for group in decayed} == {0.25}
+        assert {group["betas"][0] for group in decayed} == {0.7}
+
+
+def test_warm_up_that_is_longer_now_goes_on_where_the_updates_stand():
+    from megatron_rl.training.optimizer import continue_schedule
+
+    with build(lr=1.0, warmup_steps=1) as policy:
+        for _ in range(3):
+            step(policy)
+        state = policy.scheduler.state_dict()
+    with build(lr=1.0, warmup_steps=8) as policy:
+        continue_schedule(policy.scheduler, state, updates_left=2)
+        assert [step(policy) for _ in range(2)] == pytest.approx([4 / 8, 5 / 8])
+
+
+def test_the_decay_ends_with_the_last_step_also_after_steps_of_other_mini_batches():
+    """8 updates are done, of 4 a step; 2 steps of 2 are to come: 9 to 12 of 12."""
+    from megatron_rl.training.optimizer import continue_schedule
+
+    with build(lr=1.0, schedule="linear") as policy:
+        for _ in range(8):
+            step(policy)
+        state = policy.scheduler.state_dict()
+    with build(lr=1.0, schedule="linear") as policy:
+        continue_schedule(policy.scheduler, state, updates_left=4)
+        assert [step(policy) for _ in range(4)] == pytest.approx([3 / 12, 2 / 12, 1 / 12, 0.0])

@@ -1,0 +1,129 @@
+"""What may change when a run is continued, and what has changed: two configurations, key by key."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Iterator, Literal, Mapping, NamedTuple
+
+from megatron_rl.config.fields import is_dict, leaf_fields
+from megatron_rl.config.schema import Config
+
+#: silent: where and how the run is shown, stored and computed; said: changes what is trained or
+#: measured, and may; refused: the checkpoint cannot be continued under another value.
+Kind = Literal["silent", "said", "refused"]
+
+NOT_SET = "(not set)"
+
+_ARCHITECTURE = """
+num_layers hidden_size num_attention_heads num_query_groups head_dim ffn_hidden_size num_experts
+moe_top_k moe_ffn_hidden_size moe_layer_freq shared_expert_ffn_hidden_size shared_expert_gate
+router_score router_pre_softmax router_expert_bias router_num_groups router_group_top_k
+router_scaling_factor vocab_size rope_base yarn qk_norm qk_norm_scope kv_lora_rank q_lora_rank
+qk_nope_head_dim qk_rope_head_dim v_head_dim qkv_bias norm_epsilon tie_embeddings dtype
+""".split()
+_TRAINING_OF_THE_MODEL = """
+preset hf_path hf_config aux_loss_coeff z_loss_coeff expert_bias_update_rate freeze_router
+max_sequence_length init_std transformer_engine
+""".split()
+_DATA = """
+tokenizer.kind tokenizer.path train eval prompt_key completion_key pack_tokens pack_multiple
+""".split()
+_CHECKPOINT = "every asynchronous keep keep_best best_metric resume changed_data".split()
+
+#: Every key of the schema, by itself or by its section: the longest name counts. A key of model,
+#: data or checkpoint, and a section, have to be entered by themselves.
+ON_RESUME: dict[str, Kind] = {
+    "run_dir": "silent",
+    "seed": "refused",  # it orders the problems
+    **{f"model.{name}": "refused" for name in _ARCHITECTURE},
+    **{f"model.{name}": "said" for name in _TRAINING_OF_THE_MODEL},
+    "parallel": "said",
+    "device": "silent",
+    # Another file, tokenizer or key is no harm where it gives the same problems: the checkpoint
+    # knows them by their content (data/identity.py).
+    **{f"data.{name}": "said" for name in _DATA},
+    "data.shuffle": "refused",
+    "reward": "said",
+    "rollout": "said",
+    "rollout.servers": "silent",
+    "rollout.servers.probe_tolerance": "said",
+    "rollout.max_batch": "silent",
+    "algorithm": "said",
+    "algorithm.trace_store": "silent",
+    "optimizer": "said",
+    "train": "said",
+    "evaluate": "said",
+    **{f"checkpoint.{name}": "silent" for name in _CHECKPOINT},
+    "checkpoint.init_from": "said",
+    "observe": "silent",
+}
+
+
+class Change(NamedTuple):
+    """A key with its values before and after, as YAML and JSON give them."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {shown(self.before)} -> {shown(self.after)}"
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of a key, or of an entry of a dict field; of one that the schema no longer has:
+    said.
+    """
+    name = key
+    while name and name not in ON_RESUME:
+        name = name.rpartition(".")[0]
+    return ON_RESUME.get(name, "said")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """What differs between two resolved configurations and is not silent; the order is ``after``'s.
+
+    A key that only one of them has (they are of two versions) differs where its value is not the
+    default.
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    defaults = dict(_leaves(Config().model_dump(mode="json")))
+    found = []
+    for key in dict.fromkeys([*new, *old]):
+        if (key in old) != (key in new) and key in defaults:
+            if old.get(key, new.get(key)) == defaults[key]:
+                continue
+        change = Change(key, old.get(key, NOT_SET), new.get(key, NOT_SET))
+        if not _same(change) and kind_of(key) != "silent":
+            found.append(change)
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value for reading."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _same(change: Change) -> bool:
+    """Equal, or two spellings of one path."""
+    before, after = change.before, change.after
+    if before == after:
+        return type(before) is type(after) or {type(before), type(after)} <= {int, float}
+    field = leaf_fields().get(change.key)
+    is_path = field is not None and "Path" in str(field.annotation)
+    if not (is_path and isinstance(before, str) and isinstance(after, str)):
+        return False
+    return os.path.realpath(before) == os.path.realpath(after)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value; the entries of a dict field (``algorithm.settings``) one by one."""
+    fields = leaf_fields()
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        whole = key in fields and not is_dict(fields[key])
+        if isinstance(value, Mapping) and not whole:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value

@@ -1,0 +1,44 @@
+"""What problems a run is trained and measured on, by their content and not by the file's name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Mapping, Sequence
+
+from megatron_rl.records import Prompt, Sample
+
+
+def identity_of(items: Sequence[Prompt | Sample]) -> dict[str, Any]:
+    """Number and SHA-256 of problems (or samples) in their order; fit for JSON.
+
+    ``tokens`` is of what the model sees, so it depends on the lines of the file, on those that were
+    left out, on the keys that are read, on tokenizer and chat template. ``records`` is of the JSON
+    objects, from which the verifier takes the answer; samples have none.
+    """
+    tokens, records = hashlib.sha256(), hashlib.sha256()
+    for item in items:
+        ids = item.tokens.astype("<i8")
+        start = len(ids) if isinstance(item, Prompt) else item.prompt_length
+        tokens.update(f"{start} {len(ids)} ".encode() + ids.tobytes())
+        if isinstance(item, Prompt):
+            text = json.dumps(item.record, sort_keys=True)  # ASCII: a lone surrogate is no obstacle
+            records.update(f"{item.index} {text}\n".encode())
+    found = {"size": len(items), "tokens": tokens.hexdigest()}
+    if not items or isinstance(items[0], Prompt):
+        found["records"] = records.hexdigest()
+    return found
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """In what way two data sets differ, in a few words; None: they are the same."""
+    if before["size"] != now["size"]:
+        return f"{before['size']:,} then, {now['size']:,} now"
+    if before.get("records") != now.get("records"):
+        return f"{now['size']:,} as before, with other content"
+    if before["tokens"] != now["tokens"]:
+        if "records" in now:
+            return "the same lines, with other tokens: another tokenizer, chat template or key"
+        count = f"{now['size']:,} as before, with other tokens"
+        return f"{count}: other lines, or another tokenizer, chat template or key"
+    return None
