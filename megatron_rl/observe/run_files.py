@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_whole
 from megatron_rl.observe.metric_table import split_layer
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 CONFIG_FILE = "config.yaml"
+EVALUATED = "eval/problems"  #: a metric of every evaluation
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -47,19 +49,32 @@ def drop_after(path: Path, step: int) -> int | None:
     """Drop the records with a step above ``step``, and a torn last line; the last step left,
     None where none is.
 
-    The file is replaced in one rename: a crash leaves the old file or the new one. A missing
-    file stays missing.
+    The file is cut where the first of them begins, which needs no room on the disk; where records
+    that stay are behind it, or the last has no newline, it is replaced in one rename. A crash
+    leaves the old file or the new one. A missing file stays missing.
     """
     if not path.exists():
         return None
-    kept = [record for record in read_jsonl(path) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(to_json_line(record) for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    records, content = read_jsonl(path), path.read_bytes()
+    kept = [record for record in records if record["step"] <= step]
+    lines = [line + b"\n" for line in content.split(b"\n") if line.strip()][: len(kept)]
+    whole = b"".join(lines)
+    if kept == records[: len(kept)] and content.startswith(whole):
+        os.truncate(path, len(whole))
+    else:
+        write_whole(path, "".join(to_json_line(record) for record in kept))
     return max((record["step"] for record in kept), default=None)
+
+
+def last_evaluated(run_dir: Path, step: int) -> bool | None:
+    """Whether the record of a step holds an evaluation; None where there is no such record.
+
+    UserError: a line that is not the last is no object.
+    """
+    path = run_dir / METRICS_FILE
+    records = read_jsonl(path) if path.is_file() else []
+    found = [EVALUATED in record for record in records if record["step"] == step]
+    return found[-1] if found else None
 
 
 def to_json_line(record: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, connect, select_device
+from megatron_rl.files import write_whole, written_for_the_user
 from megatron_rl.observe.console import Console, SilentConsole
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.observe.run_files import CONFIG_FILE
@@ -62,22 +63,25 @@ class Session:
         """The writer of metrics and samples on rank 0; None elsewhere. A collective.
 
         Raises:
-            UserError, OSError: a file of the run cannot be read or written; on all ranks.
+            UserError: a file of the run cannot be read or written; on all ranks.
         """
         opened = []
 
         def open_files() -> None:
-            if self.is_main:
+            if not self.is_main:
+                return
+            with written_for_the_user(f"run_dir {self.run_dir}", "make room, or set run_dir"):
                 observe = self.config.observe
                 writer = RunWriter(
                     self.run_dir,
                     tensorboard=observe.tensorboard,
                     wandb=observe.wandb,
                     resume_step=resume_step,
+                    warn=self.console.warn,
                 )
                 opened.append(writer)
                 text = dump_config(self.config)
-                (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+                write_whole(self.run_dir / CONFIG_FILE, text)
                 if self.config.model.hf_path is not None:
                     keep_companions(self.config.model.hf_path, self.run_dir)
 
