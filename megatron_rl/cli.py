@@ -31,6 +31,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.files import reason, written_for_the_user
 
 #: Verb -> what it does, as the help shows it.
 VERBS = {
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (FloatingPointError, RunFailed) as error:
         _print_error(error)
+        return 1
+    except OSError as error:  # the machine's: a disk, a descriptor, an address
+        _print_error(RunFailed(f"the machine says: {reason(error)}; mend it and start again"))
         return 1
     except RuntimeError as error:
         heard = lost_ranks(error) if read_launch().world_size > 1 else None
@@ -240,11 +244,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _report(run_dirs: Sequence[Path]) -> None:
     from megatron_rl.observe.comparison import write_comparison
     from megatron_rl.observe.report import write_report
+    from megatron_rl.observe.run_files import runs_among
 
-    for run_dir in run_dirs:
-        print(write_report(run_dir))
-    if len(run_dirs) > 1:
-        print(write_comparison(run_dirs))
+    runs, written = runs_among(run_dirs)
+    if not runs:
+        raise UserError(f"found no run in {', '.join(map(str, written))}; expected RUN_DIR")
+    with written_for_the_user("the report", "make room and give the command again"):
+        # First, because it reads them all: one that is no run ends it before anything is written.
+        pages = [write_comparison(runs)] if len(runs) > 1 else []
+        for page in [*map(write_report, runs), *pages]:
+            print(page)
 
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:

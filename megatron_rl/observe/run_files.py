@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from megatron_rl.observe.metric_table import split_layer
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 CONFIG_FILE = "config.yaml"
+COMPARISON_FILE = "comparison.html"
+COMPARISON_PLOTS = "comparison_plots"
 EVALUATED = "eval/problems"  #: a metric of every evaluation
 
 
@@ -160,3 +162,17 @@ def read_run(run_dir: Path) -> Run:
     samples = read_jsonl(samples_path) if samples_path.is_file() else []
     ordered = tuple(sorted(records, key=lambda record: record["step"]))
     return Run(run_dir, config, text, ordered, tuple(samples))
+
+
+def runs_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Of what ``report RUNS/*`` is given: the runs, each once, and the comparisons of runs that it
+    has written there itself.
+    """
+    own = (COMPARISON_FILE, COMPARISON_PLOTS)
+    runs, written = {}, []
+    for path in paths:
+        if path.name in own and not (path / METRICS_FILE).exists():
+            written.append(path)
+        else:
+            runs.setdefault(path.resolve(), path)
+    return list(runs.values()), written

@@ -211,7 +211,7 @@ def _scalars(run_dir):
 def test_a_full_disk_delays_the_records_and_is_said_once(small_disk):
     run_dir, said = small_disk / "run", []
     text = "x" * 3000  # more than half a page: some records are torn where the room ends
-    names = ("loss", "lr", "grad_norm", "entropy", "kl_old", "ratio_mean", "ratio_max", "reward/mean")
+    names = ("loss", "lr", "grad_norm", "entropy", "kl_old", "ratio_mean", "ratio_max", "kl_ref")
 
     def write(step):
         writer.write_metrics(step, dict.fromkeys(names, float(step)))
