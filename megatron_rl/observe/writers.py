@@ -51,14 +51,15 @@ class RunWriter:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._failing: set[str] = set()  #: files that could not be written when last tried
         wandb_module = _import_wandb() if wandb else None
-        last = None
+        last: dict[str, int | None] = {}  #: step in each file
         for name in (METRICS_FILE, SAMPLES_FILE):
             if resume_step is None:
                 _move_aside(self._run_dir / name)
             else:
-                kept = drop_after(self._run_dir / name, resume_step)
-                last = kept if name == METRICS_FILE else last
-        self._last_step = -1 if last is None else last
+                last[name] = drop_after(self._run_dir / name, resume_step)
+        kept = last.get(METRICS_FILE)
+        self._last_step = -1 if kept is None else kept
+        self._last_sampled = last.get(SAMPLES_FILE)
         self._metrics = AppendFile(self._run_dir / METRICS_FILE)
         self._samples = AppendFile(self._run_dir / SAMPLES_FILE)
         self._tensorboard = None
@@ -83,8 +84,11 @@ class RunWriter:
         self._last_step = step
         self._show(step, values)
 
-    def add_to_last(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Put metrics that came late into the object of the last step: the file is replaced.
+    def add_to_last(
+        self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Put metrics that came late into the object of the last step: the file is replaced. The
+        samples are written where the step has none.
 
         ValueError: it is not the last step, or a name is not in the metric table.
         """
@@ -100,6 +104,8 @@ class RunWriter:
         except OSError as error:
             self._report(self._metrics, error)
         self._show(step, values)
+        if self._last_sampled != step:
+            self.write_samples(step, samples)
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write completions of a step, one object each; the report reads prompt, completion,

@@ -30,6 +30,9 @@ def evaluate(
 
     Returns:
         This rank's greedy answers.
+
+    Raises:
+        Stopped: a signal asked for it; nothing was added to ``sums``. On all ranks.
     """
     config = session.config
     data = session.groups.data
@@ -39,13 +42,17 @@ def evaluate(
         session.console.phase("evaluate, greedy")
         greedy = collect(engine, mine, verifier, _settings(session, samples=1, greedy=True))
         check_answers(greedy, session.groups.world)
-        _add(sums, "eval/pass@1", "solved", greedy)
-        _add(sums, "eval/well_formed", "well_formed", greedy)
+        sampled = None
         if config.evaluate.samples:
             session.console.phase("evaluate, sampled")
             settings = _settings(session, samples=config.evaluate.samples, greedy=False)
-            _add(sums, "eval/mean@k", "solved", collect(engine, mine, verifier, settings))
-            sums.add("eval/samples", config.evaluate.samples)
+            sampled = collect(engine, mine, verifier, settings)
+    # Only now: of an evaluation that is given up nothing is kept.
+    _add(sums, "eval/pass@1", "solved", greedy)
+    _add(sums, "eval/well_formed", "well_formed", greedy)
+    if sampled is not None:
+        _add(sums, "eval/mean@k", "solved", sampled)
+        sums.add("eval/samples", config.evaluate.samples)
     if session.counts_once:
         sums.add("eval/problems", len(mine))
     return greedy

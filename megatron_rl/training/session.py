@@ -16,6 +16,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, connect, select_device
+from megatron_rl.errors import Stopped
 from megatron_rl.files import write_whole, written_for_the_user
 from megatron_rl.observe.console import Console, SilentConsole
 from megatron_rl.observe.metrics import MetricSums
@@ -23,6 +24,8 @@ from megatron_rl.observe.run_files import CONFIG_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_rl.training.run_lock import RunLock
+from megatron_rl.training.stop import StopRequest
 from megatron_rl.weights.companions import keep_companions
 
 
@@ -37,6 +40,8 @@ class Session:
     tokenizer: Tokenizer
     console: SilentConsole
     timers: Timers
+    stop: StopRequest
+    lock: RunLock | None = None  #: on rank 0, of verbs that write in the run directory
 
     @property
     def is_main(self) -> bool:
@@ -88,6 +93,23 @@ class Session:
         together(self.groups.world, open_files)
         return opened[0] if opened else None
 
+    def confirm_lock(self) -> None:
+        """Before what only the owner of the run directory may write. A collective.
+
+        Raises:
+            RunFailed: another run has taken it over; on all ranks.
+        """
+        together(self.groups.world, lambda: self.lock.confirm() if self.lock else None)
+
+    def check_stop(self) -> None:
+        """Where a step can be given up: nothing of it has changed the weights yet. A collective.
+
+        Raises:
+            Stopped: a signal asked for it; on all ranks.
+        """
+        if self.stop.agreed(self.groups.world, self.device.torch_device):
+            raise Stopped
+
     def new_sums(self) -> MetricSums:
         """Empty sums for the metrics of a step."""
         return MetricSums(self.config.model.num_layers, self.device.torch_device)
@@ -114,16 +136,28 @@ def open_session(
     launch = read_launch()
     device = select_device(config.device, launch)
     connect(device, launch, config.device.timeout_s)
-    groups = build_groups(config.parallel)
     main = launch.rank == 0
-    console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()
-    timers = Timers(_synchronise if device.kind == "cuda" else None)
-    try:
-        with console:
-            yield Session(config, launch, device, groups, tokenizer, console, timers)
-    finally:
-        destroy_groups()
-        dist.destroy_process_group()
+    with contextlib.ExitStack() as undo:
+        undo.callback(dist.destroy_process_group)
+        groups = build_groups(config.parallel)
+        undo.callback(destroy_groups)
+        console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()
+        undo.enter_context(console)
+        timers = Timers(_synchronise if device.kind == "cuda" else None)
+        lock = RunLock(config.run_dir, console.note) if main and _writes(config, verb) else None
+        together(groups.world, lambda: lock.acquire() if lock else None)
+        if lock is not None:
+            undo.callback(lock.release)
+        yield Session(
+            config, launch, device, groups, tokenizer, console, timers, StopRequest(), lock
+        )
+
+
+def _writes(config: Config, verb: str) -> bool:
+    """Whether a verb writes in the run directory: the runs themselves, and who gives weights to
+    servers, which come and go there.
+    """
+    return verb in ("train", "sft") or config.rollout.engine != "builtin"
 
 
 def _synchronise() -> None:

@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.together import together
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.data.packing import id_type
-from megatron_rl.errors import UserError
+from megatron_rl.errors import Stopped, UserError
 from megatron_rl.parallel.collectives import gather_objects, scatter_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
@@ -26,6 +26,9 @@ from megatron_rl.rollout.servers.api import (
 )
 from megatron_rl.rollout.servers.pool import Question
 from megatron_rl.rollout.servers.sync import Command, WeightSync
+
+#: Seconds between two looks at whether the run is to stop.
+LOOK_EVERY_S = 1.0
 
 
 class ServerEngine:
@@ -49,6 +52,7 @@ class ServerEngine:
         own_machine: bool,
         command: Command | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -62,9 +66,11 @@ class ServerEngine:
             own_machine: whether all ranks run on one machine.
             command: starts a server, where the configuration asks for servers of its own.
             progress: told how many of this rank's prompts are answered.
+            stop: whether this rank has heard that the run is to stop.
         """
         self._config, self._api, self._groups = config, api, groups
         self._eos_id, self._decode, self._progress = eos_id, decode, progress
+        self._stop = stop
         self.sync = WeightSync(
             config,
             api,
@@ -74,6 +80,7 @@ class ServerEngine:
             say=say,
             own_machine=own_machine,
             command=command,
+            stop=stop,
         )
         self._version = 0
         model = config.model
@@ -111,7 +118,8 @@ class ServerEngine:
         are sent at once, and answers that are being sampled go on with them.
 
         Returns:
-            Waits for the answers and gives them, as `generate` does. A collective.
+            Waits for the answers and gives them, as `generate` does. A collective. Raises `Stopped`
+            on all ranks where one that waits hears that the run is to stop.
         """
         groups = self._groups
         together(groups.world, lambda: self._check(prompts))
@@ -127,10 +135,17 @@ class ServerEngine:
 
         def finish() -> list[RolloutGroup]:
             found: list[list[RolloutGroup]] = []
-            together(groups.world, lambda: found.append(asking.result()) if asking else None)
+            together(groups.world, lambda: found.append(self._wait_for(asking)) if asking else None)
             return self._mine(found)
 
         return finish
+
+    def _wait_for(self, asking: Future) -> list[RolloutGroup]:
+        """Its answers. Raises: Stopped: this rank has heard that the run is to stop."""
+        while not wait([asking], timeout=LOOK_EVERY_S).done:
+            if self._stop():
+                raise Stopped
+        return asking.result()
 
     def metrics(self) -> dict[str, float]:
         """Since the last call, of this rank; 0 where it has not asked or started anything."""

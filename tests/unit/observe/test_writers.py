@@ -287,8 +287,8 @@ def test_late_metrics_go_into_the_object_of_the_last_step(tmp_path):
     assert last_evaluated(tmp_path, 2) is False and last_evaluated(tmp_path, 3) is None
     with _open(tmp_path, resume_step=2) as writer:
         with pytest.raises(ValueError, match="expected the last"):
-            writer.add_to_last(1, {"eval/problems": 4.0})
-        writer.add_to_last(2, {"eval/problems": 4.0, "memory/peak_gib": 2.0})
+            writer.add_to_last(1, {"eval/problems": 4.0}, ())
+        writer.add_to_last(2, {"eval/problems": 4.0, "memory/peak_gib": 2.0}, [{"reward": 1.0}])
         writer.write_metrics(3, {"loss": 3.0})
     assert _lines(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": 1.0},
@@ -296,3 +296,7 @@ def test_late_metrics_go_into_the_object_of_the_last_step(tmp_path):
         {"step": 3, "loss": 3.0},
     ]
     assert last_evaluated(tmp_path, 2) is True
+    assert _lines(tmp_path / "samples.jsonl") == [{"step": 2, "reward": 1.0}]
+    with _open(tmp_path, resume_step=2) as writer:
+        writer.add_to_last(2, {"eval/problems": 5.0}, [{"reward": 2.0}])
+    assert _lines(tmp_path / "samples.jsonl") == [{"step": 2, "reward": 1.0}]
