@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from types import FrameType
@@ -17,14 +18,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 #: Seconds between two looks at whether another rank was asked.
 LOOK_EVERY_S = 1.0
-_KEY = "megatron_rl/stop"
+#: Numbers the requests of a process: each has a key of its own in the store, the same on all ranks.
+_MADE = itertools.count()
 
 
 class StopRequest:
-    """Remembers that a signal came; a second SIGINT interrupts at once. A context manager."""
+    """Remembers that a signal came; a second SIGINT interrupts at once. A context manager; every
+    rank makes as many.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._key = f"megatron_rl/stop_{next(_MADE)}"
         self._told = False  #: the other ranks, or by one of them
         self._looked = 0.0
         self._previous: dict[int, object] = {}
@@ -52,10 +57,10 @@ class StopRequest:
             return True
         store = dist.distributed_c10d._get_default_store()
         if self.requested:
-            store.set(_KEY, "1")
+            store.set(self._key, "1")
             self._told = True
         elif time.monotonic() - self._looked >= LOOK_EVERY_S:
-            self._told = self.requested = store.check([_KEY])
+            self._told = self.requested = store.check([self._key])
             self._looked = time.monotonic()
         return self._told
 
