@@ -17,7 +17,6 @@ from megatron_rl.records import Prompt
 from tests.support.layouts import policy_of
 from tests.support.tiny import EOS, cpu_device, random_prompts, tiny_config
 
-
 #: What answers say: right, well formed, and neither, by a number of their tokens.
 TEXTS = ("1 + 2", "2 - 1", "I do not know")
 
