@@ -28,6 +28,7 @@ from megatron_rl.config.estimate import (
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import Config
+from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
@@ -304,6 +305,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError("--like goes with the way to Hugging Face; expected it left out here")
     config = load_config(None, overrides)
     check_config(config, launch.world_size, "convert")
+    allow_descriptors(launch.world_size)
     from megatron_rl.device.select import select_device
 
     select_device(config.device, launch)
@@ -330,6 +332,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _start(args: argparse.Namespace, config: Config) -> None:
     """Prepare the device, import the training and hand over."""
+    allow_descriptors(read_launch().world_size)
     from megatron_rl.device.select import select_device
 
     # First, because Megatron-Core adapts to torch while it is imported.
