@@ -2,11 +2,14 @@
 
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_rl.errors import UserError
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import records, reproducible
+from tests.support.tiny import cpu_device
 from tests.support.whole_runs import checkpoints, run_config, run_here, terminate
 from tests.unit.observe.test_writers import _fill
 
@@ -115,3 +118,30 @@ def test_a_disk_that_is_full_for_a_step_costs_its_checkpoint_only(tmp_path, whol
         assert checkpoints(run_dir) == ["step_3", "step_4"]
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_file_of_the_run_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(
+        UserError, match="run_dir .* could not be written .Is a directory: "
+    ) as told:
+        run_here(run_config(tmp_path))
+    assert "\n" not in str(told.value) and "make room, or set run_dir" in str(told.value)
+
+
+def test_a_page_that_cannot_be_written_does_not_fail_the_run(tmp_path, capsys):
+    cpu_device()
+    from megatron_rl.observe.console import Console
+    from megatron_rl.training.run import _report
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "plots").write_text("a file where the folder should be")
+    _report(SimpleNamespace(run_dir=tmp_path, console=Console("plain", "train")), complete=True)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == (
+        f"warning: no report: the report could not be written (File exists: {tmp_path}/plots); "
+        "expected room on the disk and the right to write there; make room and run: "
+        f"megatron-rl report {tmp_path}\n"
+    )
