@@ -68,6 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
+        return _guarded(words)
+    finally:
+        _leave_output()
+
+
+def _guarded(words: Sequence[str]) -> int:
+    """Run one command; the exit code, after the line of an error that a user is meant to see."""
+    try:
         own, overrides = split_overrides(words)
         _run(_parser().parse_args(own), overrides)
     except UserError as error:
@@ -94,6 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _leave_output() -> None:
+    """What cannot be shown any more (a log on a full disk, a reader that has gone) does not decide
+    the exit code: Python would try again when it ends, and fail.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
