@@ -28,9 +28,11 @@ from megatron_rl.config.estimate import (
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import Config
+from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.files import reason, written_for_the_user
 
 #: Verb -> what it does, as the help shows it.
 VERBS = {
@@ -66,6 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
+        return _guarded(words)
+    finally:
+        _leave_output()
+
+
+def _guarded(words: Sequence[str]) -> int:
+    """Run one command; the exit code, after the line of an error that a user is meant to see."""
+    try:
         own, overrides = split_overrides(words)
         _run(_parser().parse_args(own), overrides)
     except UserError as error:
@@ -73,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (FloatingPointError, RunFailed) as error:
         _print_error(error)
+        return 1
+    except OSError as error:  # the machine's: a disk, a descriptor, an address
+        _print_error(RunFailed(f"the machine says: {reason(error)}; mend it and start again"))
         return 1
     except RuntimeError as error:
         heard = lost_ranks(error) if read_launch().world_size > 1 else None
@@ -89,6 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _leave_output() -> None:
+    """What cannot be shown any more (a log on a full disk, a reader that has gone) does not decide
+    the exit code: Python would try again when it ends, and fail.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -247,11 +271,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _report(run_dirs: Sequence[Path]) -> None:
     from megatron_rl.observe.comparison import write_comparison
     from megatron_rl.observe.report import write_report
+    from megatron_rl.observe.run_files import runs_among
 
-    for run_dir in run_dirs:
-        print(write_report(run_dir))
-    if len(run_dirs) > 1:
-        print(write_comparison(run_dirs))
+    runs, written = runs_among(run_dirs)
+    if not runs:
+        raise UserError(f"found no run in {', '.join(map(str, written))}; expected RUN_DIR")
+    with written_for_the_user("the report", "make room and give the command again"):
+        # First, because it reads them all: one that is no run ends it before anything is written.
+        pages = [write_comparison(runs)] if len(runs) > 1 else []
+        for page in [*map(write_report, runs), *pages]:
+            print(page)
 
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -302,6 +331,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError("--like goes with the way to Hugging Face; expected it left out here")
     config = load_config(None, overrides)
     check_config(config, launch.world_size, "convert")
+    allow_descriptors(launch.world_size)
     from megatron_rl.device.select import select_device
 
     select_device(config.device, launch)
@@ -328,6 +358,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _start(args: argparse.Namespace, config: Config) -> None:
     """Prepare the device, import the training and hand over."""
+    allow_descriptors(read_launch().world_size)
     from megatron_rl.device.select import select_device
 
     # First, because Megatron-Core adapts to torch while it is imported.

@@ -15,6 +15,10 @@ class RunFailed(Exception):
     """The input was right, and the result is not: exit code 1, one line, no traceback."""
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop, and all ranks have agreed to; raised on all together."""
+
+
 def one_line(error: BaseException) -> str:
     """The kind of an error and what it says, on one line."""
     return " ".join(f"{type(error).__name__} {error}".split())

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_rl.checkpoint.manifest import MANIFEST, score_of
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_whole
 
 LATEST = "latest"
 
@@ -125,12 +126,7 @@ def _best(complete: dict[int, Path], count: int) -> list[Path]:
 
 
 def _write_latest(root: Path, name: str) -> None:
-    temporary = root / f".{LATEST}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / LATEST)
+    write_whole(root / LATEST, name + "\n")
     _sync_directory(root)
 
 

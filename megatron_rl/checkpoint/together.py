@@ -7,12 +7,12 @@ from typing import Callable, TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.errors import RunFailed, Stopped, UserError
 
 Result = TypeVar("Result")
 
 #: What one rank may meet and the others then raise as well.
-_SHARED = (UserError, RunFailed, OSError)
+_SHARED = (UserError, RunFailed, Stopped, OSError)
 
 
 def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
@@ -24,7 +24,7 @@ def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
         The ranks' results, in rank order.
 
     Raises:
-        UserError, RunFailed, OSError: the first one that any rank met, on all ranks.
+        UserError, RunFailed, Stopped, OSError: the first one that any rank met, on all ranks.
     """
     failure, result = None, None
     try:

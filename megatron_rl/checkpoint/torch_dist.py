@@ -70,6 +70,7 @@ class InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):
                 process_group=group,
             )
         except CheckpointException as error:  # a BaseException, which 'except Exception' misses
+            _raise_what_is_no_fault(error, (OSError, RuntimeError))
             raise _not_written(Path(self._directory), error) from error
         finally:
             self._shards = {}
@@ -113,6 +114,7 @@ def read_shards(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore", FutureWarning)
             return dist_checkpointing.load(sharded, str(directory))
     except (CheckpointException, CheckpointingException) as error:
+        _raise_what_is_no_fault(error, (Exception,))
         raise UserError(
             f"{directory} does not hold what model and optimizer need ({_first_reason(error)}); "
             "expected the same trained parameters; resume with the configuration it was written "
@@ -173,6 +175,21 @@ def shard_files(directory: Path) -> list[Path]:
         for path in sorted(directory.iterdir())
         if path.name.startswith(own) or (rank == 0 and not path.name.startswith("__"))
     ]
+
+
+def _raise_what_is_no_fault(error: BaseException, faults: tuple[type[BaseException], ...]) -> None:
+    """torch takes whatever any rank meets, Ctrl-C included, for a failure of the checkpoint; here
+    that and everything but ``faults`` goes on as what it is.
+    """
+    if not isinstance(error, CheckpointException):
+        return
+    met = [failure[0] for failure in error.failures.values()]
+    for one in met:
+        if not isinstance(one, Exception):  # KeyboardInterrupt: on all ranks
+            raise one
+    for one in met:
+        if not isinstance(one, faults):  # a mistake of the program
+            raise RuntimeError(f"a checkpoint failed: {one!r}") from one
 
 
 def _not_written(directory: Path, error: BaseException) -> OSError:

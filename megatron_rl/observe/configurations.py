@@ -17,7 +17,7 @@ from megatron_rl.config.load import dump_config
 from megatron_rl.config.on_resume import Change, changes
 from megatron_rl.config.schema import Config
 from megatron_rl.config.yaml_text import read_yaml
-from megatron_rl.observe.files import move_aside, replace_text
+from megatron_rl.files import move_aside, write_whole
 
 CONFIG_FILE = "config.yaml"
 CONFIGS_DIR = "configs"
@@ -86,10 +86,10 @@ def keep_configuration(run_dir: Path, config: Config, resume_step: int | None) -
         if step > (resume_step or 0):
             path.unlink()
     if kept is not None and kept.first_step not in _copies(run_dir):  # of an older version
-        replace_text(folder / f"step_{kept.first_step}.yaml", kept.text)
+        write_whole(folder / f"step_{kept.first_step}.yaml", kept.text)
     if kept is None or first_step != kept.first_step:
-        replace_text(folder / f"step_{first_step}.yaml", text)
-    replace_text(run_dir / CONFIG_FILE, text)
+        write_whole(folder / f"step_{first_step}.yaml", text)
+    write_whole(run_dir / CONFIG_FILE, text)
     return first_step
 
 

@@ -3,6 +3,7 @@ time left."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -118,7 +119,7 @@ class Console(SilentConsole):
     ) -> None:
         """total_steps: None where the verb has no steps; start_step: steps done before (resume);
         stream: stdout."""
-        stream = sys.stdout if stream is None else stream
+        stream = _Steady(sys.stdout if stream is None else stream)
         self._total = total_steps
         rich = kind == "rich" or (kind == "auto" and stream.isatty())
         self._display: _PlainDisplay | _RichDisplay
@@ -161,6 +162,28 @@ class Console(SilentConsole):
         self._display.stop()
 
 
+class _Steady:
+    """A stream that goes on where it cannot be written (a log on a full disk, a pipe whose reader
+    has gone): what is shown there is no reason to lose a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """The stream's, or nothing."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """The stream's, or nothing."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _PlainDisplay:
     """Lines, flushed one by one: for log files and pipes."""
 
@@ -171,7 +194,7 @@ class _PlainDisplay:
         print(text, file=self._stream, flush=True)
 
     def warning(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=_Steady(sys.stderr), flush=True)
 
     def advance(self, step: int) -> None:
         """Nothing to move."""

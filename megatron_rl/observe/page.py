@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from megatron_rl.files import write_whole
 from megatron_rl.observe.plot_list import Plot
 from megatron_rl.observe.plots import DARK, LIGHT, render
 from megatron_rl.observe.report_style import STYLE
@@ -25,9 +25,7 @@ def write_page(path: Path, title: str, summary: str, sections: Sequence[str]) ->
         f"<body><main><header><h1>{shown}</h1><p class='summary'>{escape(summary)}</p></header>"
         f"{''.join(sections)}</main></body></html>\n"
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page)
 
 
 def write_figures(plots: Sequence[Plot], run: Run, folder: Path) -> str:
@@ -37,7 +35,7 @@ def write_figures(plots: Sequence[Plot], run: Run, folder: Path) -> str:
     for plot in plots:
         if plot.has_data(run):
             light, dark = render(plot, run, LIGHT), render(plot, run, DARK)
-            (folder / f"{plot.file}.png").write_bytes(light)
+            write_whole(folder / f"{plot.file}.png", light)
             figures.append(_figure(plot, light, dark))
     return f"<section class='plots'>{''.join(figures)}</section>"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,10 @@ _MANY_STEPS = 60  # from here on curves are smoothed, with the raw values faint 
 _FEW_STEPS = 25  # up to here each step has a marker
 _LOG_FROM = 5  # largest / smallest value from which a logarithmic axis pays
 _LEGEND_LAYERS = 6  # up to here layers are named in a legend, beyond it by a colour bar
+_LEGEND_BESIDE_TITLE = 8  # up to here curves are named beside the title, beyond it below the plot
+_LEGEND_ROW_INCHES = 0.18
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))  # where colours run out
+_MARKERS = "osD^v"  # where dashes have run out as well
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ def render(plot: Plot, run: Run, theme: Theme) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=_SIZE_INCHES, dpi=_DPI, facecolor=theme.background, layout="constrained"
-    )
+    below = len(plot.metrics) // 2 if len(plot.metrics) > _LEGEND_BESIDE_TITLE else 0
+    size = (_SIZE_INCHES[0], _SIZE_INCHES[1] + below * _LEGEND_ROW_INCHES)
+    figure = Figure(figsize=size, dpi=_DPI, facecolor=theme.background, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -143,12 +148,14 @@ def _finish(axes: Axes, plot: Plot, run: Run, theme: Theme) -> None:
     axes.yaxis.get_offset_text().set(color=theme.muted, fontsize=8.5)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0)}
+        place["ncols"] = len(labels) if len(labels) <= 4 else (len(labels) + 1) // 2
+        if len(labels) > _LEGEND_BESIDE_TITLE:
+            place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.16), "ncols": 2}
         axes.legend(
             handles,
             labels,
-            loc="lower right",
-            bbox_to_anchor=(1.0, 1.0),
-            ncols=len(labels) if len(labels) <= 4 else (len(labels) + 1) // 2,  # beside the title
+            **place,
             frameon=False,
             fontsize=8.5,
             labelcolor=theme.text,
@@ -174,23 +181,25 @@ def _smoothed(values: list[float]) -> list[float]:
     return smooth(values, max(2, len(values) // 50)) if len(values) >= _MANY_STEPS else values
 
 
+def _strokes(theme: Theme) -> Iterator[dict[str, Any]]:
+    """Ways to draw a curve, each of its own: by colour, then by dashes, then by marker."""
+    for number in itertools.count():
+        dashes = _DASHES[number % len(_DASHES)]
+        markers = _MARKERS[number // len(_DASHES) % len(_MARKERS)] if number >= len(_DASHES) else ""
+        marked = {"marker": markers, "markevery": 0.1} if markers else {}
+        for colour in theme.series:
+            yield {"color": colour, "linestyle": dashes, **marked}
+
+
 def _draw_lines(axes: Axes, plot: Plot, run: Run, theme: Theme) -> None:
-    for (name, label), colour in zip(plot.metrics, theme.series, strict=False):
+    for (name, label), stroke in zip(plot.metrics, _strokes(theme), strict=False):
         steps, values = run.series(name)
         shown = _smoothed(values) if plot.smoothed else values
         if shown != values:
-            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+            axes.plot(steps, values, color=stroke["color"], linewidth=0.8, alpha=0.3)
         if steps:
-            marker = "o" if len(steps) <= _FEW_STEPS else None
-            axes.plot(
-                steps,
-                shown,
-                color=colour,
-                linewidth=1.7,
-                marker=marker,
-                markersize=3.2,
-                label=label,
-            )
+            few = {"marker": "o"} if len(steps) <= _FEW_STEPS else {}
+            axes.plot(steps, shown, linewidth=1.7, markersize=3.2, label=label, **few | stroke)
 
 
 def _draw_eval(axes: Axes, plot: Plot, run: Run, theme: Theme) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.on_resume import Change, changes
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_whole
 from megatron_rl.observe.configurations import (
     CONFIG_FILE,
     Configuration,
@@ -21,6 +22,9 @@ from megatron_rl.observe.metric_table import split_layer
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+COMPARISON_FILE = "comparison.html"
+COMPARISON_PLOTS = "comparison_plots"
+EVALUATED = "eval/problems"  #: a metric of every evaluation
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -52,19 +56,32 @@ def drop_after(path: Path, step: int) -> int | None:
     """Drop the records with a step above ``step``, and a torn last line; the last step left,
     None where none is.
 
-    The file is replaced in one rename: a crash leaves the old file or the new one. A missing
-    file stays missing.
+    The file is cut where the first of them begins, which needs no room on the disk; where records
+    that stay are behind it, or the last has no newline, it is replaced in one rename. A crash
+    leaves the old file or the new one. A missing file stays missing.
     """
     if not path.exists():
         return None
-    kept = [record for record in read_jsonl(path) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(to_json_line(record) for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    records, content = read_jsonl(path), path.read_bytes()
+    kept = [record for record in records if record["step"] <= step]
+    lines = [line + b"\n" for line in content.split(b"\n") if line.strip()][: len(kept)]
+    whole = b"".join(lines)
+    if kept == records[: len(kept)] and content.startswith(whole):
+        os.truncate(path, len(whole))
+    else:
+        write_whole(path, "".join(to_json_line(record) for record in kept))
     return max((record["step"] for record in kept), default=None)
+
+
+def last_evaluated(run_dir: Path, step: int) -> bool | None:
+    """Whether the record of a step holds an evaluation; None where there is no such record.
+
+    UserError: a line that is not the last is no object.
+    """
+    path = run_dir / METRICS_FILE
+    records = read_jsonl(path) if path.is_file() else []
+    found = [EVALUATED in record for record in records if record["step"] == step]
+    return found[-1] if found else None
 
 
 def to_json_line(record: Mapping[str, Any]) -> str:
@@ -170,3 +187,17 @@ def read_run(run_dir: Path) -> Run:
     last = ordered[-1]["step"]
     done_under = [c for c in read_configurations(run_dir) if c.first_step <= last]
     return Run(run_dir, config, text, ordered, tuple(samples), tuple(done_under))
+
+
+def runs_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Of what ``report RUNS/*`` is given: the runs, each once, and the comparisons of runs that it
+    has written there itself.
+    """
+    own = (COMPARISON_FILE, COMPARISON_PLOTS)
+    runs, written = {}, []
+    for path in paths:
+        if path.name in own and not (path / METRICS_FILE).exists():
+            written.append(path)
+        else:
+            runs.setdefault(path.resolve(), path)
+    return list(runs.values()), written

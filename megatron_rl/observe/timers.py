@@ -40,6 +40,10 @@ class Timers:
         """Metric name -> seconds since the last reset; only phases that were entered."""
         return dict(self._seconds)
 
+    def forget(self, phase: str) -> None:
+        """Leave out a phase that was given up."""
+        self._seconds.pop(f"time/{phase}_s", None)
+
     def reset(self) -> None:
         """Forget all phases; called at the start of a step."""
         self._seconds.clear()

@@ -7,6 +7,7 @@ from typing import Callable, Sequence
 
 from torch.distributed import ProcessGroup
 
+from megatron_rl.errors import Stopped
 from megatron_rl.parallel.collectives import gather_objects
 
 #: Seconds between two exchanges; far below any timeout of a collective.
@@ -19,6 +20,7 @@ def wait_together(
     show: Callable[[int, int, int], None] = lambda rank, done, total: None,
     *,
     to_the_end: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Wait until every rank's futures are done, or one of any rank has raised. A collective.
 
@@ -31,18 +33,24 @@ def wait_together(
         group: the ranks that wait for each other.
         show: told at every exchange but the last of the rank with most left: rank, done, total.
         to_the_end: wait for the others as well when one has raised.
+        stop: whether this rank has heard that nobody need wait any longer.
 
     Returns:
         Whether one has raised; the same on every rank.
+
+    Raises:
+        Stopped: on every rank, where ``stop`` said so on one before all futures were done.
     """
     while True:
         wait(futures, timeout=TICK_S, return_when=ALL_COMPLETED if to_the_end else FIRST_EXCEPTION)
         done = [future for future in futures if future.done()]
         raised = any(future.exception() is not None for future in done)
-        states = gather_objects((len(done), len(futures), raised), group)
-        left = [total - done for done, total, _ in states]
-        failed = any(raised for _, _, raised in states)
+        states = gather_objects((len(done), len(futures), raised, stop()), group)
+        left = [total - done for done, total, _, _ in states]
+        failed = any(raised for _, _, raised, _ in states)
         if not any(left) or (failed and not to_the_end):
             return failed
+        if any(stopped for *_, stopped in states):
+            raise Stopped
         rank = left.index(max(left))
         show(rank, *states[rank][:2])

@@ -52,6 +52,9 @@ class Engine(Protocol):
         Every rank calls it with its own prompts, possibly none, and with the same settings; ranks
         of one tensor-, pipeline- or context-parallel group with the same prompts. Where experts or
         the context are split over ranks the call is collective.
+
+        Raises:
+            Stopped: a signal asked the run to stop; on all ranks.
         """
         ...
 

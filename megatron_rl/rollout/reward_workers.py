@@ -6,7 +6,7 @@ import itertools
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import RunFailed, UserError, one_line
@@ -35,7 +35,13 @@ class RewardWorkers:
     """
 
     def __init__(
-        self, name: str, verifier: Verifier, threads: int, groups: Groups, console: SilentConsole
+        self,
+        name: str,
+        verifier: Verifier,
+        threads: int,
+        groups: Groups,
+        console: SilentConsole,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -44,9 +50,10 @@ class RewardWorkers:
             threads: cores of this rank. A call uses one process at most.
             groups: process groups.
             console: told which rank is waited for.
+            stop: whether this rank has heard that the run is to stop.
         """
         self._name, self._verifier, self._threads = name, verifier, threads
-        self._groups, self._console = groups, console
+        self._groups, self._console, self._stop = groups, console, stop
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """The groups of this rank's prompts with a reward for each answer. A collective over all
@@ -54,7 +61,7 @@ class RewardWorkers:
 
         Raises:
             UserError: a record lacks what the verifier needs; RunFailed: the verifier raised. Both
-                on all ranks.
+                on all ranks. Stopped: a signal asked the run to stop; on all ranks.
         """
         answers = [(group.prompt, answer.text) for group in groups for answer in group.completions]
         model, context = self._groups.model, self._groups.context
@@ -74,7 +81,8 @@ class RewardWorkers:
         executor = ThreadPoolExecutor(self._threads, "rewards")
         try:
             futures = [executor.submit(self._reward, *answer) for answer in answers]
-            if wait_together(futures, world, _Progress(self._console, world.size())):
+            show = _Progress(self._console, world.size())
+            if wait_together(futures, world, show, stop=self._stop):
                 together(world, lambda: self._raise_first(futures, answers))
             return [future.result() for future in futures]
         finally:

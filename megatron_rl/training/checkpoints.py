@@ -121,12 +121,14 @@ def _go_on(
 class Checkpoints:
     """Saves the run, at once or beside the training (``checkpoint.asynchronous``)."""
 
-    def __init__(self, session: Session, policy: Policy, task: Task) -> None:
-        """A collective over all ranks."""
+    def __init__(self, session: Session, policy: Policy, task: Task, done: int) -> None:
+        """done: the step of the checkpoint that the run goes on from, 0: of none. A collective over
+        all ranks."""
         self._session, self._policy, self._task = session, policy, task
         settings = session.config.checkpoint
         self._background = BackgroundWriter() if settings.asynchronous else None
-        self._writing = 0  #: the step whose checkpoint was begun last
+        self._writing = done  #: the step whose checkpoint was begun last
+        self._failed = 0  #: the last step whose checkpoint could not be written
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -136,15 +138,27 @@ class Checkpoints:
         if kind is not None and issubclass(kind, (UserError, RunFailed, FloatingPointError)):
             self.wait()
 
+    def save_before_leaving(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Leave the checkpoint of the last step done, unless it was begun already. A collective.
+
+        Raises:
+            RunFailed: it could not be written.
+        """
+        self.wait()
+        if self._writing != number or self._failed == number:
+            self.save(number, metrics, last=True)
+
     def save(self, number: int, metrics: Mapping[str, float], last: bool) -> None:
         """Save a checkpoint. One that cannot be written is no reason to lose the run: the older
         ones are as they were, and the next is tried when it is due. A collective.
 
         Raises:
-            RunFailed: it could not be written, and there is no next try.
+            RunFailed: it could not be written, and there is no next try; or another run has taken
+                the directory over.
         """
         self._session.console.phase("checkpoint")
         check_weights(self._policy)
+        self._session.confirm_lock()
         with self._session.timers("checkpoint"):
             self.wait()  # two at a time would be two copies in memory
             self._writing = number
@@ -190,6 +204,7 @@ class Checkpoints:
 
     def _report(self, error: OSError, last: bool) -> None:
         number, config = self._writing, self._session.config
+        self._failed = number
         newest = newest_checkpoint(self._session.checkpoints)
         text = (
             f"the checkpoint of step {number} could not be written ({error}); "

@@ -41,6 +41,7 @@ def build_engine(
             own_machine=session.launch.local_world_size == session.launch.world_size,
             command=command,
             progress=partial(session.console.phase, "rollout"),
+            stop=session.stop.heard,
         )
     return BuiltinEngine(
         chunks=chunks,
@@ -51,6 +52,7 @@ def build_engine(
         decode=session.tokenizer.decode,
         max_sequence_length=config.model.max_sequence_length,
         capture=capture,
+        stop=session.stop.heard,
     )
 
 

@@ -30,6 +30,9 @@ def evaluate(
 
     Returns:
         This rank's greedy answers.
+
+    Raises:
+        Stopped: a signal asked for it; nothing was added to ``sums``. On all ranks.
     """
     config = session.config
     data = session.groups.data
@@ -40,15 +43,18 @@ def evaluate(
         answers = engine.generate(mine, _settings(session, samples=1, greedy=True))
         greedy = rewards.score(answers)
         check_answers(greedy, session.groups.world)
-        parts = part_sums(greedy)
-        _add_solved(sums, "eval/pass@1", parts)
-        sums.add_parts("eval", parts)
+        sampled = None
         if config.evaluate.samples:
             session.console.phase("evaluate, sampled")
             settings = _settings(session, samples=config.evaluate.samples, greedy=False)
             sampled = rewards.score(engine.generate(mine, settings))
-            _add_solved(sums, "eval/mean@k", part_sums(sampled))
-            sums.add("eval/samples", config.evaluate.samples)
+    # Only now: of an evaluation that is given up nothing is kept.
+    parts = part_sums(greedy)
+    _add_solved(sums, "eval/pass@1", parts)
+    sums.add_parts("eval", parts)
+    if sampled is not None:
+        _add_solved(sums, "eval/mean@k", part_sums(sampled))
+        sums.add("eval/samples", config.evaluate.samples)
     if session.counts_once:
         sums.add("eval/problems", len(mine))
     return greedy

@@ -66,12 +66,17 @@ class Reinforce:
         return updates_per_step(self._session.config.algorithm)
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
-        """Sample, reward, score, and take the optimizer steps of one rollout batch."""
+        """Sample, reward, score, and take the optimizer steps of one rollout batch.
+
+        Raises:
+            Stopped: a signal asked for it before the first update. On all ranks.
+        """
         session, config = self._session, self._session.config
         with session.timers("rollout"):
             session.console.phase("rollout")
             groups, sampled = self._roll_out(number, sums)
             check_answers(sampled, session.groups.world)
+        session.check_stop()
         sums.add_each(self._engine.metrics())
         sums.add_all(rollout_metrics(sampled))
         sums.add_parts("reward", part_sums(sampled))
@@ -84,6 +89,7 @@ class Reinforce:
         with session.timers("score"):
             session.console.phase("score")
             mini_batches = self._score(samples, sums)
+        session.check_stop()
         with session.timers("update"):
             telemetry = self._update(mini_batches, sums)
             self._engine.weights_changed()
@@ -212,7 +218,10 @@ class Reinforce:
         return {"prompts": self._ahead[0][0] if self._ahead else self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
-        """Continue from such a state; ``other_data``: its problems may have been others."""
+        """Continue from such a state; what is being answered ahead is left. ``other_data``: its
+        problems may have been others.
+        """
+        self._ahead.clear()
         self._source.load_state_dict(state["prompts"], other_data=other_data)
 
 

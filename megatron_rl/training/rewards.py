@@ -11,5 +11,10 @@ def reward_workers(session: Session) -> RewardWorkers:
     """Of ``reward.name``, as many at once as this rank has cores."""
     name = session.config.reward.name
     return RewardWorkers(
-        name, VERIFIERS[name], session.launch.cores, session.groups, session.console
+        name,
+        VERIFIERS[name],
+        session.launch.cores,
+        session.groups,
+        session.console,
+        session.stop.heard,
     )

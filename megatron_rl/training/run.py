@@ -22,8 +22,10 @@ from megatron_rl.data.prompts import load_prompts, load_samples
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rl.device.launch import read_launch
 from megatron_rl.errors import UserError
+from megatron_rl.files import written_for_the_user
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.observe.report import summary, write_report
+from megatron_rl.observe.run_files import METRICS_FILE
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.training.checkpoints import load_newest
@@ -100,10 +102,23 @@ def _run(
         with contextlib.closing(engine):
             complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
         if session.is_main:
-            report = write_report(config.run_dir)
-            if complete:
-                session.console.note(summary(config.run_dir))
-            session.console.note(f"report: {report}")
+            _report(session, complete)
+
+
+def _report(session: Session, complete: bool) -> None:
+    """The page of the run. One that cannot be written is no reason to call the run a failure."""
+    run_dir = session.run_dir
+    if not complete and not (run_dir / METRICS_FILE).stat().st_size:
+        return  # stopped before there was anything to show
+    try:
+        with written_for_the_user("the report", f"make room and run: megatron-rl report {run_dir}"):
+            report = write_report(run_dir)
+    except UserError as error:
+        session.console.warn(f"no report: {error}")
+        return
+    if complete:
+        session.console.note(summary(run_dir))
+    session.console.note(f"report: {report}")
 
 
 def evaluate(config: Config, *, base: bool = False) -> None:

@@ -17,13 +17,16 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, connect, select_device
+from megatron_rl.errors import Stopped
+from megatron_rl.files import move_aside, written_for_the_user
 from megatron_rl.observe.configurations import keep_configuration
 from megatron_rl.observe.console import Console, SilentConsole
-from megatron_rl.observe.files import move_aside
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_rl.training.run_lock import RunLock
+from megatron_rl.training.stop import StopRequest
 from megatron_rl.weights.companions import FOLDER as COMPANIONS
 from megatron_rl.weights.companions import keep_companions, kept_companions
 
@@ -39,6 +42,8 @@ class Session:
     tokenizer: Tokenizer
     console: SilentConsole
     timers: Timers
+    stop: StopRequest
+    lock: RunLock | None = None  #: on rank 0, of verbs that write in the run directory
 
     @property
     def is_main(self) -> bool:
@@ -65,18 +70,21 @@ class Session:
         """The writer of metrics and samples on rank 0; None elsewhere. A collective.
 
         Raises:
-            UserError, OSError: a file of the run cannot be read or written; on all ranks.
+            UserError: a file of the run cannot be read or written; on all ranks.
         """
         opened = []
 
         def open_files() -> None:
-            if self.is_main:
+            if not self.is_main:
+                return
+            with written_for_the_user(f"run_dir {self.run_dir}", "make room, or set run_dir"):
                 observe = self.config.observe
                 writer = RunWriter(
                     self.run_dir,
                     tensorboard=observe.tensorboard,
                     wandb=observe.wandb,
                     resume_step=resume_step,
+                    warn=self.console.warn,
                 )
                 opened.append(writer)
                 writer.configuration = keep_configuration(self.run_dir, self.config, resume_step)
@@ -100,6 +108,23 @@ class Session:
             self.console.note(f"moved the checkpoints in {self.run_dir} aside: a new run")
         elif companions.is_dir():
             shutil.rmtree(companions)
+
+    def confirm_lock(self) -> None:
+        """Before what only the owner of the run directory may write. A collective.
+
+        Raises:
+            RunFailed: another run has taken it over; on all ranks.
+        """
+        together(self.groups.world, lambda: self.lock.confirm() if self.lock else None)
+
+    def check_stop(self) -> None:
+        """Where a step can be given up: nothing of it has changed the weights yet. A collective.
+
+        Raises:
+            Stopped: a signal asked for it; on all ranks.
+        """
+        if self.stop.agreed(self.groups.world, self.device.torch_device):
+            raise Stopped
 
     def new_sums(self) -> MetricSums:
         """Empty sums for the metrics of a step."""
@@ -127,16 +152,28 @@ def open_session(
     launch = read_launch()
     device = select_device(config.device, launch)
     connect(device, launch, config.device.timeout_s)
-    groups = build_groups(config.parallel)
     main = launch.rank == 0
-    console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()
-    timers = Timers(_synchronise if device.kind == "cuda" else None)
-    try:
-        with console:
-            yield Session(config, launch, device, groups, tokenizer, console, timers)
-    finally:
-        destroy_groups()
-        dist.destroy_process_group()
+    with contextlib.ExitStack() as undo:
+        undo.callback(dist.destroy_process_group)
+        groups = build_groups(config.parallel)
+        undo.callback(destroy_groups)
+        console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()
+        undo.enter_context(console)
+        timers = Timers(_synchronise if device.kind == "cuda" else None)
+        lock = RunLock(config.run_dir, console.note) if main and _writes(config, verb) else None
+        together(groups.world, lambda: lock.acquire() if lock else None)
+        if lock is not None:
+            undo.callback(lock.release)
+        yield Session(
+            config, launch, device, groups, tokenizer, console, timers, StopRequest(), lock
+        )
+
+
+def _writes(config: Config, verb: str) -> bool:
+    """Whether a verb writes in the run directory: the runs themselves, and who gives weights to
+    servers, which come and go there.
+    """
+    return verb in ("train", "sft") or config.rollout.engine != "builtin"
 
 
 def _synchronise() -> None:

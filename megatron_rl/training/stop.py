@@ -1,11 +1,14 @@
-"""Stopping cleanly: a signal asks, the ranks agree between two steps."""
+"""Stopping cleanly: a signal asks, the ranks agree where nothing is lost by it."""
 
 from __future__ import annotations
 
+import itertools
 import signal
+import time
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.collectives import all_max
@@ -13,11 +16,22 @@ from megatron_rl.parallel.collectives import all_max
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+#: Seconds between two looks at whether another rank was asked.
+LOOK_EVERY_S = 1.0
+#: Numbers the requests of a process: each has a key of its own in the store, the same on all ranks.
+_MADE = itertools.count()
+
+
 class StopRequest:
-    """Remembers that a signal came; a second SIGINT interrupts at once. A context manager."""
+    """Remembers that a signal came; a second SIGINT interrupts at once. A context manager; every
+    rank makes as many.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._key = f"megatron_rl/stop_{next(_MADE)}"
+        self._told = False  #: the other ranks, or by one of them
+        self._looked = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -33,6 +47,22 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+    def heard(self) -> bool:
+        """Whether this rank was asked to stop, or another has told it that it was: through the
+        store that the ranks have met at, so that it needs no collective. Ranks hear it at different
+        times.
+        """
+        if self._told:
+            return True
+        store = dist.distributed_c10d._get_default_store()
+        if self.requested:
+            store.set(self._key, "1")
+            self._told = True
+        elif time.monotonic() - self._looked >= LOOK_EVERY_S:
+            self._told = self.requested = store.check([self._key])
+            self._looked = time.monotonic()
+        return self._told
 
     def agreed(self, world: ProcessGroup, device: torch.device) -> bool:
         """True on every rank as soon as one rank was asked to stop. A collective."""

@@ -18,10 +18,16 @@ class Task(Protocol):
         """Optimizer steps of a step."""
 
     def step(self, number: int, sums: MetricSums) -> dict[str, float]:
-        """Do one step. Metrics go into ``sums``; returns those reduced already. A collective."""
+        """Do one step. Metrics go into ``sums``; returns those reduced already. A collective.
+
+        Raises `Stopped` where a signal asked for it and no weight has changed yet.
+        """
 
     def evaluate(self, sums: MetricSums) -> None:
-        """Answer the held-out problems; metrics go into ``sums``. A collective."""
+        """Answer the held-out problems; metrics go into ``sums``. A collective.
+
+        Raises `Stopped` where a signal asked for it; nothing has gone into ``sums`` then.
+        """
 
     def samples(self) -> list[dict[str, Any]]:
         """Completions of the last step, or evaluation, for samples.jsonl."""
@@ -30,4 +36,6 @@ class Task(Protocol):
         """JSON-able: where the data cursor stands."""
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
-        """Continue from such a state; ``other_data``: its data may have been others."""
+        """Continue from such a state, or go back to it; ``other_data``: its data may have been
+        others.
+        """

@@ -114,3 +114,33 @@ def test_a_full_disk_costs_the_new_checkpoint_only(small_disk, in_background):
         assert failed == [0, 2**12, 2**14, 2**16, needed // 2, needed - 2**14]
         assert all("\n" not in text for text in texts), texts
     assert (small_disk / "checkpoints" / "latest").read_text() == "step_2\n"
+
+
+def _interrupted_save(root):
+    cpu_device()
+    import signal
+
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from megatron_rl.training.stop import StopRequest
+    from tests.support.tiny_training import build_training
+    from tests.unit.checkpoint.test_save_load import save
+
+    training, write = build_training(tiny_config()), FileSystemWriter.write_data
+
+    def hurry(*args):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(*args)
+
+    with StopRequest() as stop:
+        stop.requested = True  # by a first Ctrl-C
+        with mock.patch.object(FileSystemWriter, "write_data", hurry):
+            with pytest.raises(KeyboardInterrupt):
+                save(training, root, 1)
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_a_second_ctrl_c_on_one_rank_ends_the_save_on_all(tmp_path):
+    assert run_on_ranks(2, _interrupted_save, tmp_path) == [[".step_1.partial"]] * 2

@@ -1,10 +1,14 @@
 """Users' mistakes: exit code 2, one line that names the thing, no traceback."""
 
+import contextlib
+import os
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from megatron_rl.training.run_lock import RunLock
 from tests.support.runs import run
 
 ONE_RANK = ("--parallel.expert=1", "--parallel.world_size=1")
@@ -59,6 +63,14 @@ MISTAKES = {
         ["generate", "sft.yaml", *ONE_RANK, "--run_dir", "runs/none", "--prompt", "1 2=3:"],
         "runs/none does not exist; expected a run directory",
     ),
+    "a run directory in use": (
+        ["train", "rl.yaml", *ONE_RANK, "--run_dir", "runs/held"],
+        f"run_dir runs/held is in use by process {os.getpid()} on {socket.gethostname()} since ",
+    ),
+    "a run directory that cannot be written": (
+        ["sft", "sft.yaml", *ONE_RANK, "--run_dir", "empty.jsonl/run"],
+        "run_dir empty.jsonl/run cannot be written (Not a directory: empty.jsonl/run); expected ",
+    ),
     "prompt": (
         ["generate", "sft.yaml", *ONE_RANK, "--prompt", "1 " * 40],
         "has 81 tokens; expected 1 to 52",
@@ -71,7 +83,10 @@ def refusals(folder, sft_run):
     """All mistakes, two at a time; most of each is the start of Python and its libraries."""
     (folder / "bad.jsonl").write_text('{"prompt": "1 2=3:"}\n{"prompt": \n')
     (folder / "empty.jsonl").write_text("\n")
-    with ThreadPoolExecutor(2) as pool:
+    lock = RunLock(folder / "runs" / "held")
+    lock.acquire()
+    with contextlib.ExitStack() as undo, ThreadPoolExecutor(2) as pool:
+        undo.callback(lock.release)
         done = pool.map(lambda mistake: run(*mistake[0], cwd=folder), MISTAKES.values())
         return dict(zip(MISTAKES, done))
 

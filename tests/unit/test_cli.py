@@ -275,3 +275,12 @@ def test_python_dash_m_exits_with_the_code(tmp_path):
     assert done.returncode == 2
     expected = f"config file {tmp_path / 'none.yaml'} does not exist; expected a YAML file"
     assert done.stderr == f"megatron-rl: error: {expected}\n"
+
+
+def test_output_on_a_full_disk_is_one_line_and_decides_nothing_else(run_yaml, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:  # closing it would fail, were anything left in it
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["check", run_yaml]) == 1
+    assert capsys.readouterr().err == (
+        "megatron-rl: error: the machine says: No space left on device; mend it and start again\n"
+    )

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_rl"
 
 LEVELS = {
-    # errors and records are the ground of level 0, which config stands on
+    # errors and records are the ground of level 0, which files and config stand on
     **dict.fromkeys(("records", "errors"), 0.0),
+    "files": 0.2,
     "config": 0.5,
     **dict.fromkeys(("rewards", "algorithms", "device", "parallel"), 1),
     **dict.fromkeys(("data", "observe", "router"), 2),

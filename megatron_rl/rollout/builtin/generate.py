@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import Stopped, UserError
 from megatron_rl.models.attention import packed_layout
 from megatron_rl.models.forward import forward_stages
-from megatron_rl.parallel.collectives import broadcast, gather_first_dim, gather_objects
+from megatron_rl.parallel.collectives import all_max, broadcast, gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillLayout, decode_layout
@@ -31,6 +31,8 @@ from megatron_rl.router.capture import RouterCapture
 
 #: Most tokens of one prefill pass, unless a single prompt is longer.
 PREFILL_TOKENS = 4096
+#: Tokens of a wave between two looks at whether the run is to stop.
+LOOK_EVERY = 8
 #: Finished rows leave the batch as soon as no more than this share of it is still generating.
 COMPACT_BELOW = 0.8
 
@@ -70,6 +72,7 @@ class BuiltinEngine:
         decode: Callable[[Sequence[int]], str],
         max_sequence_length: int,
         capture: RouterCapture | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         """
         Args:
@@ -78,6 +81,7 @@ class BuiltinEngine:
             decode: token ids to text, without special tokens.
             max_sequence_length: longest prompt and answer together; answers are cut there.
             capture: of the chunks' routers; needed for completions that carry their experts.
+            stop: whether this rank has heard that the run is to stop; None: it never does.
         """
         self._chunks = chunks
         self._groups = groups
@@ -87,6 +91,7 @@ class BuiltinEngine:
         self._max_sequence_length = max_sequence_length
         self._device = next(chunks[0].parameters()).device
         self._capture = capture
+        self._stop = stop
         self._lockstep = Lockstep(groups, transformer_config, self._device)
 
     @torch.no_grad()
@@ -99,12 +104,19 @@ class BuiltinEngine:
         Raises:
             UserError: a prompt leaves no room for an answer.
             ValueError: experts are asked for, and the engine has no capture.
+            Stopped: a rank has heard that the run is to stop; on all ranks.
         """
         self._check(prompts)
         if settings.routes and self._capture is None:
             raise ValueError("settings.routes needs an engine with a RouterCapture")
         context = self._groups.context
-        mine = self._generate(prompts[context.rank() :: context.size()], settings)
+        given_up = False
+        try:
+            mine = self._generate(prompts[context.rank() :: context.size()], settings)
+        except Stopped:  # of the ranks that generate in step with this one
+            given_up = True
+        if self._stop is not None and all_max(int(given_up), self._groups.world, self._device):
+            raise Stopped
         shares = gather_objects(mine, context)
         return [shares[i % context.size()][i // context.size()] for i in range(len(prompts))]
 
@@ -169,6 +181,9 @@ class BuiltinEngine:
         tokens_out = torch.zeros(shape, dtype=torch.int64, device=self._device)
         logprobs_out = torch.zeros(shape, dtype=torch.float32, device=self._device)
         for step in range(settings.max_new_tokens):
+            if self._stop is not None and step % LOOK_EVERY == 0:
+                if self._lockstep.any(self._stop()):
+                    raise Stopped
             tokens, logprobs = self._sample(logits, rows, step, settings)
             tokens_out[rows.numbers, step] = tokens
             logprobs_out[rows.numbers, step] = logprobs

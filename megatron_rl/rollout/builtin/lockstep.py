@@ -18,6 +18,7 @@ class Lockstep:
     """
 
     def __init__(self, groups: Groups, config: TransformerConfig, device: torch.device) -> None:
+        self._model = groups.model
         self._groups = (groups.expert, groups.expert_tensor)
         self._device = device
         self._multiple = groups.tensor.size()
@@ -33,6 +34,13 @@ class Lockstep:
             if group.size() > 1:
                 value = all_max(value, group, self._device)
         return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any of the ranks that generate in step with this one."""
+        value = int(flag)
+        if self._model.size() > 1:  # what these ranks do alike they also hear alike
+            value = all_max(value, self._model, self._device)
+        return bool(self.most(value))
 
     def count(self, flags: torch.Tensor) -> tuple[int, int]:
         """How many flags are set here, and the most on any rank, with one wait for the device."""

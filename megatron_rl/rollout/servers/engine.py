@@ -50,6 +50,7 @@ class ServerEngine:
         own_machine: bool,
         command: Command | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -63,9 +64,11 @@ class ServerEngine:
             own_machine: whether all ranks run on one machine.
             command: starts a server, where the configuration asks for servers of its own.
             progress: told how many of this rank's prompts are answered.
+            stop: whether this rank has heard that the run is to stop.
         """
         self._config, self._api, self._groups = config, api, groups
         self._eos_id, self._decode, self._progress = eos_id, decode, progress
+        self._stop = stop
         self.sync = WeightSync(
             config,
             api,
@@ -75,6 +78,7 @@ class ServerEngine:
             say=say,
             own_machine=own_machine,
             command=command,
+            stop=stop,
         )
         self._version = 0
         model = config.model
@@ -112,14 +116,15 @@ class ServerEngine:
         are sent at once, and answers that are being sampled go on with them.
 
         Returns:
-            Waits for the answers and gives them, as `generate` does. A collective.
+            Waits for the answers and gives them, as `generate` does. A collective. Raises `Stopped`
+            on all ranks where one that waits hears that the run is to stop.
         """
         groups = self._groups
         together(groups.world, lambda: self._check(prompts))
         if self.sync.sent != self._version:
             if self._lag <= 1:
                 # No answer is to begin with some weights and end with others.
-                wait_together(self._asking, groups.world, to_the_end=True)
+                wait_together(self._asking, groups.world, to_the_end=True, stop=self._stop)
             self.sync.send(self._version)
         asking = None
         if groups.model.rank() == 0 and groups.context.rank() == 0:
@@ -129,8 +134,8 @@ class ServerEngine:
 
         def finish() -> list[RolloutGroup]:
             found: list[list[RolloutGroup]] = []
-            # Another rank's servers may be slower than a collective waits.
-            wait_together([asking] if asking else [], groups.world, to_the_end=True)
+            waited = [asking] if asking else []
+            wait_together(waited, groups.world, to_the_end=True, stop=self._stop)
             together(groups.world, lambda: found.append(asking.result()) if asking else None)
             return self._mine(found)
 

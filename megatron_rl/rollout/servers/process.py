@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Callable, Mapping, Sequence
 
 import httpx
 
-from megatron_rl.errors import RunFailed
+from megatron_rl.errors import RunFailed, Stopped
 from megatron_rl.rollout.servers import leash
 
 #: Seconds a server has to end by itself before it is killed.
@@ -62,16 +62,19 @@ class ServerProcess:
                 start_new_session=True,
             )
 
-    def wait_until_ready(self, seconds: float) -> None:
+    def wait_until_ready(self, seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
         """Wait for its first sign of life.
 
         Raises:
             RunFailed: it ended, or took longer; with the last line of its log.
+            Stopped: ``stop`` said that nobody waits any more.
         """
         end = time.monotonic() + seconds
         while self.is_running and time.monotonic() < end:
             if self.is_ready:
                 return
+            if stop():
+                raise Stopped
             time.sleep(0.3)
         state = "gave no sign of life" if self.is_running else "ended"
         self.stop()

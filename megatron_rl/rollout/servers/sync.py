@@ -54,11 +54,12 @@ class WeightSync:
         say: Callable[[str], None],
         own_machine: bool,
         command: Command | None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """The arguments are those of `ServerEngine`. question: makes those of the probe."""
         self._config, self._api, self._chunks, self._groups = config, api, chunks, groups
         self._servers = config.rollout.servers
-        self._question, self._say = question, say
+        self._question, self._say, self._stop = question, say, stop
         self._root = self._servers.weights_dir or config.run_dir / "servers" / "weights"
         self._command, self._own_machine = command, own_machine
         self._interrupts = config.rollout.lag > 1  # answers that are being sampled
@@ -321,7 +322,7 @@ class WeightSync:
         if any(process.is_ready for process in self.own if process not in dead):
             return set()
         for process in dead:
-            process.wait_until_ready(self._servers.start_s)
+            process.wait_until_ready(self._servers.start_s, self._stop)
         return {process.url for process in dead}
 
     def _revive(self) -> None:

@@ -387,3 +387,46 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(tmp_path, damage, words, 
             loading(other, path)
         assert "\n" not in str(error.value)
     assert all_equal(list(other.weights().values()), list(before.values()))
+
+
+def interrupted_by(error, method):
+    """torch's reader or writer of shards, which meets an error on the way."""
+    from unittest import mock
+
+    from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+    owner = FileSystemWriter if method.startswith("write") else FileSystemReader
+    return mock.patch.object(owner, method, side_effect=error)
+
+
+def test_ctrl_c_in_a_save_is_ctrl_c_and_publishes_nothing(tmp_path):
+    training = build_training(PLAIN)
+    save(training, tmp_path, 1)
+    with interrupted_by(KeyboardInterrupt(), "write_data"), pytest.raises(KeyboardInterrupt):
+        save(training, tmp_path, 2)
+    assert newest_checkpoint(tmp_path).name == "step_1"
+    save(training, tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_1", "step_3"]
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [(OSError(28, "No space left"), OSError), (RuntimeError("iostream error"), OSError)],
+)
+def test_what_a_disk_says_in_a_save_is_the_disks(tmp_path, error, raised):
+    with interrupted_by(error, "write_data"), pytest.raises(raised, match="could not be written"):
+        save(build_training(PLAIN), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_of_the_program_in_a_save_is_not_called_the_disks(tmp_path):
+    with interrupted_by(KeyError("x"), "write_data"):
+        with pytest.raises(RuntimeError, match=r"a checkpoint failed: KeyError\('x'\)"):
+            save(build_training(PLAIN), tmp_path)
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_is_ctrl_c(tmp_path):
+    training = build_training(PLAIN)
+    path = save(training, tmp_path)
+    with interrupted_by(KeyboardInterrupt(), "read_data"), pytest.raises(KeyboardInterrupt):
+        load(training, path)

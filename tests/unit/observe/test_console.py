@@ -1,6 +1,7 @@
 """The lines of the console."""
 
 import io
+import os
 
 import pytest
 
@@ -113,3 +114,15 @@ def test_silent_console_has_the_whole_interface_and_shows_nothing(capsys):
         console.warn("w")
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+def test_a_log_that_cannot_be_written_ends_nothing(kind, capsys):
+    with open("/dev/full", "w") as full:
+        with Console(kind, "train", total_steps=5, stream=full) as console:
+            console.header({"model": "tiny"})
+            console.step(1, {"loss": 1.0})
+            console.note("x" * 100_000)
+            console.warn("disk full")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
+    assert ("warning: disk full" in capsys.readouterr().err) == (kind == "plain")

@@ -1,19 +1,26 @@
 """The files of a run: strict JSON, one object a step, and resuming as if nothing had happened."""
 
+import errno
 import json
 import math
+import os
+import subprocess
 import sys
 import types
 
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.observe.run_files import drop_after, read_jsonl, to_json_line
+from megatron_rl.observe.append_file import AppendFile
+from megatron_rl.observe.run_files import drop_after, last_evaluated, read_jsonl, to_json_line
 from megatron_rl.observe.writers import RunWriter
 
 
-def _open(run_dir, resume_step=None, tensorboard=False, wandb=None):
-    return RunWriter(run_dir, tensorboard=tensorboard, wandb=wandb, resume_step=resume_step)
+def _open(run_dir, resume_step=None, tensorboard=False, wandb=None, said=None):
+    warn = [].append if said is None else said.append
+    return RunWriter(
+        run_dir, tensorboard=tensorboard, wandb=wandb, resume_step=resume_step, warn=warn
+    )
 
 
 def _refuse(constant):
@@ -83,15 +90,19 @@ def test_resume_keeps_a_complete_last_line_without_newline(tmp_path):
 
 def test_a_failed_rewrite_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n')
+    path.write_text('{"step": 2}\n{"step": 1}\n')  # what stays is behind what goes
 
     def crash(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("megatron_rl.observe.run_files.os.replace", crash)
+    monkeypatch.setattr("os.replace", crash)
     with pytest.raises(OSError, match="no space"):
         drop_after(path, 1)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert path.read_text() == '{"step": 2}\n{"step": 1}\n'
+    assert [left.name for left in tmp_path.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.undo()
+    assert drop_after(path, 1) == 1
+    assert path.read_text() == '{"step": 1}\n'
 
 
 @pytest.mark.parametrize("line", ['{"step": 1', "[1]", '{"loss": 1}', '{"step": "1"}'])
@@ -169,3 +180,123 @@ def test_wandb_missing_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         _open(tmp_path, wandb="project")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "megatron_rl_test", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def _fill(root, room):
+    """Leave so many bytes of the file system, rounded up to whole pages."""
+    filler = root / "filler"
+    filler.unlink(missing_ok=True)
+    state = os.statvfs(root)
+    filler.write_bytes(bytes(max(0, state.f_bavail * state.f_frsize - room)))
+
+
+def _scalars(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars("loss")]
+
+
+def test_a_full_disk_delays_the_records_and_is_said_once(small_disk):
+    run_dir, said = small_disk / "run", []
+    text = "x" * 3000  # more than half a page: some records are torn where the room ends
+    names = ("loss", "lr", "grad_norm", "entropy", "kl_old", "ratio_mean", "ratio_max", "kl_ref")
+
+    def write(step):
+        writer.write_metrics(step, dict.fromkeys(names, float(step)))
+        writer.write_samples(step, [{"completion": text}, {"completion": text}])
+
+    with _open(run_dir, tensorboard=True, said=said) as writer:
+        for step in range(1, 4):
+            write(step)
+        _fill(small_disk, 0)
+        for step in range(4, 60):
+            write(step)
+            for name in ("metrics.jsonl", "samples.jsonl"):  # whole lines, whenever one looks
+                assert (run_dir / name).read_bytes().endswith(b"}\n")
+                assert _lines(run_dir / name)
+        assert len(_lines(run_dir / "samples.jsonl")) < 20
+        files = sorted(line.split(" could not")[0].split("/")[-1] for line in said)
+        assert files[0].startswith("events.out.tfevents.")
+        assert files[1:] == ["metrics.jsonl", "samples.jsonl"]
+        assert all("No space left on device" in line and "make room" in line for line in said)
+        (small_disk / "filler").unlink()
+        write(60)
+    assert [line["step"] for line in _lines(run_dir / "metrics.jsonl")] == list(range(1, 61))
+    samples = [line["step"] for line in _lines(run_dir / "samples.jsonl")]
+    assert samples == [step for step in range(1, 61) for _ in range(2)]
+    assert _scalars(run_dir) == [(step, float(step)) for step in range(1, 61)]
+    assert len(said) == 6 and all("is written again" in line for line in said[3:])
+
+
+def test_what_waits_for_room_is_bounded_and_what_is_lost_is_said(small_disk):
+    (small_disk / "log").write_bytes(b"first\n")
+    file = AppendFile(small_disk / "log", most_waiting=100)
+    _fill(small_disk, 0)
+    assert file.append(b"a" * 5000 + b"\n").errno == errno.ENOSPC  # too large to be kept
+    assert (file.waiting, file.lost) == (0, 1)
+    for number in range(30):  # after some the page that the file has is full
+        file.append(b"%09d\n" % number * 20)
+    assert file.lost > 1
+    (small_disk / "filler").unlink()
+    assert file.append(b"last\n") is None
+    assert file.close() is None
+    lines = (small_disk / "log").read_bytes().split(b"\n")
+    assert lines[0] == b"first" and lines[-2:] == [b"last", b""] and b"a" * 10 not in lines[1]
+
+
+def test_records_that_never_find_room_are_counted_at_the_end(small_disk):
+    said = []
+    with _open(small_disk, said=said) as writer:
+        _fill(small_disk, 0)
+        writer.write_metrics(1, {"loss": 1.0})
+        writer.write_samples(1, [{"completion": "a"}, {"completion": "b"}])
+    assert (small_disk / "metrics.jsonl").read_bytes() == b""
+    assert said[-2:] == [
+        f"1 record of {small_disk}/metrics.jsonl could not be written and are lost",
+        f"2 records of {small_disk}/samples.jsonl could not be written and are lost",
+    ]
+
+
+def test_resuming_on_a_full_disk_cuts_the_files_where_they_are(small_disk):
+    with _open(small_disk) as writer:
+        for step in range(1, 5):
+            writer.write_metrics(step, {"loss": float(step)})
+    with (small_disk / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "lo')
+    _fill(small_disk, 0)
+    assert drop_after(small_disk / "metrics.jsonl", 3) == 3
+    assert [line["step"] for line in _lines(small_disk / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_late_metrics_go_into_the_object_of_the_last_step(tmp_path):
+    with _open(tmp_path) as writer:
+        writer.write_metrics(1, {"loss": 1.0})
+        writer.write_metrics(2, {"loss": 2.0, "memory/peak_gib": 1.0})
+    assert last_evaluated(tmp_path, 2) is False and last_evaluated(tmp_path, 3) is None
+    with _open(tmp_path, resume_step=2) as writer:
+        with pytest.raises(ValueError, match="expected the last"):
+            writer.add_to_last(1, {"eval/problems": 4.0}, ())
+        writer.add_to_last(2, {"eval/problems": 4.0, "memory/peak_gib": 2.0}, [{"reward": 1.0}])
+        writer.write_metrics(3, {"loss": 3.0})
+    assert _lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0, "memory/peak_gib": 2.0, "eval/problems": 4.0},
+        {"step": 3, "loss": 3.0},
+    ]
+    assert last_evaluated(tmp_path, 2) is True
+    assert _lines(tmp_path / "samples.jsonl") == [{"step": 2, "reward": 1.0}]
+    with _open(tmp_path, resume_step=2) as writer:
+        writer.add_to_last(2, {"eval/problems": 5.0}, [{"reward": 2.0}])
+    assert _lines(tmp_path / "samples.jsonl") == [{"step": 2, "reward": 1.0}]

@@ -59,6 +59,7 @@ def evaluation(verifier, records, world, samples=0, console=None):
         config=Config(reward={"name": "countdown"}, evaluate={"samples": samples}),
         groups=SimpleNamespace(world=world, data=world, model=ALONE, context=ALONE),
         launch=SimpleNamespace(cores=1),
+        stop=SimpleNamespace(heard=lambda: False),
         timers=lambda phase: contextlib.nullcontext(),
         console=console or Listener(),
         counts_once=True,

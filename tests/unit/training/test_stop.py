@@ -38,3 +38,22 @@ def _asked_on_one_rank():
 
 def test_ranks_agree():
     assert run_on_ranks(2, _asked_on_one_rank) == [True, True]
+
+
+def _told():
+    world = dist.group.WORLD
+    with StopRequest() as stop:
+        before = stop.heard()
+        stop._looked = 0.0  # not later than a second ago
+        dist.barrier(world)
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.heard()
+        dist.barrier(world)
+        heard = stop.heard()
+    with StopRequest() as later:  # of another run in the same processes
+        return before, heard, stop.requested, later.heard()
+
+
+def test_the_others_are_told_without_a_collective():
+    assert run_on_ranks(2, _told) == [(False, True, True, False)] * 2

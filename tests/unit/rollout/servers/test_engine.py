@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.errors import RunFailed, Stopped, UserError
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from tests.support import hugging_face
@@ -97,6 +97,19 @@ def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
     assert engine.metrics()["servers/probe_difference"] < 1e-4
     kept = {path.name for path in (tmp_path / "run" / "servers" / "weights").iterdir()}
     assert kept == {"version_2", "version_3"}
+
+
+def test_a_stop_is_heard_while_answers_are_waited_for(built, servers):
+    engine, *_ = built
+    engine.generate(PROMPTS, SAMPLED)  # the weights are there
+    for server in servers:
+        server.fault, server.pause = "slow", 5.0
+    looks = []
+    engine._stop = lambda: looks.append(1) or len(looks) > 1
+    with pytest.raises(Stopped):
+        engine.generate(PROMPTS, SAMPLED)
+    assert len(looks) == 2
+    engine.close()
 
 
 def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, servers):

@@ -9,7 +9,7 @@ import textwrap
 import psutil
 import pytest
 
-from megatron_rl.errors import RunFailed
+from megatron_rl.errors import RunFailed, Stopped
 from megatron_rl.rollout.servers.process import ServerProcess
 from tests.support.fake_server import wait_for
 from tests.support.runs import ROOT
@@ -84,6 +84,13 @@ def test_one_that_never_answers_is_stopped(process):
     with pytest.raises(RunFailed, match="gave no sign of life within 1 s .nothing in its log."):
         process.wait_until_ready(1.0)
     wait_for(gone(started))
+
+
+def test_a_stop_is_heard_while_one_starts(process):
+    process.start(command(process, "import time; time.sleep(600)"), {})
+    with pytest.raises(Stopped):
+        process.wait_until_ready(600.0, stop=lambda: True)
+    process.stop()
 
 
 def test_a_killed_server_can_be_started_again(process):

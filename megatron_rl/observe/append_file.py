@@ -1,0 +1,86 @@
+"""Files that grow by whole records, on disks that are sometimes full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections import deque
+from pathlib import Path
+
+#: Most bytes of records that wait for room; beyond it the oldest are given up.
+MOST_WAITING = 64 * 2**20
+
+
+class AppendFile:
+    """Appends records. One that cannot be written is cut off again, kept in memory, and written,
+    in order, as soon as there is room: what stands in the file is always whole records.
+    """
+
+    def __init__(self, path: Path, most_waiting: int = MOST_WAITING) -> None:
+        """OSError: the file cannot be opened or made."""
+        self.path = path
+        self.lost = 0  #: records that were given up
+        self._waiting: deque[bytes] = deque()
+        self._most_waiting = most_waiting
+        self._descriptor = _open(path)
+        self._end = os.fstat(self._descriptor).st_size  #: of the last whole record
+        self._torn = False  #: there may be a part of a record behind it
+
+    @property
+    def waiting(self) -> int:
+        """Records that are not in the file yet."""
+        return len(self._waiting)
+
+    def append(self, *records: bytes) -> OSError | None:
+        """Add records and write all that wait; what went wrong, None: all are written."""
+        self._waiting.extend(records)
+        try:
+            self._write()
+        except OSError as error:
+            self._give_up_oldest()
+            return error
+        return None
+
+    def close(self) -> OSError | None:
+        """Try a last time, and close; what went wrong, None: all are written."""
+        failure = self.append() if self._waiting else None
+        try:
+            os.close(self._descriptor)
+        except OSError as error:  # where NFS says that earlier writes have failed
+            failure = failure or error
+        return failure
+
+    def _write(self) -> None:
+        try:
+            if self._torn:
+                self._cut()
+            while self._waiting:
+                self._torn = True
+                record = memoryview(self._waiting[0])
+                while record:  # usually one call: a reader sees whole lines
+                    record = record[os.write(self._descriptor, record) :]
+                self._end += len(self._waiting.popleft())
+                self._torn = False
+        except OSError as error:
+            with contextlib.suppress(OSError):  # else before the next record
+                if error.errno == errno.ESTALE:  # the server of the disk was started again
+                    stale, self._descriptor = self._descriptor, _open(self.path)
+                    os.close(stale)
+                if self._torn:
+                    self._cut()
+            raise
+
+    def _cut(self) -> None:
+        os.ftruncate(self._descriptor, self._end)
+        self._torn = False
+
+    def _give_up_oldest(self) -> None:
+        size = sum(map(len, self._waiting))
+        while size > self._most_waiting:
+            size -= len(self._waiting.popleft())
+            self.lost += 1
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
