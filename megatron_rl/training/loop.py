@@ -17,7 +17,7 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
     Returns:
         True when the run is complete, False when a signal ended it early.
     """
-    total = session.config.train.steps
+    total, evaluates = session.config.train.steps, session.config.data.eval is not None
     task = make_task()
     done = resume(session, policy, task)
     if done is not None and done >= total:
@@ -29,16 +29,15 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
     writer = session.open_writer(done)
     checkpoints = Checkpoints(session, policy, task)
     with StopRequest() as stop, checkpoints:
-        if done is None:
+        if done is None and evaluates:
             sums = session.new_sums()
             task.evaluate(sums)
             _record(session, writer, 0, session.reduce(sums), task)
-            done = 0
-        for number in range(done + 1, total + 1):
+        for number in range((done or 0) + 1, total + 1):
             sums = session.new_sums()
             with session.timers("step"):
                 reduced = task.step(number, sums)
-            if _due(session.config.evaluate.every, number) or number == total:
+            if evaluates and (_due(session.config.evaluate.every, number) or number == total):
                 task.evaluate(sums)
             metrics = session.reduce(sums) | reduced
             _record(session, writer, number, metrics, task)
