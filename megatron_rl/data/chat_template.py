@@ -1,4 +1,4 @@
-"""Chat messages -> token ids by a Hugging Face tokenizer's template; what people wrote stays text."""
+"""Chat messages -> token ids by a Hugging Face tokenizer's template; what users wrote is text."""
 
 from __future__ import annotations
 

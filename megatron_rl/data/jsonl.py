@@ -1,4 +1,4 @@
-"""JSONL files: one JSON object a line, each mistake named with file and line. No torch, no NumPy."""
+"""JSONL files: one JSON object a line; mistakes name file and line. No torch, no NumPy."""
 
 from __future__ import annotations
 

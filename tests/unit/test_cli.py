@@ -10,18 +10,22 @@ import pytest
 from megatron_rl import __version__
 from megatron_rl.cli import PATIENCE_S, VERBS, main, split_overrides
 from megatron_rl.errors import UserError
+from tools.data.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
+PROBLEM = '{"prompt": "3 4=7:", "completion": "3+4", "numbers": [3, 4], "target": 7}'
+TOKENIZER = train_tokenizer(["3 4=7:+-2bc\n"], "char", 32)
 
 
 @pytest.fixture
 def run_yaml(tmp_path, monkeypatch):
-    """A valid run.yaml with its (empty) files, in the current directory."""
+    """A valid run.yaml with its files, in the current directory."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("tok.model", "train.jsonl", "eval.jsonl"):
-        Path(name).touch()
+    Path("tok.model").write_bytes(TOKENIZER)
+    for name in ("train.jsonl", "eval.jsonl"):
+        Path(name).write_text(PROBLEM + "\n")
     Path("run.yaml").write_text(
         "model: {preset: tiny_moe}\n"
         "data: {tokenizer: {path: tok.model}, train: train.jsonl, eval: eval.jsonl}\n"
@@ -35,8 +39,8 @@ def training(monkeypatch):
     calls = []
     module = types.ModuleType("megatron_rl.training.run")
     for verb in ("train", "sft", "evaluate"):
-        setattr(module, verb, lambda config, verb=verb: calls.append((verb, config)))
-    module.generate = lambda config, prompts: calls.append(("generate", config, prompts))
+        setattr(module, verb, lambda config, data, verb=verb: calls.append((verb, config, data)))
+    module.generate = lambda *arguments: calls.append(("generate", *arguments))
     device = types.ModuleType("megatron_rl.device.select")
     device.select_device = lambda config, launch: None
     monkeypatch.setitem(sys.modules, "megatron_rl.device.select", device)
@@ -60,13 +64,17 @@ def test_a_verb_gets_the_config_with_its_overrides(run_yaml, training, verb):
     assert main([verb, "--seed=6", run_yaml]) == 0
     assert [(call[0], call[1].seed) for call in training] == [(verb, 5), (verb, 6)]
     assert training[0][1].algorithm.settings == {"clip_low": 0.3}
+    data = training[0][2]
+    read = {"train": [1, 1], "sft": [1, 1], "evaluate": [0, 1]}[verb]
+    assert [0 if split is None else len(split) for split in (data.train, data.eval)] == read
 
 
 def test_generate_gets_every_prompt(run_yaml, training):
     words = ["generate", run_yaml, "--prompt", "--2+2", "--rollout.top_k", "5", "--prompt=b c"]
     assert main(words) == 0
-    verb, config, prompts = training[0]
-    assert (verb, config.rollout.top_k, prompts) == ("generate", 5, ["--2+2", "b c"])
+    verb, config, _, problems, greedy = training[0]
+    assert (verb, config.rollout.top_k, greedy) == ("generate", 5, False)
+    assert [problem.text for problem in problems] == ["--2+2", "b c"]
 
 
 def test_report_prints_the_pages(tmp_path, monkeypatch, capsys):
@@ -142,7 +150,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run_yaml, training, capsys, words
 
 
 def test_a_users_error_of_many_lines_is_printed_as_one(run_yaml, training, monkeypatch, capsys):
-    def fail(config):
+    def fail(config, data):
         raise UserError("first\nsecond")
 
     monkeypatch.setattr(sys.modules["megatron_rl.training.run"], "train", fail)
@@ -152,7 +160,7 @@ def test_a_users_error_of_many_lines_is_printed_as_one(run_yaml, training, monke
 def test_a_number_that_is_not_finite_is_one_line_and_exit_code_1(
     run_yaml, training, monkeypatch, capsys
 ):
-    def fail(config):
+    def fail(config, data):
         raise FloatingPointError("the loss is nan")
 
     monkeypatch.setattr(sys.modules["megatron_rl.training.run"], "train", fail)
@@ -164,7 +172,7 @@ def test_interruption_is_130_and_other_errors_propagate(run_yaml, training, monk
     module = sys.modules["megatron_rl.training.run"]
 
     def stop(error):
-        def fail(config):
+        def fail(config, data):
             raise error
 
         return fail
