@@ -77,10 +77,14 @@ class ChatTemplate:
                 )
 
     def _parsed(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        return self._encode(text, split_special_tokens=False)
 
     def _as_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self._encode(text, split_special_tokens=True)
+
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        # verbose: it would say of long texts what is checked, line by line, later on
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False, **options)
 
     def _as_text_within(self, text: str) -> list[int]:
         """`_as_text` of what does not begin the whole: some tokenizers put a space there."""

@@ -165,7 +165,7 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, control: bool = False) -> list[int]:
         return self._tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=not control
+            text, add_special_tokens=False, split_special_tokens=not control, verbose=False
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -193,7 +193,9 @@ class HuggingFaceTokenizer:
         return ids[: len(ids) - self._num_ends]
 
     def _begun(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=True, split_special_tokens=True)
+        return self._tokenizer.encode(
+            text, add_special_tokens=True, split_special_tokens=True, verbose=False
+        )
 
     def _decode_known(self, ids: list[int], skip: bool) -> str:
         return self._tokenizer.decode(

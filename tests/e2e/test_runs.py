@@ -163,6 +163,16 @@ def test_generate_answers_each_prompt_as_the_run_did(folder, sft_run):
     assert done.err == ""
 
 
+def test_without_held_out_problems_nothing_is_evaluated(folder, sft_run):
+    words = ["--run_dir", "runs/no_eval", "--data.eval", "null", "--train.steps", "1"]
+    done = succeed("train", "rl.yaml", *ONE_RANK, *words, cwd=folder)
+    data = "24 problems (data/train.jsonl), no evaluation: data.eval is not given, reward countdown"
+    assert f"  {data}\n" in done.out and "eval at step" not in done.out
+    assert done.out.splitlines()[-1] == "report: runs/no_eval/report.html"
+    (metrics,) = records(folder / "runs" / "no_eval" / "metrics.jsonl")
+    assert metrics["step"] == 1 and not [name for name in metrics if name.startswith("eval/")]
+
+
 def test_check_shows_ranks_memory_and_trace(folder):
     done = succeed("check", "rl.yaml", cwd=folder)
     cells = [line.strip("│").split("│") for line in done.out.splitlines() if "│" in line]

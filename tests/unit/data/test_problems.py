@@ -58,7 +58,7 @@ def test_a_turn_that_calls_tools_may_have_no_content(tmp_path):
     [
         (user(None), "message 1 of 'prompt' has the content null; expected text"),
         (user([]), "message 1 of 'prompt' has the content []; expected text"),
-        (user({"text": "a"}), "message 1 of 'prompt' has the content {\"text\": \"a\"}; expected"),
+        (user({"text": "a"}), 'message 1 of \'prompt\' has the content {"text": "a"}; expected'),
         (user(" \n"), "message 1 of 'prompt' is the user's and empty; expected text"),
         (
             user([{"type": "text", "text": "Look:"}, {"type": "image", "image": "x.png"}]),
@@ -66,7 +66,7 @@ def test_a_turn_that_calls_tools_may_have_no_content(tmp_path):
         ),
         (user([{"type": "text", "text": None}]), "message 1 of 'prompt' has the part {"),
         (user(["a"]), "message 1 of 'prompt' has the part \"a\"; expected parts"),
-        ([{"from": "human", "value": "a"}], "message 1 of 'prompt' is {\"from\": \"human\""),
+        ([{"from": "human", "value": "a"}], 'message 1 of \'prompt\' is {"from": "human"'),
         ([*user("a"), "b"], "message 2 of 'prompt' is \"b\"; expected an object with role"),
         (str(user("a")), "'prompt' is text that begins like a list of chat messages and is no JS"),
         (3, "'prompt' is 3; expected text or a list of chat messages"),

@@ -110,7 +110,10 @@ def test_long_samples(tmp_path):
     with pytest.raises(UserError, match=message):
         samples_of(path)
     found = samples_of(path, overlong="skip")
-    assert ([s.tokens.tolist() for s in found.items], found.skipped) == ([[1, 10, 11, 2]], ((1, 6),))
+    assert ([s.tokens.tolist() for s in found.items], found.skipped) == (
+        [[1, 10, 11, 2]],
+        ((1, 6),),
+    )
 
 
 def prompts(count):
