@@ -379,9 +379,10 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
     if config.data.train is None and config.data.eval is None:
         raise UserError("neither data.train nor data.eval is given; expected one; set it")
     from megatron_rl.data.preview import preview
-    from megatron_rl.data.run_data import load_run_data
+    from megatron_rl.data.run_data import encode_files, read_files
 
-    for line in preview(load_run_data(config, purpose), config.rollout.max_new_tokens, examples):
+    data = encode_files(config, purpose, read_files(config, purpose))
+    for line in preview(data, config.rollout.max_new_tokens, examples):
         print(line)
 
 

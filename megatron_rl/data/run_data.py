@@ -18,7 +18,7 @@ from megatron_rl.data.rendering import Rendering
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
 from megatron_rl.records import Prompt, Sample
-from megatron_rl.rewards import RECORD_CHECKS
+from megatron_rl.rewards import MACHINE_CHECKS, RECORD_CHECKS
 
 #: Data sets that a verb reads where they are given.
 SPLITS = {
@@ -79,8 +79,11 @@ def load_run_data(config: Config, verb: str) -> RunData:
     """Data sets and tokenizer of train, sft, evaluate or generate.
 
     Raises:
-        UserError: a mistake in a file, of the data or the tokenizer; it is named.
+        UserError: a mistake in a file, of the data or the tokenizer; it is named. Or the limits
+            of this process do not leave the verifier what it needs.
     """
+    if SPLITS[verb]:
+        MACHINE_CHECKS.get(config.reward.name, lambda: None)()
     return encode_files(config, verb, read_files(config, verb))
 
 

@@ -9,6 +9,7 @@ from megatron_rl.rewards.base import Reward, Verifier
 from megatron_rl.rewards.code import check_code_record, verify_code
 from megatron_rl.rewards.countdown import check_countdown_record, verify_countdown
 from megatron_rl.rewards.math import check_math_record, verify_math
+from megatron_rl.rewards.sandbox import Limits, check_limits
 
 #: Every verifier, by the name ``reward.name`` gives it.
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
@@ -29,4 +30,9 @@ RECORD_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = MappingProxyT
     }
 )
 
-__all__ = ["RECORD_CHECKS", "VERIFIERS", "Reward", "Verifier"]
+#: What some verifiers need of the machine: ``UserError`` where this process lacks it.
+MACHINE_CHECKS: Mapping[str, Callable[[], None]] = MappingProxyType(
+    {"code": lambda: check_limits(Limits())}
+)
+
+__all__ = ["MACHINE_CHECKS", "RECORD_CHECKS", "VERIFIERS", "Reward", "Verifier"]

@@ -44,7 +44,8 @@ def check_code_record(record: Mapping[str, Any]) -> None:
     the entry point is no name: no completion could pass.
     """
     entry_point, tests = _problem(record)
-    if not entry_point.isidentifier():
+    owner, _, name = entry_point.rpartition("().")  # of a method: "Solution().f"
+    if not name.isidentifier() or not (owner or "C").isidentifier():
         raise UserError(
             f"entry_point {entry_point[:60]!r}; the verifier 'code' expects the name of a function "
             "or class; correct the data set"

@@ -62,11 +62,9 @@ def test_the_beginning_of_sequence_token(tmp_path):
 def test_modes_a_tokenizer_cannot_have(tmp_path):
     (tmp_path / "t.model").write_bytes(train_tokenizer(["12 ab\n"], "char", 64))
     tokenizer = load_tokenizer(TokenizerConfig(path=tmp_path / "t.model"))
-    with pytest.raises(UserError, match="data.chat is template and the tokenizer has no chat temp"):
+    with pytest.raises(UserError, match="data.chat is template and the tokenizer has no chat"):
         Rendering(tokenizer, "template")
-    with pytest.raises(
-        UserError, match="data.chat is rendered; a SentencePiece tokenizer reads no"
-    ):
+    with pytest.raises(UserError, match="data.chat is rendered; a SentencePiece tokenizer reads"):
         Rendering(tokenizer, "rendered")
     assert seen_text(tokenizer, "12") == "12"
 
