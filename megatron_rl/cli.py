@@ -382,7 +382,8 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
     from megatron_rl.data.run_data import encode_files, read_files
 
     data = encode_files(config, purpose, read_files(config, purpose))
-    for line in preview(data, config.rollout.max_new_tokens, examples):
+    stops, longest = [data.tokenizer.eos_id], config.rollout.max_new_tokens
+    for line in preview(data, stops, longest, examples):
         print(line)
 
 

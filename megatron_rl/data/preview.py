@@ -22,10 +22,15 @@ SHOWN_CHARACTERS = 4000
 _WIDTH = 100
 
 
-def preview(data: RunData, max_new_tokens: int, count: int) -> Iterator[str]:
-    """Lines about the data sets of a run, with the first ``count`` examples of each."""
+def preview(
+    data: RunData, stop_ids: Sequence[int], max_new_tokens: int, count: int
+) -> Iterator[str]:
+    """Lines about the data sets of a run, with the first ``count`` examples of each.
+
+    ``stop_ids``: tokens that end an answer; ``max_new_tokens``: its longest.
+    """
     tokenizer = data.tokenizer
-    yield f"stop token: {_token(tokenizer, tokenizer.eos_id)}"
+    yield f"an answer ends with: {' or '.join(_token(tokenizer, i) for i in stop_ids)}"
     for name, text in data.facts().items():
         yield f"{name}: {text}"
     for split, items in (("data.train", data.train), ("data.eval", data.eval)):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data.problems import read_problems
 from megatron_rl.data.run_data import read_files
 from megatron_rl.errors import UserError
+from megatron_rl.rewards import RECORD_CHECKS
 
 DATA = DataConfig()
 
@@ -166,3 +168,12 @@ def test_fine_tuning_needs_no_verifier_for_its_training_data(tmp_path):
     assert files["train"].problems[0].completion == "b"
     with pytest.raises(UserError, match="line 1: record with completion, prompt; the verifier"):
         read_files(Config(data={"train": path, "eval": path}), "sft")
+
+
+def test_every_line_of_gsm8k_is_fine():
+    path = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "test.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    found = read_problems(path, DataConfig(prompt_key="question"), RECORD_CHECKS["math"])
+    assert len(found.problems) == 1319 and not found.notes
+    assert all(problem.prompt == problem.record["question"] for problem in found.problems)
