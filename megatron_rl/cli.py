@@ -16,7 +16,12 @@ from typing import NoReturn, Sequence
 
 from megatron_rl import __version__
 from megatron_rl.config.algorithm import keeps_trace
-from megatron_rl.config.checks import check_config, input_files
+from megatron_rl.config.checks import (
+    answers_leave_room_for_prompts,
+    check_config,
+    input_files,
+    verifier_is_known,
+)
 from megatron_rl.config.estimate import (
     GIB,
     count_parameters,
@@ -42,14 +47,15 @@ VERBS = {
     "generate": "answer the prompts given with --prompt",
     "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
     "report": "write report.html of a finished or running run; compare several",
-    "check": "check a config and show its layout, parameters and memory; starts nothing",
+    "check": "check a config and its data, show layout, parameters and memory; starts nothing",
+    "data": "show the first examples of the data as the model will see them, and lengths",
     "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 
 #: Flags that are no fields of the config: those with a value, and those without.
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
-OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within"}
-OWN_SWITCHES = {"--help", "--version", "--verify", "--base"}
+OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
+OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat"}
 
 #: How long the first rank of a machine may take to reach an error after the others, seconds.
 PATIENCE_S = 10.0
@@ -176,8 +182,10 @@ def _parser() -> argparse.ArgumentParser:
             continue
         sub.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file")
         if verb == "generate":
+            _add_generate_arguments(sub)
+        if verb == "data":
             sub.add_argument(
-                "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again"
+                "--examples", type=int, default=3, metavar="N", help="of each file; default: 3"
             )
         if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
             sub.add_argument(
@@ -192,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         if verb == "preflight":
             _add_preflight_arguments(sub)
-        if verb in ("check", "preflight"):
+        if verb in ("check", "preflight", "data"):
             sub.add_argument(
                 "--for", dest="purpose", choices=_RUNS, default="train", help="default: train"
             )
@@ -201,6 +209,21 @@ def _parser() -> argparse.ArgumentParser:
 
 #: Verbs that need ranks.
 _RUNS = ("train", "sft", "evaluate", "generate")
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a prompt, or a list of chat messages in JSON; may be given again",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is a message of the user, for the tokenizer's chat template",
+    )
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest tokens")
 
 
 def _add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,7 +281,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "preflight":
         _preflight(args, overrides)
         return
+    if args.verb == "generate" and args.chat:
+        overrides = [*overrides, "--data.chat", "template"]
     config = load_config(args.config, overrides)
+    if args.verb == "data":
+        _show_data(config, args.purpose, args.examples)
+        return
     if args.verb == "check":
         _show_check(config, args.world_size, args.purpose)
         return
@@ -357,8 +385,13 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _start(args: argparse.Namespace, config: Config) -> None:
-    """Prepare the device, import the training and hand over."""
+    """Read the data, prepare the device, import the training and hand over."""
+    from megatron_rl.data.run_data import given_prompts, load_run_data
+
     allow_descriptors(read_launch().world_size)
+    data = load_run_data(config, args.verb)
+    if args.verb == "generate":
+        problems = given_prompts(config, data.rendering, args.prompt)
     from megatron_rl.device.select import select_device
 
     # First, because Megatron-Core adapts to torch while it is imported.
@@ -366,13 +399,30 @@ def _start(args: argparse.Namespace, config: Config) -> None:
     from megatron_rl.training import run
 
     if args.verb == "train":
-        run.train(config)
+        run.train(config, data)
     elif args.verb == "sft":
-        run.sft(config)
+        run.sft(config, data)
     elif args.verb == "evaluate":
-        run.evaluate(config, base=args.base)
+        run.evaluate(config, data, base=args.base)
     else:
-        run.generate(config, args.prompt, base=args.base)
+        run.generate(config, data, problems, greedy=args.greedy, base=args.base)
+
+
+def _show_data(config: Config, purpose: str, examples: int) -> None:
+    """Print the data sets as the model of ``purpose`` will see them."""
+    verifier_is_known(config)
+    answers_leave_room_for_prompts(config)
+    if examples < 0:
+        raise UserError(f"--examples is {examples}; expected at least 0")
+    if config.data.train is None and config.data.eval is None:
+        raise UserError("neither data.train nor data.eval is given; expected one; set it")
+    from megatron_rl.data.preview import preview
+    from megatron_rl.data.run_data import encode_files, read_files
+
+    data = encode_files(config, purpose, read_files(config, purpose))
+    stops, longest = [data.tokenizer.eos_id], config.rollout.max_new_tokens
+    for line in preview(data, stops, longest, examples):
+        print(line)
 
 
 def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
@@ -383,13 +433,15 @@ def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
         parallel = config.parallel.model_copy(update={"world_size": world_size})
         config = config.model_copy(update={"parallel": parallel})
     check_config(config, None, purpose, files=False)
+    rows = check_rows(config) + data_rows(config, purpose)
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, title=f"valid for {purpose}")
-    for name, text in check_rows(config):
-        table.add_row(name, text)
+    for name, text in rows:
+        table.add_row(name, Text(text))  # as it is: not for rich to read
     Console().print(table)
 
 
@@ -413,6 +465,23 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
         ("router trace", f"{trace:,} bytes a token over all pipeline stages"),
         ("  of a batch", trace_text(config, ranks, longest) if kept else "none is kept"),
         *((name, _file_state(path)) for name, path in input_files(config).items()),
+    ]
+
+
+def data_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
+    """What ``check`` shows of the data sets that are there; their mistakes as a run meets them."""
+    from megatron_rl.data.preview import lengths_text
+    from megatron_rl.data.run_data import encode_files, read_files
+
+    files = read_files(config, purpose, missing=True)
+    tokenizer = config.data.tokenizer.path
+    if tokenizer is None or not tokenizer.exists():
+        return [(f"  {name}", f"{len(file.problems):,} lines") for name, file in files.items()]
+    data = encode_files(config, purpose, files)
+    sets = {"train": data.train, "eval": data.eval}
+    return [
+        *((f"  {name}", lengths_text(found)) for name, found in sets.items() if found is not None),
+        *((f"  {name}", text) for name, text in data.facts().items() if files),
     ]
 
 

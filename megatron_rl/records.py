@@ -23,7 +23,7 @@ class Prompt:
     index: int
     #: int64 [P], with the beginning-of-sequence token where the tokenizer has one
     tokens: np.ndarray
-    text: str
+    text: str  #: what the model sees of it: of a chat with the control tokens of the template
     record: Mapping[str, Any]  #: what the verifier needs (numbers and target, answer, tests...)
 
 

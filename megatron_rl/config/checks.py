@@ -88,8 +88,8 @@ def learning_rate_decays(config: Config) -> None:
 
 #: Files a verb cannot do without.
 NEEDED_FILES: dict[str, tuple[str, ...]] = {
-    "train": ("data.tokenizer.path", "data.train", "data.eval"),
-    "sft": ("data.tokenizer.path", "data.train", "data.eval"),
+    "train": ("data.tokenizer.path", "data.train"),
+    "sft": ("data.tokenizer.path", "data.train"),
     "evaluate": ("data.tokenizer.path", "data.eval"),
     "generate": ("data.tokenizer.path",),
     "convert": (),
@@ -114,7 +114,8 @@ def files_exist(config: Config, verb: str) -> None:
             raise UserError(
                 f"{name} is not given; expected a path, which {verb} needs; set --{name}"
             )
-    for name in (*NEEDED_FILES[verb], "checkpoint.init_from"):
+    evaluates = ("data.eval",) if verb in ("train", "sft") else ()
+    for name in (*NEEDED_FILES[verb], *evaluates, "checkpoint.init_from"):
         path = files[name]
         if path is not None and not path.exists():
             raise UserError(
@@ -130,6 +131,11 @@ def best_checkpoints_are_evaluated(config: Config) -> None:
     settings, evaluate = config.checkpoint, config.evaluate
     if not settings.keep_best:
         return
+    if config.data.eval is None:
+        raise UserError(
+            f"checkpoint.keep_best is {settings.keep_best} and data.eval is not given; expected "
+            "held-out problems, whose evaluations tell which is best; set data.eval"
+        )
     if not (settings.every and evaluate.every):
         raise UserError(
             f"checkpoint.keep_best is {settings.keep_best} with checkpoint.every {settings.every} "

@@ -28,6 +28,7 @@ max_sequence_length init_std transformer_engine
 """.split()
 _DATA = """
 tokenizer.kind tokenizer.path train eval prompt_key completion_key pack_tokens pack_multiple
+chat last_turn overlong
 """.split()
 _CHECKPOINT = "every asynchronous keep keep_best best_metric resume changed_data".split()
 

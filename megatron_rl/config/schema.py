@@ -196,9 +196,18 @@ class DataConfig(Section):
     train: Path | None = None
     """JSONL file of training problems, one object a line."""
     eval: Path | None = None
-    """JSONL file of held-out problems."""
+    """JSONL file of held-out problems; null: no evaluation."""
     prompt_key: str = "prompt"
     """Key of the prompt: a string, or a list of chat messages."""
+    chat: Literal["auto", "template", "plain", "rendered"] = "auto"
+    """auto: chat messages by the tokenizer's template, text as it stands; template: text too, as
+    one message of the user; plain: text alone, chats are refused; rendered: text in which the
+    template's control tokens stand already, nothing is added. In the others they are text."""
+    last_turn: Literal["refuse", "reference"] = "refuse"
+    """Chats whose last message is the assistant's. reference: it is kept out of the prompt and
+    stands for a completion (sft) or ``answer`` (train, evaluate) that the record lacks."""
+    overlong: Literal["refuse", "skip"] = "refuse"
+    """Lines that are too long for model.max_sequence_length; skip: leave them out, counted."""
     completion_key: str = "completion"
     """Key of the reference answer (supervised fine-tuning)."""
     shuffle: bool = True

@@ -1,1 +1,1 @@
-"""Tokenizers, data sets of prompts and samples, and the packing of sequences into micro-batches."""
+"""Tokenizers, data sets of prompts and samples, their preview, and the packing of sequences."""

@@ -1,91 +1,85 @@
-"""Data sets: JSONL files of problems and of samples, and a cursor over problems that can be saved
-and resumed.
+"""Data sets: the problems and samples of a file as the model will see them, and a cursor over them
+that can be saved and resumed.
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Mapping, Sequence, TypeVar
+from typing import Any, Callable, Generic, Literal, Mapping, Sequence, TypeVar
 
 import numpy as np
 
-from megatron_rl.data.tokenizers import PromptText, Tokenizer
+from megatron_rl.data.jsonl import place
+from megatron_rl.data.problems import Problem, ProblemFile
+from megatron_rl.data.rendering import Rendering
 from megatron_rl.errors import UserError
 from megatron_rl.records import Prompt, Sample
 
 Item = TypeVar("Item")
 
 
-def load_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file in order; blank lines at the end are allowed, and nowhere else.
+@dataclass(frozen=True)
+class DataSet(Generic[Item]):
+    """What a run takes from a file."""
 
-    ``UserError`` names the file and the line (from 1): no file, not UTF-8, no JSON, not an object,
-    no line at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"data set {path} does not exist; expected a JSONL file; "
-            "correct data.train or data.eval"
+    path: Path
+    items: list[Item]
+    lines: int  #: of the file
+    limit: int  #: most tokens of an item
+    #: lines left out because they are longer: index of the line and its tokens
+    skipped: tuple[tuple[int, int], ...]
+    notes: Counter[str]  #: what was done to lines, and to how many
+    kinds: Counter[type]  #: prompts that are text (``str``) and chats (``list``)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def skips(self) -> str:
+        """What was left out and why; "" if nothing was."""
+        if not self.skipped:
+            return ""
+        (first, length), *_ = self.skipped
+        return (
+            f"{len(self.skipped):,} of {self.lines:,} lines skipped, longer than {self.limit:,} "
+            f"tokens: the first is line {first + 1} with {length:,}"
         )
-    try:
-        text = path.read_bytes().decode("utf-8").rstrip()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start} is not UTF-8; expected a JSONL file in UTF-8; convert it"
-        ) from error
-    if not text:
-        raise UserError(
-            f"{path}: empty data set; expected one JSON object a line; "
-            "fill the file or name another"
-        )
-    # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
-    return [
-        _parse_line(path, number, line) for number, line in enumerate(text.split("\n"), start=1)
-    ]
 
 
 def load_prompts(
-    path: Path, tokenizer: Tokenizer, prompt_key: str, max_prompt_tokens: int
-) -> list[Prompt]:
-    """The problems of a JSONL file; ``index`` counts lines from 0.
+    file: ProblemFile, rendering: Rendering, limit: int, overlong: Literal["refuse", "skip"]
+) -> DataSet[Prompt]:
+    """The problems of a file; ``index`` counts its lines from 0.
 
-    ``UserError`` as in ``load_records``, and where the prompt is missing, neither text nor chat
-    messages, empty, or longer than ``max_prompt_tokens``.
+    ``UserError`` names file and line: a prompt that the tokenizer's template does not take, of no
+    tokens, or of more than ``limit`` where ``overlong`` is refuse; also where no line is left.
     """
-    prompts = []
-    for index, record in enumerate(load_records(path)):
-        prompt = _prompt_of(path, index, record, prompt_key)
-        tokens = tokenizer.encode_prompt(prompt)
-        _check_length(path, index, "prompt", len(tokens), max_prompt_tokens)
-        prompts.append(Prompt(index, np.array(tokens, dtype=np.int64), _as_text(prompt), record))
-    return prompts
+
+    def prompt_of(problem: Problem) -> tuple[Prompt, int]:
+        ids, text = rendering.prompt(problem.prompt, file.notes)
+        tokens = np.array(ids, dtype=np.int64)
+        return Prompt(problem.index, tokens, text, problem.record), len(ids)
+
+    return _load(file, "prompt", prompt_of, limit, overlong)
 
 
 def load_samples(
-    path: Path, tokenizer: Tokenizer, prompt_key: str, completion_key: str, max_tokens: int
-) -> list[Sample]:
-    """The samples of a JSONL file for supervised fine-tuning.
+    file: ProblemFile, rendering: Rendering, limit: int, overlong: Literal["refuse", "skip"]
+) -> DataSet[Sample]:
+    """The samples of a file for supervised fine-tuning, each with its reference answer.
 
-    Every completion ends with the end-of-sequence token.
-    ``UserError`` as in ``load_prompts``, with ``max_tokens`` as the limit of prompt and completion
-    together, and where the completion is missing or not text.
+    Every one ends with the end-of-sequence token. ``UserError`` as in ``load_prompts``, with
+    ``limit`` for prompt and completion together.
     """
-    samples = []
-    for index, record in enumerate(load_records(path)):
-        prompt = tokenizer.encode_prompt(_prompt_of(path, index, record, prompt_key))
-        completion = _value_of(path, index, record, completion_key)
-        if not isinstance(completion, str):
-            kind = type(completion).__name__
-            raise UserError(
-                f"{_place(path, index)}: {completion_key!r} is {kind}; expected text; "
-                "correct the line"
-            )
-        tokens = prompt + tokenizer.encode(completion) + [tokenizer.eos_id]
-        _check_length(path, index, "prompt and completion", len(tokens), max_tokens)
-        samples.append(Sample(np.array(tokens, dtype=np.int64), prompt_length=len(prompt)))
-    return samples
+
+    def sample_of(problem: Problem) -> tuple[Sample, int]:
+        prompt, _ = rendering.prompt(problem.prompt, file.notes)
+        tokens = prompt + rendering.completion(problem.completion or "", file.notes)
+        sample = Sample(np.array(tokens, dtype=np.int64), prompt_length=len(prompt))
+        return sample, len(tokens) if prompt else 0
+
+    return _load(file, "prompt and completion", sample_of, limit, overlong)
 
 
 class PromptSource(Generic[Item]):
@@ -158,64 +152,40 @@ class PromptSource(Generic[Item]):
         return generator.permutation(len(self._prompts))
 
 
-def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+def _load(
+    file: ProblemFile,
+    what: str,
+    item_of: Callable[[Problem], tuple[Item, int]],
+    limit: int,
+    overlong: Literal["refuse", "skip"],
+) -> DataSet[Item]:
+    """The items of a file's problems, by a function that gives one and its tokens."""
+    items, skipped, kinds = [], [], Counter()
+    for problem in file.problems:
+        where = place(file.path, problem.index)
+        try:
+            item, length = item_of(problem)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if length == 0:
+            raise UserError(
+                f"{where}: the prompt has no tokens; expected at least one; correct the line"
+            )
+        if length > limit and overlong == "refuse":
+            raise UserError(
+                f"{where}: {what} of {length} tokens; expected at most {limit}; shorten it, raise "
+                "model.max_sequence_length, or leave such lines out with data.overlong skip"
+            )
+        if length > limit:
+            skipped.append((problem.index, length))
+            continue
+        items.append(item)
+        kinds[str if isinstance(problem.prompt, str) else list] += 1
+    lines = len(file.problems)
+    data = DataSet(file.path, items, lines, limit, tuple(skipped), file.notes, kinds)
+    if not items:
         raise UserError(
-            f"{path}, line {number}: not JSON ({error}); expected one object a line; correct it"
-        ) from error
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise UserError(
-            f"{path}, line {number}: a JSON {kind}; expected an object {{...}}; correct the line"
+            f"{file.path}: {data.skips()}; expected at least one that fits; raise "
+            "model.max_sequence_length"
         )
-    return record
-
-
-def _place(path: Path, index: int) -> str:
-    return f"{path}, line {index + 1}"
-
-
-def _value_of(path: Path, index: int, record: Mapping[str, Any], key: str) -> Any:
-    if key not in record:
-        found = ", ".join(record) or "no keys"
-        raise UserError(
-            f"{_place(path, index)}: no {key!r} among {found}; expected it in every line; "
-            "correct the line or set data.prompt_key and data.completion_key"
-        )
-    return record[key]
-
-
-def _prompt_of(path: Path, index: int, record: Mapping[str, Any], key: str) -> PromptText:
-    prompt = _value_of(path, index, record, key)
-    is_chat = isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        for message in prompt
-    )
-    if not prompt or not (isinstance(prompt, str) or is_chat):
-        raise UserError(
-            f"{_place(path, index)}: {key!r} is {json.dumps(prompt)[:60]}; "
-            "expected text or a list of chat messages with "
-            "role and content, not empty; correct the line"
-        )
-    return prompt
-
-
-def _check_length(path: Path, index: int, what: str, length: int, limit: int) -> None:
-    if length == 0:
-        raise UserError(
-            f"{_place(path, index)}: the {what} has no tokens; expected at least one; "
-            "correct the line"
-        )
-    if length > limit:
-        raise UserError(
-            f"{_place(path, index)}: {what} of {length} tokens; expected at most {limit}; "
-            "shorten it, drop the line or raise model.max_sequence_length"
-        )
-
-
-def _as_text(prompt: PromptText) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return data

@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, Sequence
+from typing import TYPE_CHECKING, Callable, Protocol, Sequence
 
+from megatron_rl.data.chat_template import ChatTemplate
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_rl.config.schema import TokenizerConfig
-
-#: A prompt: text, or chat messages, each with "role" and "content".
-PromptText = str | Sequence[Mapping[str, Any]]
+    from megatron_rl.data.problems import PromptText
 
 #: Stands in a decoded text for every id past the tokenizer's vocabulary (a model may have more rows
 #: than that).
 REPLACEMENT = "\ufffd"
+
+#: How SentencePiece writes a space in its pieces.
+_SPACE = "\u2581"
 
 #: End-of-sequence tokens looked for in a tokenizer.json that comes without a tokenizer_config.json.
 _END_TOKENS = (
@@ -39,16 +41,28 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int
     pad_id: int  #: the end-of-sequence id where the tokenizer has no padding token
+    has_chat_template: bool
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens added."""
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        """Ids of a text, without special tokens added. ``control``: the texts of control tokens in
+        it, such as ``<|im_end|>``, become those tokens; else they are text like any other.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens; ``REPLACEMENT`` for each id past the vocabulary."""
 
+    def show(self, ids: Sequence[int]) -> str:
+        """As ``decode``, for people: with the special tokens."""
+
+    def piece(self, token: int) -> str:
+        """The text of one id, with the space that it begins with."""
+
+    def find_control(self, text: str) -> str | None:
+        """The first text of a control token in a text."""
+
     def encode_prompt(self, prompt: PromptText) -> list[int]:
         """Ids a completion is to follow: with the beginning-of-sequence token, chat messages
-        through the template.
+        through the template. What the user wrote stays text.
         """
 
 
@@ -82,12 +96,39 @@ class SentencePieceTokenizer:
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int = eos
         self.pad_id: int = pad if pad >= 0 else eos
+        self.has_chat_template = False
+        control = filter(self._processor.is_control, range(self.vocab_size))
+        self._control = {token: self._processor.id_to_piece(token) for token in control}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        if control:
+            raise UserError(
+                "data.chat is rendered; a SentencePiece tokenizer reads no control tokens in text; "
+                "use data.tokenizer.kind huggingface or another data.chat"
+            )
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return _decode_runs(ids, self.vocab_size, self._processor.decode)
+
+    def show(self, ids: Sequence[int]) -> str:
+        def shown(run: list[int]) -> str:
+            text, start = "", 0
+            for place, token in enumerate([*run, None]):
+                if token is None or token in self._control:
+                    text += self._processor.decode(run[start:place]) if place > start else ""
+                    text += self._control.get(token, "")
+                    start = place + 1
+            return text
+
+        return _decode_runs(ids, self.vocab_size, shown)
+
+    def piece(self, token: int) -> str:
+        known = 0 <= token < self.vocab_size
+        return self._processor.id_to_piece(token).replace(_SPACE, " ") if known else REPLACEMENT
+
+    def find_control(self, text: str) -> str | None:
+        return next((piece for piece in self._control.values() if piece in text), None)
 
     def encode_prompt(self, prompt: PromptText) -> list[int]:
         if not isinstance(prompt, str):
@@ -116,47 +157,50 @@ class HuggingFaceTokenizer:
         self.eos_id: int = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.eos_id if pad is None else pad
+        self.has_chat_template = bool(self._tokenizer.chat_template)
+        self._template = ChatTemplate(self._tokenizer, path)
+        #: end-of-sequence tokens that the tokenizer itself puts behind a text
+        ends = (n for n, token in enumerate(reversed(self._begun("a"))) if token != self.eos_id)
+        self._num_ends = next(ends, 0)
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        return self._tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=not control, verbose=False
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
-        return _decode_runs(ids, self.vocab_size, self._decode_known)
+        return _decode_runs(ids, self.vocab_size, lambda run: self._decode_known(run, True))
+
+    def show(self, ids: Sequence[int]) -> str:
+        return _decode_runs(ids, self.vocab_size, lambda run: self._decode_known(run, False))
+
+    def piece(self, token: int) -> str:
+        if not 0 <= token < self.vocab_size:
+            return REPLACEMENT
+        starts = (self._tokenizer.convert_ids_to_tokens(token) or "").startswith(_SPACE)
+        text = self.show([token])
+        return " " + text.removeprefix(" ") if starts else text
+
+    def find_control(self, text: str) -> str | None:
+        found = self._template.control.search(text)
+        return None if found is None else found[0]
 
     def encode_prompt(self, prompt: PromptText) -> list[int]:
         """Begun as the tokenizer itself begins a text, but never ended; chat by its template."""
         if not isinstance(prompt, str):
-            return self.encode(self._render(prompt))  # the template writes its own special tokens
-        ids = self._tokenizer.encode(prompt, add_special_tokens=True)
-        added = self._num_ends(ids) - self._num_ends(self.encode(prompt))
-        return ids[: len(ids) - added] if added > 0 else ids
+            return self._template.encode(prompt)  # it writes its own special tokens
+        ids = self._begun(prompt)
+        return ids[: len(ids) - self._num_ends]
 
-    def _num_ends(self, ids: list[int]) -> int:
-        """End-of-sequence tokens at the end."""
-        return next((n for n, token in enumerate(reversed(ids)) if token != self.eos_id), len(ids))
-
-    def _decode_known(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    def _begun(self, text: str) -> list[int]:
+        return self._tokenizer.encode(
+            text, add_special_tokens=True, split_special_tokens=True, verbose=False
         )
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"a prompt of chat messages, but {self._path} has no chat template; "
-                "expected one in "
-                "chat_template.jinja or tokenizer_config.json; add it or use prompts of plain text"
-            )
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"chat messages the template of {self._path} refuses: {error}; correct the prompt"
-            ) from error
+    def _decode_known(self, ids: list[int], skip: bool) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+        )
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Mapping
+from typing import Any, Callable, Mapping
 
 from megatron_rl.rewards.base import Reward, Verifier
-from megatron_rl.rewards.code import verify_code
-from megatron_rl.rewards.countdown import verify_countdown
-from megatron_rl.rewards.math import verify_math
+from megatron_rl.rewards.code import check_code_record, verify_code
+from megatron_rl.rewards.countdown import check_countdown_record, verify_countdown
+from megatron_rl.rewards.math import check_math_record, verify_math
+from megatron_rl.rewards.sandbox import Limits, check_limits
 
 #: Every verifier, by the name ``reward.name`` gives it.
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
@@ -19,4 +20,19 @@ VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
     }
 )
 
-__all__ = ["VERIFIERS", "Reward", "Verifier"]
+#: What a verifier needs of a record, by the same names: ``UserError`` where a record lacks it, so
+#: that a run can look at every line before it starts. Cheap: no process, no completion.
+RECORD_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = MappingProxyType(
+    {
+        "countdown": check_countdown_record,
+        "math": check_math_record,
+        "code": check_code_record,
+    }
+)
+
+#: What some verifiers need of the machine: ``UserError`` where this process lacks it.
+MACHINE_CHECKS: Mapping[str, Callable[[], None]] = MappingProxyType(
+    {"code": lambda: check_limits(Limits())}
+)
+
+__all__ = ["MACHINE_CHECKS", "RECORD_CHECKS", "VERIFIERS", "Reward", "Verifier"]

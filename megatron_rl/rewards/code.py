@@ -10,9 +10,10 @@ LeetCode), of which each call makes an instance; ``entry_point`` is then "f" or 
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any, Iterable, Mapping
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, one_line
 from megatron_rl.rewards.base import Reward, make_reward, require
 from megatron_rl.rewards.fences import begins_with_fence, fenced_blocks, loose_blocks
 from megatron_rl.rewards.sandbox import Limits, run_program
@@ -28,9 +29,7 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     Raises ``UserError`` if the record lacks ``tests`` or ``entry_point``, or where the sandbox
     cannot be had.
     """
-    entry_point = _text(require(record, "entry_point", "code"), "entry_point")
-    key = "test" if "test" in record and "tests" not in record else "tests"
-    tests = _text(require(record, key, "code"), key)
+    entry_point, tests = _problem(record)
     if not completion.strip():
         return make_reward(False, False, "no answer")
     if len(completion) > MAX_CHARACTERS:
@@ -41,6 +40,28 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     programs = build_programs(prompt if isinstance(prompt, str) else "", completion, entry_point)
     outcome = run_program(programs, tests, entry_point, Limits())
     return make_reward(outcome.passed, outcome.compiled, outcome.reason)
+
+
+def check_code_record(record: Mapping[str, Any]) -> None:
+    """``UserError`` if the record lacks ``tests`` or ``entry_point``, the tests are no Python, or
+    the entry point is no name: no completion could pass.
+    """
+    entry_point, tests = _problem(record)
+    owner, _, name = entry_point.rpartition("().")  # of a method: "Solution().f"
+    if not name.isidentifier() or not (owner or "C").isidentifier():
+        raise UserError(
+            f"entry_point {entry_point[:60]!r}; the verifier 'code' expects the name of a function "
+            "or class; correct the data set"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tests such as `assert f(2) is 4`
+            compile(tests, "tests", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"tests that do not compile ({one_line(error)[:120]}); the verifier 'code' expects "
+            "Python source; correct the data set"
+        ) from error
 
 
 def build_programs(prompt: str, completion: str, entry_point: str) -> list[str]:
@@ -104,6 +125,13 @@ def _definition(name: str) -> re.Pattern[str]:
     statement = rf"(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b"
     assignment = rf"{name}[ \t]*(?::[^=\n]*)?=[ \t]*lambda\b"
     return re.compile(rf"^(?:{statement}|{assignment})", re.MULTILINE)
+
+
+def _problem(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Entry point and tests."""
+    entry_point = _text(require(record, "entry_point", "code"), "entry_point")
+    key = "test" if "test" in record and "tests" not in record else "tests"
+    return entry_point, _text(require(record, key, "code"), key)
 
 
 def _text(value: Any, key: str) -> str:

@@ -172,6 +172,18 @@ class _Parser:
         return repr(self._tokens[self._next]) if self._next < len(self._tokens) else "the end"
 
 
+def check_countdown_record(record: Mapping[str, Any]) -> None:
+    """``UserError`` if the record lacks ``numbers`` or ``target``, they are of another kind, or no
+    answer of the grammar could use the numbers.
+    """
+    numbers, _ = _problem(record)
+    if not numbers or not all(0 <= number < 10**MAX_DIGITS for number in numbers):
+        raise UserError(
+            f"numbers {_listed(numbers) or '[]'}; the verifier 'countdown' expects at least one, "
+            f"none negative, each of at most {MAX_DIGITS} digits; correct the data set"
+        )
+
+
 def _problem(record: Mapping[str, Any]) -> tuple[list[int], int]:
     numbers = require(record, "numbers", "countdown")
     target = require(record, "target", "countdown")

@@ -67,6 +67,11 @@ class MathVerifier:
 verify_math = MathVerifier()
 
 
+def check_math_record(record: Mapping[str, Any]) -> None:
+    """``UserError`` if the record has no ``answer``, or one that no completion could match."""
+    reference_answer(require(record, "answer", "math"))
+
+
 def reference_answer(answer: Any) -> str:
     """What follows the last "####" if there is one; ``UserError`` if it is empty or no text."""
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -120,6 +121,21 @@ def _run_once(job: bytes, limits: Limits) -> Outcome | None:
     if killed and not decided:
         return None
     return _judge(lines, stopped, child.returncode, token, limits)
+
+
+def check_limits(limits: Limits) -> None:
+    """``UserError`` where the limits of this process (ulimit) leave a program less than that."""
+    allowed = (
+        ("-t", resource.RLIMIT_CPU, limits.cpu_s + 1, "s of processor time"),
+        ("-v", resource.RLIMIT_AS, limits.memory_mib * 2**20, "bytes of address space"),
+    )
+    for flag, limit, wanted, what in allowed:
+        hard = resource.getrlimit(limit)[1]
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise UserError(
+                f"`ulimit {flag}` leaves {hard:,} {what}; the verifier 'code' expects at least "
+                f"{wanted:,} for each program; raise it, or set reward.name to another verifier"
+            )
 
 
 def _start(

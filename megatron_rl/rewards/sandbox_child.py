@@ -85,6 +85,10 @@ def confine(cpu_s: int, memory_mib: int, parent: int) -> None:
         (resource.RLIMIT_NOFILE, 64, 64),
         (resource.RLIMIT_NPROC, 0, 0),
     ):
+        # Fewer open files, by the user's limit, do; of others `sandbox.check_limits` has said so.
+        most = resource.getrlimit(limit)[1] if limit == resource.RLIMIT_NOFILE else -1
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
         resource.setrlimit(limit, (soft, hard))
     libc = ctypes.CDLL(None, use_errno=True)
     program = build_filter(platform.machine())

@@ -15,14 +15,15 @@ def due(every: int, number: int) -> bool:
 
 def evaluation_due(config: Config, number: int) -> bool:
     """Whether an evaluation follows step ``number``."""
+    if config.data.eval is None:
+        return False
     return due(config.evaluate.every, number) or number == config.train.steps
 
 
 def evaluation_owed(session: Session, done: int) -> bool:
     """Whether the step's record is there without the evaluation that was due. A collective."""
-    is_due = evaluation_due(session.config, done) and session.config.data.eval is not None
     return (
-        is_due
+        evaluation_due(session.config, done)
         and together(
             session.groups.world,
             lambda: session.is_main and last_evaluated(session.run_dir, done) is False,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Sequence, Sized
-
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
 from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig, RolloutConfig
-from megatron_rl.records import Prompt
+from megatron_rl.data.run_data import RunData
 from megatron_rl.training.session import Session
 from megatron_rl.training.trace_memory import longest_sequence, trace_fact
 
@@ -27,23 +25,23 @@ def run_facts(session: Session) -> dict[str, str]:
     return facts
 
 
-def sft_facts(config: Config, samples: Sized, held_out: Sized) -> dict[str, str]:
+def sft_facts(config: Config, data: RunData) -> dict[str, str]:
     """The data of supervised fine-tuning."""
     return {
-        "data": f"{len(samples):,} samples ({config.data.train}), "
-        f"{len(held_out):,} held-out problems ({config.data.eval})",
+        "data": f"{len(data.train):,} samples ({config.data.train}), "
+        + _held_out(config, data, "held-out problems"),
+        **data.facts(),
         "step": f"{config.train.batch_size} samples",
     }
 
 
-def train_facts(
-    config: Config, problems: Sequence[Prompt], held_out: Sized, world_size: int
-) -> dict[str, str]:
+def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str]:
     """The data, the algorithm and the size of a step of reinforcement learning."""
-    rollout, algorithm = config.rollout, config.algorithm
+    rollout, algorithm, problems = config.rollout, config.algorithm, data.train.items
     facts = {
         "data": f"{len(problems):,} problems ({config.data.train}), "
-        f"{len(held_out):,} held-out ({config.data.eval}), reward {config.reward.name}",
+        f"{_held_out(config, data, 'held-out')}, reward {config.reward.name}",
+        **data.facts(),
         "step": f"{rollout.prompts_per_step} problems x {rollout.samples_per_prompt} answers of "
         f"{rollout.max_new_tokens} tokens at most, {algorithm.mini_batches} mini-batches x "
         f"{algorithm.epochs} epoch{'' if algorithm.epochs == 1 else 's'}",
@@ -53,6 +51,12 @@ def train_facts(
         longest = longest_sequence(config, problems)
         facts["router trace"] = trace_fact(config, world_size, longest)
     return facts
+
+
+def _held_out(config: Config, data: RunData, what: str) -> str:
+    if data.eval is None:
+        return "no evaluation: data.eval is not given"
+    return f"{len(data.eval):,} {what} ({config.data.eval})"
 
 
 def _servers(rollout: RolloutConfig) -> str:

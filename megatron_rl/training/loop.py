@@ -38,7 +38,7 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
     checkpoints = Checkpoints(session, policy, task, done or 0)
     with session.stop, checkpoints, writer or contextlib.nullcontext():
         steps = _Steps(session, writer, checkpoints, task)
-        if done is None or owed:
+        if owed or (done is None and session.config.data.eval is not None):
             if not steps.evaluate_first(done):
                 return False
         for number in range((done or 0) + 1, total + 1):

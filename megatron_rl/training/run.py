@@ -1,7 +1,6 @@
 """The verbs that need the model: train, sft, evaluate, generate.
 
-Tokenizer and data are read before the ranks are joined and the model is built: a mistake in them
-costs little, and every rank finds it by itself.
+Tokenizer and data have been read and checked by then (``data/run_data.py``), on every rank.
 """
 
 from __future__ import annotations
@@ -10,16 +9,14 @@ import contextlib
 from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
-import numpy as np
-
 from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step
 from megatron_rl.config.schema import Config
-from megatron_rl.data.prompts import load_prompts, load_samples
-from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rl.data.run_data import RunData
+from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import read_launch
 from megatron_rl.errors import UserError
 from megatron_rl.files import written_for_the_user
@@ -46,10 +43,9 @@ from megatron_rl.training.trace_memory import check_trace_fits, longest_sequence
 MakeTask = Callable[[Session, Policy, Engine], Task]
 
 
-def train(config: Config) -> None:
-    """Reinforcement learning from ``data.train``, evaluated on ``data.eval``."""
-    tokenizer = _tokenizer(config)
-    problems, held_out = (_prompts(config, tokenizer, split) for split in ("train", "eval"))
+def train(config: Config, data: RunData) -> None:
+    """Reinforcement learning from ``data.train``, evaluated on ``data.eval`` where it is given."""
+    problems, held_out = data.train.items, _held_out(data)
     identity = run_identity(config, "train", problems, held_out)
     check_continuation(config, identity)
 
@@ -59,26 +55,21 @@ def train(config: Config) -> None:
         return Reinforce(session, policy, engine, problems, held_out, identity)
 
     updates = config.train.steps * updates_per_step(config.algorithm)
-    facts = train_facts(config, problems, held_out, read_launch().world_size)
-    _run(config, "train", tokenizer, facts, updates, make_task)
+    facts = train_facts(config, data, read_launch().world_size)
+    _run(config, "train", data.tokenizer, facts, updates, make_task)
 
 
-def sft(config: Config) -> None:
+def sft(config: Config, data: RunData) -> None:
     """Supervised fine-tuning on the prompts and answers of ``data.train``."""
-    tokenizer, data = _tokenizer(config), config.data
-    longest = config.model.max_sequence_length
-    samples = load_samples(
-        data.train, tokenizer, data.prompt_key, data.completion_key, max_tokens=longest
-    )
-    held_out = _prompts(config, tokenizer, "eval")
+    samples, held_out = data.train.items, _held_out(data)
     identity = run_identity(config, "sft", samples, held_out)
     check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
         return Supervised(session, policy, engine, samples, held_out, identity)
 
-    facts = sft_facts(config, samples, held_out)
-    _run(config, "sft", tokenizer, facts, config.train.steps, make_task)
+    facts = sft_facts(config, data)
+    _run(config, "sft", data.tokenizer, facts, config.train.steps, make_task)
 
 
 def _run(
@@ -121,66 +112,44 @@ def _report(session: Session, complete: bool) -> None:
     session.console.note(f"report: {report}")
 
 
-def evaluate(config: Config, *, base: bool = False) -> None:
+def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
     """Evaluate the newest weights of the run on ``data.eval``; ``base``: those a new run would
     start from.
     """
     _check_weights(config, base)
-    tokenizer = _tokenizer(config)
-    problems = _prompts(config, tokenizer, "eval")
-    with open_session(config, "evaluate", None, tokenizer) as session:
+    problems = _held_out(data)
+    with open_session(config, "evaluate", None, data.tokenizer) as session:
         engine, weights, step = _load_engine(session, base)
-        data = f"{len(problems):,} problems ({config.data.eval}), reward {config.reward.name}"
-        session.console.header({**run_facts(session), "weights": weights, "data": data})
+        what = f"{len(problems):,} problems ({config.data.eval}), reward {config.reward.name}"
+        facts = {"weights": weights, "data": what, **data.facts()}
+        session.console.header({**run_facts(session), **facts})
         sums = session.new_sums()
         with contextlib.closing(engine):
             evaluate_problems(session, engine, problems, sums)
         session.console.eval(step, session.reduce(sums))
 
 
-def generate(config: Config, prompts: Sequence[str], *, base: bool = False) -> None:
-    """Print a sampled answer to each prompt, of the weights that `evaluate` takes."""
+def generate(
+    config: Config,
+    data: RunData,
+    problems: Sequence[Prompt],
+    *,
+    greedy: bool = False,
+    base: bool = False,
+) -> None:
+    """Print an answer to each problem, of the weights that `evaluate` takes."""
     _check_weights(config, base)
-    tokenizer = _tokenizer(config)
-    problems = [
-        Prompt(i, np.array(tokenizer.encode_prompt(text), dtype=np.int64), text, {})
-        for i, text in enumerate(prompts)
-    ]
-    _check_room(config, problems)
-    with open_session(config, "generate", None, tokenizer) as session:
+    with open_session(config, "generate", None, data.tokenizer) as session:
         engine, _, _ = _load_engine(session, base)
-        settings = sampling_settings(config.rollout, samples=1, greedy=False, seed=config.seed)
+        settings = sampling_settings(config.rollout, samples=1, greedy=greedy, seed=config.seed)
         mine = problems if session.groups.data.rank() == 0 else []
         with contextlib.closing(engine):
             for group in engine.generate(mine, settings):
                 session.console.note(f"{group.prompt.text}{group.completions[0].text}")
 
 
-def _tokenizer(config: Config) -> Tokenizer:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    return tokenizer
-
-
-def _prompts(config: Config, tokenizer: Tokenizer, split: str) -> list[Prompt]:
-    path = getattr(config.data, split)
-    prompts = load_prompts(path, tokenizer, config.data.prompt_key, _room(config))
-    return prompts[: config.evaluate.problems] if split == "eval" else prompts
-
-
-def _room(config: Config) -> int:
-    """Longest prompt, tokens."""
-    return config.model.max_sequence_length - config.rollout.max_new_tokens
-
-
-def _check_room(config: Config, problems: Sequence[Prompt]) -> None:
-    for problem in problems:
-        if not 0 < len(problem.tokens) <= _room(config):
-            raise UserError(
-                f"--prompt {problem.text!r} has {len(problem.tokens)} tokens; expected 1 to "
-                f"{_room(config)}; change it, raise model.max_sequence_length or lower "
-                "rollout.max_new_tokens"
-            )
+def _held_out(data: RunData) -> list[Prompt]:
+    return [] if data.eval is None else data.eval.items
 
 
 def _check_weights(config: Config, base: bool) -> None:

@@ -63,13 +63,14 @@ def test_the_step_0_evaluation_is_that_of_the_weights_it_starts_from(folder, rl_
 def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
     assert rl_run.err == ""  # no warning, no log line of a library
     lines = rl_run.out.splitlines()
-    header = dict(line.split("  ", 1) for line in lines[:8])
+    header = dict(line.split("  ", 1) for line in lines[:9])
     assert {name: text.strip() for name, text in header.items()} == {
         "run": "runs/rl",
         "model": "35,296 parameters, 23,008 active for a token: 2 layers (2 MoE), 4 experts, top-2",
         "layout": "2 ranks: data 2, expert 2",
         "device": "cpu, fp32",
         "data": "24 problems (data/train.jsonl), 16 held-out (data/eval.jsonl), reward countdown",
+        "prompts": "text as it stands (data.chat auto)",
         "step": "8 problems x 4 answers of 12 tokens at most, 2 mini-batches x 1 epoch",
         "algorithm": "rspo, group_norm advantages, router shift with floor 0.8",
         "router trace": "20 bytes a token over all pipeline stages; at most 6.25 KiB of device "
@@ -160,6 +161,16 @@ def test_generate_answers_each_prompt_as_the_run_did(folder, sft_run):
     done = succeed("generate", "sft.yaml", *ONE_RANK, "--rollout.top_k=1", *prompts, cwd=folder)
     assert done.out.splitlines() == answers and len(answers) == 4
     assert done.err == ""
+
+
+def test_without_held_out_problems_nothing_is_evaluated(folder, sft_run):
+    words = ["--run_dir", "runs/no_eval", "--data.eval", "null", "--train.steps", "1"]
+    done = succeed("train", "rl.yaml", *ONE_RANK, *words, cwd=folder)
+    data = "24 problems (data/train.jsonl), no evaluation: data.eval is not given, reward countdown"
+    assert f"  {data}\n" in done.out and "eval at step" not in done.out
+    assert done.out.splitlines()[-1] == "report: runs/no_eval/report.html"
+    (metrics,) = records(folder / "runs" / "no_eval" / "metrics.jsonl")
+    assert metrics["step"] == 1 and not [name for name in metrics if name.startswith("eval/")]
 
 
 def test_check_shows_ranks_memory_and_trace(folder):

@@ -1,5 +1,7 @@
 """The command line: exit codes, one-line errors, dispatch and a start without heavy imports."""
 
+import os
+import re
 import subprocess
 import sys
 import types
@@ -10,18 +12,23 @@ import pytest
 from megatron_rl import __version__
 from megatron_rl.cli import PATIENCE_S, VERBS, main, split_overrides
 from megatron_rl.errors import UserError
+from tests.support.chat_tokenizers import save_qwen
+from tools.data.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
+PROBLEM = '{"prompt": "3 4=7:", "completion": "3+4", "numbers": [3, 4], "target": 7}'
+TOKENIZER = train_tokenizer(["3 4=7:+-2bc\n"], "char", 32)
 
 
 @pytest.fixture
 def run_yaml(tmp_path, monkeypatch):
-    """A valid run.yaml with its (empty) files, in the current directory."""
+    """A valid run.yaml with its files, in the current directory."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("tok.model", "train.jsonl", "eval.jsonl"):
-        Path(name).touch()
+    Path("tok.model").write_bytes(TOKENIZER)
+    for name in ("train.jsonl", "eval.jsonl"):
+        Path(name).write_text(PROBLEM + "\n")
     Path("run.yaml").write_text(
         "model: {preset: tiny_moe}\n"
         "data: {tokenizer: {path: tok.model}, train: train.jsonl, eval: eval.jsonl}\n"
@@ -35,10 +42,10 @@ def training(monkeypatch):
     calls = []
     module = types.ModuleType("megatron_rl.training.run")
     for verb in ("train", "sft"):
-        setattr(module, verb, lambda config, verb=verb: calls.append((verb, config)))
-    module.evaluate = lambda config, base: calls.append(("evaluate", config, base))
-    module.generate = lambda config, prompts, base: calls.append(
-        ("generate", config, prompts, base)
+        setattr(module, verb, lambda config, data, verb=verb: calls.append((verb, config, data)))
+    module.evaluate = lambda config, data, base: calls.append(("evaluate", config, data, base))
+    module.generate = lambda config, data, problems, greedy, base: calls.append(
+        ("generate", config, data, problems, greedy, base)
     )
     device = types.ModuleType("megatron_rl.device.select")
     device.select_device = lambda config, launch: None
@@ -63,13 +70,17 @@ def test_a_verb_gets_the_config_with_its_overrides(run_yaml, training, verb):
     assert main([verb, "--seed=6", run_yaml]) == 0
     assert [(call[0], call[1].seed) for call in training] == [(verb, 5), (verb, 6)]
     assert training[0][1].algorithm.settings == {"clip_low": 0.3}
+    data = training[0][2]
+    read = {"train": [1, 1], "sft": [1, 1], "evaluate": [0, 1]}[verb]
+    assert [0 if split is None else len(split) for split in (data.train, data.eval)] == read
 
 
 def test_generate_gets_every_prompt(run_yaml, training):
     words = ["generate", run_yaml, "--prompt", "--2+2", "--rollout.top_k", "5", "--prompt=b c"]
     assert main(words) == 0
-    verb, config, prompts, base = training[0]
-    assert (verb, config.rollout.top_k, prompts, base) == ("generate", 5, ["--2+2", "b c"], False)
+    verb, config, _, problems, greedy, base = training[0]
+    assert (verb, config.rollout.top_k, greedy, base) == ("generate", 5, False, False)
+    assert [problem.text for problem in problems] == ["--2+2", "b c"]
 
 
 def test_the_base_model_is_asked_for_by_name(run_yaml, training):
@@ -88,6 +99,22 @@ def test_preflight_takes_the_words_of_evaluate(run_yaml, capsys):
     """As tools/launch/torchrun.sh hands them on; it gets as far as the address."""
     words = ["--base", "--for=evaluate", "--nodes=2", "--node=0", "--ranks-per-node=1", "--meet=x"]
     assert refusal(capsys, "preflight", run_yaml, *words) == "--meet is 'x'; expected HOST:PORT"
+
+
+def test_generate_greedily_and_in_chat_form(run_yaml, training, capsys):
+    assert main(["generate", run_yaml, "--greedy", "--prompt", "2+2"]) == 0
+    assert training[0][4] is True
+    words = ["generate", run_yaml, "--chat", "--prompt", "2+2"]
+    assert refusal(capsys, *words).startswith("data.chat is template and the tokenizer has no chat")
+    save_qwen(Path("qwen"))
+    huggingface = ["--data.tokenizer.kind", "huggingface", "--data.tokenizer.path", "qwen"]
+    assert main([*words, *huggingface, "--model.vocab_size=512"]) == 0
+    _, config, _, problems, greedy, _ = training[1]
+    turn = "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n"
+    assert ([problem.text for problem in problems], greedy) == ([turn], False)
+    words[-1] = '[{"role": "user", "content": "2+2"}]'
+    assert main([*words, *huggingface, "--model.vocab_size=512"]) == 0
+    assert training[2][3][0].text == turn
 
 
 def test_report_prints_the_pages(tmp_path, monkeypatch, capsys):
@@ -117,9 +144,67 @@ def test_check_prints_sizes_and_starts_nothing(run_yaml, training, capsys):
     assert "router trace 40 bytes a token over all pipeline stages" in rows
     assert "data.eval none.jsonl (missing)" in rows
     assert "data.train train.jsonl" in rows
+    assert "train 1 problems, prompts of 7 to 7 tokens (50%: 7, 90%: 7," in rows
+    assert "prompts text as it stands (data.chat auto)" in rows
     assert training == []
     assert main(words) == 0
     assert "│ 2 " in capsys.readouterr().out  # without --world-size: the fewest ranks that fit
+
+
+def test_check_refuses_the_data_that_a_run_would(run_yaml, capsys):
+    lacking = PROBLEM.replace("target", "aim")
+    Path("train.jsonl").write_text(f"{PROBLEM}\n{lacking}\n")
+    said = "train.jsonl, line 2: record with aim, completion, numbers, prompt; the verifier 'count"
+    for verb in ("check", "train", "data"):
+        assert refusal(capsys, verb, run_yaml).startswith(said)
+    # Without a tokenizer the lines are checked all the same.
+    gone = ("--data.tokenizer.path", "none.model")
+    assert refusal(capsys, "check", run_yaml, *gone).startswith(said)
+    assert main(["check", run_yaml, *gone, "--for", "sft"]) == 0
+    assert "│   train              │ 2 lines" in capsys.readouterr().out
+
+
+def test_data_shows_what_the_model_sees(run_yaml, capsys):
+    assert main(["data", run_yaml, "--for", "sft", "--examples", "1"]) == 0
+    ids = {"<s>": 2, "</s>": 3}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "an answer ends with: 3:'</s>'"
+    assert lines[1] == "prompts: text as it stands (data.chat auto)"
+    assert lines[3] == (
+        "data.train: train.jsonl, 1 samples, prompts of 7 to 7 tokens (50%: 7, 90%: 7, 99%: 7), "
+        "answers of 4 to 4 tokens (50%: 4, 90%: 4, 99%: 4)"
+    )
+    assert lines[5:7] == [
+        "a prompt of 7 tokens; trained on: the 4 after it, marked *",
+        "  | <s>3 4=7:3+4</s>",
+    ]
+    tokens = re.findall(r"(\*?)(\d+):'([^']+)'", lines[7])
+    assert [piece for _, _, piece in tokens] == ["<s>", *"3 4=7:", *"3+4", "</s>"]
+    assert [mark for mark, _, _ in tokens] == [""] * 7 + ["*"] * 4
+    assert {piece: int(token) for _, token, piece in tokens}.items() >= ids.items()
+    assert lines[9].startswith("data.eval: eval.jsonl, 1 problems, prompts of 7 to 7 tokens")
+    assert refusal(capsys, "data", run_yaml, "--examples", "-1").startswith("--examples is -1; exp")
+    gone = ("--data.train", "null", "--data.eval", "null")
+    assert refusal(capsys, "data", run_yaml, *gone).startswith("neither data.train nor data.eval")
+
+
+def test_data_is_read_before_torch_is_imported(run_yaml):
+    """A mistake in it costs no seconds; nor does reading it with a SentencePiece tokenizer."""
+    code = (
+        "import sys, megatron_rl.cli\n"
+        "codes = [megatron_rl.cli.main([*words, 'run.yaml']) for words in (['data'], ['train'])]\n"
+        "print(codes, sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
+    )
+    Path("train.jsonl").write_text(PROBLEM.replace('"target": 7', '"target": "7"'))
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("['data']", "['data', '--data.train=null']")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.splitlines()[-1] == "[0, 2] []", done.stderr
+    expected = "megatron-rl: error: train.jsonl, line 1: target '7'; the verifier 'countdown' ex"
+    assert done.stderr.startswith(expected)
 
 
 def test_check_for_another_verb(run_yaml, capsys):
@@ -163,7 +248,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run_yaml, training, capsys, words
 
 
 def test_a_users_error_of_many_lines_is_printed_as_one(run_yaml, training, monkeypatch, capsys):
-    def fail(config):
+    def fail(config, data):
         raise UserError("first\nsecond")
 
     monkeypatch.setattr(sys.modules["megatron_rl.training.run"], "train", fail)
@@ -173,7 +258,7 @@ def test_a_users_error_of_many_lines_is_printed_as_one(run_yaml, training, monke
 def test_a_number_that_is_not_finite_is_one_line_and_exit_code_1(
     run_yaml, training, monkeypatch, capsys
 ):
-    def fail(config):
+    def fail(config, data):
         raise FloatingPointError("the loss is nan")
 
     monkeypatch.setattr(sys.modules["megatron_rl.training.run"], "train", fail)
@@ -185,7 +270,7 @@ def test_interruption_is_130_and_other_errors_propagate(run_yaml, training, monk
     module = sys.modules["megatron_rl.training.run"]
 
     def stop(error):
-        def fail(config):
+        def fail(config, data):
             raise error
 
         return fail

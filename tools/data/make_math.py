@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_rl.data.prompts import load_records
+from megatron_rl.data.jsonl import load_records
 from megatron_rl.errors import UserError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
-from megatron_rl.data.prompts import load_records
+from megatron_rl.data.jsonl import load_records
 from megatron_rl.errors import UserError
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3

@@ -44,11 +44,16 @@ def refusal(config, world_size=None, verb="train"):
     ],
 )
 def test_the_best_have_to_be_evaluated(checkpoint, evaluate, message):
-    config = Config(checkpoint={"keep_best": 2, **checkpoint}, evaluate=evaluate)
+    data = {"eval": "eval.jsonl"}
+    config = Config(checkpoint={"keep_best": 2, **checkpoint}, evaluate=evaluate, data=data)
     with pytest.raises(UserError) as error:
         best_checkpoints_are_evaluated(config)
     assert str(error.value).startswith(message)
-    best_checkpoints_are_evaluated(Config(checkpoint={"keep_best": 2}, evaluate={"every": 5}))
+    best_checkpoints_are_evaluated(
+        Config(checkpoint={"keep_best": 2}, evaluate={"every": 5}, data=data)
+    )
+    with pytest.raises(UserError, match="keep_best is 2 and data.eval is not given"):
+        best_checkpoints_are_evaluated(Config(checkpoint={"keep_best": 2}, evaluate={"every": 5}))
     best_checkpoints_are_evaluated(Config(evaluate={"every": 0}))
 
 
@@ -391,13 +396,14 @@ def test_files_are_needed_by_verb(tmp_path, monkeypatch):
         "data.tokenizer.path is not given; expected a path, which generate needs; "
         "set --data.tokenizer.path"
     )
-    assert message("train", {**data, "eval": None}).startswith("data.eval is not given")
+    check_config(make(data={**data, "eval": None}), 1, "train")
+    check_config(make(data={**data, "eval": None}), 1, "sft")
+    assert message("evaluate", {**data, "eval": None}).startswith("data.eval is not given")
     assert message("train", {**data, "train": "no.jsonl"}) == (
         "data.train: no.jsonl does not exist; expected a path from the current directory "
         f"({tmp_path})"
     )
     assert message("sft", {**data, "eval": "no.jsonl"}).startswith("data.eval: no.jsonl does not")
-    assert message("sft", {**data, "eval": None}).startswith("data.eval is not given")
     check_config(make(data={**data, "train": "no.jsonl"}), 1, "evaluate")
     assert message("generate", data, checkpoint={"init_from": "runs/old"}).startswith(
         "checkpoint.init_from: runs/old does not exist"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_rl.data.prompts import load_records
+from megatron_rl.data.jsonl import load_records
 from megatron_rl.rewards.math import MathVerifier
 from tests.support.runs import ROOT
 

@@ -1,27 +1,49 @@
-"""Data sets and the cursor over them."""
+"""Data sets as the model sees them, and the cursor over them."""
 
 import json
 
 import numpy as np
 import pytest
 
-from megatron_rl.data.prompts import PromptSource, load_prompts, load_records, load_samples
+from megatron_rl.config.schema import DataConfig
+from megatron_rl.data.problems import read_problems
+from megatron_rl.data.prompts import PromptSource, load_prompts, load_samples
+from megatron_rl.data.rendering import Rendering
 from megatron_rl.errors import UserError
 from megatron_rl.records import Prompt
 
+DATA = DataConfig(prompt_key="q", completion_key="a")
+
 
 class Letters:
-    """A tokenizer whose ids can be read: 10 for a, 11 for b..., 1 beginning, 2 end."""
+    """A tokenizer whose ids can be read: 10 for a, 11 for b..., 1 beginning, 2 end, which is
+    written $.
+    """
 
-    vocab_size, bos_id, eos_id, pad_id = 128, 1, 2, 0
+    vocab_size, bos_id, eos_id, pad_id, has_chat_template = 128, 1, 2, 0, True
 
-    def encode(self, text):
+    def encode(self, text, control=False):
         return [ord(letter) - ord("a") + 10 for letter in text]
+
+    def show(self, ids):
+        return "".join({1: "^", 2: "$"}.get(i) or chr(i - 10 + ord("a")) for i in ids)
+
+    def find_control(self, text):
+        return "$" if "$" in text else None
 
     def encode_prompt(self, prompt):
         if isinstance(prompt, str):
             return [self.bos_id, *self.encode(prompt)]
         return self.encode("".join(message["content"] for message in prompt))
+
+
+def prompts_of(path, limit=3, overlong="refuse", chat="auto"):
+    return load_prompts(read_problems(path, DATA), Rendering(Letters(), chat), limit, overlong)
+
+
+def samples_of(path, limit=5, overlong="refuse"):
+    file = read_problems(path, DATA, completions=True)
+    return load_samples(file, Rendering(Letters(), "auto"), limit, overlong)
 
 
 def write(tmp_path, *lines):
@@ -30,87 +52,68 @@ def write(tmp_path, *lines):
     return path
 
 
-def test_load_records(tmp_path):
-    path = write(tmp_path, '{"a": 1}', '{"b": "\u2028 \u00e9"}', "", " ")
-    assert load_records(path) == [{"a": 1}, {"b": "\u2028 \u00e9"}]
-    path.write_bytes(b'{"a": 1}\r\n{"a": 2}\r\n')
-    assert load_records(path) == [{"a": 1}, {"a": 2}]
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (("{}", "{a}"), r"data.jsonl, line 2: not JSON"),
-        (("{}", "", "{}"), r"data.jsonl, line 2: not JSON"),
-        (("{}", "[1]"), r"data.jsonl, line 2: a JSON list; expected an object"),
-        (("{}", "{}", "3"), r"data.jsonl, line 3: a JSON int; expected an object"),
-        (("[" * 100_000,), r"data.jsonl, line 1: not JSON"),
-        (("",), r"data.jsonl: empty data set"),
-    ],
-)
-def test_bad_files(tmp_path, lines, message):
-    with pytest.raises(UserError, match=message) as caught:
-        load_records(write(tmp_path, *lines))
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_and_undecodable_files(tmp_path):
-    with pytest.raises(UserError, match="none.jsonl does not exist"):
-        load_records(tmp_path / "none.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}')
-    with pytest.raises(UserError, match="byte 7 is not UTF-8"):
-        load_records(tmp_path / "latin.jsonl")
-
-
 def test_load_prompts(tmp_path):
-    chat = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    chat = [{"role": "system", "content": "c"}, {"role": "user", "content": "d"}]
     second = {"q": chat, "answer": 7}
-    path = write(tmp_path, '{"q": "ab"}', json.dumps(second))
-    first, last = load_prompts(path, Letters(), "q", 3)
+    found = prompts_of(write(tmp_path, '{"q": "ab"}', json.dumps(second)))
+    first, last = found.items
     assert (first.index, first.tokens.tolist(), first.text) == (0, [1, 10, 11], "ab")
-    assert (last.index, last.tokens.tolist(), last.text) == (1, [12, 13], "user: c\nassistant: d")
+    assert (last.index, last.tokens.tolist(), last.text) == (1, [12, 13], "cd")
     assert last.record == second
     assert first.tokens.dtype == np.int64
+    assert (len(found), found.lines, found.skips()) == (2, 2, "")
+    assert found.kinds == {str: 1, list: 1}
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"p": "ab"}', r"line 2: no 'q' among p"),
-        ("{}", r"line 2: no 'q' among no keys"),
-        ('{"q": 3}', r"line 2: 'q' is 3; expected text"),
-        ('{"q": ""}', r'line 2: \'q\' is ""; expected text'),
-        ('{"q": []}', r"line 2: 'q' is \[\]; expected text"),
-        ('{"q": ["a"]}', r"line 2: 'q' is .*; expected text"),
-        ('{"q": [{"content": "a"}]}', r"line 2: 'q' is .*role and content"),
-        ('{"q": "abc"}', r"line 2: prompt of 4 tokens; expected at most 3"),
-        ('{"q": [{"role": "user", "content": ""}]}', r"line 2: the prompt has no tokens"),
+        ('{"q": "abc"}', r"line 2: prompt of 4 tokens; expected at most 3; .* data.overlong skip"),
+        ('{"q": [{"role": "system", "content": ""}]}', r"line 2: the prompt has no tokens"),
     ],
 )
 def test_bad_prompts(tmp_path, line, message):
     with pytest.raises(UserError, match=message):
-        load_prompts(write(tmp_path, '{"q": "a"}', line), Letters(), "q", 3)
+        prompts_of(write(tmp_path, '{"q": "a"}', line))
+
+
+def test_long_lines_are_left_out_and_counted_when_told_to(tmp_path):
+    path = write(tmp_path, '{"q": "abcd"}', '{"q": "b"}', '{"q": "abc"}', '{"q": "c"}')
+    found = prompts_of(path, overlong="skip")
+    assert [(item.index, item.text) for item in found.items] == [(1, "b"), (3, "c")]
+    assert found.skipped == ((0, 5), (2, 4))
+    assert found.skips() == (
+        "2 of 4 lines skipped, longer than 3 tokens: the first is line 1 with 5"
+    )
+    with pytest.raises(UserError, match="data.jsonl: 4 of 4 lines skipped, .*; expected at least"):
+        prompts_of(path, limit=1, overlong="skip")
 
 
 def test_load_samples(tmp_path):
     path = write(tmp_path, '{"q": "ab", "a": "c"}', '{"q": "a", "a": ""}')
-    first, last = load_samples(path, Letters(), "q", "a", 5)
+    first, last = samples_of(path).items
     assert (first.tokens.tolist(), first.prompt_length) == ([1, 10, 11, 12, 2], 3)
     assert (last.tokens.tolist(), last.prompt_length) == ([1, 10, 2], 2)
     assert (first.advantage, first.rollout_logprobs) == (1.0, None)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"q": "a"}', "line 1: no 'a' among q"),
-        ('{"q": "a", "a": 3}', "line 1: 'a' is int; expected text"),
-        ('{"q": "ab", "a": "cd"}', "line 1: prompt and completion of 6 tokens; expected at most 5"),
-    ],
-)
-def test_bad_samples(tmp_path, line, message):
+def test_an_answer_that_ends_with_the_end_token_gets_no_second_one(tmp_path):
+    path = write(tmp_path, '{"q": "a", "a": "b$"}', '{"q": "a", "a": "b$ $\\n"}')
+    found = samples_of(path)
+    assert [sample.tokens.tolist() for sample in found.items] == [[1, 10, 11, 2]] * 2
+    assert found.notes == {"answers that ended with the text $: it stands there once": 2}
+
+
+def test_long_samples(tmp_path):
+    path = write(tmp_path, '{"q": "a", "a": "b"}', '{"q": "ab", "a": "cd"}')
+    message = "line 2: prompt and completion of 6 tokens; expected at most 5"
     with pytest.raises(UserError, match=message):
-        load_samples(write(tmp_path, line), Letters(), "q", "a", 5)
+        samples_of(path)
+    found = samples_of(path, overlong="skip")
+    assert ([s.tokens.tolist() for s in found.items], found.skipped) == (
+        [[1, 10, 11, 2]],
+        ((1, 6),),
+    )
 
 
 def prompts(count):

@@ -63,6 +63,17 @@ def test_sentencepiece_decodes_without_special_tokens(sentencepiece):
     assert sentencepiece.decode([]) == ""
 
 
+def test_sentencepiece_shows_special_tokens(sentencepiece):
+    one, two = sentencepiece.encode("12")
+    assert sentencepiece.show([2, one, two, 3]) == "<s>12</s>"
+    assert sentencepiece.show([one, 10, 3, 3]) == "1\ufffd</s></s>"
+    space = sentencepiece.encode(" ")[0]
+    pieces = [sentencepiece.piece(token) for token in (2, one, space, 10)]
+    assert pieces == ["<s>", "1", " ", "\ufffd"]
+    assert (sentencepiece.find_control("a</s>"), sentencepiece.find_control("a")) == ("</s>", None)
+    assert 3 not in sentencepiece.encode("12</s>")
+
+
 def test_ids_past_the_vocabulary_stay_visible(sentencepiece, tmp_path):
     one, two = sentencepiece.encode("12")
     assert sentencepiece.decode([one, 10, 11, two, 99]) == "1\ufffd\ufffd2\ufffd"
@@ -81,8 +92,12 @@ def test_hugging_face_folder(tmp_path):
     assert tokenizer.vocab_size == 8
     assert tokenizer.encode("one two") == [3, 4]
     assert tokenizer.encode_prompt("one two") == [1, 3, 4]  # begun, but not ended
-    assert tokenizer.encode_prompt("one </s>") == [1, 3, 2]  # the user's own end stays, once
+    assert tokenizer.encode_prompt("one </s>") == [1, 3, 7, 7, 7]  # < / s> of the user's are text
+    assert tokenizer.encode("one </s>", control=True) == [3, 2]
     assert tokenizer.decode([1, 3, 4, 2, 0]) == "one two"
+    assert tokenizer.show([1, 3, 4, 2, 0]) == "<s> one two </s> <pad>"
+    assert [tokenizer.piece(token) for token in (1, 3, 8)] == ["<s>", "one", "\ufffd"]
+    assert tokenizer.find_control("one<pad></s>") == "<pad>"
 
 
 def test_padding_falls_back_to_the_end_token(tmp_path):
@@ -93,6 +108,15 @@ def test_chat_template(tmp_path):
     messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
     tokenizer = hugging_face(hugging_face_folder(tmp_path, chat_template=TEMPLATE))
     assert tokenizer.encode_prompt(messages) == [5, 3, 5, 4, 6]
+
+
+def test_a_long_text_is_no_warning(tmp_path, caplog):
+    """Its length is checked where a line is named; the library would say it once, of any text."""
+    folder = hugging_face_folder(tmp_path, chat_template=TEMPLATE, model_max_length=4)
+    tokenizer = hugging_face(folder)
+    assert len(tokenizer.encode_prompt("one " * 9)) == 10
+    assert len(tokenizer.encode_prompt([{"role": "user", "content": "one " * 9}])) == 11
+    assert caplog.records == []
 
 
 def test_chat_without_a_template(tmp_path):

@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_rl.rewards.sandbox_child import build_filter
 GOOD = "def f(x):\n    return x + 1\n"
 WRONG = "def f(x):\n    return x\n"
 TESTS = "def check(candidate):\n    assert candidate(1) == 2\n"
+ROOT = Path(__file__).parents[3]
 LIMITS = Limits(cpu_s=1, wall_s=20.0, memory_mib=256)
 
 
@@ -282,3 +285,34 @@ def test_filter(machine, architecture, openat, allowed, refused):
     assert decide(code, architecture, openat, (0, 0, os.O_RDONLY | os.O_CLOEXEC))
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE):
         assert not decide(code, architecture, openat, (0, 0, flags))
+
+
+LIMITED = """
+import resource, sys
+from megatron_rl.errors import UserError
+from megatron_rl.rewards import MACHINE_CHECKS, VERIFIERS
+kind, most = getattr(resource, sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(kind, (most, most))
+record = {"prompt": "def f():\\n", "tests": "assert f() == 1", "entry_point": "f"}
+try:
+    MACHINE_CHECKS["code"]()
+    print(VERIFIERS["code"](record, "    return 1").reason)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "said"),
+    [
+        ("RLIMIT_NOFILE", 32, "all tests passed"),
+        ("RLIMIT_CPU", 5, "all tests passed"),
+        ("RLIMIT_CPU", 3, "`ulimit -t` leaves 3 s of processor time; the verifier 'code' expects"),
+        ("RLIMIT_AS", 400 * 2**20, "`ulimit -v` leaves 419,430,400 bytes of address space; the"),
+    ],
+)
+def test_limits_of_the_user(kind, most, said):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, kind, str(most)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.startswith(said) and done.stdout.count("\n") == 1, done.stderr

@@ -121,10 +121,8 @@ def test_a_disk_that_is_full_for_a_step_costs_its_checkpoint_only(tmp_path, whol
 
 
 def test_a_file_of_the_run_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "config.yaml").mkdir()
-    with pytest.raises(
-        UserError, match="run_dir .* could not be written .Is a directory: "
-    ) as told:
+    (tmp_path / "configs").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="run_dir .* could not be written .File exists: ") as told:
         run_here(run_config(tmp_path))
     assert "\n" not in str(told.value) and "make room, or set run_dir" in str(told.value)
 

@@ -1,0 +1,167 @@
+"""Chat messages -> token ids by a Hugging Face tokenizer's template; what users wrote is text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
+
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rl.data.problems import Message
+
+#: Of these roles a template may leave text out: earlier reasoning, results it writes as JSON.
+_REWRITTEN = ("assistant", "tool")
+
+
+class ChatTemplate:
+    """The template of a tokenizer, and the control tokens that it alone may write.
+
+    ``encode`` gives the ids that ``apply_chat_template`` gives, except where a message holds the
+    text of a control token, such as ``<|im_end|>``: that is encoded as text.
+    """
+
+    def __init__(self, tokenizer: Any, path: Path) -> None:
+        self._tokenizer, self._path = tokenizer, path
+        control = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        control.sort(key=lambda token: -len(token.content))  # of two that begin alike the longer
+        #: finds the text of a control token
+        self.control = re.compile("|".join(re.escape(t.content) for t in control) or "(?!)")
+        self._control_with_space = re.compile(
+            "|".join(
+                r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+                for token in control
+            )
+            or "(?!)"
+        )
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation that the assistant is to answer.
+
+        ``UserError``: there is no template; it refuses the messages, leaves one of them out, or
+        rewrites what is no plain text to the tokenizer.
+        """
+        text = self._render(messages)
+        self._check_shown(messages, text)
+        if not any(self.control.search(part) for part in _texts(messages)):
+            return self._parsed(text)
+        return self._with_text_kept(messages, text)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"a prompt of chat messages, but {self._path} has no chat template; "
+                "expected one in "
+                "chat_template.jinja or tokenizer_config.json; add it or use prompts of plain text"
+            )
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        # A template is a program, and fails as programs do on messages it was not written for.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"chat messages the template of {self._path} refuses: {error}; correct the prompt"
+            ) from error
+
+    def _check_shown(self, messages: Sequence[Message], text: str) -> None:
+        for number, message in enumerate(messages, start=1):
+            if message["role"] not in _REWRITTEN and message["content"].strip() not in text:
+                raise UserError(
+                    f"the template of {self._path} does not show message {number}, of role "
+                    f"{message['role']!r}; expected all that is asked in the prompt; correct the "
+                    "role or the template"
+                )
+
+    def _parsed(self, text: str) -> list[int]:
+        return self._encode(text, split_special_tokens=False)
+
+    def _as_text(self, text: str) -> list[int]:
+        return self._encode(text, split_special_tokens=True)
+
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        # verbose: it would say of long texts what is checked, line by line, later on
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False, **options)
+
+    def _as_text_within(self, text: str) -> list[int]:
+        """`_as_text` of what does not begin the whole: some tokenizers put a space there."""
+        newline, ids = self._as_text("\n"), self._as_text("\n" + text)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self._as_text(text)
+
+    def _with_text_kept(self, messages: Sequence[Message], text: str) -> list[int]:
+        """Marks stand for the control tokens' texts in the messages while the template's own are
+        found; the pieces in between are encoded as text with the texts back in their places.
+        """
+        kept: list[str] = []
+        mark = _unused_word(text)
+
+        def replace(found: re.Match[str]) -> str:
+            kept.append(found[0])
+            return f"{mark}{len(kept) - 1}z"
+
+        def restored(piece: str) -> str:
+            return re.sub(f"{mark}([0-9]+)z", lambda found: kept[int(found[1])], piece)
+
+        marked = [_replaced(message, self.control, replace) for message in messages]
+        marked_text = self._render(marked)
+        if restored(marked_text) == text:
+            pieces = self._pieces(marked_text)
+            for encode in (self._as_text, self._as_text_within):
+                # Piece by piece has to be what the tokenizer makes of the whole.
+                if self._joined(pieces, encode) == self._parsed(marked_text):
+                    return self._joined([(restored(piece), own) for piece, own in pieces], encode)
+        raise UserError(
+            f"chat messages with the text of the control token {kept[0]!r}, which cannot be told "
+            f"from the template's own by the tokenizer of {self._path}; expected no such text; "
+            "drop the line"
+        )
+
+    def _pieces(self, text: str) -> list[tuple[str, bool]]:
+        """The text cut at its control tokens; True: such a token."""
+        pieces, start = [], 0
+        for found in self._control_with_space.finditer(text):
+            pieces += [(text[start : found.start()], False), (found[0], True)]
+            start = found.end()
+        return [(piece, own) for piece, own in [*pieces, (text[start:], False)] if piece]
+
+    def _joined(
+        self, pieces: Sequence[tuple[str, bool]], encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        ids: list[int] = []
+        for number, (piece, own) in enumerate(pieces):
+            ids += self._parsed(piece) if own else (encode if number else self._as_text)(piece)
+        return ids
+
+
+def _unused_word(text: str) -> str:
+    """Letters that a template leaves as they are and that do not occur in the text."""
+    word = "q"
+    while word in text:
+        word += "xq"
+    return word
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in messages, parts and arguments of tool calls included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+def _replaced(value: Any, pattern: re.Pattern[str], replace: Callable[[re.Match], str]) -> Any:
+    """A copy with every text that the pattern finds replaced."""
+    if isinstance(value, str):
+        return pattern.sub(replace, value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, pattern, replace) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, pattern, replace) for item in value]
+    return value

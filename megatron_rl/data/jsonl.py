@@ -1,0 +1,134 @@
+"""JSONL files: one JSON object a line; mistakes name file and line. No torch, no NumPy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, BinaryIO, Iterator
+
+from megatron_rl.errors import UserError
+
+#: Longest line that is read, bytes. A longer one is a file without line ends, or holds what no
+#: prompt is made of; parsing it takes several times its size in memory.
+MAX_LINE_BYTES = 16 * 2**20
+
+
+def load_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file in order; blank lines at the end are allowed, and nowhere else.
+
+    ``UserError`` names the file and the line (from 1): no file, or one that cannot be read; a line
+    longer than ``MAX_LINE_BYTES``, not UTF-8, no JSON, not an object, with half a surrogate pair;
+    no line at all; not enough memory.
+    """
+    path = Path(path)
+    records: list[dict[str, Any]] = []
+    try:
+        for record in read_records(path):
+            records.append(record)
+    except MemoryError as error:
+        raise UserError(
+            f"{path}, line {len(records) + 1}: out of memory; expected room for the whole data set "
+            "in every process; raise `ulimit -v` or the memory of the job, or split the file"
+        ) from error
+    return records
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of ``load_records`` one by one."""
+    number = 0
+    for number, line in enumerate(_lines(path), start=1):
+        yield _parse(path, number, line)
+    if not number:
+        raise UserError(
+            f"{path}: empty data set; expected one JSON object a line; "
+            "fill the file or name another"
+        )
+
+
+def place(path: Path, index: int) -> str:
+    """``data/train.jsonl, line 7`` of the record with index 6."""
+    return f"{path}, line {index + 1}"
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file without those at its end that are blank."""
+    if not path.exists():
+        raise UserError(
+            f"data set {path} does not exist; expected a JSONL file; "
+            "correct data.train or data.eval"
+        )
+    if not path.is_file():
+        raise UserError(
+            f"data set {path} is no regular file; expected a JSONL file; "
+            "correct data.train or data.eval"
+        )
+    number = 0
+    try:
+        with path.open("rb") as file:
+            blank: list[bytes] = []
+            while line := _next_line(file, path, number := number + 1):
+                if line.isspace():
+                    blank.append(line)
+                    continue
+                yield from blank
+                blank.clear()
+                yield line
+    except OSError as error:
+        raise UserError(
+            f"{path}, line {number or 1}: cannot be read ({error.strerror or error}); "
+            "expected a readable JSONL file; correct the file, its rights or the limits of the "
+            "process (ulimit)"
+        ) from error
+
+
+def _next_line(file: BinaryIO, path: Path, number: int) -> bytes:
+    # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
+    line = file.readline(MAX_LINE_BYTES + 1)
+    if len(line) > MAX_LINE_BYTES:
+        raise UserError(
+            f"{path}, line {number}: longer than {MAX_LINE_BYTES / 2**20:g} MiB; expected one JSON "
+            "object a line; split the line or drop it"
+        )
+    return line
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte {error.start + 1} of the line is not UTF-8; expected a JSONL file in "
+            "UTF-8; convert it"
+        ) from error
+    if number == 1:
+        text = text.removeprefix("\ufeff")  # written by editors on Windows
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        detail = f"{error.msg}, column {error.pos + 1}"
+        raise UserError(
+            f"{where}: not JSON ({detail}); expected one object a line; correct it"
+        ) from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
+        raise UserError(
+            f"{where}: not JSON ({error}); expected one object a line; correct it"
+        ) from error
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise UserError(f"{where}: a JSON {kind}; expected an object {{...}}; correct the line")
+    if b"\\ud" in line or b"\\uD" in line:
+        _check_surrogates(where, record)
+    return record
+
+
+def _check_surrogates(where: str, record: dict[str, Any]) -> None:
+    """Half a pair is no character: no tokenizer takes it, and no file of the run could hold it."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(
+            f"{where}: {half} is half a surrogate pair and no character; expected whole "
+            "characters; correct the text, which was cut in the middle of one"
+        ) from error

@@ -1,0 +1,112 @@
+"""A data set as the model will see it, for people: counts, lengths, and the first examples with
+their tokens.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Iterator, Sequence
+
+import numpy as np
+
+from megatron_rl.data.prompts import DataSet
+from megatron_rl.data.run_data import RunData
+from megatron_rl.data.tokenizers import Tokenizer
+from megatron_rl.records import Prompt, Sample
+
+#: Tokens shown at either end of a longer example.
+SHOWN_ENDS = 60
+#: Characters of an example's text that are shown; of longer ones its two ends.
+SHOWN_CHARACTERS = 4000
+
+_WIDTH = 100
+
+
+def preview(
+    data: RunData, stop_ids: Sequence[int], max_new_tokens: int, count: int
+) -> Iterator[str]:
+    """Lines about the data sets of a run, with the first ``count`` examples of each.
+
+    ``stop_ids``: tokens that end an answer; ``max_new_tokens``: its longest.
+    """
+    tokenizer = data.tokenizer
+    yield f"an answer ends with: {' or '.join(_token(tokenizer, i) for i in stop_ids)}"
+    for name, text in data.facts().items():
+        yield f"{name}: {text}"
+    for split, items in (("data.train", data.train), ("data.eval", data.eval)):
+        if items is None:
+            continue
+        yield ""
+        yield f"{split}: {items.path}, {lengths_text(items)}"
+        for item in items.items[:count]:
+            yield ""
+            yield from _example(item, tokenizer, max_new_tokens)
+
+
+def lengths_text(data: DataSet) -> str:
+    """``24 problems, prompts of 9 to 14 tokens (50%: 11, 90%: 13, 99%: 14)``, and of samples the
+    same of their answers.
+    """
+    samples = isinstance(data.items[0], Sample)
+    lengths = [item.prompt_length if samples else len(item.tokens) for item in data.items]
+    text = f"{len(data):,} {'samples' if samples else 'problems'}, prompts of {_range(lengths)}"
+    if samples:
+        answers = [len(item.tokens) - item.prompt_length for item in data.items]
+        text += f", answers of {_range(answers)}"
+    return text
+
+
+def _range(lengths: Sequence[int]) -> str:
+    ordered = np.sort(lengths)
+    # The smallest length that so many percent of the lines do not exceed.
+    at = {p: int(ordered[max(0, -(-p * len(ordered) // 100) - 1)]) for p in (50, 90, 99)}
+    quantiles = ", ".join(f"{percent}%: {length:,}" for percent, length in at.items())
+    return f"{ordered[0]:,} to {ordered[-1]:,} tokens ({quantiles})"
+
+
+def _example(item: Prompt | Sample, tokenizer: Tokenizer, longest: int) -> Iterator[str]:
+    ids = item.tokens.tolist()
+    if isinstance(item, Prompt):
+        start = len(ids)
+        trained = f"trained on: the answers sampled to it, of up to {longest} tokens"
+        yield f"line {item.index + 1}: a prompt of {start} tokens; {trained}"
+    else:
+        start = item.prompt_length
+        yield f"a prompt of {start} tokens; trained on: the {len(ids) - start} after it, marked *"
+    yield textwrap.indent(_visible(_cut(tokenizer.show(ids))), "  | ", lambda line: True)
+    words = [
+        f"{'*' if place >= start else ''}{_token(tokenizer, token)}"
+        for place, token in enumerate(ids)
+    ]
+    if len(words) > 2 * SHOWN_ENDS:
+        left_out = f"... {len(words) - 2 * SHOWN_ENDS} more ..."
+        words = [*words[:SHOWN_ENDS], left_out, *words[-SHOWN_ENDS:]]
+    yield _wrapped(words)
+
+
+def _token(tokenizer: Tokenizer, token: int) -> str:
+    return f"{token}:{tokenizer.piece(token)!r}"
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    """Words in indented lines, never broken: a space within a token is a part of it."""
+    lines = [" "]
+    for word in words:
+        if len(lines[-1]) + 1 + len(word) > _WIDTH and lines[-1] != " ":
+            lines.append(" ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} more characters ...\n{text[-half:]}"
+
+
+def _visible(text: str) -> str:
+    """The text with what a terminal would not print, or obey, as escapes; line ends stay."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )

@@ -1,0 +1,93 @@
+"""What the model sees of a prompt and of a reference answer: the one way from text to tokens, for
+training, fine-tuning, evaluation, ``generate`` and the preview.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+from megatron_rl.data.problems import PromptText
+from megatron_rl.data.tokenizers import Tokenizer
+from megatron_rl.errors import UserError
+
+#: Values of ``data.chat``.
+ChatMode = Literal["auto", "template", "plain", "rendered"]
+
+
+class Rendering:
+    """A tokenizer used as ``data.chat`` says.
+
+    ``UserError`` where the tokenizer lacks what the mode needs.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat: ChatMode) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
+        if chat == "template" and not tokenizer.has_chat_template:
+            raise UserError(
+                "data.chat is template and the tokenizer has no chat template; expected one in "
+                "chat_template.jinja or tokenizer_config.json; add it or set data.chat plain"
+            )
+        if chat == "rendered":
+            tokenizer.encode("", control=True)  # refused by tokenizers that cannot
+
+    def prompt(self, prompt: PromptText, notes: Counter[str]) -> tuple[list[int], str]:
+        """Ids of a prompt, and the text that the model sees in them: with the template's control
+        tokens, without a beginning-of-sequence token that the tokenizer puts before plain text.
+
+        ``UserError``: a chat where text is expected, or one that the template does not take.
+        """
+        tokenizer = self.tokenizer
+        if isinstance(prompt, str):
+            if self.chat == "rendered":
+                ids = tokenizer.encode(prompt, control=True)
+                return ids, tokenizer.show(ids)
+            self._note_control(prompt, notes)
+            if self.chat != "template":
+                ids = tokenizer.encode_prompt(prompt)
+                begun = bool(ids) and ids[0] == tokenizer.bos_id
+                return ids, tokenizer.show(ids[1:] if begun else ids)
+            prompt = [{"role": "user", "content": prompt}]
+        else:
+            if self.chat in ("plain", "rendered"):
+                raise UserError(
+                    f"a prompt of chat messages, and data.chat is {self.chat}; expected text; "
+                    "set data.chat auto"
+                )
+            self._note_control(" ".join(message["content"] for message in prompt), notes)
+        ids = tokenizer.encode_prompt(prompt)
+        return ids, tokenizer.show(ids)
+
+    def completion(self, text: str, notes: Counter[str]) -> list[int]:
+        """Ids of a reference answer; they end with the end-of-sequence token, once, also where the
+        text says so itself.
+        """
+        tokenizer = self.tokenizer
+        end = tokenizer.show([tokenizer.eos_id])
+        bare = text
+        while end and bare.rstrip().endswith(end):
+            bare = bare.rstrip().removesuffix(end)
+        if bare != text:
+            notes[f"answers that ended with the text {end}: it stands there once"] += 1
+        if self.chat != "rendered":
+            self._note_control(bare, notes)
+        return [*tokenizer.encode(bare, control=self.chat == "rendered"), tokenizer.eos_id]
+
+    def facts(self, prompts: Counter[type]) -> str:
+        """How the prompts of these kinds (``str`` or ``list``) reach the model."""
+        if self.chat == "rendered":
+            return "text with the control tokens in it (data.chat rendered)"
+        ways = []
+        if prompts[list]:
+            ways.append("chat messages by the tokenizer's template")
+        if prompts[str] and self.chat == "template":
+            ways.append("text as a message of the user, by the tokenizer's template")
+        elif prompts[str]:
+            unused = self.tokenizer.has_chat_template
+            without = " without the tokenizer's chat template" if unused else ""
+            ways.append(f"text as it stands{without}")
+        return f"{'; '.join(ways)} (data.chat {self.chat})"
+
+    def _note_control(self, text: str, notes: Counter[str]) -> None:
+        if self.tokenizer.find_control(text) is not None:
+            notes["texts that hold the text of a control token: it is text to the model"] += 1

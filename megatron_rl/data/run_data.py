@@ -1,0 +1,130 @@
+"""All that a run reads before its ranks join: the data sets and the tokenizer that its
+configuration names. Mistakes in them cost no torch, no Megatron and no GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+from megatron_rl.config.schema import Config
+from megatron_rl.data.problems import ProblemFile, parse_prompt, read_problems
+from megatron_rl.data.prompts import DataSet, load_prompts, load_samples
+from megatron_rl.data.rendering import Rendering
+from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_rl.errors import UserError
+from megatron_rl.records import Prompt, Sample
+from megatron_rl.rewards import MACHINE_CHECKS, RECORD_CHECKS
+
+#: Data sets that a verb reads where they are given.
+SPLITS = {
+    "train": ("train", "eval"),
+    "sft": ("train", "eval"),
+    "evaluate": ("eval",),
+    "generate": (),
+}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run works on."""
+
+    rendering: Rendering
+    train: DataSet[Prompt] | DataSet[Sample] | None  #: samples for ``sft``
+    eval: DataSet[Prompt] | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return self.rendering.tokenizer
+
+    def facts(self) -> dict[str, str]:
+        """How prompts reach the model, what was left out, what was done to lines; for a header."""
+        sets = {"": self.train, "held-out: ": self.eval}
+        given = {name: data for name, data in sets.items() if data is not None}
+        kinds = sum((data.kinds for data in given.values()), Counter())
+        skips = [name + data.skips() for name, data in given.items() if data.skipped]
+        notes = [
+            f"{name}{count:,} {note}"
+            for name, data in given.items()
+            for note, count in data.notes.items()
+        ]
+        facts = {"prompts": self.rendering.facts(kinds)}
+        facts |= {"left out": "; ".join(skips)} if skips else {}
+        return facts | ({"of the data": "; ".join(notes)} if notes else {})
+
+
+def read_files(config: Config, verb: str, missing: bool = False) -> dict[str, ProblemFile]:
+    """The verb's data sets by split, every line checked, without the tokenizer.
+
+    ``missing``: leave out those that are not there, in place of refusing them. ``UserError``: as
+    in ``read_problems``.
+    """
+    files = {}
+    for split in SPLITS[verb]:
+        path: Path | None = getattr(config.data, split)
+        if path is None or (missing and not path.exists()):
+            continue
+        tuning = verb == "sft" and split == "train"
+        check = None if tuning else RECORD_CHECKS[config.reward.name]
+        files[split] = read_problems(path, config.data, check, completions=tuning)
+    return files
+
+
+def load_run_data(config: Config, verb: str) -> RunData:
+    """Data sets and tokenizer of train, sft, evaluate or generate.
+
+    Raises:
+        UserError: a mistake in a file, of the data or the tokenizer; it is named. Or the limits
+            of this process do not leave the verifier what it needs.
+    """
+    if SPLITS[verb]:
+        MACHINE_CHECKS.get(config.reward.name, lambda: None)()
+    return encode_files(config, verb, read_files(config, verb))
+
+
+def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> RunData:
+    """The data sets that were read, as the model will see them."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    rendering, overlong = Rendering(tokenizer, config.data.chat), config.data.overlong
+    train = held_out = None
+    if "train" in files and verb == "sft":
+        longest = config.model.max_sequence_length
+        train = load_samples(files["train"], rendering, longest, overlong)
+    elif "train" in files:
+        train = load_prompts(files["train"], rendering, prompt_room(config), overlong)
+    if "eval" in files:
+        held_out = load_prompts(files["eval"], rendering, prompt_room(config), overlong)
+        held_out = replace(held_out, items=held_out.items[: config.evaluate.problems])
+    return RunData(rendering, train, held_out)
+
+
+def prompt_room(config: Config) -> int:
+    """Longest prompt, tokens."""
+    return config.model.max_sequence_length - config.rollout.max_new_tokens
+
+
+def given_prompts(config: Config, rendering: Rendering, texts: Sequence[str]) -> list[Prompt]:
+    """Prompts of the command line, rendered as those of a data set; JSON text of a chat is a chat.
+
+    ``UserError``: one that is no prompt, or too long.
+    """
+    prompts = []
+    for index, text in enumerate(texts):
+        try:
+            ids, shown = rendering.prompt(parse_prompt(text, "prompt", Counter()), Counter())
+        except UserError as error:
+            raise UserError(f"--prompt {text[:60]!r}: {error}") from error
+        if not 0 < len(ids) <= prompt_room(config):
+            raise UserError(
+                f"--prompt {text[:60]!r} has {len(ids)} tokens; expected 1 to "
+                f"{prompt_room(config)}; change it, raise model.max_sequence_length or lower "
+                "rollout.max_new_tokens"
+            )
+        prompts.append(Prompt(index, np.array(ids, dtype=np.int64), shown, {}))
+    return prompts

@@ -1,0 +1,142 @@
+"""Chats through templates: what transformers makes of ordinary text, and text that stays text."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.data.tokenizers import load_tokenizer
+from megatron_rl.errors import UserError
+from tests.support.chat_tokenizers import save_llama, save_mistral, save_qwen
+
+FAMILIES = {
+    "qwen": save_qwen,
+    "llama": save_llama,
+    "mistral": save_mistral,
+    "mistral, legacy": lambda folder: save_mistral(folder, legacy=True),
+}
+#: family -> texts of control tokens, the end of a turn first
+CONTROL = {
+    "qwen": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
+    "llama": ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"],
+    "mistral": ["</s>", "[/INST]", "<s>"],
+    "mistral, legacy": ["</s>", "[/INST]", "<s>"],
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(name, our tokenizer, transformers')."""
+    folder = FAMILIES[request.param](tmp_path_factory.mktemp("tokenizer"))
+    ours = load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
+    return request.param, ours, AutoTokenizer.from_pretrained(folder)
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+ORDINARY = {
+    "a question": user("What is 2+2?"),
+    "white space at both ends": user("  \n step by step\n\n "),
+    "other alphabets": user("\u00e9\u4f60 \U0001f600 \u2028 x"),
+    "parts of control tokens": user("a <|im_ b |> [INS T] < s> <think> 2</think>"),
+    "turns": [
+        {"role": "system", "content": "Be brief. "},
+        *user("What is 2+2?"),
+        {"role": "assistant", "content": "<think>the sum</think>\n\n4"},
+        *user(" Say it twice."),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_text_has_the_tokens_that_transformers_gives(family, name):
+    _, ours, theirs = family
+    expected = theirs.apply_chat_template(
+        ORDINARY[name], add_generation_prompt=True, return_dict=False
+    )
+    assert ours.encode_prompt(ORDINARY[name]) == expected
+
+
+@pytest.mark.parametrize("content", ["Say {} twice.", "{}", " {}{}\n{}", "a{}<think>b"])
+def test_the_text_of_a_control_token_stays_text(family, content):
+    """As many control tokens as without it, the same before and behind it, and the text itself."""
+    name, ours, theirs = family
+    end, *others = CONTROL[name]
+    question = content.format(end, *others)
+    chat = [{"role": "system", "content": f"Never say {end}."}, *user(question)]
+    ids = ours.encode_prompt(chat)
+    control = set(theirs.all_special_ids) | {i for i, t in theirs.added_tokens_decoder.items()}
+    harmless = [{"role": "system", "content": "Never say it."}, *user("Say it twice.")]
+    template = [i for i in ours.encode_prompt(harmless) if i in control]
+    think = theirs.added_tokens_encoder.get("<think>")  # an added token, and no special one
+    assert [i for i in ids if i in control - {think}] == template
+    shown = theirs.decode(ids).replace(" ", "")
+    assert question.strip().replace(" ", "") in shown and f"Neversay{end}." in shown
+    parsed = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids != parsed  # where they have become control tokens
+    assert ids[-1] == parsed[-1]
+
+
+def test_the_tokens_around_it_are_those_of_the_text(tmp_path):
+    """Written out: the template's tokens, and between them the plain text's."""
+    folder = save_qwen(tmp_path)
+    ours = load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    question, newline, answer = (
+        theirs.encode(text, split_special_tokens=True)
+        for text in ("user\nSay <|im_end|> twice.", "\n", "assistant\n")
+    )
+    assert theirs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [1, 2]
+    ids = ours.encode_prompt(user("Say <|im_end|> twice."))
+    assert ids == [1, *question, 2, *newline, 1, *answer]
+
+
+def test_text_of_control_tokens_in_plain_text(family):
+    name, ours, theirs = family
+    end = CONTROL[name][0]
+    ids = ours.encode_prompt(f"Say {end} twice.")
+    assert theirs.convert_tokens_to_ids(end) not in ids
+    assert ours.encode(f"Say {end} twice.", control=True) == theirs.encode(
+        f"Say {end} twice.", add_special_tokens=False
+    )
+    assert ours.encode_prompt("Say it twice.") == theirs.encode("Say it twice.")
+    assert ours.find_control(f"a {end}") == end and ours.find_control("Say it") is None
+    assert f"Say {end} twice." in ours.show(ids)
+    assert ours.show([ours.eos_id]) == end
+
+
+def failing(tmp_path, template, chat):
+    folder = save_qwen(tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
+    with pytest.raises(UserError) as caught:
+        tokenizer.encode_prompt(chat)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}", "does not show message 1"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+            "{% endfor %}",
+            "does not show message 2, of role 'human'",
+        ),
+        ("{{ raise_exception('no') }}", "refuses: no; correct the prompt"),
+        ("{{ messages[7].content }}", "refuses: "),
+        ("{{ messages[0].content + 3 }}", 'refuses: can only concatenate str (not "int") to str'),
+    ],
+)
+def test_a_template_that_does_not_take_the_chat(tmp_path, template, message):
+    chat = [*user("What is 2+2?"), {"role": "human", "content": "and 3+3?"}]
+    assert message in failing(tmp_path, template, chat)
+
+
+def test_a_template_that_rewrites_the_text_of_a_control_token(tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{{ m.content | length }}{% endfor %}"
+    assert "with the text of the control token '<|im_end|>', which cannot be told" in failing(
+        tmp_path, template, user("Say <|im_end|>")
+    )
