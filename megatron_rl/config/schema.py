@@ -53,7 +53,7 @@ class ModelConfig(Section):
     weights start a new run, its tokenizer is used where data.tokenizer.path is null."""
     hf_config: Path | None = None
     """A Hugging Face config.json (or its directory): the architecture alone."""
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=10_000)
     """Transformer layers, over all pipeline stages."""
     hidden_size: int = Field(128, ge=1)
     """Width D of the residual stream."""
