@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Sequence
 
@@ -27,6 +28,7 @@ from megatron_rl.config.estimate import (
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import dump_config, load_config
+from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
@@ -55,7 +57,7 @@ PATIENCE_S = 10.0
 _CONFIG_HELP = (
     "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
     "--rollout.temperature 0.8 --algorithm.settings.clip_low 0.3. "
-    "Paths are relative to the current directory."
+    "Paths are relative to the current directory; ~ and ${VAR} in them are filled in."
 )
 
 
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "run_dirs",
                 metavar="RUN_DIR",
-                type=Path,
+                type=partial(_path, "RUN_DIR"),
                 nargs="+",
                 help="a run's directory; several: compare them on one page",
             )
@@ -150,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "convert":
             _add_convert_arguments(sub)
             continue
-        sub.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file")
+        sub.add_argument(
+            "config", metavar="CONFIG", type=partial(_path, "CONFIG"), help="a YAML file"
+        )
         if verb == "generate":
             sub.add_argument(
                 "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again"
@@ -175,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(name: str, text: str) -> Path:
+    return Path(local_path(name, text))
+
+
 #: Verbs that need ranks.
 _RUNS = ("train", "sft", "evaluate", "generate")
 
@@ -195,9 +203,14 @@ def _add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", type=Path, help="a Hugging Face model, a run, or a checkpoint"
+        "source",
+        metavar="SOURCE",
+        type=partial(_path, "SOURCE"),
+        help="a Hugging Face model, a run, or a checkpoint",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="a new directory")
+    parser.add_argument(
+        "target", metavar="TARGET", type=partial(_path, "TARGET"), help="a new directory"
+    )
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -206,7 +219,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like",
         metavar="DIR",
-        type=Path,
+        type=partial(_path, "--like"),
         help="to Hugging Face: the model whose config.json and tokenizer the result gets; "
         "default: the one the run started from",
     )
@@ -297,7 +310,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     overrides = ["--device.kind", "cpu", *overrides]
     from_hf = (source / "config.json").is_file()
     if from_hf:
-        overrides = ["--model.hf_path", str(source), *overrides]
+        overrides = ["--model.hf_path", as_written(str(source)), *overrides]
         if args.like is not None:
             raise UserError("--like goes with the way to Hugging Face; expected it left out here")
     config = load_config(None, overrides)

@@ -45,6 +45,15 @@ def is_text(field: FieldInfo) -> bool:
     return set(_alternatives(field.annotation)) - {type(None)} <= {str, Path}
 
 
+#: Kept as strings, because ``./python`` and ``python`` are different commands.
+_PATHS_AS_TEXT = {"rollout.servers.python"}
+
+
+def is_path(name: str, field: FieldInfo) -> bool:
+    """Whether the field of this dotted name takes a path."""
+    return Path in _alternatives(field.annotation) or name in _PATHS_AS_TEXT
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words of a field that takes one of a few; () otherwise."""
     return tuple(

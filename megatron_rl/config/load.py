@@ -3,12 +3,13 @@
 Precedence: schema defaults < ``model.preset``, ``model.hf_path`` or ``model.hf_config`` < YAML <
 command line. A field written in the YAML therefore wins over a preset named on the command line.
 Paths (data, tokenizer, run_dir, init_from, hf_path) are relative to the current working directory,
-not to the YAML file.
+not to the YAML file; ``~`` and ``${VAR}`` in them are filled in.
 """
 
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
@@ -16,9 +17,17 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_rl.config.fields import choices, expectation, is_dict, is_text, leaf_fields
+from megatron_rl.config.fields import (
+    choices,
+    expectation,
+    is_dict,
+    is_path,
+    is_text,
+    leaf_fields,
+)
 from megatron_rl.config.hf_config import read_hf_config
 from megatron_rl.config.nearest import did_you_mean
+from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config
 from megatron_rl.config.yaml_text import dump_yaml, parse_value, read_yaml
@@ -48,7 +57,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     fields are in ``checks.py``.
 
     Raises UserError: unknown key (with the nearest valid one), wrong type or bound, invalid YAML,
-    missing file, duplicate key, unknown preset, a Hugging Face config that is not understood.
+    missing file, duplicate key, unknown preset, a Hugging Face config that is not understood, a
+    path that is an address or names a variable that is not set.
     """
     keys = _schema_keys()
     tree, lines = ({}, {}) if path is None else read_yaml(Path(path))
@@ -61,12 +71,31 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             name, _, entry = name.rpartition(".")
             value = {**_entries(name, values, keys), entry: value}
         values[name] = _Value(value, flag)
+    values = {name: _with_path(name, entry, keys) for name, entry in values.items()}
     return _validate({**_architecture(values), **values}, keys)
 
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML, every field written out; ``load_config`` reads it back."""
-    return dump_yaml(config.model_dump(mode="json"))
+    data = config.model_dump(mode="json")
+    for name, field in leaf_fields().items():
+        *sections, last = name.split(".")
+        section = reduce(dict.__getitem__, sections, data)
+        if is_path(name, field) and section[last] is not None:
+            section[last] = as_written(section[last])
+    return dump_yaml(data)
+
+
+def _with_path(name: str, entry: _Value, keys: _Keys) -> _Value:
+    """The value; where the field takes a path, with what stands for a part of it filled in."""
+    if not isinstance(entry.value, str) or not is_path(name, keys.leaves[name]):
+        return entry
+    return entry._replace(value=local_path(_place(name, entry.origin), entry.value))
+
+
+def _place(name: str, origin: str) -> str:
+    """Where a value stands: ``--seed``, ``run.yaml:3: seed``."""
+    return origin if origin == f"--{name}" else f"{origin}: {name}"
 
 
 def _schema_keys() -> _Keys:
@@ -169,12 +198,31 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
             )
         fields, origin = MODEL_PRESETS[entry.value], f"preset {entry.value}"
     else:
-        fields, origin = read_hf_config(Path(entry.value)), entry.value
+        (name,) = named
+        fields, origin = _read_hugging_face(name, entry), entry.value
     found = {f"model.{name}": _Value(value, origin) for name, value in fields.items()}
     if "model.hf_path" in named and "data.tokenizer.path" not in values:
         found["data.tokenizer.kind"] = _Value("huggingface", origin)
         found["data.tokenizer.path"] = _Value(entry.value, origin)
     return found
+
+
+def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:
+    """The fields that ``model.hf_path`` or ``model.hf_config`` determines."""
+    path, place = Path(entry.value), _place(name, entry.origin)
+    if name == "model.hf_path" and not path.is_dir():
+        raise UserError(
+            f"{place} is {entry.value}, which is no directory; expected a Hugging Face model "
+            "directory on this machine, with config.json and safetensors files; download the "
+            "model, or correct the path"
+        )
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(
+            f"{place}: {file} does not exist; expected a Hugging Face config.json"
+            f"{'' if name == 'model.hf_path' else ' or its directory'}; correct the path"
+        )
+    return read_hf_config(path)
 
 
 def _entries(name: str, values: dict[str, _Value], keys: _Keys) -> dict[str, Any]:
@@ -215,5 +263,5 @@ def _type_error(error: ValidationError, values: dict[str, _Value], keys: _Keys) 
 def _wrong_value(name: str, found: _Value, keys: _Keys) -> UserError:
     hint = did_you_mean(str(found.value), choices(keys.leaves[name]))
     shown = json.dumps(found.value, default=str)
-    where = found.origin if found.origin == f"--{name}" else f"{found.origin}: {name}"
-    return UserError(f"{where} is {shown}{hint}; expected {expectation(keys.leaves[name])}")
+    place = _place(name, found.origin)
+    return UserError(f"{place} is {shown}{hint}; expected {expectation(keys.leaves[name])}")
