@@ -247,7 +247,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "preflight":
         _preflight(args, overrides)
         return
-    config = load_config(args.config, overrides)
+    purpose = args.purpose if args.verb == "check" else args.verb
+    config = load_config(args.config, overrides, purpose)
     if args.verb == "check":
         _show_check(config, args.world_size, args.purpose)
         return
@@ -279,7 +280,7 @@ def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     from megatron_rl.device import preflight
 
     def describe() -> tuple[str, Path]:
-        config = load_config(args.config, overrides)
+        config = load_config(args.config, overrides, args.purpose)
         check_config(config, args.nodes * args.ranks_per_node, args.purpose)
         return dump_config(config), config.run_dir
 

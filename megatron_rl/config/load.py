@@ -48,12 +48,18 @@ class _Keys(NamedTuple):
     sections: frozenset[str]
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+#: What optimizer.lr is where it is not given and a run starts from trained weights: the schema's
+#: default, which is for random ones, would undo them.
+LEARNING_RATES = {"train": 1e-6, "sft": 1e-5}
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), purpose: str = "train") -> Config:
     """The resolved configuration: preset values filled in, overrides applied, every type checked.
 
     ``overrides`` are command-line words, ``--section.key value`` or ``--section.key=value``, with
     the value in YAML: ``--seed 3``, ``--algorithm.settings.clip 0.3``, ``--model.moe_layer_freq
-    [0,1]``. Of two for one key the last wins. ``path`` None: overrides alone. Rules that span
+    [0,1]``. Of two for one key the last wins. ``path`` None: overrides alone. ``purpose``: the verb
+    the configuration is for, which decides the learning rate where none is given. Rules that span
     fields are in ``checks.py``.
 
     Raises UserError: unknown key (with the nearest valid one), wrong type or bound, invalid YAML,
@@ -72,7 +78,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             value = {**_entries(name, values, keys), entry: value}
         values[name] = _Value(value, flag)
     values = {name: _with_path(name, entry, keys) for name, entry in values.items()}
-    return _validate({**_architecture(values), **values}, keys)
+    return _validate({**_architecture(values), **_learning_rate(values, purpose), **values}, keys)
 
 
 def dump_config(config: Config) -> str:
@@ -205,6 +211,16 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
         found["data.tokenizer.kind"] = _Value("huggingface", origin)
         found["data.tokenizer.path"] = _Value(entry.value, origin)
     return found
+
+
+def _learning_rate(values: dict[str, _Value], purpose: str) -> dict[str, _Value]:
+    """The learning rate of a run that starts from trained weights."""
+    trained = ("model.hf_path", "checkpoint.init_from")
+    if purpose not in LEARNING_RATES or all(
+        values.get(name, _Value(None, "")).value is None for name in trained
+    ):
+        return {}
+    return {"optimizer.lr": _Value(LEARNING_RATES[purpose], f"the default of {purpose}")}
 
 
 def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:

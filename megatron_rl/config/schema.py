@@ -346,7 +346,10 @@ class OptimizerConfig(Section):
     """Adam with decoupled weight decay, and its learning rate."""
 
     lr: float = Field(3e-4, gt=0.0)
-    """Peak learning rate."""
+    """Peak learning rate.
+
+    Not given, and the run starts from trained weights (model.hf_path, checkpoint.init_from): 1e-6
+    for train, 1e-5 for sft."""
     min_lr: float = Field(0.0, ge=0.0)
     """Learning rate at the end of the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -7,7 +7,13 @@ from typing import Sequence, Sized
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
-from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig, RolloutConfig
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
 from megatron_rl.records import Prompt
 from megatron_rl.training.session import Session
 from megatron_rl.training.trace_memory import longest_sequence, trace_fact
@@ -33,6 +39,7 @@ def sft_facts(config: Config, samples: Sized, held_out: Sized) -> dict[str, str]
         "data": f"{len(samples):,} samples ({config.data.train}), "
         f"{len(held_out):,} held-out problems ({config.data.eval})",
         "step": f"{config.train.batch_size} samples",
+        "optimizer": _optimizer(config.optimizer),
     }
 
 
@@ -48,6 +55,7 @@ def train_facts(
         f"{rollout.max_new_tokens} tokens at most, {algorithm.mini_batches} mini-batches x "
         f"{algorithm.epochs} epoch{'' if algorithm.epochs == 1 else 's'}",
         "algorithm": _algorithm(algorithm),
+        "optimizer": _optimizer(config.optimizer),
     }
     if keeps_trace(algorithm):
         longest = longest_sequence(config, problems)
@@ -74,6 +82,15 @@ def _model(model: ModelConfig) -> str:
         f"({sum(moe_layers(model))} MoE), {model.num_experts} experts, "
         f"top-{model.moe_top_k}{origin}"
     )
+
+
+def _optimizer(optimizer: OptimizerConfig) -> str:
+    parts = [f"Adam, learning rate {optimizer.lr:g}"]
+    if optimizer.warmup_steps:
+        parts.append(f"{optimizer.warmup_steps} optimizer steps of warm-up")
+    if optimizer.schedule != "constant":
+        parts.append(f"{optimizer.schedule} decay to {optimizer.min_lr:g}")
+    return ", ".join(parts)
 
 
 def _algorithm(algorithm: AlgorithmConfig) -> str:

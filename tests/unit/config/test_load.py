@@ -1,5 +1,6 @@
 """Loading: precedence, overrides, and one-line messages that name place, key and remedy."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.config.fields import leaf_fields
+from megatron_rl.config.hf_export import hf_config_of
 from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.schema import Config
+from megatron_rl.config.presets import MODEL_PRESETS
+from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.errors import UserError
 
 
@@ -233,3 +236,31 @@ def test_any_string_survives_dump_and_load(tmp_path_factory, text):
 def test_every_field_says_what_it_is():
     undocumented = [name for name, field in leaf_fields().items() if not field.description]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("words", "purpose", "rate"),
+    [
+        ([], "train", 3e-4),
+        ([], "sft", 3e-4),
+        (["--model.preset=qwen3_30b_a3b"], "train", 3e-4),
+        (["--model.hf_path=hf"], "train", 1e-6),
+        (["--model.hf_path=hf"], "sft", 1e-5),
+        (["--checkpoint.init_from=runs/a"], "train", 1e-6),
+        (["--checkpoint.init_from=runs/a"], "sft", 1e-5),
+        (["--model.hf_path=hf", "--optimizer.lr=3e-4"], "train", 3e-4),
+        (["--model.hf_path=hf", "--model.hf_path=null"], "train", 3e-4),
+        (["--model.hf_config=hf"], "train", 3e-4),  # random weights
+    ],
+)
+def test_the_learning_rate_where_none_is_given(load, words, purpose, rate):
+    Path("hf").mkdir()
+    config = hf_config_of(ModelConfig(**MODEL_PRESETS["qwen3_4b"]))
+    Path("hf/config.json").write_text(json.dumps(config))
+    assert load_config(None, words, purpose).optimizer.lr == rate
+    resolved = dump_config(load_config(None, words, purpose))
+    assert load(resolved).optimizer.lr == rate  # whatever the verb, once written
+
+
+def test_a_learning_rate_of_the_file_is_kept(load):
+    assert load("optimizer: {lr: 1e-3}\ncheckpoint: {init_from: runs/a}").optimizer.lr == 1e-3
