@@ -186,6 +186,9 @@ class TokenizerConfig(Section):
     """sentencepiece: a .model file; huggingface: a directory, or a tokenizer.json."""
     path: Path | None = None
     """The file or directory."""
+    trust_remote_code: bool = False
+    """huggingface: execute the Python code that a directory's tokenizer brings along; false: a
+    tokenizer that needs code of its own is refused."""
 
 
 class DataConfig(Section):

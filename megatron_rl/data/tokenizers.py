@@ -40,6 +40,11 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int  #: the end-of-sequence id where the tokenizer has no padding token
 
+    def limit_to(self, rows: int) -> list[tuple[str, int]]:
+        """Refuse, from now on, texts that hold tokens past ``rows`` ids; the (token, id) that are
+        past it and that texts need: all but padding.
+        """
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens added."""
 
@@ -83,6 +88,10 @@ class SentencePieceTokenizer:
         self.eos_id: int = eos
         self.pad_id: int = pad if pad >= 0 else eos
 
+    def limit_to(self, rows: int) -> list[tuple[str, int]]:
+        past = range(rows, self.vocab_size)  # padding is no token of a text, and lies below them
+        return [(self._processor.id_to_piece(i), i) for i in past]
+
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
@@ -103,9 +112,9 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A Hugging Face tokenizer from a directory, or from a ``tokenizer.json``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
         self._path = path
-        self._tokenizer = _load_huggingface(path)
+        self._tokenizer = _load_huggingface(path, trust_remote_code)
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
         if self._tokenizer.eos_token_id is None:
             raise UserError(
@@ -116,9 +125,27 @@ class HuggingFaceTokenizer:
         self.eos_id: int = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.eos_id if pad is None else pad
+        self._rows = self.vocab_size
+
+    def limit_to(self, rows: int) -> list[tuple[str, int]]:
+        past = sorted((i, name) for name, i in self._tokenizer.get_vocab().items() if i >= rows)
+        if past == [(self.pad_id, self._tokenizer.pad_token)] and self.pad_id != self.eos_id:
+            self._rows, self.pad_id = rows, self.eos_id
+            return []
+        return [(name, i) for i, name in past]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._within(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _within(self, ids: list[int]) -> list[int]:
+        past = next((i for i in ids if i >= self._rows), None)
+        if past is not None:
+            raise UserError(
+                f"a text holds the token {self._tokenizer.convert_ids_to_tokens(past)!r} "
+                f"(id {past}), for which the model has no row; expected ids below {self._rows}; "
+                "correct the text, or use the tokenizer of the model's weights"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return _decode_runs(ids, self.vocab_size, self._decode_known)
@@ -127,7 +154,7 @@ class HuggingFaceTokenizer:
         """Begun as the tokenizer itself begins a text, but never ended; chat by its template."""
         if not isinstance(prompt, str):
             return self.encode(self._render(prompt))  # the template writes its own special tokens
-        ids = self._tokenizer.encode(prompt, add_special_tokens=True)
+        ids = self._within(self._tokenizer.encode(prompt, add_special_tokens=True))
         added = self._num_ends(ids) - self._num_ends(self.encode(prompt))
         return ids[: len(ids) - added] if added > 0 else ids
 
@@ -173,7 +200,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
             "set data.tokenizer.path"
         )
     if config.kind == "huggingface":
-        return HuggingFaceTokenizer(config.path)
+        return HuggingFaceTokenizer(config.path, config.trust_remote_code)
     if not config.path.is_file():
         raise UserError(
             f"tokenizer {config.path} is a directory; "
@@ -183,16 +210,28 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return SentencePieceTokenizer(config.path)
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, weights: Path | None = None) -> None:
     """``UserError`` if the tokenizer has ids past the model's embedding of ``vocab_size`` rows;
-    fewer ids are fine.
+    fewer ids are fine, and so is a padding token past it, which no sequence holds.
+
+    ``weights``: those the model starts from, whose embedding has these rows and no others.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {vocab_size}; "
-            "expected at least as many "
-            f"rows as ids; set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
+    past = tokenizer.limit_to(vocab_size)
+    if not past:
+        return
+    names = ", ".join(f"{name!r} ({number})" for name, number in past[:3])
+    found = (
+        f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {vocab_size}: no rows "
+        f"for {names}{'' if len(past) <= 3 else f' and {len(past) - 3} more'}; expected at least "
+        "as many rows as ids"
+    )
+    if weights is None:
+        raise UserError(f"{found}; set model.vocab_size to {tokenizer.vocab_size} or more")
+    raise UserError(
+        f"{found}, and {weights} has those rows only; use the tokenizer of these weights, take the "
+        "added tokens out of it, or give the weights rows for them first "
+        "(resize_token_embeddings in transformers)"
+    )
 
 
 def _decode_runs(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int]], str]) -> str:
@@ -207,7 +246,7 @@ def _decode_runs(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int
     return "".join(pieces) + (decode(run) if run else "")
 
 
-def _load_huggingface(path: Path):
+def _load_huggingface(path: Path, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     folder = path.parent if path.is_file() else path
@@ -215,8 +254,17 @@ def _load_huggingface(path: Path):
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
         return _load_tokenizer_json(path)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Said either way: left open, transformers asks on the terminal and executes after a "y".
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder} has a tokenizer that needs code of its own, which is in the directory; "
+                "expected one that transformers has a class for; if you trust that code, set "
+                "data.tokenizer.trust_remote_code to true"
+            ) from error
         detail = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} cannot be read as a Hugging Face tokenizer ({detail}); expected "
@@ -230,7 +278,7 @@ def _check_tokenizer_json(path: Path) -> None:
         return
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         content = error
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(

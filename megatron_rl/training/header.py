@@ -28,6 +28,9 @@ def run_facts(session: Session) -> dict[str, str]:
         "layout": f"{ranks} rank{'' if ranks == 1 else 's'}: {layout_text(config.parallel, ranks)}",
         "device": f"{session.device.kind}, {config.model.dtype}",
     }
+    tokenizer = config.data.tokenizer
+    if tokenizer.trust_remote_code:
+        facts["tokenizer"] = f"{tokenizer.path}, whose own code is executed (trust_remote_code)"
     if config.rollout.engine != "builtin":
         facts["rollout"] = _servers(config.rollout)
     return facts

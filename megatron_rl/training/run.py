@@ -143,7 +143,8 @@ def generate(config: Config, prompts: Sequence[str], *, base: bool = False) -> N
 
 def _tokenizer(config: Config) -> Tokenizer:
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_vocabulary(tokenizer, config.model.vocab_size)
+    weights = config.checkpoint.init_from or config.model.hf_path
+    check_vocabulary(tokenizer, config.model.vocab_size, weights)
     return tokenizer
 
 

@@ -116,5 +116,11 @@ def _transformers_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     return model.eval()(tokens[None], use_cache=False).logits[0]
