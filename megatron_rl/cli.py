@@ -402,7 +402,7 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
 def _file_state(path: Path | None) -> str:
     if path is None:
         return "not given"
-    return str(path) if path.exists() else f"{path} (missing)"
+    return str(path) if os.path.exists(path) else f"{path} (missing)"
 
 
 def _print_error(error: Exception) -> None:

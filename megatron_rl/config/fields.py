@@ -83,10 +83,12 @@ def _words(kind: Any) -> str:
         return "null"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
-    if get_origin(kind) is list:
-        return "a list of integers"
+    if get_origin(kind) in (list, tuple):
+        return f"a list of {'strings' if str in get_args(kind) else 'integers'}"
     if get_origin(kind) is dict:
         return "a mapping"
+    if is_section(kind):
+        return f"a mapping of {', '.join(kind.model_fields)}"
     if hasattr(kind, "__metadata__"):  # Annotated: the bare type says enough
         kind = get_args(kind)[0]
     return _WORDS[kind]

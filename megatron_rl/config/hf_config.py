@@ -8,6 +8,7 @@ bounds are those of ``hf_file.py``: nothing is worked out of a value before it i
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -58,7 +59,7 @@ def read_model_type(path: Path) -> str:
 
 
 def _open(path: Path) -> HuggingFaceFile:
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
     return HuggingFaceFile(file, given(read_json_object(file, "a Hugging Face config.json")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ def read_json_object(file: Path, expected: str, most_bytes: int = MOST_BYTES) ->
     digits, is nested too deeply, or holds no object.
     """
     try:
-        if file.exists() and not file.is_file():  # reading a pipe would wait for a writer
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for a writer
             raise UserError(f"cannot read {file} (not a regular file); expected {expected}")
-        size = file.stat().st_size
+        size = status.st_size
         if size > most_bytes:
             raise UserError(
                 f"{file} has {size:,} bytes; expected {expected}, of at most {most_bytes:,}"

@@ -9,6 +9,7 @@ not to the YAML file; ``~`` and ``${VAR}`` in them are filled in.
 from __future__ import annotations
 
 import json
+import os
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
@@ -26,6 +27,7 @@ from megatron_rl.config.fields import (
     leaf_fields,
 )
 from megatron_rl.config.hf_config import read_hf_config
+from megatron_rl.config.hf_file import shown
 from megatron_rl.config.nearest import did_you_mean
 from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.presets import MODEL_PRESETS
@@ -175,7 +177,7 @@ def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
         if text_only:
             return text
         raise UserError(
-            f"{flag}: {text!r} is not a YAML value; expected e.g. 3, 0.7, [0, 1]"
+            f"{flag}: {shown(text)} is not a YAML value; expected e.g. 3, 0.7, [0, 1]"
         ) from error
     return text if text_only and value is not None and not isinstance(value, str) else value
 
@@ -226,14 +228,14 @@ def _learning_rate(values: dict[str, _Value], purpose: str) -> dict[str, _Value]
 def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:
     """The fields that ``model.hf_path`` or ``model.hf_config`` determines."""
     path, place = Path(entry.value), _place(name, entry.origin)
-    if name == "model.hf_path" and not path.is_dir():
+    if name == "model.hf_path" and not os.path.isdir(path):
         raise UserError(
             f"{place} is {entry.value}, which is no directory; expected a Hugging Face model "
             "directory on this machine, with config.json and safetensors files; download the "
             "model, or correct the path"
         )
-    file = path / "config.json" if path.is_dir() else path
-    if not file.exists():
+    file = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.exists(file):
         raise UserError(
             f"{place}: {file} does not exist; expected a Hugging Face config.json"
             f"{'' if name == 'model.hf_path' else ' or its directory'}; correct the path"
@@ -278,6 +280,7 @@ def _type_error(error: ValidationError, values: dict[str, _Value], keys: _Keys) 
 
 def _wrong_value(name: str, found: _Value, keys: _Keys) -> UserError:
     hint = did_you_mean(str(found.value), choices(keys.leaves[name]))
-    shown = json.dumps(found.value, default=str)
+    text = json.dumps(found.value, default=str)
+    text = text if len(text) <= 200 else f"{text[:197]}..."
     place = _place(name, found.origin)
-    return UserError(f"{place} is {shown}{hint}; expected {expectation(keys.leaves[name])}")
+    return UserError(f"{place} is {text}{hint}; expected {expectation(keys.leaves[name])}")

@@ -19,7 +19,7 @@ def local_path(name: str, text: str) -> str:
     Raises UserError: an address such as ``s3://bucket/key``, a variable that is not set or empty, a
     home directory of nobody, an empty path, a NUL character.
     """
-    found = f"{name} is {text!r}"
+    found = f"{name} is {text if len(text) <= 300 else text[:297] + '...'!r}"
     if _ADDRESS.match(text):
         raise UserError(
             f"{found}, an address; expected a path in the file system: download it, or mount it, "
@@ -40,6 +40,8 @@ def local_path(name: str, text: str) -> str:
         return os.environ[variable]
 
     path = _VARIABLE.sub(value, text)
+    if max(map(len, os.fsencode(path).split(b"/"))) > 255 or len(os.fsencode(path)) > 4095:
+        raise UserError(f"{name} is {text[:40]!r}..., too long for a file system; expected a path")
     at_home = os.path.expanduser(path)
     if at_home.startswith("~"):
         raise UserError(
