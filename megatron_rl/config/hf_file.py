@@ -91,6 +91,7 @@ NEUTRAL_VALUES_OF: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "olmoe": {"use_qk_norm": (True,)},
     "mixtral": {"norm_topk_prob": (True,)},
     "deepseek_v3": {
+        "num_mtp_layers": (0, 1),  # as num_nextn_predict_layers: its tensors are refused
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
         "use_mla": (True,),

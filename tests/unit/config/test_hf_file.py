@@ -11,6 +11,7 @@ from megatron_rl.cli import check_rows
 from megatron_rl.config.checks import check_config
 from megatron_rl.config.hf_config import fields_of_values, read_hf_config
 from megatron_rl.config.hf_export import hf_config_of
+from megatron_rl.config.hf_file import KEYS, SPELLINGS, is_neutral
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.errors import UserError
@@ -89,10 +90,6 @@ def test_a_value_of_another_type_or_size_is_named(family, change, found):
     with pytest.raises(UserError) as error:
         fields_of_values(values)
     assert str(error.value).startswith(f"config.json: {found}")
-
-
-def text_of(**values):
-    return json.dumps(values)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +197,23 @@ def test_a_shared_expert_of_no_width_is_none():
     assert model.shared_expert_ffn_hidden_size is None and not model.shared_expert_gate
     check_config(Config(model=model, data={"pack_tokens": 8192}), None, "generate", files=False)
     assert hf_config_of(model)["shared_expert_intermediate_size"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_that_transformers_writes_is_known(family):
+    import transformers
+
+    name = hf_config_of(ModelConfig(**MODEL_PRESETS[FAMILIES[family]]))["architectures"][0]
+    written = getattr(transformers, name.replace("ForCausalLM", "Config"))().to_dict()
+    spellings = {spelling for several in SPELLINGS.values() for spelling in several}
+    unknown = [
+        key
+        for key, value in written.items()
+        if key not in KEYS[family].model_fields
+        and key not in spellings
+        and is_neutral(key, value, family) is None
+    ]
+    assert len(written) > 30 and unknown == []
 
 
 CASES = Path(__file__).parents[4] / "shared" / "cases" / "config_neutral_keys.json"
