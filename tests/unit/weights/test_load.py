@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.errors import UserError
+from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 from tests.support import hugging_face
 from tests.support.tiny import build_tiny, tiny_config
@@ -167,7 +168,10 @@ def frequencies(base):
 
 def test_stored_frequencies_are_compared(tied, tmp_path):
     right = frequencies(1e6).to(torch.bfloat16)
-    loaded(with_tensors(tied, tmp_path / "right", **{NAME: right}))
+    model, _, _ = loaded(with_tensors(tied, tmp_path / "right", **{NAME: right}))
+    source = HuggingFaceTensors(tmp_path / "right", "qwen3_moe")
+    assert NAME in source.names
+    assert left_over(source, source.names - {NAME}, model) == []  # nor does --verify miss it
     for number, wrong in enumerate([frequencies(1e4), frequencies(1e6)[:8]]):
         other = with_tensors(tied, tmp_path / f"wrong{number}", **{NAME: wrong})
         with pytest.raises(UserError, match="inv_freq, which are not the frequencies of base 1e"):
