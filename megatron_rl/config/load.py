@@ -85,13 +85,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), purpose: str =
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML, every field written out; ``load_config`` reads it back."""
+    return dump_yaml(written_values(config))
+
+
+def written_values(config: Config) -> dict[str, Any]:
+    """The values that `dump_config` writes, in their sections."""
     data = config.model_dump(mode="json")
     for name, field in leaf_fields().items():
         *sections, last = name.split(".")
         section = reduce(dict.__getitem__, sections, data)
         if is_path(name, field) and section[last] is not None:
             section[last] = as_written(section[last])
-    return dump_yaml(data)
+    return data
 
 
 def _with_path(name: str, entry: _Value, keys: _Keys) -> _Value:
