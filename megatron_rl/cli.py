@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Sequence
 
@@ -32,6 +33,7 @@ from megatron_rl.config.estimate import (
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import dump_config, load_config
+from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.schema import Config
 from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
@@ -63,7 +65,7 @@ PATIENCE_S = 10.0
 _CONFIG_HELP = (
     "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
     "--rollout.temperature 0.8 --algorithm.settings.clip_low 0.3. "
-    "Paths are relative to the current directory."
+    "Paths are relative to the current directory; ~ and ${VAR} in them are filled in."
 )
 
 
@@ -172,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "run_dirs",
                 metavar="RUN_DIR",
-                type=Path,
+                type=partial(_path, "RUN_DIR"),
                 nargs="+",
                 help="a run's directory; several: compare them on one page",
             )
@@ -180,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "convert":
             _add_convert_arguments(sub)
             continue
-        sub.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file")
+        sub.add_argument(
+            "config", metavar="CONFIG", type=partial(_path, "CONFIG"), help="a YAML file"
+        )
         if verb == "generate":
             _add_generate_arguments(sub)
         if verb == "data":
@@ -205,6 +209,10 @@ def _parser() -> argparse.ArgumentParser:
                 "--for", dest="purpose", choices=_RUNS, default="train", help="default: train"
             )
     return parser
+
+
+def _path(name: str, text: str) -> Path:
+    return Path(local_path(name, text))
 
 
 #: Verbs that need ranks.
@@ -242,9 +250,14 @@ def _add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", type=Path, help="a Hugging Face model, a run, or a checkpoint"
+        "source",
+        metavar="SOURCE",
+        type=partial(_path, "SOURCE"),
+        help="a Hugging Face model, a run, or a checkpoint",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="a new directory")
+    parser.add_argument(
+        "target", metavar="TARGET", type=partial(_path, "TARGET"), help="a new directory"
+    )
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -253,7 +266,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like",
         metavar="DIR",
-        type=Path,
+        type=partial(_path, "--like"),
         help="to Hugging Face: the model whose config.json and tokenizer the result gets; "
         "default: the one the run started from",
     )
@@ -283,7 +296,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     if args.verb == "generate" and args.chat:
         overrides = [*overrides, "--data.chat", "template"]
-    config = load_config(args.config, overrides)
+    purpose = args.purpose if args.verb in ("check", "data") else args.verb
+    config = load_config(args.config, overrides, purpose)
     if args.verb == "data":
         _show_data(config, args.purpose, args.examples)
         return
@@ -323,7 +337,7 @@ def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     from megatron_rl.device import preflight
 
     def describe() -> tuple[str, Path]:
-        config = load_config(args.config, overrides)
+        config = load_config(args.config, overrides, args.purpose)
         check_config(config, args.nodes * args.ranks_per_node, args.purpose)
         return dump_config(config), config.run_dir
 
@@ -354,7 +368,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     overrides = ["--device.kind", "cpu", *overrides]
     from_hf = (source / "config.json").is_file()
     if from_hf:
-        overrides = ["--model.hf_path", str(source), *overrides]
+        overrides = ["--model.hf_path", as_written(str(source)), *overrides]
         if args.like is not None:
             raise UserError("--like goes with the way to Hugging Face; expected it left out here")
     config = load_config(None, overrides)
@@ -488,7 +502,7 @@ def data_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
 def _file_state(path: Path | None) -> str:
     if path is None:
         return "not given"
-    return str(path) if path.exists() else f"{path} (missing)"
+    return str(path) if os.path.exists(path) else f"{path} (missing)"
 
 
 def _print_error(error: Exception) -> None:

@@ -8,6 +8,7 @@ Types and bounds of single fields are in ``schema.py``, rules of the architectur
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Callable
 
@@ -117,12 +118,12 @@ def files_exist(config: Config, verb: str) -> None:
     evaluates = ("data.eval",) if verb in ("train", "sft") else ()
     for name in (*NEEDED_FILES[verb], *evaluates, "checkpoint.init_from"):
         path = files[name]
-        if path is not None and not path.exists():
+        if path is not None and not os.path.exists(path):
             raise UserError(
                 f"{name}: {path} does not exist; expected a path from the current directory "
                 f"({Path.cwd()})"
             )
-    if config.run_dir.exists() and not config.run_dir.is_dir():
+    if os.path.exists(config.run_dir) and not config.run_dir.is_dir():
         raise UserError(f"run_dir {config.run_dir} is a file; expected a directory or a new name")
 
 

@@ -45,6 +45,15 @@ def is_text(field: FieldInfo) -> bool:
     return set(_alternatives(field.annotation)) - {type(None)} <= {str, Path}
 
 
+#: Kept as strings, because ``./python`` and ``python`` are different commands.
+_PATHS_AS_TEXT = {"rollout.servers.python"}
+
+
+def is_path(name: str, field: FieldInfo) -> bool:
+    """Whether the field of this dotted name takes a path."""
+    return Path in _alternatives(field.annotation) or name in _PATHS_AS_TEXT
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words of a field that takes one of a few; () otherwise."""
     return tuple(
@@ -74,10 +83,12 @@ def _words(kind: Any) -> str:
         return "null"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
-    if get_origin(kind) is list:
-        return "a list of integers"
+    if get_origin(kind) in (list, tuple):
+        return f"a list of {'strings' if str in get_args(kind) else 'integers'}"
     if get_origin(kind) is dict:
         return "a mapping"
+    if is_section(kind):
+        return f"a mapping of {', '.join(kind.model_fields)}"
     if hasattr(kind, "__metadata__"):  # Annotated: the bare type says enough
         kind = get_args(kind)[0]
     return _WORDS[kind]

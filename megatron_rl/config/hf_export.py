@@ -141,7 +141,7 @@ def _qwen2_moe(model: ModelConfig) -> dict[str, Any]:
     return {
         **_qwen3_moe(model),
         "qkv_bias": model.qkv_bias,
-        "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size or 1,
+        "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size or 0,
     }
 
 

@@ -3,12 +3,14 @@
 Precedence: schema defaults < ``model.preset``, ``model.hf_path`` or ``model.hf_config`` < YAML <
 command line. A field written in the YAML therefore wins over a preset named on the command line.
 Paths (data, tokenizer, run_dir, init_from, hf_path) are relative to the current working directory,
-not to the YAML file.
+not to the YAML file; ``~`` and ``${VAR}`` in them are filled in.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
@@ -16,9 +18,18 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_rl.config.fields import choices, expectation, is_dict, is_text, leaf_fields
+from megatron_rl.config.fields import (
+    choices,
+    expectation,
+    is_dict,
+    is_path,
+    is_text,
+    leaf_fields,
+)
 from megatron_rl.config.hf_config import read_hf_config
+from megatron_rl.config.hf_file import shown
 from megatron_rl.config.nearest import did_you_mean
+from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config
 from megatron_rl.config.yaml_text import dump_yaml, parse_value, read_yaml
@@ -39,16 +50,23 @@ class _Keys(NamedTuple):
     sections: frozenset[str]
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+#: What optimizer.lr is where it is not given and a run starts from trained weights: the schema's
+#: default, which is for random ones, would undo them.
+LEARNING_RATES = {"train": 1e-6, "sft": 1e-5}
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), purpose: str = "train") -> Config:
     """The resolved configuration: preset values filled in, overrides applied, every type checked.
 
     ``overrides`` are command-line words, ``--section.key value`` or ``--section.key=value``, with
     the value in YAML: ``--seed 3``, ``--algorithm.settings.clip 0.3``, ``--model.moe_layer_freq
-    [0,1]``. Of two for one key the last wins. ``path`` None: overrides alone. Rules that span
+    [0,1]``. Of two for one key the last wins. ``path`` None: overrides alone. ``purpose``: the verb
+    the configuration is for, which decides the learning rate where none is given. Rules that span
     fields are in ``checks.py``.
 
     Raises UserError: unknown key (with the nearest valid one), wrong type or bound, invalid YAML,
-    missing file, duplicate key, unknown preset, a Hugging Face config that is not understood.
+    missing file, duplicate key, unknown preset, a Hugging Face config that is not understood, a
+    path that is an address or names a variable that is not set.
     """
     keys = _schema_keys()
     tree, lines = ({}, {}) if path is None else read_yaml(Path(path))
@@ -61,12 +79,36 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             name, _, entry = name.rpartition(".")
             value = {**_entries(name, values, keys), entry: value}
         values[name] = _Value(value, flag)
-    return _validate({**_architecture(values), **values}, keys)
+    values = {name: _with_path(name, entry, keys) for name, entry in values.items()}
+    return _validate({**_architecture(values), **_learning_rate(values, purpose), **values}, keys)
 
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML, every field written out; ``load_config`` reads it back."""
-    return dump_yaml(config.model_dump(mode="json"))
+    return dump_yaml(written_values(config))
+
+
+def written_values(config: Config) -> dict[str, Any]:
+    """The values that `dump_config` writes, in their sections."""
+    data = config.model_dump(mode="json")
+    for name, field in leaf_fields().items():
+        *sections, last = name.split(".")
+        section = reduce(dict.__getitem__, sections, data)
+        if is_path(name, field) and section[last] is not None:
+            section[last] = as_written(section[last])
+    return data
+
+
+def _with_path(name: str, entry: _Value, keys: _Keys) -> _Value:
+    """The value; where the field takes a path, with what stands for a part of it filled in."""
+    if not isinstance(entry.value, str) or not is_path(name, keys.leaves[name]):
+        return entry
+    return entry._replace(value=local_path(_place(name, entry.origin), entry.value))
+
+
+def _place(name: str, origin: str) -> str:
+    """Where a value stands: ``--seed``, ``run.yaml:3: seed``."""
+    return origin if origin == f"--{name}" else f"{origin}: {name}"
 
 
 def _schema_keys() -> _Keys:
@@ -140,7 +182,7 @@ def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
         if text_only:
             return text
         raise UserError(
-            f"{flag}: {text!r} is not a YAML value; expected e.g. 3, 0.7, [0, 1]"
+            f"{flag}: {shown(text)} is not a YAML value; expected e.g. 3, 0.7, [0, 1]"
         ) from error
     return text if text_only and value is not None and not isinstance(value, str) else value
 
@@ -169,12 +211,41 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
             )
         fields, origin = MODEL_PRESETS[entry.value], f"preset {entry.value}"
     else:
-        fields, origin = read_hf_config(Path(entry.value)), entry.value
+        (name,) = named
+        fields, origin = _read_hugging_face(name, entry), entry.value
     found = {f"model.{name}": _Value(value, origin) for name, value in fields.items()}
     if "model.hf_path" in named and "data.tokenizer.path" not in values:
         found["data.tokenizer.kind"] = _Value("huggingface", origin)
         found["data.tokenizer.path"] = _Value(entry.value, origin)
     return found
+
+
+def _learning_rate(values: dict[str, _Value], purpose: str) -> dict[str, _Value]:
+    """The learning rate of a run that starts from trained weights."""
+    trained = ("model.hf_path", "checkpoint.init_from")
+    if purpose not in LEARNING_RATES or all(
+        values.get(name, _Value(None, "")).value is None for name in trained
+    ):
+        return {}
+    return {"optimizer.lr": _Value(LEARNING_RATES[purpose], f"the default of {purpose}")}
+
+
+def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:
+    """The fields that ``model.hf_path`` or ``model.hf_config`` determines."""
+    path, place = Path(entry.value), _place(name, entry.origin)
+    if name == "model.hf_path" and not os.path.isdir(path):
+        raise UserError(
+            f"{place} is {entry.value}, which is no directory; expected a Hugging Face model "
+            "directory on this machine, with config.json and safetensors files; download the "
+            "model, or correct the path"
+        )
+    file = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.exists(file):
+        raise UserError(
+            f"{place}: {file} does not exist; expected a Hugging Face config.json"
+            f"{'' if name == 'model.hf_path' else ' or its directory'}; correct the path"
+        )
+    return read_hf_config(path)
 
 
 def _entries(name: str, values: dict[str, _Value], keys: _Keys) -> dict[str, Any]:
@@ -214,6 +285,7 @@ def _type_error(error: ValidationError, values: dict[str, _Value], keys: _Keys) 
 
 def _wrong_value(name: str, found: _Value, keys: _Keys) -> UserError:
     hint = did_you_mean(str(found.value), choices(keys.leaves[name]))
-    shown = json.dumps(found.value, default=str)
-    where = found.origin if found.origin == f"--{name}" else f"{found.origin}: {name}"
-    return UserError(f"{where} is {shown}{hint}; expected {expectation(keys.leaves[name])}")
+    text = json.dumps(found.value, default=str)
+    text = text if len(text) <= 200 else f"{text[:197]}..."
+    place = _place(name, found.origin)
+    return UserError(f"{place} is {text}{hint}; expected {expectation(keys.leaves[name])}")

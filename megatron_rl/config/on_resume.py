@@ -27,8 +27,8 @@ preset hf_path hf_config aux_loss_coeff z_loss_coeff expert_bias_update_rate fre
 max_sequence_length init_std transformer_engine
 """.split()
 _DATA = """
-tokenizer.kind tokenizer.path train eval prompt_key completion_key pack_tokens pack_multiple
-chat last_turn overlong
+tokenizer.kind tokenizer.path tokenizer.trust_remote_code train eval prompt_key completion_key
+pack_tokens pack_multiple chat last_turn overlong
 """.split()
 _CHECKPOINT = "every asynchronous keep keep_best best_metric resume changed_data".split()
 

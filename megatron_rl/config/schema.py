@@ -53,7 +53,7 @@ class ModelConfig(Section):
     weights start a new run, its tokenizer is used where data.tokenizer.path is null."""
     hf_config: Path | None = None
     """A Hugging Face config.json (or its directory): the architecture alone."""
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=10_000)
     """Transformer layers, over all pipeline stages."""
     hidden_size: int = Field(128, ge=1)
     """Width D of the residual stream."""
@@ -186,6 +186,9 @@ class TokenizerConfig(Section):
     """sentencepiece: a .model file; huggingface: a directory, or a tokenizer.json."""
     path: Path | None = None
     """The file or directory."""
+    trust_remote_code: bool = False
+    """huggingface: execute the Python code that a directory's tokenizer brings along; false: a
+    tokenizer that needs code of its own is refused."""
 
 
 class DataConfig(Section):
@@ -355,7 +358,10 @@ class OptimizerConfig(Section):
     """Adam with decoupled weight decay, and its learning rate."""
 
     lr: float = Field(3e-4, gt=0.0)
-    """Peak learning rate."""
+    """Peak learning rate.
+
+    Not given, and the run starts from trained weights (model.hf_path, checkpoint.init_from): 1e-6
+    for train, 1e-5 for sft."""
     min_lr: float = Field(0.0, ge=0.0)
     """Learning rate at the end of the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -46,13 +46,63 @@ for _tag, _pattern, _first in _RESOLVERS:
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
 
+#: Largest tree, aliases counted as what they stand for: a few lines of them may stand for billions.
+MOST_NODES = 100_000
+
+
 def parse_value(text: str) -> Any:
     """One value as YAML: ``0.7``, ``null``, ``[0, 1]``. Raises ``yaml.YAMLError``."""
     loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        node = _compose(loader)
+        return None if node is None else _construct(loader, node)
     finally:
         loader.dispose()
+
+
+def _compose(loader: _Loader) -> yaml.Node | None:
+    """The tree of the text, finite and of a size that can be looked at."""
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            _count(node, {}, set())
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+    return node
+
+
+def _count(node: yaml.Node, known: dict[yaml.Node, int], above: set[yaml.Node]) -> int:
+    """Nodes of a tree in which aliases are written out. ``above``: those this one is part of."""
+    if node in known:
+        return known[node]
+    if node in above:
+        raise yaml.MarkedYAMLError(
+            problem="the anchor contains itself; expected a finite tree",
+            problem_mark=node.start_mark,
+        )
+    total = 1
+    if isinstance(node, yaml.CollectionNode):
+        above.add(node)
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                total += _count(part, known, above)
+        above.remove(node)
+    if total > MOST_NODES:
+        raise yaml.MarkedYAMLError(
+            problem=f"more than {MOST_NODES:,} values, with aliases written out; expected fewer",
+            problem_mark=node.start_mark,
+        )
+    known[node] = total
+    return total
+
+
+def _construct(loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (ValueError, KeyError) as error:  # `!!bool maybe`, a number of thousands of digits
+        raise yaml.MarkedYAMLError(
+            problem=f"a value that is none of its kind ({error})", problem_mark=node.start_mark
+        ) from error
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -81,28 +131,16 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _parse_file(text: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        node = _compose(loader)
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{file}: found a {node.id} at the top; expected `section: ...` lines")
-        _refuse_cycles(node, file, ())
         lines: dict[str, str] = {}
         _record_lines(node, "", file, lines)
-        return loader.construct_document(node), lines
+        return _construct(loader, node), lines
     finally:
         loader.dispose()
-
-
-def _refuse_cycles(node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> None:
-    """An anchor that contains its own alias would be an endless tree."""
-    if any(node is other for other in above):
-        line = node.start_mark.line + 1
-        raise UserError(f"{file}:{line}: the anchor contains itself; expected a finite tree")
-    if isinstance(node, yaml.CollectionNode):
-        for child in node.value:
-            for part in child if isinstance(child, tuple) else (child,):
-                _refuse_cycles(part, file, (*above, node))
 
 
 def _record_lines(node: yaml.MappingNode, prefix: str, file: str, lines: dict[str, str]) -> None:

@@ -90,7 +90,8 @@ def load_run_data(config: Config, verb: str) -> RunData:
 def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> RunData:
     """The data sets that were read, as the model will see them."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_vocabulary(tokenizer, config.model.vocab_size)
+    weights = config.checkpoint.init_from or config.model.hf_path
+    check_vocabulary(tokenizer, config.model.vocab_size, weights)
     rendering, overlong = Rendering(tokenizer, config.data.chat), config.data.overlong
     train = held_out = None
     if "train" in files and verb == "sft":

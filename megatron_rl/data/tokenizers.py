@@ -43,6 +43,11 @@ class Tokenizer(Protocol):
     pad_id: int  #: the end-of-sequence id where the tokenizer has no padding token
     has_chat_template: bool
 
+    def limit_to(self, rows: int) -> list[tuple[str, int]]:
+        """Refuse, from now on, texts that hold tokens past ``rows`` ids; the (token, id) that are
+        past it and that texts need: all but padding.
+        """
+
     def encode(self, text: str, control: bool = False) -> list[int]:
         """Ids of a text, without special tokens added. ``control``: the texts of control tokens in
         it, such as ``<|im_end|>``, become those tokens; else they are text like any other.
@@ -100,6 +105,10 @@ class SentencePieceTokenizer:
         control = filter(self._processor.is_control, range(self.vocab_size))
         self._control = {token: self._processor.id_to_piece(token) for token in control}
 
+    def limit_to(self, rows: int) -> list[tuple[str, int]]:
+        past = range(rows, self.vocab_size)  # padding is no token of a text, and lies below them
+        return [(self._processor.id_to_piece(i), i) for i in past]
+
     def encode(self, text: str, control: bool = False) -> list[int]:
         if control:
             raise UserError(
@@ -144,9 +153,9 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A Hugging Face tokenizer from a directory, or from a ``tokenizer.json``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
         self._path = path
-        self._tokenizer = _load_huggingface(path)
+        self._tokenizer = _load_huggingface(path, trust_remote_code)
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
         if self._tokenizer.eos_token_id is None:
             raise UserError(
@@ -159,14 +168,33 @@ class HuggingFaceTokenizer:
         self.pad_id: int = self.eos_id if pad is None else pad
         self.has_chat_template = bool(self._tokenizer.chat_template)
         self._template = ChatTemplate(self._tokenizer, path)
+        self._rows = self.vocab_size
         #: end-of-sequence tokens that the tokenizer itself puts behind a text
         ends = (n for n, token in enumerate(reversed(self._begun("a"))) if token != self.eos_id)
         self._num_ends = next(ends, 0)
 
+    def limit_to(self, rows: int) -> list[tuple[str, int]]:
+        past = sorted((i, name) for name, i in self._tokenizer.get_vocab().items() if i >= rows)
+        if past == [(self.pad_id, self._tokenizer.pad_token)] and self.pad_id != self.eos_id:
+            self._rows, self.pad_id = rows, self.eos_id
+            return []
+        return [(name, i) for i, name in past]
+
     def encode(self, text: str, control: bool = False) -> list[int]:
-        return self._tokenizer.encode(
+        ids = self._tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=not control, verbose=False
         )
+        return self._within(ids)
+
+    def _within(self, ids: list[int]) -> list[int]:
+        past = next((i for i in ids if i >= self._rows), None)
+        if past is not None:
+            raise UserError(
+                f"a text holds the token {self._tokenizer.convert_ids_to_tokens(past)!r} "
+                f"(id {past}), for which the model has no row; expected ids below {self._rows}; "
+                "correct the text, or use the tokenizer of the model's weights"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return _decode_runs(ids, self.vocab_size, lambda run: self._decode_known(run, True))
@@ -188,9 +216,10 @@ class HuggingFaceTokenizer:
     def encode_prompt(self, prompt: PromptText) -> list[int]:
         """Begun as the tokenizer itself begins a text, but never ended; chat by its template."""
         if not isinstance(prompt, str):
-            return self._template.encode(prompt)  # it writes its own special tokens
+            # it writes its own special tokens
+            return self._within(self._template.encode(prompt))
         ids = self._begun(prompt)
-        return ids[: len(ids) - self._num_ends]
+        return self._within(ids[: len(ids) - self._num_ends])
 
     def _begun(self, text: str) -> list[int]:
         return self._tokenizer.encode(
@@ -217,7 +246,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
             "set data.tokenizer.path"
         )
     if config.kind == "huggingface":
-        return HuggingFaceTokenizer(config.path)
+        return HuggingFaceTokenizer(config.path, config.trust_remote_code)
     if not config.path.is_file():
         raise UserError(
             f"tokenizer {config.path} is a directory; "
@@ -227,16 +256,28 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return SentencePieceTokenizer(config.path)
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, weights: Path | None = None) -> None:
     """``UserError`` if the tokenizer has ids past the model's embedding of ``vocab_size`` rows;
-    fewer ids are fine.
+    fewer ids are fine, and so is a padding token past it, which no sequence holds.
+
+    ``weights``: those the model starts from, whose embedding has these rows and no others.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {vocab_size}; "
-            "expected at least as many "
-            f"rows as ids; set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
+    past = tokenizer.limit_to(vocab_size)
+    if not past:
+        return
+    names = ", ".join(f"{name!r} ({number})" for name, number in past[:3])
+    found = (
+        f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {vocab_size}: no rows "
+        f"for {names}{'' if len(past) <= 3 else f' and {len(past) - 3} more'}; expected at least "
+        "as many rows as ids"
+    )
+    if weights is None:
+        raise UserError(f"{found}; set model.vocab_size to {tokenizer.vocab_size} or more")
+    raise UserError(
+        f"{found}, and {weights} has those rows only; use the tokenizer of these weights, take the "
+        "added tokens out of it, or give the weights rows for them first "
+        "(resize_token_embeddings in transformers)"
+    )
 
 
 def _decode_runs(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int]], str]) -> str:
@@ -251,7 +292,7 @@ def _decode_runs(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int
     return "".join(pieces) + (decode(run) if run else "")
 
 
-def _load_huggingface(path: Path):
+def _load_huggingface(path: Path, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     folder = path.parent if path.is_file() else path
@@ -259,8 +300,17 @@ def _load_huggingface(path: Path):
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
         return _load_tokenizer_json(path)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Said either way: left open, transformers asks on the terminal and executes after a "y".
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder} has a tokenizer that needs code of its own, which is in the directory; "
+                "expected one that transformers has a class for; if you trust that code, set "
+                "data.tokenizer.trust_remote_code to true"
+            ) from error
         detail = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} cannot be read as a Hugging Face tokenizer ({detail}); expected "
@@ -274,7 +324,7 @@ def _check_tokenizer_json(path: Path) -> None:
         return
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         content = error
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(

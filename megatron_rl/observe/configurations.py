@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
-from megatron_rl.config.load import dump_config
+from megatron_rl.config.load import dump_config, written_values
 from megatron_rl.config.on_resume import Change, changes
 from megatron_rl.config.schema import Config
 from megatron_rl.config.yaml_text import read_yaml
@@ -58,7 +58,7 @@ def configuration_at(run_dir: Path, step: int) -> Configuration | None:
 def changes_since(run_dir: Path, step: int, config: Config) -> list[Change] | None:
     """How a configuration differs from the one in force at a step; None: that one is not known."""
     before = configuration_at(run_dir, step)
-    return None if before is None else changes(before.values, config.model_dump(mode="json"))
+    return None if before is None else changes(before.values, written_values(config))
 
 
 def keep_configuration(run_dir: Path, config: Config, resume_step: int | None) -> int:
@@ -79,7 +79,7 @@ def keep_configuration(run_dir: Path, config: Config, resume_step: int | None) -
         first_step, kept = 0, None
     else:
         kept = configuration_at(run_dir, resume_step)
-        changed = kept is None or changes(kept.values, config.model_dump(mode="json"))
+        changed = kept is None or changes(kept.values, written_values(config))
         first_step = resume_step + 1 if changed else kept.first_step
     folder.mkdir(exist_ok=True)
     for step, path in _copies(run_dir).items():

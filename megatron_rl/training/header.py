@@ -5,7 +5,13 @@ from __future__ import annotations
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
-from megatron_rl.config.schema import AlgorithmConfig, Config, ModelConfig, RolloutConfig
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
 from megatron_rl.data.run_data import RunData
 from megatron_rl.training.session import Session
 from megatron_rl.training.trace_memory import longest_sequence, trace_fact
@@ -20,6 +26,9 @@ def run_facts(session: Session) -> dict[str, str]:
         "layout": f"{ranks} rank{'' if ranks == 1 else 's'}: {layout_text(config.parallel, ranks)}",
         "device": f"{session.device.kind}, {config.model.dtype}",
     }
+    tokenizer = config.data.tokenizer
+    if tokenizer.trust_remote_code:
+        facts["tokenizer"] = f"{tokenizer.path}, whose own code is executed (trust_remote_code)"
     if config.rollout.engine != "builtin":
         facts["rollout"] = _servers(config.rollout)
     return facts
@@ -32,6 +41,7 @@ def sft_facts(config: Config, data: RunData) -> dict[str, str]:
         + _held_out(config, data, "held-out problems"),
         **data.facts(),
         "step": f"{config.train.batch_size} samples",
+        "optimizer": _optimizer(config.optimizer),
     }
 
 
@@ -46,6 +56,7 @@ def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str
         f"{rollout.max_new_tokens} tokens at most, {algorithm.mini_batches} mini-batches x "
         f"{algorithm.epochs} epoch{'' if algorithm.epochs == 1 else 's'}",
         "algorithm": _algorithm(algorithm),
+        "optimizer": _optimizer(config.optimizer),
     }
     if keeps_trace(algorithm):
         longest = longest_sequence(config, problems)
@@ -78,6 +89,15 @@ def _model(model: ModelConfig) -> str:
         f"({sum(moe_layers(model))} MoE), {model.num_experts} experts, "
         f"top-{model.moe_top_k}{origin}"
     )
+
+
+def _optimizer(optimizer: OptimizerConfig) -> str:
+    parts = [f"Adam, learning rate {optimizer.lr:g}"]
+    if optimizer.warmup_steps:
+        parts.append(f"{optimizer.warmup_steps} optimizer steps of warm-up")
+    if optimizer.schedule != "constant":
+        parts.append(f"{optimizer.schedule} decay to {optimizer.min_lr:g}")
+    return ", ".join(parts)
 
 
 def _algorithm(algorithm: AlgorithmConfig) -> str:

@@ -16,10 +16,8 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.parameters import ParameterView, weight_views
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.families import join, rule_of
+from megatron_rl.weights.left_over import refuse_left_over
 from megatron_rl.weights.source import HuggingFaceTensors
-
-#: In old checkpoints; worked out again from the configuration.
-_DERIVED = (".rotary_emb.inv_freq",)
 
 
 @torch.no_grad()
@@ -37,10 +35,17 @@ def load_hf_weights(
 
     Raises:
         UserError: on all ranks: a tensor is missing, has another shape, or is in the directory and
-            not in the model.
+            not in the model; see also `refuse_left_over`.
     """
-    used = together(groups.world, lambda: _fill(chunks, groups, model, Path(directory), progress))
-    together(groups.world, lambda: _refuse_unused(set().union(*used), model, Path(directory)))
+    directory = Path(directory)
+    used = together(groups.world, lambda: _fill(chunks, groups, model, directory, progress))
+
+    def look_at_the_rest() -> None:
+        if groups.world.rank() == 0:
+            source = HuggingFaceTensors(directory, read_model_type(directory))
+            refuse_left_over(source, set().union(*used), model)
+
+    together(groups.world, look_at_the_rest)
 
 
 def _fill(
@@ -51,8 +56,8 @@ def _fill(
     progress: Callable[[list, int, str], Iterable],
 ) -> set[str]:
     """Fill the chunks; names of the tensors that were used."""
-    source = HuggingFaceTensors(directory)
     family = read_model_type(directory)
+    source = HuggingFaceTensors(directory, family)
     used: set[str] = set()
     views = list(weight_views(chunks, groups))
     for view in progress(views, len(views), "reading"):
@@ -77,20 +82,3 @@ def _local(view: ParameterView, rule, source: HuggingFaceTensors, model: ModelCo
     if view.padding:
         return view.slice_of(parts[0])
     return join(rule, parts, model, view.axis, view.group.rank(), view.group.size())
-
-
-def _refuse_unused(used: set[str], model: ModelConfig, directory: Path) -> None:
-    """A tensor that nothing consumed is part of an architecture that is not ours."""
-    harmless = {"lm_head.weight"} if model.tie_embeddings else set()
-    left = [
-        name
-        for name in sorted(HuggingFaceTensors(directory).names - used - harmless)
-        if not name.endswith(_DERIVED)
-    ]
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise UserError(
-            f"{directory} holds the tensor {left[0]}{more}, which no weight of the model is made "
-            "of; expected none left over; the model is of another architecture than config.json "
-            "says"
-        )

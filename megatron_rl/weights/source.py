@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_rl.errors import UserError
+from megatron_rl.weights.fused import Place, places
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -19,12 +20,17 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class HuggingFaceTensors:
     """The tensors of a directory by name. Files are mapped: only what is used is read."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, family: str | None = None) -> None:
         """Open the index, or the single file, and every file it names.
+
+        Args:
+            directory: of the model.
+            family: its model_type: experts that are stored fused have names of their own then.
 
         Raises:
             UserError: no safetensors; a file missing, truncated or outside the directory; an index
-                that does not agree with its files; a tensor of a type that is not supported.
+                that does not agree with its files; a tensor of a type that is not supported;
+                experts that are stored twice.
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
@@ -46,13 +52,13 @@ class HuggingFaceTensors:
                     "not; expected index and files of one model; restore the directory"
                 )
             self._file_of.update(dict.fromkeys(named[file] or found, file))
-        for name in self._file_of:
-            self._check_type(name)
+        shapes = {name: self._check(name) for name in self._file_of}
+        self._places = places(shapes, family, self.directory)
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file_of)
+        return set(self._places)
 
     @property
     def num_bytes(self) -> int:
@@ -61,27 +67,33 @@ class HuggingFaceTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._files[self._place(name)].get_slice(name).get_shape())
+        return self._place(name).shape
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor, mapped from its file. UserError: there is none of that name."""
-        return self._files[self._place(name)].get_tensor(name)
+        place = self._place(name)
+        file = self._files[self._file_of[place.stored]]
+        if place.expert is None:
+            return file.get_tensor(place.stored)
+        return file.get_slice(place.stored)[place.expert, place.begin : place.end]
 
-    def _place(self, name: str) -> str:
-        if name not in self._file_of:
+    def _place(self, name: str) -> Place:
+        if name not in self._places:
             raise UserError(
                 f"{self.directory} holds no tensor {name}; expected one, as its config.json "
                 "describes; restore the file that held it, or correct config.json"
             )
-        return self._file_of[name]
+        return self._places[name]
 
-    def _check_type(self, name: str) -> None:
-        kind = self._files[self._file_of[name]].get_slice(name).get_dtype()
-        if kind not in _DTYPES:
+    def _check(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor; refuses its type."""
+        tensor = self._files[self._file_of[name]].get_slice(name)
+        if tensor.get_dtype() not in _DTYPES:
             raise UserError(
-                f"{self.directory / self._file_of[name]} holds {name} as {kind}; expected one of "
-                f"{', '.join(_DTYPES)}; convert the model to bfloat16 first"
+                f"{self.directory / self._file_of[name]} holds {name} as {tensor.get_dtype()}; "
+                f"expected one of {', '.join(_DTYPES)}; convert the model to bfloat16 first"
             )
+        return tuple(tensor.get_shape())
 
 
 def _read_index(directory: Path) -> dict[str, set[str]]:
@@ -99,7 +111,7 @@ def _read_index(directory: Path) -> dict[str, set[str]]:
         named: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             named.setdefault(file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{index} is damaged ({type(error).__name__}); expected a JSON object with "
             "'weight_map'; restore the file"

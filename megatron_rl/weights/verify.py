@@ -20,6 +20,7 @@ from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collectives import gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights
 
@@ -48,8 +49,9 @@ def _same_tensors(
     checkpoint: Path, directory: Path, config: Config, groups: Groups, progress: Any
 ) -> None:
     rank, ranks = groups.world.rank(), groups.world.size()
-    stored = StoredWeights(checkpoint, config.model, read_model_type(directory))
-    source = HuggingFaceTensors(directory)
+    family = read_model_type(directory)
+    stored = StoredWeights(checkpoint, config.model, family)
+    source = HuggingFaceTensors(directory, family)
     seen, differing = set(), []
     count = stored.num_tensors(rank, ranks)
     for name, tensor in progress(stored.stream(rank, ranks), count, "comparing"):
@@ -62,8 +64,8 @@ def _same_tensors(
         raise RunFailed(
             f"{len(wrong)} tensors of {checkpoint} are not those of {directory}, first {wrong[0]}"
         )
-    absent = sorted(source.names - set().union(*(names for names, _ in everyone)))
-    absent = [n for n in absent if not (n == "lm_head.weight" and config.model.tie_embeddings)]
+    compared = set().union(*(names for names, _ in everyone))
+    absent = left_over(source, compared, config.model)
     if absent:
         raise RunFailed(f"{checkpoint} lacks {len(absent)} tensors of {directory}: {absent[0]}")
 
@@ -114,5 +116,11 @@ def _transformers_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     return model.eval()(tokens[None], use_cache=False).logits[0]

@@ -135,9 +135,16 @@ def stored(directory):
     return tensors
 
 
-def check(variant, layouts, folder):
-    source = hugging_face.save(variant, folder / "source", max_shard_size="80KB")
-    expected, original = hugging_face.logits(source), stored(source)
+def check(variant, layouts, folder, fused=False):
+    """``fused``: in the source the experts of a layer lie in one tensor; never in the result."""
+    single = hugging_face.save(variant, folder / "single", max_shard_size="80KB")
+    original, source = stored(single), single
+    if fused:
+        source = folder / "fused"
+        hugging_face.save(variant, source, max_shard_size="80KB", save_original_format=False)
+        assert not any("experts.gate_up_proj" in name for name in original)
+        assert any("experts.gate_up_proj" in name for name in stored(source))
+    expected = hugging_face.logits(source)
     assert expected.std() > 0.5
     jobs = {name: Job(source, folder, name) for name in layouts}
     for name, job in jobs.items():
@@ -172,6 +179,12 @@ def same_bits(found, original, where):
 @pytest.mark.parametrize("variant", hugging_face.VARIANTS)
 def test_every_family_under_every_layout(variant, tmp_path):
     check(variant, list(DENSE_LAYOUTS if variant == "qwen3" else LAYOUTS), tmp_path)
+
+
+@pytest.mark.conversion
+@pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_fused_experts_under_layouts(variant, tmp_path):
+    check(variant, ["EP4", "TP2 ETP2", "PP2 VPP2"], tmp_path, fused=True)
 
 
 @pytest.mark.parametrize("variant", ["qwen2_moe", "qwen3_moe, tied", "deepseek_v3", "olmoe"])

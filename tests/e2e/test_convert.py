@@ -69,7 +69,7 @@ def test_training_starts_from_the_weights_and_tokenizer(folder, trained):
 def hugging_face_tokenizer(directory):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def test_the_trained_model_answers_in_transformers_as_in_ours(folder, trained):

@@ -164,7 +164,9 @@ def load(directory: Path) -> torch.nn.Module:
     import transformers
 
     with _loading:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=False
+        )
     return model.eval()
 
 

@@ -179,7 +179,9 @@ def _transformers(
     import transformers
 
     _, dtype = DTYPES[arguments.device]
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, trust_remote_code=False
+    )
     model = model.to(arguments.device).eval()
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)

@@ -197,7 +197,11 @@ def test_dtype_and_tied_embeddings_are_taken(read):
             "model_type 'qwen3_mo' is not supported (did you mean qwen3_moe",
         ),
         (QWEN3, {"model_type": None}, "model_type None is not supported"),
-        (QWEN3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling {'type': 'yarn'"),
+        (
+            QWEN3,
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_type 'yarn' (rope scaling) is not supported",
+        ),
         (
             QWEN3,
             {"rope_theta": None, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
@@ -255,7 +259,8 @@ def test_dtype_and_tied_embeddings_are_taken(read):
             "layer_types other than full_attention",
         ),
         (QWEN3, {"torch_dtype": "float16"}, "dtype 'float16' is not supported"),
-        (QWEN3, {"num_mtp_layers": 1}, "key 'num_mtp_layers' is not understood"),
+        (QWEN3, {"num_mtp_layers": 1}, "num_mtp_layers 1 is not supported"),
+        (QWEN3, {"num_memory_layers": 0}, "key 'num_memory_layers' is not understood"),
         (QWEN3, {"rms_norm_eps": None}, "rms_norm_eps is missing"),
         (
             QWEN2,
@@ -265,7 +270,7 @@ def test_dtype_and_tied_embeddings_are_taken(read):
         (
             QWEN3,
             {"mlp_only_layers": 3},
-            "num_hidden_layers, decoder_sparse_step or mlp_only_layers is",
+            "mlp_only_layers is 3 (it should be a valid list)",
         ),
     ],
 )
@@ -302,4 +307,6 @@ def test_the_file_is_below_yaml_and_its_mistakes_are_named(tmp_path, monkeypatch
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**QWEN3, "vocab_size": "many"}))
     with pytest.raises(UserError) as error:
         load_config(tmp_path / "run.yaml")
-    assert str(error.value).startswith('hf: model.vocab_size is "many"; expected an integer')
+    assert str(error.value).startswith(
+        "hf/config.json: vocab_size is 'many' (it should be a valid integer); expected a plain"
+    )

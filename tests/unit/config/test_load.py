@@ -1,5 +1,6 @@
 """Loading: precedence, overrides, and one-line messages that name place, key and remedy."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.config.fields import leaf_fields
+from megatron_rl.config.hf_export import hf_config_of
 from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.schema import Config
+from megatron_rl.config.presets import MODEL_PRESETS
+from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.errors import UserError
 
 
@@ -233,3 +236,57 @@ def test_any_string_survives_dump_and_load(tmp_path_factory, text):
 def test_every_field_says_what_it_is():
     undocumented = [name for name, field in leaf_fields().items() if not field.description]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("words", "purpose", "rate"),
+    [
+        ([], "train", 3e-4),
+        ([], "sft", 3e-4),
+        (["--model.preset=qwen3_30b_a3b"], "train", 3e-4),
+        (["--model.hf_path=hf"], "train", 1e-6),
+        (["--model.hf_path=hf"], "sft", 1e-5),
+        (["--checkpoint.init_from=runs/a"], "train", 1e-6),
+        (["--checkpoint.init_from=runs/a"], "sft", 1e-5),
+        (["--model.hf_path=hf", "--optimizer.lr=3e-4"], "train", 3e-4),
+        (["--model.hf_path=hf", "--model.hf_path=null"], "train", 3e-4),
+        (["--model.hf_config=hf"], "train", 3e-4),  # random weights
+    ],
+)
+def test_the_learning_rate_where_none_is_given(load, words, purpose, rate):
+    Path("hf").mkdir()
+    config = hf_config_of(ModelConfig(**MODEL_PRESETS["qwen3_4b"]))
+    Path("hf/config.json").write_text(json.dumps(config))
+    given = [] if purpose == "train" else [purpose]
+    assert load_config(None, words, *given).optimizer.lr == rate
+    resolved = dump_config(load_config(None, words, purpose))
+    assert load(resolved).optimizer.lr == rate  # whatever the verb, once written
+
+
+def test_a_learning_rate_of_the_file_is_kept(load):
+    assert load("optimizer: {lr: 1e-3}\ncheckpoint: {init_from: runs/a}").optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize("text", ["{a: 1}", "[[1]]", "&a [*a]", "9" * 5000])
+def test_a_hostile_value_of_any_field_is_one_line(text):
+    taken = set()
+    for name in leaf_fields():
+        try:
+            load_config(None, [f"--{name}={text}"])
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 5500, name
+        else:
+            taken.add(name)
+    # what takes any text, or any mapping
+    texts = {"data.prompt_key", "data.completion_key", "observe.wandb", "reward.name"}
+    assert taken & texts == texts
+    assert not {n for n in taken if n.startswith(("parallel.", "optimizer.", "train.", "device."))}
+
+
+def test_sections_and_lists_say_what_they_take(refusal):
+    assert refusal("", "--model.yarn=3").startswith(
+        "--model.yarn is 3; expected a mapping of factor, original_max_position_embeddings, "
+    )
+    assert refusal("", "--rollout.servers.urls=3").startswith(
+        "--rollout.servers.urls is 3; expected a list of strings ("
+    )

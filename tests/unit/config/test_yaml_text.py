@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_rl.config.yaml_text import dump_yaml, parse_value, read_yaml
 from megatron_rl.errors import UserError
@@ -89,8 +90,8 @@ def test_anchors_and_merge_keys_work(tmp_path):
         ("1: 2\n", ":1: key 1 is no name; expected a field's name"),
         ("a:\n  true: 2\n", ":2: key a.true is no name; "),
         ("? [a]\n: 2\n", ":1: key of kind sequence is no name; "),
-        ("a: &x\n  b: *x\n", ":1: the anchor contains itself; expected a finite tree"),
-        ("a: 1\nb: &x\n  - [*x]\n", ":2: the anchor contains itself; expected a finite tree"),
+        ("a: &x\n  b: *x\n", ":1: invalid YAML: the anchor contains itself; expected"),
+        ("a: 1\nb: &x\n  - [*x]\n", ":2: invalid YAML: the anchor contains itself; expected"),
     ],
 )
 def test_malformed_files_are_refused_with_their_line(tmp_path, text, message):
@@ -115,3 +116,34 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         with pytest.raises(UserError) as error:
             read_yaml(Path(path))
         assert str(error.value) == message
+
+
+#: 9 lists of 9 aliases of the list before: 3.9e8 values in some 300 characters.
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: " + "9" * 5000, ": invalid YAML: a value that is none of its kind (Exceeds"),
+        ("a: !!bool maybe", ": invalid YAML: a value that is none of its kind ('maybe')"),
+        ("a: !!int x", ": invalid YAML: a value that is none of its kind (invalid literal"),
+        ("a: " + "[" * 1000 + "]" * 1000, ": invalid YAML: nested too deeply"),
+        (BOMB, ": invalid YAML: more than 100,000 values, with aliases written out"),
+    ],
+)
+def test_values_that_python_cannot_take_are_one_line(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_yaml(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "&a [*a]", "[" * 1000 + "]" * 1000, "!!bool x"])
+def test_values_of_flags_that_python_cannot_take(text):
+    with pytest.raises(yaml.YAMLError):
+        parse_value(text)

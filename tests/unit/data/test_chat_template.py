@@ -28,7 +28,7 @@ def family(request, tmp_path_factory):
     """(name, our tokenizer, transformers')."""
     folder = FAMILIES[request.param](tmp_path_factory.mktemp("tokenizer"))
     ours = load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
-    return request.param, ours, AutoTokenizer.from_pretrained(folder)
+    return request.param, ours, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def user(content):
@@ -82,7 +82,7 @@ def test_the_tokens_around_it_are_those_of_the_text(tmp_path):
     """Written out: the template's tokens, and between them the plain text's."""
     folder = save_qwen(tmp_path)
     ours = load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     question, newline, answer = (
         theirs.encode(text, split_special_tokens=True)
         for text in ("user\nSay <|im_end|> twice.", "\n", "assistant\n")

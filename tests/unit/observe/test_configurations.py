@@ -88,3 +88,12 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config.yaml:1: invalid YAML"):
         changes_since(tmp_path, 3, config())
+
+
+@pytest.mark.parametrize("path", ["cost$5/train.jsonl", "~x/train.jsonl"])
+def test_a_path_that_is_written_otherwise_than_it_is_has_not_changed(tmp_path, path):
+    same = config(data={"train": path})
+    keep_configuration(tmp_path, same, None)
+    assert load_config(tmp_path / "config.yaml") == same
+    assert changes_since(tmp_path, 0, same) == []
+    assert keep_configuration(tmp_path, same, 5) == 0

@@ -24,3 +24,21 @@ def test_servers(rollout, text):
     from megatron_rl.training.header import _servers
 
     assert _servers(RolloutConfig(engine="vllm", **rollout)) == text
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        ({"lr": 1e-6}, "Adam, learning rate 1e-06"),
+        (
+            {"lr": 2e-4, "schedule": "cosine", "min_lr": 1e-5, "warmup_steps": 20},
+            "Adam, learning rate 0.0002, 20 optimizer steps of warm-up, cosine decay to 1e-05",
+        ),
+    ],
+)
+def test_the_learning_rate_is_said(optimizer, text):
+    cpu_device()
+    from megatron_rl.config.schema import Config
+    from megatron_rl.training.header import _optimizer
+
+    assert _optimizer(Config(optimizer=optimizer).optimizer) == text

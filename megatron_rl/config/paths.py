@@ -1,0 +1,56 @@
+"""Paths as people write them: ``~`` and ``${VAR}`` are filled in; addresses are no paths."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from megatron_rl.errors import UserError
+
+#: ``$$`` is a dollar sign; ``$VAR`` and ``${VAR}`` are variables of the environment.
+_VARIABLE = re.compile(r"\$(?:\$|\{([^{}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+#: One slash is enough: a path's double slash is easily lost on the way here.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(name: str, text: str) -> str:
+    """The path that ``text`` means on this machine; ``name``: what it is given for, in messages.
+
+    Raises UserError: an address such as ``s3://bucket/key``, a variable that is not set or empty, a
+    home directory of nobody, an empty path, a NUL character.
+    """
+    found = f"{name} is {text if len(text) <= 300 else text[:297] + '...'!r}"
+    if _ADDRESS.match(text):
+        raise UserError(
+            f"{found}, an address; expected a path in the file system: download it, or mount it, "
+            "and name the path"
+        )
+    if not text or "\0" in text:
+        raise UserError(f"{found}; expected a path")
+
+    def value(match: re.Match[str]) -> str:
+        if match[0] == "$$":
+            return "$"
+        variable = match[1] if match[2] is None else match[2]
+        if not os.environ.get(variable):
+            raise UserError(
+                f"{found}, and the environment has no variable {variable!r}, or an empty one; "
+                "expected one with a value; set it, write the path out, or $$ for a dollar sign"
+            )
+        return os.environ[variable]
+
+    path = _VARIABLE.sub(value, text)
+    if max(map(len, os.fsencode(path).split(b"/"))) > 255 or len(os.fsencode(path)) > 4095:
+        raise UserError(f"{name} is {text[:40]!r}..., too long for a file system; expected a path")
+    at_home = os.path.expanduser(path)
+    if at_home.startswith("~"):
+        raise UserError(
+            f"{found}, and there is no such home directory; expected ~ or ~USER; write the path "
+            "out, or ./~ for a name that begins so"
+        )
+    return at_home
+
+
+def as_written(path: str) -> str:
+    """The text from which `local_path` gives this path."""
+    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
