@@ -25,6 +25,16 @@ class Prompt:
     tokens: np.ndarray
     text: str
     record: Mapping[str, Any]  #: what the verifier needs (numbers and target, answer, tests...)
+    #: how often its step has drawn the same problem before; see `first_sample`
+    occurrence: int = 0
+
+    def first_sample(self, samples: int) -> int:
+        """The number of the first of its answers, where every occurrence gets this many.
+
+        A problem that a step draws three times has the random numbers of one with three times as
+        many answers, so that no answer is drawn twice.
+        """
+        return self.occurrence * samples
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ and resumed.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Mapping, Sequence, TypeVar
 
@@ -86,6 +88,18 @@ def load_samples(
         _check_length(path, index, "prompt and completion", len(tokens), max_tokens)
         samples.append(Sample(np.array(tokens, dtype=np.int64), prompt_length=len(prompt)))
     return samples
+
+
+def number_occurrences(prompts: Sequence[Prompt], drawn: Counter[int]) -> list[Prompt]:
+    """The prompts, each knowing how often its step has drawn it before.
+
+    ``drawn`` counts the draws of the step by ``index``; those of these prompts are added.
+    """
+    numbered = []
+    for prompt in prompts:
+        numbered.append(replace(prompt, occurrence=drawn[prompt.index]))
+        drawn[prompt.index] += 1
+    return numbered
 
 
 class PromptSource(Generic[Item]):

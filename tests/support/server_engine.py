@@ -35,8 +35,6 @@ def build(
 
     from megatron_rl.models.build import build_chunks, transformer_config
     from megatron_rl.parallel.groups import build_groups, destroy_groups
-    from megatron_rl.rollout.servers.engine import ServerEngine
-    from megatron_rl.rollout.servers.vllm import VllmApi
     from megatron_rl.training.initial_weights import load_initial_weights
 
     if parallel_state.model_parallel_is_initialized():
@@ -45,7 +43,23 @@ def build(
     transformer = transformer_config(config.model, config.parallel, device)
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     load_initial_weights(config, chunks, groups)
-    engine = ServerEngine(
+    engine = build_on(config, chunks, groups, told, command, method)
+    return engine, chunks, groups, transformer
+
+
+def build_on(
+    config: Config,
+    chunks: Sequence[torch.nn.Module],
+    groups: Any,
+    told: list[str],
+    command: Command | None = None,
+    method: str = "load",
+) -> Any:
+    """The engine on a model that is there."""
+    from megatron_rl.rollout.servers.engine import ServerEngine
+    from megatron_rl.rollout.servers.vllm import VllmApi
+
+    return ServerEngine(
         config,
         VllmApi(method),
         chunks,
@@ -56,7 +70,6 @@ def build(
         own_machine=True,
         command=command,
     )
-    return engine, chunks, groups, transformer
 
 
 def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:

@@ -189,7 +189,7 @@ class BuiltinEngine:
         lengths = lengths[wave.prompt_of]
         limits = np.minimum(settings.max_new_tokens, self._max_sequence_length - lengths)
         names = [
-            (wave.prompts[p].index, number)
+            (wave.prompts[p].index, wave.prompts[p].first_sample(settings.samples) + number)
             for p, number in zip(wave.prompt_of, wave.sample_numbers)
         ]
         count = 0 if settings.greedy else settings.max_new_tokens

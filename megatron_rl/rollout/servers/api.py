@@ -74,14 +74,20 @@ class ServerApi(Protocol):
         """Answer again."""
 
 
-def answer_seed(seed: int, index: int) -> int:
-    """Seed of a prompt's answers, in [0, 2^31): of the run's seed and the prompt's index.
+#: Seeds of answers are below it; a question's other samples take those that follow.
+SEEDS = 2**31 - 2**11
 
-    The samples of a prompt take this one and those that follow, so prompts are kept 2^11 apart by
-    chance rather than side by side.
+
+def answer_seed(seed: int, index: int, number: int = 0) -> int:
+    """Seed of a prompt's answer, in [0, 2^31): of the run's seed, the prompt's index and the
+    answer's number.
+
+    The answers of a prompt have seeds one behind the other; prompts are kept apart by chance. So
+    those of one prompt never share a seed, however often a step draws it.
     """
     bits = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
-    return int(np.random.Generator(bits).integers(2**31 - 2**11))
+    first = int(np.random.Generator(bits).integers(SEEDS))
+    return (first + number) % SEEDS
 
 
 def check_answers(

@@ -180,7 +180,8 @@ class ServerEngine:
             return answers
 
         if seed is None:
-            seed = answer_seed(settings.seed, prompt.index)
+            first = prompt.first_sample(settings.samples)
+            seed = answer_seed(settings.seed, prompt.index, first)
         return Question(self._api.generation(prompt, settings, seed, self._eos_id), read)
 
     def _ask(
@@ -232,7 +233,8 @@ class ServerEngine:
         made = len(answer.tokens)
         longer = replace(prompt, tokens=np.concatenate([prompt.tokens, answer.tokens]))
         left = replace(settings, samples=1, max_new_tokens=settings.max_new_tokens - made)
-        seed = answer_seed((settings.seed + (made << 44)) % 2**64, prompt.index) + number
+        number += prompt.first_sample(settings.samples)
+        seed = answer_seed((settings.seed + (made << 44)) % 2**64, prompt.index, number)
         return self._question(longer, left, version, True, seed)
 
     def _completion(self, answer: Answer, version: int) -> Completion:
