@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence, Sized
+from typing import Mapping, Sequence, Sized
 
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
@@ -21,10 +21,21 @@ def run_facts(session: Session) -> dict[str, str]:
         "model": _model(config.model),
         "layout": f"{ranks} rank{'' if ranks == 1 else 's'}: {layout_text(config.parallel, ranks)}",
         "device": f"{session.device.kind}, {config.model.dtype}",
+        "answers end": "with token " + stop_text(session.stop_tokens),
     }
     if config.rollout.engine != "builtin":
         facts["rollout"] = _servers(config.rollout)
     return facts
+
+
+def stop_text(stop_tokens: Mapping[int, str]) -> str:
+    """``2 (tokenizer), 7, 9 (generation_config.json)``: the tokens, by what names them."""
+    by_place: dict[str, list[int]] = {}
+    for token, place in stop_tokens.items():
+        by_place.setdefault(place, []).append(token)
+    return ", ".join(
+        f"{', '.join(map(str, tokens))} ({place})" for place, tokens in by_place.items()
+    )
 
 
 def sft_facts(config: Config, samples: Sized, held_out: Sized) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from megatron_rl.observe.run_files import CONFIG_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_rl.training.stop_tokens import model_directories, stop_tokens_of
 from megatron_rl.weights.companions import keep_companions
 
 
@@ -34,6 +35,7 @@ class Session:
     device: Device
     groups: Groups
     tokenizer: Tokenizer
+    stop_tokens: Mapping[int, str]  #: that end an answer, each with what names it
     console: SilentConsole
     timers: Timers
 
@@ -78,8 +80,8 @@ class Session:
                 opened.append(writer)
                 text = dump_config(self.config)
                 (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
-                if self.config.model.hf_path is not None:
-                    keep_companions(self.config.model.hf_path, self.run_dir)
+                origin = next(iter(model_directories(self.config)), None)
+                keep_companions(origin, self.run_dir, tuple(self.stop_tokens))
 
         together(self.groups.world, open_files)
         return opened[0] if opened else None
@@ -107,6 +109,7 @@ def open_session(
     config: Config, verb: str, total_steps: int | None, tokenizer: Tokenizer
 ) -> Iterator[Session]:
     """Choose the device, join the other ranks, build the groups; undo it at the end."""
+    stops = stop_tokens_of(config, tokenizer.eos_id)
     launch = read_launch()
     device = select_device(config.device, launch)
     connect(device, launch, config.device.timeout_s)
@@ -116,7 +119,7 @@ def open_session(
     timers = Timers(_synchronise if device.kind == "cuda" else None)
     try:
         with console:
-            yield Session(config, launch, device, groups, tokenizer, console, timers)
+            yield Session(config, launch, device, groups, tokenizer, stops, console, timers)
     finally:
         destroy_groups()
         dist.destroy_process_group()

@@ -102,6 +102,7 @@ class FakeServer:
         self.answered = 0
         self.experts: tuple[int, int] | None = None  #: (L, K): answers carry experts
         self.token_s, self.broken_off = 0.0, 0
+        self.own_stops: set[int] = set()  #: end-of-sequence tokens of the files it was started with
         self._pauses = 0  #: how often it was paused
         self._running = threading.Event()
         self._running.set()
@@ -212,7 +213,8 @@ class FakeServer:
                 token = int((logits + random.gumbel(size=len(logits))).argmax())
             tokens.append(token)
             content.append({"token_id": token, "logprob": float(logprobs[token])})
-            if token in settings["stop_token_ids"]:
+            own = set() if settings.get("ignore_eos") else self.own_stops
+            if token in own.union(settings["stop_token_ids"]):
                 reason = "stop"
                 break
         made = tokens[len(body["token_ids"]) :]

@@ -54,6 +54,7 @@ def build_on(
     told: list[str],
     command: Command | None = None,
     method: str = "load",
+    stop_ids: Sequence[int] = (1,),
 ) -> Any:
     """The engine on a model that is there."""
     from megatron_rl.rollout.servers.engine import ServerEngine
@@ -64,7 +65,7 @@ def build_on(
         VllmApi(method),
         chunks,
         groups,
-        eos_id=1,
+        stop_ids=stop_ids,
         decode=lambda ids: " ".join(map(str, ids)),
         say=told.append,
         own_machine=True,

@@ -28,10 +28,11 @@ class VllmApi:
         self._reload_method = reload_method
 
     def generation(
-        self, prompt: Prompt, settings: SamplingSettings, seed: int, eos_id: int
+        self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
         """Temperature 0 is vLLM's greedy decoding, and its log-probabilities those of temperature
-        1 either way.
+        1 either way. The server's own end-of-sequence tokens, of the files it was started with, do
+        not count.
         """
         sampling = {
             "n": settings.samples,
@@ -40,7 +41,8 @@ class VllmApi:
             "top_p": 1.0 if settings.greedy else settings.top_p,
             "top_k": 0 if settings.greedy else settings.top_k,
             "seed": seed,
-            "stop_token_ids": [eos_id],
+            "stop_token_ids": sorted(stop_ids),
+            "ignore_eos": True,
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
         }

@@ -32,7 +32,14 @@ def answers_of_a_step(config, prompts, make_engine):
         from megatron_rl.training.session import Session
 
         session = Session(
-            config, read_launch({}), policy.device, policy.groups, None, SilentConsole(), Timers()
+            config=config,
+            launch=read_launch({}),
+            device=policy.device,
+            groups=policy.groups,
+            tokenizer=None,  # the engine is given
+            stop_tokens={},
+            console=SilentConsole(),
+            timers=Timers(),
         )
         task = Reinforce(session, policy, make_engine(policy), prompts, [])
         task.step(1, session.new_sums())

@@ -16,7 +16,7 @@ from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import ROOT
-from tests.support.server_engine import build, change_weights, config_of
+from tests.support.server_engine import build, build_on, change_weights, config_of
 
 PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
 GREEDY = SamplingSettings(1, 6, greedy=True)
@@ -52,7 +52,7 @@ def test_answers_are_those_of_the_built_in_engine(built, servers, told):
     from megatron_rl.rollout.builtin.generate import BuiltinEngine
 
     engine, chunks, groups, transformer = built
-    judge = BuiltinEngine(chunks, groups, transformer, 1, 8, engine._decode, 64)
+    judge = BuiltinEngine(chunks, groups, transformer, (1,), 8, engine._decode, 64)
     found, expected = (e.generate(PROMPTS, GREEDY) for e in (engine, judge))
     assert len(found) == len(PROMPTS)
     for group, wanted in zip(found, expected, strict=True):
@@ -68,6 +68,41 @@ def test_answers_are_those_of_the_built_in_engine(built, servers, told):
     assert metrics.pop("time/sync_s") > 0
     assert metrics == {"servers/used": 2, "servers/failures": 0, "servers/restarts": 0}
     assert engine.metrics()["time/sync_s"] == 0.0
+
+
+def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
+    directory, tmp_path, servers, told
+):
+    """Whatever tokens the server's own files name; sampled text is without the stop token."""
+    from megatron_rl.rollout.builtin.generate import BuiltinEngine
+
+    for server in servers:
+        server.own_stops = set(range(60))
+    config = config_of(directory, tmp_path / "run", [s.url for s in servers])
+    engine, chunks, groups, transformer = build(config, told)
+    judge = BuiltinEngine(chunks, groups, transformer, (), 8, engine._decode, 64)
+    settings = dataclasses.replace(GREEDY, max_new_tokens=20)
+    endless = [g.completions[0].tokens.tolist() for g in judge.generate(PROMPTS, settings)]
+    stops = {tokens[n] for tokens, n in zip(endless, (3, 7))}  # the third ends where it will
+    engine = build_on(config, chunks, groups, told, stop_ids=tuple(stops))
+    judge = BuiltinEngine(chunks, groups, transformer, stops, 8, engine._decode, 64)
+    found, expected = (e.generate(PROMPTS, settings) for e in (engine, judge))
+    for group, wanted, tokens in zip(found, expected, endless, strict=True):
+        (answer,), (judged,) = group.completions, wanted.completions
+        length = next((i + 1 for i, token in enumerate(tokens) if token in stops), 20)
+        assert answer.tokens.tolist() == judged.tokens.tolist() == tokens[:length]
+        assert answer.finished == judged.finished == (tokens[length - 1] in stops)
+        assert answer.text == judged.text == engine._decode(tokens[: length - answer.finished])
+    assert sum(group.completions[0].finished for group in found) >= 2 and told == []
+
+
+def test_an_answer_is_as_long_as_the_sequence_allows(directory, tmp_path, servers, told):
+    """Nothing longer is asked for, and nothing shorter is taken without a stop token."""
+    config = config_of(directory, tmp_path / "run", [s.url for s in servers])
+    engine = build_on(config, *build(config, told)[1:3], told, stop_ids=())
+    settings = SamplingSettings(1, 60, greedy=True)
+    lengths = [len(g.completions[0].tokens) for g in engine.generate(PROMPTS, settings)]
+    assert lengths == [60, 60, 64 - 8] and told == []
 
 
 def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):

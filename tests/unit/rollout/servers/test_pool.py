@@ -15,7 +15,7 @@ from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model, wait_for
 
-API, SETTINGS, EOS, VOCABULARY = VllmApi("load"), SamplingSettings(2, 5), 1, 16
+API, SETTINGS, STOPS, VOCABULARY = VllmApi("load"), SamplingSettings(2, 5), (1,), 16
 COUNT = 40
 
 
@@ -41,13 +41,13 @@ def questions(count=COUNT, version="default"):
     def read(prompt):
         def answers(payload):
             found = API.answers(payload)
-            check_answers(found, prompt, SETTINGS, EOS, VOCABULARY, version)
+            check_answers(found, prompt, SETTINGS, STOPS, VOCABULARY, version)
             return prompt.index, [answer.tokens.tolist() for answer in found]
 
         return answers
 
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(count)]
-    return [Question(API.generation(p, SETTINGS, p.index, EOS), read(p)) for p in prompts]
+    return [Question(API.generation(p, SETTINGS, p.index, STOPS), read(p)) for p in prompts]
 
 
 @pytest.fixture(scope="module")
