@@ -19,7 +19,7 @@ def config_of(directory: Path, run_dir: Path, urls: Sequence[str], **parallel: i
     words = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
     words += [f"--parallel.{name}={value}" for name, value in parallel.items()]
     words += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
-    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=30"]
+    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=300"]
     return load_config(None, words)
 
 

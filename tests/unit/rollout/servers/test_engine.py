@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+import threading
 
 import numpy as np
 import psutil
@@ -137,13 +138,15 @@ def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
 def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, servers):
     engine, chunks, *_ = built
     expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
+    may_answer = threading.Event()
     for server in servers:
-        server.fault, server.pause = "slow", 0.5
+        server.before_answer = lambda: may_answer.wait(100.0)
     finish = engine.begin(PROMPTS, SAMPLED)
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.1)
     engine.weights_changed()
+    threading.Timer(0.3, may_answer.set).start()
     # other questions, by the new weights, wait for the ones that are open
     new = engine.generate(PROMPTS, SAMPLED)
     old = finish()
@@ -163,9 +166,9 @@ def receivers(directory):
         yield one, other
 
 
-def broadcasting(directory, run_dir, servers, lag=0, **parallel):
+def broadcasting(directory, run_dir, servers, lag=0, start_s=60.0, **parallel):
     config = config_of(directory, run_dir, [server.url for server in servers], **parallel)
-    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": 8.0})
+    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": start_s})
     rollout = config.rollout.model_copy(update={"servers": chosen, "lag": lag})
     return config.model_copy(update={"rollout": rollout})
 
@@ -182,11 +185,14 @@ def test_weights_are_broadcast_without_a_disk(directory, tmp_path, receivers, to
     assert not (tmp_path / "servers").exists()
 
 
-@pytest.mark.parametrize("fault", ["refuse", "refuse late", "stall"])
+@pytest.mark.parametrize(
+    ("fault", "start_s"), [("refuse", 60.0), ("refuse late", 60.0), ("stall", 8.0)]
+)
 def test_a_server_that_stops_reading_is_left_out_and_joins_again(
-    directory, tmp_path, receivers, told, fault
+    directory, tmp_path, receivers, told, fault, start_s
 ):
-    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers), told)
+    """How long one that stalls is waited for is how long the test takes."""
+    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers, start_s=start_s), told)
     engine.generate(PROMPTS, SAMPLED)
     change_weights(engine, chunks)
     receivers[0].fault = fault
@@ -234,12 +240,14 @@ LONG = SamplingSettings(3, 40, seed=4)
 
 @pytest.fixture
 def ahead(directory, tmp_path, servers, told):
-    """As ``built``, with answers two steps ahead, from servers that take their time."""
+    """As ``built``, with answers two steps ahead, which the servers hold in the middle until an
+    update breaks them off: their first pause is for the first weights.
+    """
     config = config_of(directory, tmp_path / "run", [s.url for s in servers])
     rollout = config.rollout.model_copy(update={"lag": 2})
     built = build(config.model_copy(update={"rollout": rollout}), told)
     for server in servers:
-        server.token_s = 0.02
+        server.hold = (15, 2)  # behind the longest answer to a probe
     return built
 
 
@@ -282,6 +290,8 @@ def test_what_a_server_without_the_new_weights_went_on_with_is_not_taken(ahead, 
 
 def test_several_batches_are_sampled_at_a_time(ahead, servers):
     engine = ahead[0]
+    for server in servers:
+        server.hold = None
     finishers = [engine.begin(PROMPTS, dataclasses.replace(LONG, seed=n)) for n in range(2)]
     probes = 2 * len(servers)
     wait_for(lambda: sum(len(server.asked) for server in servers) == probes + 2 * len(PROMPTS))
