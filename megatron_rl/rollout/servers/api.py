@@ -17,10 +17,10 @@ class BadAnswer(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """One POST request."""
+    """One request."""
 
     path: str
-    body: dict[str, Any]
+    body: dict[str, Any] | None  #: of a POST; None: a GET
 
 
 @dataclass(frozen=True)

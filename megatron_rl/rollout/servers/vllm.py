@@ -79,6 +79,39 @@ class VllmApi:
         except (KeyError, TypeError) as error:
             raise BadAnswer(f"not a response of /collective_rpc ({error!r})") from error
 
+    # -- weight transfer, see `transfer.py` -------------------------------------------------------
+
+    def counting(self) -> Call:
+        """How many workers there are; see `count`."""
+        return Call("/get_world_size", None)
+
+    def count(self, payload: Any) -> int:
+        """Of the workers. Raises `BadAnswer`."""
+        try:
+            return int(payload["world_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadAnswer(f"not a response of /get_world_size ({error!r})") from error
+
+    def joining(self, information: dict[str, Any]) -> Call:
+        """Join the trainer's group."""
+        return Call("/init_weight_transfer_engine", {"init_info": information})
+
+    def starting(self) -> Call:
+        """Get ready for new weights."""
+        return Call("/start_weight_update", {})
+
+    def updating(self, entries: Sequence[tuple[str, str, list[int]]]) -> Call:
+        """Take these weights, (name, type, shape), from the group."""
+        names, dtypes, shapes = (list(column) for column in zip(*entries))
+        information = {"names": names, "dtype_names": dtypes, "shapes": shapes}
+        return Call("/update_weights", {"update_info": information})
+
+    def finishing(self) -> Call:
+        """Those were all."""
+        return Call("/finish_weight_update", {})
+
+    # -- breaking off ----------------------------------------------------------------------------
+
     def interrupting(self) -> Sequence[Call]:
         """See `ServerApi`. The choices broken off end with the reason "abort"."""
         return (Call("/pause?mode=abort", {}),)
