@@ -70,6 +70,8 @@ class Receiver:
         if path == "/init_weight_transfer_engine":
             return self._join(body["init_info"])
         if path == "/start_weight_update":
+            if self._coming is not None:
+                return 500, {"error": {"message": "a weight update is already active"}}
             self._coming = {}
         elif self._coming is None:
             return 500, {"error": {"message": "start_weight_update must be called before"}}

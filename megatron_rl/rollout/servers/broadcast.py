@@ -60,8 +60,8 @@ class Channel(Protocol):
         """Begin to send some weights, the bytes of all behind one another; waits until it is
         done."""
 
-    def end(self) -> None:
-        """There are no more; wait until they have them."""
+    def end(self) -> Callable[[], None]:
+        """There are no more; waits until they have them."""
 
 
 class WeightBroadcast:
@@ -121,14 +121,17 @@ class WeightBroadcast:
                     except Failures as error:
                         failures[url] = one_line(error)
 
+        def all_at_once(begin: Callable[[Channel], Callable[[], None]]) -> None:
+            begun: dict[str, Callable[[], None]] = {}
+            each(lambda url: begun.update({url: begin(self._channels[url])}))
+            each(lambda url: begun[url](), list(begun))
+
         each(lambda url: self._channels[url].start(self._sends))
         end = time.monotonic() + self._timeout.total_seconds()
         each(lambda url: self._await_reader(url, end))
-        for entries, payload in _batches(tensors, self._device):
-            begun: dict[str, Callable[[], None]] = {}
-            each(lambda url: begun.update({url: self._channels[url].send(entries, payload)}))  # noqa: B023
-            each(lambda url: begun[url](), list(begun))  # noqa: B023
-        each(lambda url: self._channels[url].end())
+        for batch in _batches(tensors, self._device):
+            all_at_once(lambda channel, batch=batch: channel.send(*batch))
+        all_at_once(lambda channel: channel.end())
         for url in failures:
             self.forget(url)
         return failures
@@ -192,11 +195,16 @@ class ExtensionChannel:
 
         return wait
 
-    def end(self) -> None:
+    def end(self) -> Callable[[], None]:
         """See `Channel`."""
         self._refuse_answer("it has stopped reading")
-        _begin(self._group, self._length(0)).wait()
-        self._answer.result(self._timeout.total_seconds())
+        last = _begin(self._group, self._length(0))
+
+        def wait() -> None:
+            last.wait()
+            self._answer.result(self._timeout.total_seconds())
+
+        return wait
 
     def _length(self, count: int) -> torch.Tensor:
         return torch.tensor([count], dtype=torch.int64, device=self._device)

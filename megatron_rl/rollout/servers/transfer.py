@@ -2,8 +2,8 @@
 "nccl"}'`` takes weights through an NCCL group, without an extension of its workers.
 
 The trainer makes the group's id and gives it to the server, whose workers join as the ranks behind
-it. Weights come packed, a broadcast of bytes for each request that names them. As vLLM 0.32's source
-has it; it needs a GPU on both sides and has not been run with NCCL.
+it. Weights come packed, a broadcast of bytes for each request that names them. As the source
+of vLLM 0.32 has it; it needs a GPU on both sides and has not been run with NCCL.
 """
 
 from __future__ import annotations
@@ -104,8 +104,14 @@ class TransferChannel:
         here.result(self._seconds)
 
     def start(self, number: int) -> None:
-        """See `Channel`."""
-        self._ask(self._api.starting(), _nothing)
+        """See `Channel`. An update that was broken off is still open, and is closed first: all
+        weights come again.
+        """
+        try:
+            self._ask(self._api.starting(), _nothing)
+        except BadAnswer:
+            self._ask(self._api.finishing(), _nothing)
+            self._ask(self._api.starting(), _nothing)
 
     def reads(self) -> bool:
         """See `Channel`: they read what a request names."""
@@ -124,9 +130,10 @@ class TransferChannel:
 
         return wait
 
-    def end(self) -> None:
+    def end(self) -> Callable[[], None]:
         """See `Channel`."""
-        self._ask(self._api.finishing(), _nothing)
+        finished = self._threads.submit(self._ask, self._api.finishing(), _nothing)
+        return lambda: finished.result(self._seconds)
 
 
 def _nothing(payload: Any) -> None:
