@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from megatron_rl.rollout.servers.reload import Reload
-from tests.support import hugging_face
+from tests.support import hugging_face, weight_transfer
 
 #: Log-probabilities [V] of the next token, given those before it.
 Model = Callable[[list[int]], np.ndarray]
@@ -163,7 +163,7 @@ class FakeServer:
         elif self.transfer is not None and path in self.transfer.routes:
             return self.transfer.respond(path, body)
         elif path == "/init_weight_transfer_engine":
-            return 500, {"error": {"message": "Weight transfer not configured."}}
+            return 500, weight_transfer.refusal("Weight transfer not configured. Please set ")
         elif path == "/update_weight_version":
             self.version = body["new_version"]
         elif path == "/pause?mode=abort":

@@ -20,6 +20,12 @@ def _group(store: TCPStore, rank: int, size: int) -> ProcessGroupGloo:
     return group
 
 
+def refusal(text: str) -> dict[str, Any]:
+    """What vLLM 0.32 answers where a worker has raised an error."""
+    text = f"Call to collective_rpc method failed: Worker failed with error '{text}', please check"
+    return {"error": {"message": f"{text} the stack trace above for the root cause", "code": 500}}
+
+
 class GlooLink:
     """The trainer's end, in the place of `transfer.NcclLink`."""
 
@@ -85,8 +91,10 @@ class Receiver:
         try:
             port = int(base64.b64decode(information["nccl_unique_id_b64"], validate=True))
         except binascii.Error:
-            text = "nccl_unique_id_b64 is not valid standard base64"
-            return 500, {"error": {"message": text}}
+            return 500, refusal(
+                "NCCLWeightTransferInitInfo: nccl_unique_id_b64 is not valid standard base64 "
+                "(URL-safe base64 is not accepted)"
+            )
         assert information["packed"] is True
         self._packed = information["packed_buffer_size_bytes"]
         store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)

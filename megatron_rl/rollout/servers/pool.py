@@ -220,7 +220,7 @@ class ServerPool:
         method = "GET" if call.body is None else "POST"
         response = await client.request(method, url + call.path, json=call.body)
         if response.is_error:
-            text = " ".join(response.text.split())[:200]
+            text = " ".join(response.text.split())[:300]
             raise BadAnswer(f"{call.path} answered {response.status_code}: {text}")
         try:
             return response.json() if response.content else None

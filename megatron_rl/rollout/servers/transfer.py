@@ -73,7 +73,7 @@ def offers_transfer(api: VllmApi, ask: Ask) -> bool:
     try:
         ask(api.joining(wrong), lambda payload: None)
     except BadAnswer as refusal:
-        return "base64" in str(refusal)
+        return "nccl_unique_id_b64 is not valid" in str(refusal)
     return False
 
 
