@@ -26,6 +26,37 @@ def refusal(text: str) -> dict[str, Any]:
     return {"error": {"message": f"{text} the stack trace above for the root cause", "code": 500}}
 
 
+def join(group: bytes, rank: int, size: int) -> ProcessGroupGloo:
+    """A worker's end of the group with this id."""
+    port = int(group.rstrip(b"\0"))
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    return _group(store, rank, size)
+
+
+def receive(
+    group: ProcessGroupGloo,
+    buffer_bytes: int,
+    names: list[str],
+    dtype_names: list[str],
+    shapes: list[list[int]],
+) -> dict[str, torch.Tensor]:
+    """As vLLM's workers receive: a broadcast for as many weights as come before they are more than
+    fit in the buffer.
+    """
+    received, waiting = {}, []
+    for number, (name, dtype, shape) in enumerate(zip(names, dtype_names, shapes), start=1):
+        kind = getattr(torch, dtype)
+        waiting.append((name, kind, shape, math.prod(shape) * kind.itemsize))
+        sizes = [size for *_, size in waiting]
+        if sum(sizes) > buffer_bytes or number == len(names):
+            packed = torch.empty(sum(sizes), dtype=torch.uint8)
+            group.broadcast([packed], BroadcastOptions()).wait()
+            for (name, kind, shape, _), part in zip(waiting, packed.split(sizes)):
+                received[name] = part.clone().view(kind).view(shape)
+            waiting = []
+    return received
+
+
 class GlooLink:
     """The trainer's end, in the place of `transfer.NcclLink`."""
 
@@ -33,8 +64,8 @@ class GlooLink:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def id(self) -> bytes:
-        """The port of the group's store."""
-        return str(self._store.port).encode()
+        """The port of the group's store, as long as NCCL's."""
+        return str(self._store.port).encode().ljust(128, b"\0")
 
     def join(self, size: int) -> None:
         """As rank 0."""
@@ -82,14 +113,14 @@ class Receiver:
         elif self._coming is None:
             return 500, {"error": {"message": "start_weight_update must be called before"}}
         elif path == "/update_weights":
-            self._coming |= self._receive(**body["update_info"])
+            self._coming |= receive(self._group, self._packed, **body["update_info"])
         else:
             self.weights, self._coming = self._coming, None
         return 200, {"message": "done"}
 
     def _join(self, information: dict[str, Any]) -> tuple[int, Any]:
         try:
-            port = int(base64.b64decode(information["nccl_unique_id_b64"], validate=True))
+            group = base64.b64decode(information["nccl_unique_id_b64"], validate=True)
         except binascii.Error:
             return 500, refusal(
                 "NCCLWeightTransferInitInfo: nccl_unique_id_b64 is not valid standard base64 "
@@ -97,25 +128,5 @@ class Receiver:
             )
         assert information["packed"] is True
         self._packed = information["packed_buffer_size_bytes"]
-        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        self._group = _group(store, information["rank_offset"], information["world_size"])
+        self._group = join(group, information["rank_offset"], information["world_size"])
         return 200, {"message": "joined"}
-
-    def _receive(
-        self, names: list[str], dtype_names: list[str], shapes: list[list[int]]
-    ) -> dict[str, torch.Tensor]:
-        """A broadcast for as many weights as come before they are more than fit in the buffer."""
-        received, waiting = {}, []
-        for number, (name, dtype, shape) in enumerate(zip(names, dtype_names, shapes), start=1):
-            kind = getattr(torch, dtype)
-            waiting.append((name, kind, shape, math.prod(shape) * kind.itemsize))
-            size = sum(entry[3] for entry in waiting)
-            if size > self._packed or number == len(names):
-                packed = torch.empty(size, dtype=torch.uint8)
-                self._group.broadcast([packed], BroadcastOptions()).wait()
-                for (name_, kind_, shape_, _), part in zip(
-                    waiting, packed.split([entry[3] for entry in waiting])
-                ):
-                    received[name_] = part.clone().view(kind_).view(shape_)
-                waiting = []
-        return received
