@@ -432,9 +432,11 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
         raise UserError("neither data.train nor data.eval is given; expected one; set it")
     from megatron_rl.data.preview import preview
     from megatron_rl.data.run_data import encode_files, read_files
+    from megatron_rl.training.stop_tokens import stop_tokens_of
 
     data = encode_files(config, purpose, read_files(config, purpose))
-    stops, longest = [data.tokenizer.eos_id], config.rollout.max_new_tokens
+    stops = list(stop_tokens_of(config, data.tokenizer.eos_id))
+    longest = config.rollout.max_new_tokens
     for line in preview(data, stops, longest, examples):
         print(line)
 

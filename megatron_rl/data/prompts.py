@@ -5,7 +5,7 @@ that can be saved and resumed.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Generic, Literal, Mapping, Sequence, TypeVar
 
@@ -80,6 +80,18 @@ def load_samples(
         return sample, len(tokens) if prompt else 0
 
     return _load(file, "prompt and completion", sample_of, limit, overlong)
+
+
+def number_occurrences(prompts: Sequence[Prompt], drawn: Counter[int]) -> list[Prompt]:
+    """The prompts, each knowing how often its step has drawn it before.
+
+    ``drawn`` counts the draws of the step by ``index``; those of these prompts are added.
+    """
+    numbered = []
+    for prompt in prompts:
+        numbered.append(replace(prompt, occurrence=drawn[prompt.index]))
+        drawn[prompt.index] += 1
+    return numbered
 
 
 class PromptSource(Generic[Item]):

@@ -22,7 +22,7 @@ class SamplingSettings:
     top_k: int = 0  #: sample among the k likeliest tokens; 0: off
     greedy: bool = False  #: take the likeliest token; top_p and top_k have no effect
     seed: int = (
-        0  #: with the prompt's index and the sample's number it determines an answer's randomness
+        0  #: with the prompt's index and the answer's number it determines an answer's randomness
     )
     routes: bool = False  #: completions carry the experts of their tokens
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Mapping
+
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
@@ -25,6 +27,7 @@ def run_facts(session: Session) -> dict[str, str]:
         "model": _model(config.model),
         "layout": f"{ranks} rank{'' if ranks == 1 else 's'}: {layout_text(config.parallel, ranks)}",
         "device": f"{session.device.kind}, {config.model.dtype}",
+        "answers end": "with token " + stop_text(session.stop_tokens),
     }
     tokenizer = config.data.tokenizer
     if tokenizer.trust_remote_code:
@@ -32,6 +35,16 @@ def run_facts(session: Session) -> dict[str, str]:
     if config.rollout.engine != "builtin":
         facts["rollout"] = _servers(config.rollout)
     return facts
+
+
+def stop_text(stop_tokens: Mapping[int, str]) -> str:
+    """``2 (tokenizer), 7, 9 (generation_config.json)``: the tokens, by what names them."""
+    by_place: dict[str, list[int]] = {}
+    for token, place in stop_tokens.items():
+        by_place.setdefault(place, []).append(token)
+    return ", ".join(
+        f"{', '.join(map(str, tokens))} ({place})" for place, tokens in by_place.items()
+    )
 
 
 def sft_facts(config: Config, data: RunData) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from typing import Any, Callable, Mapping, Sequence, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from megatron_rl.algorithms import ADVANTAGES
 from megatron_rl.algorithms.kl import k3
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step, uses_router_shift
 from megatron_rl.config.schema import Config
-from megatron_rl.data.prompts import PromptSource
+from megatron_rl.data.prompts import PromptSource, number_occurrences
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.groups import Groups
@@ -110,8 +110,9 @@ class Reinforce:
                 self._ahead.append(self._ask(step))
             groups = self._rewarded(answers)
             return groups, groups
+        drawn: Counter[int] = Counter()  # in all rounds
         batch = collect_informative(
-            self._source.next_batch,
+            lambda count: number_occurrences(self._source.next_batch(count), drawn),
             lambda prompts, attempt: self._collect(prompts, number, attempt),
             wanted,
             config.rollout.max_rounds,
@@ -127,6 +128,7 @@ class Reinforce:
         config = self._session.config
         cursor = self._source.state_dict()
         batch = self._source.next_batch(config.rollout.prompts_per_step)
+        batch = number_occurrences(batch, Counter())
         mine = my_share(batch, config, self._session.groups)
         return cursor, self._engine.begin(mine, self._sampling(number))
 
@@ -140,7 +142,6 @@ class Reinforce:
             config.rollout,
             samples=config.rollout.samples_per_prompt,
             greedy=False,
-            # A prompt that is drawn again within a step gets other answers.
             seed=(config.seed << 32) + (attempt << 24) + number,
             routes=config.algorithm.routing_replay == "r3",
         )

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
 from megatron_rl.training.run_lock import RunLock
 from megatron_rl.training.stop import StopRequest
+from megatron_rl.training.stop_tokens import model_directories, stop_tokens_of
 from megatron_rl.weights.companions import FOLDER as COMPANIONS
 from megatron_rl.weights.companions import keep_companions, kept_companions
 
@@ -40,6 +41,7 @@ class Session:
     device: Device
     groups: Groups
     tokenizer: Tokenizer
+    stop_tokens: Mapping[int, str]  #: that end an answer, each with what names it
     console: SilentConsole
     timers: Timers
     stop: StopRequest
@@ -90,9 +92,11 @@ class Session:
                 writer.configuration = keep_configuration(self.run_dir, self.config, resume_step)
                 if resume_step is None:
                     self._clear_for_a_new_run()
-                source = self.config.model.hf_path
-                if source is not None and kept_companions(self.run_dir) is None:
-                    keep_companions(source, self.run_dir)
+                origin = next(iter(model_directories(self.config)), None)
+                kept = kept_companions(self.run_dir)
+                if kept is not None and (kept / "config.json").is_file():
+                    origin = kept  # those the run has started from, whatever hf_path is now
+                keep_companions(origin, self.run_dir, tuple(self.stop_tokens))
 
         together(self.groups.world, open_files)
         return opened[0] if opened else None
@@ -149,6 +153,7 @@ def open_session(
     config: Config, verb: str, total_steps: int | None, tokenizer: Tokenizer
 ) -> Iterator[Session]:
     """Choose the device, join the other ranks, build the groups; undo it at the end."""
+    stops = stop_tokens_of(config, tokenizer.eos_id)
     launch = read_launch()
     device = select_device(config.device, launch)
     connect(device, launch, config.device.timeout_s)
@@ -165,7 +170,16 @@ def open_session(
         if lock is not None:
             undo.callback(lock.release)
         yield Session(
-            config, launch, device, groups, tokenizer, console, timers, StopRequest(), lock
+            config,
+            launch,
+            device,
+            groups,
+            tokenizer,
+            stops,
+            console,
+            timers,
+            StopRequest(),
+            lock,
         )
 
 

@@ -1,13 +1,17 @@
 """The small files of a Hugging Face model directory: configuration, tokenizer, chat template.
 
 A run that starts from such a directory keeps them in ``RUN_DIR/hf``, so that what comes out of it
-can be exported with the files it came with.
+can be exported with the files it came with. Every run keeps there at which tokens its answers end.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Sequence
+
+from megatron_rl.config.stop_tokens import GENERATION_CONFIG, KEY, read_json, stop_ids_of
 
 FOLDER = "hf"
 COPIED = (
@@ -33,13 +37,44 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     return found
 
 
-def keep_companions(source: Path, run_dir: Path) -> None:
-    """Copy them into a run's directory."""
-    (run_dir / FOLDER).mkdir(exist_ok=True)
-    copy_companions(source, run_dir / FOLDER)
+def keep_companions(source: Path | None, run_dir: Path, stop_ids: Sequence[int] = ()) -> None:
+    """Copy them into a run's directory; what is kept there names these stop tokens as well.
+
+    Args:
+        source: the directory they are in; None: there is none, and only stop tokens are kept.
+        run_dir: it is there.
+        stop_ids: at which the run's answers end.
+    """
+    folder = run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
+    if source is None:
+        (folder / GENERATION_CONFIG).unlink(missing_ok=True)  # of an earlier start of the run
+    elif source.resolve() != folder.resolve():
+        copy_companions(source, folder)
+    _name_stop_ids(folder, stop_ids)
+
+
+def _name_stop_ids(folder: Path, stop_ids: Sequence[int]) -> None:
+    """Whoever generates with these files is to stop where the run's answers do."""
+    file = folder / GENERATION_CONFIG
+    named = stop_ids_of(file) or stop_ids_of(folder / "config.json")
+    missing = [token for token in stop_ids if token not in named]
+    if missing:
+        content = {**read_json(file), KEY: [*named, *missing]}
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def run_of(path: Path) -> Path:
+    """The run's directory, of itself, of its checkpoints directory or of a step_N in that."""
+    path = path.resolve()
+    if path.parent.name == "checkpoints":
+        return path.parent.parent
+    return path.parent if path.name == "checkpoints" else path
 
 
 def kept_companions(run_dir: Path) -> Path | None:
-    """The folder of a run's directory that holds them, if it has one."""
+    """The folder of a run's directory that holds them, if it has one. Without a config.json where
+    the run has not started from a Hugging Face directory.
+    """
     folder = run_dir / FOLDER
-    return folder if (folder / "config.json").is_file() else None
+    return folder if folder.is_dir() else None

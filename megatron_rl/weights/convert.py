@@ -22,6 +22,7 @@ from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.checkpoint.save import save_checkpoint
 from megatron_rl.checkpoint.together import together
+from megatron_rl.config.hf_config import read_model_type
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.device.launch import Launch
@@ -202,6 +203,8 @@ def _prepare_hf(target: Path, num_bytes: int) -> None:
 
 def _stored_model(source: Path, like: Path | None) -> tuple[Path, ModelConfig, Path | None]:
     """The checkpoint, its model, and the directory whose small files the result gets."""
+    if like is not None:
+        read_model_type(like)  # it has a config.json
     checkpoint = find_checkpoint(source)
     architecture = read_manifest(checkpoint).architecture
     run_dir = checkpoint.parent.parent

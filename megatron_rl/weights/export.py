@@ -82,9 +82,9 @@ def _whole(
 
 def describe(model: ModelConfig, like: Path | None) -> dict[str, Any]:
     """The config.json of the exported model: that of ``like``, which must describe the model, or
-    one that is made for it.
+    one that is made for it, where there is none.
     """
-    if like is None:
+    if like is None or not (like / "config.json").is_file():
         return hf_config_of(model)
     check_describes(like, model)
     return {"model_type": read_model_type(like)}  # the rest is copied from there

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.fake_server import FakeServer, hugging_face_model, toy_model
+from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.runs import records, succeed
 
 
@@ -11,9 +11,19 @@ from tests.support.runs import records, succeed
     [pytest.param(1, [0, 1, 1], marks=pytest.mark.slow), (2, [0, 1, 2, 2])],
 )
 def test_answers_are_as_old_as_they_come_ahead(folder, sft_run, lag, expected):
-    """The server begins every question at once: all answers are by the weights of their asking."""
+    """The server has answered what it was asked before it is paused for new weights, however slow
+    it is: all answers are by the weights of their asking.
+    """
     run_dir = folder / "runs" / f"ahead_{lag}"
     with FakeServer(toy_model(), hugging_face_model) as server:
+
+        def answer_first(number):
+            """Of 8 problems with 4 answers a step, 3 steps are asked before the second pause."""
+            asked = {1: 0, 2: 24}.get(number, 32)
+            several = lambda: [b for b in server.done if b["sampling_params"]["n"] == 4]  # noqa: E731
+            wait_for(lambda: len(several()) >= asked, 250.0)
+
+        server.before_pause = answer_first
         words = ["--run_dir", str(run_dir), "--train.steps", str(len(expected))]
         words += ["--evaluate.every", "0"]
         words += ["--rollout.engine", "vllm", "--rollout.servers.urls", f"[{server.url}]"]

@@ -1,6 +1,7 @@
 """From a Hugging Face model to a trained one and back, and each mistake on the way: by commands."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,19 +20,25 @@ parallel: {expert: 2, world_size: 2}
 device: {kind: cpu}
 data: {train: problems.jsonl, eval: problems.jsonl}
 reward: {name: countdown}
-rollout: {prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 6}
+rollout: {prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 6, stop_token_ids: [91]}
 algorithm: {name: rspo, mini_batches: 2, entropy_coef: 0.1}
 train: {steps: 2}
 optimizer: {lr: 1.0e-3}
 evaluate: {samples: 0}
 observe: {tensorboard: false}
 """
+#: End tokens of the model, many that some are drawn early, and one more of the run.
+OF_MODEL, MORE = [1, *range(46, 125, 2)], 91
 CHAT = [{"role": "user", "content": "3 4 12"}]
 
 
 def make_folder(folder, variant):
-    """A model with a tokenizer in ``model``, problems as chat messages, rl.yaml."""
+    """A model with several end tokens and a tokenizer in ``model``, problems as chat messages,
+    rl.yaml.
+    """
     hugging_face.save(variant, folder / "model", max_shard_size="80KB")
+    generation = json.dumps({"eos_token_id": OF_MODEL, "pad_token_id": 0})
+    (folder / "model" / "generation_config.json").write_text(generation)
     hugging_face.save_tokenizer(folder / "model")
     lines = [json.dumps({"prompt": CHAT, "numbers": [3, 4], "target": 12 + i}) for i in range(4)]
     (folder / "problems.jsonl").write_text("\n".join(lines) + "\n")
@@ -63,7 +70,16 @@ def test_training_starts_from_the_weights_and_tokenizer(folder, trained):
     assert prompt == "3 4 12: "
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     (answer,) = hugging_face.greedy(folder / "model", [ids], 6)
-    assert first["completion"] == hugging_face.spelled(answer) and len(answer) == 6
+    assert first["completion"] == spoken(answer)
+    assert first["finished"] and first["tokens"] == len(answer) == 4 and answer[-1] == 118
+    files = ", ".join(map(str, OF_MODEL[1:]))
+    ends = f"with token 1 (tokenizer), {files} (generation_config.json), 91 (rollout.stop_token"
+    assert re.search(f"^answers end +{re.escape(ends)}", done.out, re.MULTILINE)
+
+
+def spoken(answer):
+    """An answer as our engine decodes it: without the token that ends it."""
+    return hugging_face.spelled(answer[:-1] if answer[-1] in [*OF_MODEL, MORE] else answer)
 
 
 def hugging_face_tokenizer(directory):
@@ -74,7 +90,9 @@ def hugging_face_tokenizer(directory):
 
 def test_the_trained_model_answers_in_transformers_as_in_ours(folder, trained):
     _, converted = trained
-    answers_alike(folder, converted)
+    answers = answers_alike(folder, converted)
+    ended = [answer for answer in answers if len(answer) < 16]
+    assert ended and all(answer[-1] in [*OF_MODEL, MORE] for answer in ended)
 
 
 @pytest.mark.conversion
@@ -88,10 +106,12 @@ def test_models_of_other_families_are_trained_and_answer_alike(tmp_path, variant
 
 
 def answers_alike(folder, converted, *more):
-    """The converted model answers greedily in transformers as our engine does."""
+    """The converted model answers greedily in transformers as our engine does; its answers."""
     assert converted.out == "trained (verified)\n"
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (folder / "trained" / name).read_bytes() == (folder / "model" / name).read_bytes()
+    generation = json.loads((folder / "trained" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [*OF_MODEL, MORE], "pad_token_id": 0}
     prompts = ["3+4=", "12 7 5: ", "ab"]
     words = [word for text in prompts for word in ("--prompt", text)]
     one = ["--parallel.expert=1", "--parallel.world_size=null", "--greedy"]
@@ -101,10 +121,11 @@ def answers_alike(folder, converted, *more):
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
     answers = hugging_face.greedy(folder / "trained", ids, 16)
     assert done.out.splitlines() == [
-        text + hugging_face.spelled(answer) for text, answer in zip(prompts, answers, strict=True)
+        text + spoken(answer) for text, answer in zip(prompts, answers, strict=True)
     ]
     changed = hugging_face.logits(folder / "trained") - hugging_face.logits(folder / "model")
     assert 1e-4 < changed.abs().max() < 5.0  # it has been trained
+    return answers
 
 
 def one_line(done, message):

@@ -69,6 +69,7 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
         "model": "35,296 parameters, 23,008 active for a token: 2 layers (2 MoE), 4 experts, top-2",
         "layout": "2 ranks: data 2, expert 2",
         "device": "cpu, fp32",
+        "answers end": "with token 3 (tokenizer)",
         "data": "24 problems (data/train.jsonl), 16 held-out (data/eval.jsonl), reward countdown",
         "prompts": "text as it stands (data.chat auto)",
         "step": "8 problems x 4 answers of 12 tokens at most, 2 mini-batches x 1 epoch",

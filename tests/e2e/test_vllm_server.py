@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import httpx
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers.broadcast import WeightBroadcast
 from megatron_rl.rollout.servers.process import ServerProcess
 from megatron_rl.rollout.servers.vllm_command import vllm_command
 from tests.support import hugging_face
 from tests.support.fake_server import wait_for
-from tests.support.server_engine import build, change_weights, config_of, vllm_python
+from tests.support.server_engine import build, build_on, change_weights, config_of, vllm_python
+from tests.support.weight_transfer import GlooLink
 
 pytestmark = pytest.mark.servers
 
@@ -92,3 +95,44 @@ def test_answers_that_an_update_breaks_off_go_on_with_the_new_weights(tiny):
             assert switched > 0
             carried += switched < len(old)
     assert carried
+
+
+def test_weights_reach_a_server_by_its_own_transfer_and_answers_end_where_ours_do(
+    tmp_path, monkeypatch
+):
+    """vLLM's routes and its reloading, with gloo in the place of NCCL; the server's files name
+    every second token as an end token.
+    """
+    told, link = [], partial(WeightBroadcast, link=GlooLink)
+    monkeypatch.setattr("megatron_rl.rollout.servers.sync.WeightBroadcast", link)
+    directory = hugging_face.save("qwen3_moe", tmp_path / "hf")
+    generation = json.dumps({"eos_token_id": list(range(0, 125, 2)), "repetition_penalty": 1.3})
+    (directory / "generation_config.json").write_text(generation)
+    process = ServerProcess("127.0.0.1", tmp_path / "server.log")
+    options = ("--worker-extension-cls", "tests.support.vllm_gloo.Extension")
+    options += ("--weight-transfer-config", '{"backend": "gloo"}')
+    config = config_of(directory, tmp_path / "run", [process.url])
+    update = {"python": vllm_python(), "options": options, "sync": "broadcast"}
+    servers = config.rollout.servers.model_copy(update=update)
+    rollout = config.rollout.model_copy(update={"servers": servers})
+    config = config.model_copy(update={"rollout": rollout})
+    process.start(*vllm_command(config, True, directory, "127.0.0.1", process.port))
+    try:
+        process.wait_until_ready(300.0)
+        _, chunks, groups, _ = build(config, told)
+        engine = build_on(config, chunks, groups, told, stop_ids=(1, 5))
+        for version in range(3):
+            found = engine.generate(PROMPTS, SamplingSettings(3, 20, seed=4))
+            answers = [answer for group in found for answer in group.completions]
+            assert {answer.version for answer in answers} == {version}
+            ends = [int(answer.tokens[-1]) in (1, 5) for answer in answers]
+            assert [answer.finished for answer in answers] == ends
+            assert all(len(a.tokens) == 20 for a in answers if not a.finished)
+            assert sum(int(token) % 2 == 0 for a in answers for token in a.tokens) > 50
+            assert engine.metrics()["servers/probe_difference"] < 1e-3 and told == []
+            change_weights(engine, chunks)
+    finally:
+        process.stop()
+    log = (tmp_path / "server.log").read_text()
+    assert log.count('"POST /finish_weight_update HTTP/1.1" 200') == 3
+    assert "/collective_rpc" not in log

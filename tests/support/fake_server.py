@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from megatron_rl.rollout.servers.reload import Reload
-from tests.support import hugging_face
+from tests.support import hugging_face, weight_transfer
 
 #: Log-probabilities [V] of the next token, given those before it.
 Model = Callable[[list[int]], np.ndarray]
@@ -74,16 +74,24 @@ class _Worker(Reload):
             self._take(Path(folder))
 
 
+class _Listening(ThreadingHTTPServer):
+    daemon_threads = True
+    #: Connections that wait to be accepted; of the usual 5 more are turned away where this process
+    #: does not get round to it.
+    request_queue_size = 1024
+
+
 class FakeServer:
     """Serves until closed. Set ``fault`` to the name of one of its faults; "" for none.
 
     hang: no answer for a minute. garbage: something else than an answer. vocabulary: a token that
-    the model does not have. error: status 500. slow: a pause before each answer. refuse: no new
-    weights are taken, which is said at once; refuse late: after a pause. stall: the first of them
-    are read, and no more. lie: they are said to be taken, and are not. stale: an old version is
-    named. impatient: a connection that was used is closed when it is to be used again.
+    the model does not have. error: status 500. refuse: no new weights are taken, which is said at
+    once; refuse late: after a pause. stall: the first of them are read, and no more. lie: they are
+    said to be taken, and are not. stale: an old version is named. impatient: a connection that was
+    used is closed when it is to be used again.
 
-    With ``token_s`` each token takes that long, and a pause breaks answers off in the middle.
+    What comes first is decided by ``before_answer``, ``before_pause``, ``hold`` and ``dies_after``,
+    and not by who is faster.
     """
 
     def __init__(
@@ -97,18 +105,25 @@ class FakeServer:
         self.model, self._load = model, load or (lambda directory: self.model)
         self.fault, self.pause = "", 0.3
         self.worker = _Worker(like, self._take, self._between) if like else None
+        self.transfer: Any = None  #: answers the routes of vLLM's weight transfer
         self.version, self.loaded = "default", []
         self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
-        self.answered = 0
         self.experts: tuple[int, int] | None = None  #: (L, K): answers carry experts
-        self.token_s, self.broken_off = 0.0, 0
+        self.done: list[dict[str, Any]] = []  #: bodies of the questions answered
+        #: called before a question is answered; and before the server is paused, with how often
+        self.before_answer: Callable[[], None] = lambda: None
+        self.before_pause: Callable[[int], None] = lambda number: None
+        #: (n, p): the n-th token of an answer, from 0, waits until the server is paused p times
+        self.hold: tuple[int, int] | None = None
+        self.dies_after: int | None = None  #: so many answers; closed then
+        self.broken_off = 0
+        self.own_stops: set[int] = set()  #: end-of-sequence tokens of the files it was started with
         self._pauses = 0  #: how often it was paused
         self._running = threading.Event()
         self._running.set()
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
-        self._http.daemon_threads = True
+        self._http = _Listening(("127.0.0.1", port), _handler(self))
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
@@ -118,6 +133,11 @@ class FakeServer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def answered(self) -> int:
+        """How many questions."""
+        return len(self.done)
 
     def close(self) -> None:
         """Stop at once: open questions are not answered, new connections refused."""
@@ -140,11 +160,17 @@ class FakeServer:
                     return 500, {"error": str(error)}
                 return 200, {"results": [result]}
             self._take(Path(body["args"][0]))
+        elif self.transfer is not None and path in self.transfer.routes:
+            return self.transfer.respond(path, body)
+        elif path == "/init_weight_transfer_engine":
+            return 500, weight_transfer.refusal("Weight transfer not configured. Please set ")
         elif path == "/update_weight_version":
             self.version = body["new_version"]
         elif path == "/pause?mode=abort":
-            self._running.clear()
-            self._pauses += 1
+            self.before_pause(self._pauses + 1)
+            with self._lock:
+                self._running.clear()
+                self._pauses += 1
         elif path == "/resume":
             self._running.set()
         elif path != "/reset_prefix_cache":
@@ -173,12 +199,10 @@ class FakeServer:
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any] | None:
         with self._lock:
             self.asked.append(body)
-        while not self._running.wait(0.01):
-            if self._ended.is_set():
-                return None
-        pauses = self._pauses
-        if self.fault == "slow":
-            self._ended.wait(self.pause)
+        begun = self._begin()
+        if begun is None:
+            return None
+        self.before_answer()
         if self.fault == "hang":
             self._ended.wait(60.0)
         if self._ended.is_set():
@@ -188,19 +212,37 @@ class FakeServer:
         if self.fault == "error":
             return 500, {"error": "EngineCore encountered an issue"}
         count = body["sampling_params"]["n"]
-        choices = [self._choice(i, body, pauses) for i in range(count)]
+        choices = [self._choice(i, body, *begun) for i in range(count)]
         with self._lock:
-            self.answered += 1
+            if self.dies_after is not None and len(self.done) >= self.dies_after:
+                threading.Thread(target=self.close, daemon=True).start()
+                return None
+            self.done.append(body)
         return 200, {"choices": choices[::-1]}  # in any order: they carry an index
 
-    def _choice(self, index: int, body: dict[str, Any], pauses: int) -> dict[str, Any]:
+    def _begin(self) -> tuple[int, Model, str] | None:
+        """How often it was paused, model and version, once it is not paused; None: it is closed."""
+        while not self._ended.is_set():
+            with self._lock:
+                if self._running.is_set():
+                    return self._pauses, self.model, self.version
+            self._running.wait(0.01)
+        return None
+
+    def _wait_to_be_paused(self, place: int) -> None:
+        while self.hold and place == self.hold[0] and self._pauses < self.hold[1]:
+            if self._ended.wait(0.005):
+                return
+
+    def _choice(
+        self, index: int, body: dict[str, Any], pauses: int, model: Model, version: str
+    ) -> dict[str, Any]:
         settings = body["sampling_params"]
         random = np.random.default_rng(settings["seed"] + index)
         tokens, content, reason = list(body["token_ids"]), [], "length"
-        model, version = self.model, "0" if self.fault == "stale" else self.version
-        for _ in range(settings["max_tokens"]):
-            if self.token_s:
-                self._ended.wait(self.token_s)
+        version = "0" if self.fault == "stale" else version
+        for place in range(settings["max_tokens"]):
+            self._wait_to_be_paused(place)
             if self._pauses > pauses:
                 reason = "abort"
                 self.broken_off += 1
@@ -212,7 +254,8 @@ class FakeServer:
                 token = int((logits + random.gumbel(size=len(logits))).argmax())
             tokens.append(token)
             content.append({"token_id": token, "logprob": float(logprobs[token])})
-            if token in settings["stop_token_ids"]:
+            own = set() if settings.get("ignore_eos") else self.own_stops
+            if token in own.union(settings["stop_token_ids"]):
                 reason = "stop"
                 break
         made = tokens[len(body["token_ids"]) :]
@@ -234,7 +277,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
         used = False
 
         def do_GET(self) -> None:
-            self._send(200, {})
+            transfers = server.transfer is not None and self.path in server.transfer.routes
+            self._send(*(server.respond(self.path, {}) if transfers else (200, {})))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -263,7 +307,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Until it holds. AssertionError: it does not in time."""
     end = time.monotonic() + seconds
     while not condition():

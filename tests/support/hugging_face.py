@@ -220,12 +220,14 @@ def spelled(ids: list[int]) -> str:
 
 @torch.no_grad()
 def greedy(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """What transformers answers: at most ``count`` tokens, up to the end token, fp32."""
+    """What transformers answers: at most ``count`` tokens, up to the first end token, fp32."""
     model = load(directory)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     answers = []
     for prompt in prompts:
         ids = list(prompt)
-        while len(ids) < len(prompt) + count and ids[-1] != 1:
+        while len(ids) < len(prompt) + count and ids[-1] not in ends:
             logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
             ids.append(int(logits.argmax()))
         answers.append(ids[len(prompt) :])

@@ -19,7 +19,7 @@ def config_of(directory: Path, run_dir: Path, urls: Sequence[str], **parallel: i
     words = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
     words += [f"--parallel.{name}={value}" for name, value in parallel.items()]
     words += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
-    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=30"]
+    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=300"]
     return load_config(None, words)
 
 
@@ -35,8 +35,6 @@ def build(
 
     from megatron_rl.models.build import build_chunks, transformer_config
     from megatron_rl.parallel.groups import build_groups, destroy_groups
-    from megatron_rl.rollout.servers.engine import ServerEngine
-    from megatron_rl.rollout.servers.vllm import VllmApi
     from megatron_rl.training.initial_weights import load_initial_weights
 
     if parallel_state.model_parallel_is_initialized():
@@ -45,18 +43,34 @@ def build(
     transformer = transformer_config(config.model, config.parallel, device)
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     load_initial_weights(config, chunks, groups)
-    engine = ServerEngine(
+    engine = build_on(config, chunks, groups, told, command, method)
+    return engine, chunks, groups, transformer
+
+
+def build_on(
+    config: Config,
+    chunks: Sequence[torch.nn.Module],
+    groups: Any,
+    told: list[str],
+    command: Command | None = None,
+    method: str = "load",
+    stop_ids: Sequence[int] = (1,),
+) -> Any:
+    """The engine on a model that is there."""
+    from megatron_rl.rollout.servers.engine import ServerEngine
+    from megatron_rl.rollout.servers.vllm import VllmApi
+
+    return ServerEngine(
         config,
         VllmApi(method),
         chunks,
         groups,
-        eos_id=1,
+        stop_ids=stop_ids,
         decode=lambda ids: " ".join(map(str, ids)),
         say=told.append,
         own_machine=True,
         command=command,
     )
-    return engine, chunks, groups, transformer
 
 
 def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:

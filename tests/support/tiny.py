@@ -108,7 +108,7 @@ def tiny_engine(
     groups: Any,
     megatron_config: Any,
     chunks: list,
-    eos_id: int = EOS,
+    stop_ids: Sequence[int] = (EOS,),
     **fields: Any,
 ) -> Any:
     """The built-in rollout engine on a tiny model."""
@@ -119,4 +119,4 @@ def tiny_engine(
         "decode": spell,
         "max_sequence_length": config.model.max_sequence_length,
     } | fields
-    return BuiltinEngine(chunks, groups, megatron_config, eos_id, **arguments)
+    return BuiltinEngine(chunks, groups, megatron_config, stop_ids, **arguments)

@@ -158,7 +158,7 @@ def _builtin(directory: Path, prompts: list[np.ndarray], arguments: argparse.Nam
         chunks=chunks,
         groups=groups,
         transformer_config=transformer,
-        eos_id=-1,  # no token ends an answer
+        stop_ids=(),  # no token ends an answer
         max_batch=len(prompts),
         decode=lambda ids: "",
         max_sequence_length=config.model.max_sequence_length,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class BuiltinEngine:
         chunks: Sequence[torch.nn.Module],
         groups: Groups,
         transformer_config: TransformerConfig,
-        eos_id: int,
+        stop_ids: Collection[int],
         max_batch: int,
         decode: Callable[[Sequence[int]], str],
         max_sequence_length: int,
@@ -76,7 +76,7 @@ class BuiltinEngine:
     ) -> None:
         """
         Args:
-            eos_id: the token that ends an answer.
+            stop_ids: the tokens that end an answer, the first of them that is drawn.
             max_batch: answers decoded at a time on this rank.
             decode: token ids to text, without special tokens.
             max_sequence_length: longest prompt and answer together; answers are cut there.
@@ -85,11 +85,11 @@ class BuiltinEngine:
         """
         self._chunks = chunks
         self._groups = groups
-        self._eos_id = eos_id
         self._max_batch = max_batch
         self._decode_text = decode
         self._max_sequence_length = max_sequence_length
         self._device = next(chunks[0].parameters()).device
+        self._stop_ids = self._tensor(sorted(stop_ids))
         self._capture = capture
         self._stop = stop
         self._lockstep = Lockstep(groups, transformer_config, self._device)
@@ -187,7 +187,8 @@ class BuiltinEngine:
             tokens, logprobs = self._sample(logits, rows, step, settings)
             tokens_out[rows.numbers, step] = tokens
             logprobs_out[rows.numbers, step] = logprobs
-            rows.finished |= (tokens == self._eos_id) | (rows.limits <= step + 1)
+            stopped = (tokens[:, None] == self._stop_ids).any(dim=1)
+            rows.finished |= stopped | (rows.limits <= step + 1)
             here, anywhere = self._lockstep.count(~rows.finished)
             if not anywhere:
                 break
@@ -204,7 +205,7 @@ class BuiltinEngine:
         lengths = lengths[wave.prompt_of]
         limits = np.minimum(settings.max_new_tokens, self._max_sequence_length - lengths)
         names = [
-            (wave.prompts[p].index, number)
+            (wave.prompts[p].index, wave.prompts[p].first_sample(settings.samples) + number)
             for p, number in zip(wave.prompt_of, wave.sample_numbers)
         ]
         count = 0 if settings.greedy else settings.max_new_tokens
@@ -292,11 +293,12 @@ class BuiltinEngine:
         log: RouteLog | None,
     ) -> list[Completion]:
         tokens, logprobs = tokens_out.cpu().numpy(), logprobs_out.cpu().numpy()
+        stopped = np.isin(tokens, self._stop_ids.cpu().numpy())
         completions = []
         for row, p in enumerate(wave.prompt_of):
             room = self._max_sequence_length - len(wave.prompts[p].tokens)
             limit = min(settings.max_new_tokens, room)
-            ends = np.flatnonzero(tokens[row, :limit] == self._eos_id)
+            ends = np.flatnonzero(stopped[row, :limit])
             length = int(ends[0]) + 1 if len(ends) else limit
             ids = tokens[row, :length].copy()
             completions.append(

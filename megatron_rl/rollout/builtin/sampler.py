@@ -2,8 +2,8 @@
 
 Randomness comes as uniform numbers, a fixed sequence of them for each answer, and a token is found
 by inverting the cumulative distribution in vocabulary order. So an answer depends on the seed, its
-prompt and its number among the prompt's answers, and not on the batch, the rank or the layout it is
-generated in.
+prompt and its number among the answers that the step draws to the prompt, and not on the batch, the
+rank or the layout it is generated in.
 """
 
 from __future__ import annotations

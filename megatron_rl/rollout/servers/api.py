@@ -17,10 +17,10 @@ class BadAnswer(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """One POST request."""
+    """One request."""
 
     path: str
-    body: dict[str, Any]
+    body: dict[str, Any] | None  #: of a POST; None: a GET
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,11 @@ class ServerApi(Protocol):
     """The requests of one kind of server."""
 
     def generation(
-        self, prompt: Prompt, settings: SamplingSettings, seed: int, eos_id: int
+        self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
-        """Ask for ``settings.samples`` answers to a prompt; they end with ``eos_id``."""
+        """Ask for ``settings.samples`` answers to a prompt; they end with the first token of
+        ``stop_ids``.
+        """
 
     def answers(self, payload: Any) -> list[Answer]:
         """The answers of a response. Raises `BadAnswer` for anything else."""
@@ -74,26 +76,34 @@ class ServerApi(Protocol):
         """Answer again."""
 
 
-def answer_seed(seed: int, index: int) -> int:
-    """Seed of a prompt's answers, in [0, 2^31): of the run's seed and the prompt's index.
+#: Seeds of answers are below it; a question's other samples take those that follow.
+SEEDS = 2**31 - 2**11
 
-    The samples of a prompt take this one and those that follow, so prompts are kept 2^11 apart by
-    chance rather than side by side.
+
+def answer_seed(seed: int, index: int, number: int = 0) -> int:
+    """Seed of a prompt's answer, in [0, 2^31): of the run's seed, the prompt's index and the
+    answer's number.
+
+    The answers of a prompt have seeds one behind the other; prompts are kept apart by chance. So
+    those of one prompt never share a seed, however often a step draws it.
     """
     bits = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
-    return int(np.random.Generator(bits).integers(2**31 - 2**11))
+    first = int(np.random.Generator(bits).integers(SEEDS))
+    return (first + number) % SEEDS
 
 
 def check_answers(
     answers: Sequence[Answer],
     prompt: Prompt,
     settings: SamplingSettings,
-    eos_id: int,
+    stop_ids: Collection[int],
     vocab_size: int,
     versions: Collection[str],
     may_be_aborted: bool = False,
 ) -> None:
     """Refuse what could not have been sampled from the policy.
+
+    An answer ends with the first token of ``stop_ids``, or has ``settings.max_new_tokens`` tokens.
 
     Raises:
         BadAnswer: the number or length of answers, a token, a log-probability, the weights'
@@ -115,8 +125,7 @@ def check_answers(
         largest = answer.logprobs.max(initial=-np.inf)
         if not np.isfinite(answer.logprobs).all() or largest > 1e-3:
             raise BadAnswer(f"log-probability {largest}; expected finite, at most 0")
-        if answer.stopped != (count > 0 and int(answer.tokens[-1]) == eos_id):
-            raise BadAnswer("an answer that ends without its last token being the end token")
+        _check_end(answer, settings.max_new_tokens, sorted(stop_ids))
         if any(found not in versions for found in answer.versions):
             raise BadAnswer(
                 f"weights of version {' '.join(answer.versions)}; expected {' or '.join(versions)}"
@@ -131,3 +140,25 @@ def check_answers(
                 "no experts of its tokens, which algorithm.routing_replay r3 needs; expected a "
                 "server that returns them (vLLM on a GPU, with enable_return_routed_experts)"
             )
+
+
+def _check_end(answer: Answer, longest: int, stop_ids: Sequence[int]) -> None:
+    """An answer ends with the first stop token, or at the length limit."""
+    named = " or ".join(map(str, stop_ids)) or "none"
+    places = np.flatnonzero(np.isin(answer.tokens, stop_ids))
+    if len(places) and places[0] < len(answer.tokens) - 1:
+        raise BadAnswer(
+            f"an answer that runs on behind the stop token {answer.tokens[places[0]]}; expected it "
+            f"to end at the first of {named}"
+        )
+    if answer.stopped and not len(places):
+        raise BadAnswer(
+            f"an answer that stops at the token {answer.tokens[-1:].tolist()}, which is none of "
+            f"the stop tokens {named}; expected one server and run agree in; name it in "
+            "rollout.stop_token_ids if it is to end answers"
+        )
+    if not (answer.stopped or answer.aborted or len(places) or len(answer.tokens) == longest):
+        raise BadAnswer(
+            f"an answer that ends after {len(answer.tokens)} tokens without a stop token; expected "
+            f"{longest}, or one of {named}"
+        )

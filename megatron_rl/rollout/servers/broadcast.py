@@ -1,10 +1,9 @@
 """Weights to the servers' workers through process groups, without a disk.
 
 Rank 0 of the trainer and the workers of one server form a group (NCCL on CUDA, else gloo), made
-when the server gets its first weights. The group's store is told by each worker when it begins to
-read; who never does is sent nothing, since what gloo has begun to send can't be called back. Each
-batch of tensors is sent as three broadcasts: the length of a header, the header (names, types and
-shapes as JSON), and all bytes. `reload.py` is the other end.
+when the server gets its first weights. How the workers are told what comes is a matter of the
+channel: by vLLM's own weight transfer (`transfer.py`) where the server says that it has it, else by
+the extension of its workers (`reload.py` is the other end).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
 from datetime import timedelta
-from typing import Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Protocol, Sequence
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,125 +22,198 @@ import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, TCPStore, Work
 
 from megatron_rl.errors import one_line
-from megatron_rl.rollout.servers.api import BadAnswer
+from megatron_rl.rollout.servers.api import BadAnswer, Call
+from megatron_rl.rollout.servers.transfer import (
+    PACKED_BYTES,
+    Link,
+    NcclLink,
+    TransferChannel,
+    offers_transfer,
+)
+from megatron_rl.rollout.servers.vllm import VllmApi
 
-#: Bytes of weights sent at a time.
-BATCH_BYTES = 256 << 20
+#: Bytes of weights sent at a time, not counting the last of them.
+BATCH_BYTES = PACKED_BYTES
 
 #: Seconds between two looks at who reads.
 POLL_S = 0.005
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
+#: Name, type and shape of a weight.
+Entry = tuple[str, str, list[int]]
+#: Asks one server; gives what the function makes of its response.
+Ask = Callable[[Call, Callable[[Any], Any]], Any]
+#: What may go wrong with one server, without harm to the others.
+Failures = (httpx.HTTPError, BadAnswer, RuntimeError, OSError, TimeoutError, NotInTime)
+
+
+class Channel(Protocol):
+    """To one server's workers. Each method raises one of ``Failures``."""
+
+    def start(self, number: int) -> None:
+        """Tell them that weights come, for this time."""
+
+    def reads(self) -> bool:
+        """Whether all of them read."""
+
+    def send(self, entries: Sequence[Entry], payload: torch.Tensor) -> Callable[[], None]:
+        """Begin to send some weights, the bytes of all behind one another; waits until it is
+        done."""
+
+    def end(self) -> Callable[[], None]:
+        """There are no more; waits until they have them."""
 
 
 class WeightBroadcast:
-    """On rank 0: the groups with the servers."""
+    """On rank 0: the channels to the servers."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
+    def __init__(
+        self,
+        api: VllmApi,
+        device: torch.device,
+        seconds: float,
+        link: Callable[[torch.device], Link] | None = None,
+    ) -> None:
         """
         Args:
+            api: of the servers.
             device: of the weights.
             seconds: longest wait for a server, in any one step. Servers wait for twice as long, so
                 that one that stops does not take the others with it.
+            link: makes the trainer's end of a group of vLLM's weight transfer; None: that of NCCL
+                on CUDA, and elsewhere no server is asked for a transfer.
         """
-        self._device, self._timeout = device, timedelta(seconds=seconds)
-        self._groups: dict[str, tuple[ProcessGroup, TCPStore]] = {}
-        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        self._link = link or (NcclLink if device.type == "cuda" else None)
+        self._api, self._device, self._timeout = api, device, timedelta(seconds=seconds)
+        self._channels: dict[str, Channel] = {}
         self._sends = 0
 
-    def join(self, url: str, call: Callable[[str, list], list]) -> None:
-        """Form the group with a server's workers, unless it is there.
-
-        Args:
-            url: of the server.
-            call: a method of its workers, with arguments; gives what each has returned.
-
-        Raises:
-            RuntimeError, OSError: it did not come to that; or what ``call`` raises.
-        """
-        if url in self._groups:
+    def join(self, url: str, ask: Ask) -> None:
+        """Make the channel to a server, unless it is there. Raises one of ``Failures``."""
+        if url in self._channels:
             return
-        size, host = 1 + len(call("count", [])), _address_towards(url)
-        store = TCPStore(host, 0, is_master=True, timeout=self._timeout, wait_for_workers=False)
-        arguments = [host, store.port, self._backend, size, 2 * self._timeout.total_seconds()]
-        with ThreadPoolExecutor(1) as threads:
-            joined = threads.submit(call, "join_weights", arguments)
-            group = make_group(store, 0, size, self._backend, self._timeout)
-            _begin(group, torch.zeros(1, dtype=torch.int64, device=self._device)).wait()
-            joined.result()  # and now it is there
-        self._groups[url] = (group, store)
+        if self._link is not None and offers_transfer(self._api, ask):
+            link = self._link(self._device)
+            channel: Channel = TransferChannel(self._api, ask, link, self._timeout)
+        else:
+            channel = ExtensionChannel(self._api, ask, self._device, self._timeout, url)
+        self._channels[url] = channel
 
     def forget(self, url: str) -> None:
-        """The group with this server is of no use any more."""
-        self._groups.pop(url, None)
+        """The channel to this server is of no use any more."""
+        self._channels.pop(url, None)
 
-    def send(
-        self, tensors: Tensors, urls: Sequence[str], call: Callable[[str, str, list], list]
-    ) -> dict[str, str]:
+    def send(self, tensors: Tensors, urls: Sequence[str]) -> dict[str, str]:
         """Send the tensors to all servers that have joined; why it failed, for those it did.
 
         Args:
             tensors: consumed to the end, whatever fails.
             urls: of the servers.
-            call: as for `join`, with the url before.
         """
         failures: dict[str, str] = {}
         self._sends += 1
-        threads = ThreadPoolExecutor(max(1, len(urls)))
-        answers = {url: threads.submit(call, url, "receive_weights", [self._sends]) for url in urls}
-        self._await_readers(answers, failures)
-        for header, payload in _batches(tensors, self._device):
-            self._send_batch(header, payload, answers, failures)
-        self._send_batch(b"", None, answers, failures)
-        for url, answer in answers.items():
-            if url not in failures and (why := _failure(answer, self._timeout)):
-                failures[url] = why
-        threads.shutdown(wait=False)  # of who has failed, the answer may take its time
+
+        def each(step: Callable[[str], None], urls: Iterable[str] = urls) -> None:
+            for url in urls:
+                if url not in failures:
+                    try:
+                        step(url)
+                    except Failures as error:
+                        failures[url] = one_line(error)
+
+        def all_at_once(begin: Callable[[Channel], Callable[[], None]]) -> None:
+            begun: dict[str, Callable[[], None]] = {}
+            each(lambda url: begun.update({url: begin(self._channels[url])}))
+            each(lambda url: begun[url](), list(begun))
+
+        each(lambda url: self._channels[url].start(self._sends))
+        end = time.monotonic() + self._timeout.total_seconds()
+        each(lambda url: self._await_reader(url, end))
+        for batch in _batches(tensors, self._device):
+            all_at_once(lambda channel, batch=batch: channel.send(*batch))
+        all_at_once(lambda channel: channel.end())
         for url in failures:
             self.forget(url)
         return failures
 
-    def _await_readers(self, answers: dict[str, Future], failures: dict[str, str]) -> None:
-        """Until all workers of each server read, or it is known that they won't."""
-        waiting, end = list(answers), time.monotonic() + self._timeout.total_seconds()
-        while waiting and time.monotonic() < end:
-            for url in list(waiting):
-                group, store = self._groups[url]
-                if answers[url].done():
-                    failures[url] = _failure(answers[url]) or "it did not read"
-                elif not store.check([f"reads/{self._sends}/{n}" for n in range(1, group.size())]):
-                    continue
-                waiting.remove(url)
+    def _await_reader(self, url: str, end: float) -> None:
+        """Until all workers of the server read, or it is known that they won't: what gloo has
+        begun to send can't be called back."""
+        while not self._channels[url].reads():
+            if time.monotonic() > end:
+                seconds = self._timeout.total_seconds()
+                raise NotInTime(f"it did not begin to read in {seconds:g} s")
             time.sleep(POLL_S)
-        for url in waiting:
-            failures[url] = f"it did not begin to read in {self._timeout.total_seconds():g} s"
 
-    def _send_batch(
-        self,
-        header: bytes,
-        payload: torch.Tensor | None,
-        answers: dict[str, Future],
-        failures: dict[str, str],
+
+class ExtensionChannel:
+    """`Channel` to workers with the extension `reload.Reload`.
+
+    The group's store is told by each worker when it begins to read. Each batch is sent as three
+    broadcasts: the length of a header, the header (names, types and shapes as JSON), and all bytes;
+    an empty header ends the weights.
+    """
+
+    def __init__(
+        self, api: VllmApi, ask: Ask, device: torch.device, timeout: timedelta, url: str
     ) -> None:
-        """To all that have not failed, at the same time. An empty header ends the weights."""
-        tensors = [torch.tensor([len(header)], dtype=torch.int64, device=self._device)]
-        if header:
-            text = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self._device)
-            tensors += [text, payload]
-        begun: dict[str, list[Work]] = {}
-        for url, answer in answers.items():
-            if url in failures:
-                continue
-            if answer.done():
-                failures[url] = _failure(answer) or "it has stopped reading"
-            else:
-                begun[url] = [_begin(self._groups[url][0], tensor) for tensor in tensors]
-        for url, works in begun.items():
-            try:
-                for work in works:
-                    work.wait()
-            except RuntimeError as error:
-                failures[url] = one_line(error)
+        """Form the group with the workers of the server at ``url``."""
+        self._device, self._timeout = device, timeout
+        self._call = lambda method, arguments: ask(api.of_workers(method, arguments), api.results)
+        self._threads = ThreadPoolExecutor(1)
+        self._answer: Future | None = None
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        size, host = 1 + len(self._call("count", [])), _address_towards(url)
+        store = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        arguments = [host, store.port, backend, size, 2 * timeout.total_seconds()]
+        joined = self._threads.submit(self._call, "join_weights", arguments)
+        self._store, self._size = store, size
+        self._group = make_group(store, 0, size, backend, timeout)
+        _begin(self._group, torch.zeros(1, dtype=torch.int64, device=device)).wait()
+        joined.result()  # and now it is there
+
+    def start(self, number: int) -> None:
+        """See `Channel`."""
+        self._number = number
+        self._answer = self._threads.submit(self._call, "receive_weights", [number])
+
+    def reads(self) -> bool:
+        """See `Channel`."""
+        self._refuse_answer("it did not read")
+        return self._store.check([f"reads/{self._number}/{n}" for n in range(1, self._size)])
+
+    def send(self, entries: Sequence[Entry], payload: torch.Tensor) -> Callable[[], None]:
+        """See `Channel`."""
+        self._refuse_answer("it has stopped reading")
+        header = bytearray(json.dumps(entries).encode())
+        text = torch.frombuffer(header, dtype=torch.uint8).to(self._device)
+        works = [_begin(self._group, part) for part in (self._length(len(header)), text, payload)]
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
+
+    def end(self) -> Callable[[], None]:
+        """See `Channel`."""
+        self._refuse_answer("it has stopped reading")
+        last = _begin(self._group, self._length(0))
+
+        def wait() -> None:
+            last.wait()
+            self._answer.result(self._timeout.total_seconds())
+
+        return wait
+
+    def _length(self, count: int) -> torch.Tensor:
+        return torch.tensor([count], dtype=torch.int64, device=self._device)
+
+    def _refuse_answer(self, why: str) -> None:
+        """An answer that comes before the end of the weights, whatever it says."""
+        if self._answer.done():
+            self._answer.result()
+            raise BadAnswer(why)
 
 
 def make_group(
@@ -172,17 +244,10 @@ def _begin(group: ProcessGroup, tensor: torch.Tensor) -> Work:
     return group.broadcast([tensor], BroadcastOptions())
 
 
-def _failure(answer: Future, timeout: timedelta = timedelta(0)) -> str | None:
-    """Why a server did not do what it was asked; None: it did."""
-    try:
-        answer.result(timeout.total_seconds())
-    except (httpx.HTTPError, BadAnswer, TimeoutError, NotInTime) as error:
-        return one_line(error)
-    return None
-
-
-def _batches(tensors: Tensors, device: torch.device) -> Iterable[tuple[bytes, torch.Tensor]]:
-    """(header, all bytes) of some tensors at a time."""
+def _batches(tensors: Tensors, device: torch.device) -> Iterable[tuple[list[Entry], torch.Tensor]]:
+    """(names, types and shapes; all bytes) of some tensors at a time: not more than
+    ``BATCH_BYTES``, but for the last of them.
+    """
     waiting: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in tensors:
@@ -197,7 +262,7 @@ def _batches(tensors: Tensors, device: torch.device) -> Iterable[tuple[bytes, to
 
 def _packed(
     tensors: Sequence[tuple[str, torch.Tensor]], device: torch.device
-) -> tuple[bytes, torch.Tensor]:
-    header = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors]
+) -> tuple[list[Entry], torch.Tensor]:
+    entries = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors]
     flat = [t.to(device).contiguous().view(-1).view(torch.uint8) for _, t in tensors]
-    return json.dumps(header).encode(), torch.cat(flat)
+    return entries, torch.cat(flat)

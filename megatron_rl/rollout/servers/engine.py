@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class ServerEngine:
         chunks: Sequence[torch.nn.Module],
         groups: Groups,
         *,
-        eos_id: int,
+        stop_ids: Collection[int],
         decode: Callable[[Sequence[int]], str],
         say: Callable[[str], None],
         own_machine: bool,
@@ -58,7 +58,7 @@ class ServerEngine:
             api: of the kind of server.
             chunks: this rank's bare GPTModels.
             groups: process groups.
-            eos_id: the token that ends an answer.
+            stop_ids: the tokens that end an answer.
             decode: token ids to text, without special tokens.
             say: tells a person what has gone wrong.
             own_machine: whether all ranks run on one machine.
@@ -67,7 +67,7 @@ class ServerEngine:
             stop: whether this rank has heard that the run is to stop.
         """
         self._config, self._api, self._groups = config, api, groups
-        self._eos_id, self._decode, self._progress = eos_id, decode, progress
+        self._stop_ids, self._decode, self._progress = tuple(stop_ids), decode, progress
         self._stop = stop
         self.sync = WeightSync(
             config,
@@ -178,19 +178,21 @@ class ServerEngine:
         seed: int | None = None,
     ) -> Question[list[Answer]]:
         """carried: the answers may be broken off, and are by this version or a later one."""
-        config = self._config
+        model = self._config.model
+        settings = replace(settings, max_new_tokens=self._longest(prompt, settings))
 
         def read(payload: Any) -> list[Answer]:
             answers = self._api.answers(payload)
             last = self._version if carried else version
             versions = [str(number) for number in range(version, last + 1)]
-            size = config.model.vocab_size
-            check_answers(answers, prompt, settings, self._eos_id, size, versions, carried)
+            size = model.vocab_size
+            check_answers(answers, prompt, settings, self._stop_ids, size, versions, carried)
             return answers
 
         if seed is None:
-            seed = answer_seed(settings.seed, prompt.index)
-        return Question(self._api.generation(prompt, settings, seed, self._eos_id), read)
+            first = prompt.first_sample(settings.samples)
+            seed = answer_seed(settings.seed, prompt.index, first)
+        return Question(self._api.generation(prompt, settings, seed, self._stop_ids), read)
 
     def _ask(
         self, prompts: Sequence[Prompt], settings: SamplingSettings, version: int, turn: int
@@ -220,7 +222,7 @@ class ServerEngine:
                 (p, number)
                 for p, of_prompt in enumerate(answers)
                 for number, answer in enumerate(of_prompt)
-                if answer.aborted
+                if answer.aborted and not self._has_ended(answer, prompts[p], settings)
             ]
             if not broken:
                 return
@@ -234,6 +236,17 @@ class ServerEngine:
                 answer = answers[p][number]
                 answers[p][number] = answer.continued(rest, len(prompts[p].tokens))
 
+    def _longest(self, prompt: Prompt, settings: SamplingSettings) -> int:
+        """Most tokens of an answer to the prompt."""
+        room = self._config.model.max_sequence_length - len(prompt.tokens)
+        return min(settings.max_new_tokens, room)
+
+    def _has_ended(self, answer: Answer, prompt: Prompt, settings: SamplingSettings) -> bool:
+        """Whether nothing can follow, although it was broken off."""
+        tokens = answer.tokens
+        full = len(tokens) == self._longest(prompt, settings)
+        return full or (len(tokens) > 0 and int(tokens[-1]) in self._stop_ids)
+
     def _rest_of(
         self, prompt: Prompt, answer: Answer, number: int, settings: SamplingSettings, version: int
     ) -> Question[list[Answer]]:
@@ -241,18 +254,21 @@ class ServerEngine:
         made = len(answer.tokens)
         longer = replace(prompt, tokens=np.concatenate([prompt.tokens, answer.tokens]))
         left = replace(settings, samples=1, max_new_tokens=settings.max_new_tokens - made)
-        seed = answer_seed((settings.seed + (made << 44)) % 2**64, prompt.index) + number
+        number += prompt.first_sample(settings.samples)
+        seed = answer_seed((settings.seed + (made << 44)) % 2**64, prompt.index, number)
         return self._question(longer, left, version, True, seed)
 
     def _completion(self, answer: Answer, version: int) -> Completion:
         routes = None
         if answer.routed_experts is not None:
             routes = self._routes(answer.routed_experts)
+        # Not as the server names it: the last token that is allowed may be a stop token.
+        finished = int(answer.tokens[-1]) in self._stop_ids
         return Completion(
             tokens=answer.tokens,
             logprobs=answer.logprobs,
-            finished=answer.stopped,
-            text=self._decode(answer.tokens.tolist()),
+            finished=finished,
+            text=self._decode(answer.tokens[: len(answer.tokens) - finished].tolist()),
             routed_experts=routes,
             version=int(answer.versions[0]) if answer.versions else version,
             last_version=int(answer.versions[-1]) if answer.versions else version,

@@ -217,9 +217,10 @@ class ServerPool:
         )
 
     async def _post(self, client: httpx.AsyncClient, url: str, call: Call) -> Any:
-        response = await client.post(url + call.path, json=call.body)
+        method = "GET" if call.body is None else "POST"
+        response = await client.request(method, url + call.path, json=call.body)
         if response.is_error:
-            text = " ".join(response.text.split())[:200]
+            text = " ".join(response.text.split())[:300]
             raise BadAnswer(f"{call.path} answered {response.status_code}: {text}")
         try:
             return response.json() if response.content else None

@@ -32,16 +32,18 @@ class SglangApi:
         self._moe_layers = sum(moe_layers(model))
 
     def generation(
-        self, prompt: Prompt, settings: SamplingSettings, seed: int, eos_id: int
+        self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
-        """Log-probabilities are those at the temperature, before top-p and top-k."""
+        """Log-probabilities are those at the temperature, before top-p and top-k. The server stops
+        at end-of-sequence tokens of its own as well: ``ignore_eos`` would drop these here too.
+        """
         sampling = {
             "n": settings.samples,
             "max_new_tokens": settings.max_new_tokens,
             "temperature": 0.0 if settings.greedy else settings.temperature,
             "top_p": 1.0 if settings.greedy else settings.top_p,
             "top_k": -1 if settings.greedy or not settings.top_k else settings.top_k,
-            "stop_token_ids": [eos_id],
+            "stop_token_ids": sorted(stop_ids),
             "skip_special_tokens": False,
         }
         body = {

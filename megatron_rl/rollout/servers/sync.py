@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import httpx
 import numpy as np
@@ -22,8 +22,8 @@ from megatron_rl.errors import RunFailed, one_line
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import Answer, BadAnswer, ServerApi
-from megatron_rl.rollout.servers.broadcast import WeightBroadcast
+from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call, ServerApi
+from megatron_rl.rollout.servers.broadcast import Failures, WeightBroadcast
 from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.probe import ANSWER_TOKENS, probe_prompts, trainer_logprobs
 from megatron_rl.rollout.servers.process import ServerProcess
@@ -139,7 +139,7 @@ class WeightSync:
         weights = gather_weights(self._chunks, self._groups, model, family)
         if is_first:
             joined = [url for url in self.pool.urls if url not in self._lost]
-            self._lost |= self._sender.send(weights, joined, self._of_workers)
+            self._lost |= self._sender.send(weights, joined)
         else:
             for _ in weights:  # its part is sent to rank 0
                 pass
@@ -154,14 +154,14 @@ class WeightSync:
         if self.pool is None:
             self.pool = self._new_pool(self._servers.urls)
             device = next(self._chunks[0].parameters()).device
-            self._sender = WeightBroadcast(device, self._servers.start_s)
+            self._sender = WeightBroadcast(self._api, device, self._servers.start_s)
         self._lost = {}
         for url in self.pool.urls:
             try:
                 for call in self._api.interrupting() if self._interrupts else ():
                     self.pool.ask_one(url, Question(call, lambda payload: None))
-                self._sender.join(url, partial(self._of_workers, url))
-            except (httpx.HTTPError, BadAnswer, RuntimeError, OSError) as error:
+                self._sender.join(url, partial(self._ask_server, url))
+            except Failures as error:
                 self._lost[url] = one_line(error)
 
     def _tell(self) -> tuple[list[str], list[str]]:
@@ -179,9 +179,8 @@ class WeightSync:
             self._say(f"rollout server {url} did not take the weights: {why}")
         return self.pool.urls, [url for url in self.pool.urls if url not in self._lost]
 
-    def _of_workers(self, url: str, method: str, arguments: list) -> list:
-        call = self._api.of_workers(method, arguments)
-        return self.pool.ask_one(url, Question(call, self._api.results))
+    def _ask_server(self, url: str, call: Call, read: Callable[[Any], Any]) -> Any:
+        return self.pool.ask_one(url, Question(call, read))
 
     def _load(self, directory: Path) -> tuple[list[str], list[str]]:
         """On rank 0: all servers, and those that say that they have the weights."""

@@ -28,10 +28,11 @@ class VllmApi:
         self._reload_method = reload_method
 
     def generation(
-        self, prompt: Prompt, settings: SamplingSettings, seed: int, eos_id: int
+        self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
         """Temperature 0 is vLLM's greedy decoding, and its log-probabilities those of temperature
-        1 either way.
+        1 either way. The server's own end-of-sequence tokens, of the files it was started with, do
+        not count.
         """
         sampling = {
             "n": settings.samples,
@@ -40,7 +41,8 @@ class VllmApi:
             "top_p": 1.0 if settings.greedy else settings.top_p,
             "top_k": 0 if settings.greedy else settings.top_k,
             "seed": seed,
-            "stop_token_ids": [eos_id],
+            "stop_token_ids": sorted(stop_ids),
+            "ignore_eos": True,
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
         }
@@ -76,6 +78,39 @@ class VllmApi:
             return list(payload["results"])
         except (KeyError, TypeError) as error:
             raise BadAnswer(f"not a response of /collective_rpc ({error!r})") from error
+
+    # -- weight transfer, see `transfer.py` -------------------------------------------------------
+
+    def counting(self) -> Call:
+        """How many workers there are; see `count`."""
+        return Call("/get_world_size", None)
+
+    def count(self, payload: Any) -> int:
+        """Of the workers. Raises `BadAnswer`."""
+        try:
+            return int(payload["world_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadAnswer(f"not a response of /get_world_size ({error!r})") from error
+
+    def joining(self, information: dict[str, Any]) -> Call:
+        """Join the trainer's group."""
+        return Call("/init_weight_transfer_engine", {"init_info": information})
+
+    def starting(self) -> Call:
+        """Get ready for new weights."""
+        return Call("/start_weight_update", {})
+
+    def updating(self, entries: Sequence[tuple[str, str, list[int]]]) -> Call:
+        """Take these weights, (name, type, shape), from the group."""
+        names, dtypes, shapes = (list(column) for column in zip(*entries))
+        information = {"names": names, "dtype_names": dtypes, "shapes": shapes}
+        return Call("/update_weights", {"update_info": information})
+
+    def finishing(self) -> Call:
+        """Those were all."""
+        return Call("/finish_weight_update", {})
+
+    # -- breaking off ----------------------------------------------------------------------------
 
     def interrupting(self) -> Sequence[Call]:
         """See `ServerApi`. The choices broken off end with the reason "abort"."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import megatron_rl
 from megatron_rl.config.schema import Config
+from megatron_rl.errors import UserError
 
 #: vLLM's names of our types.
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -18,8 +20,7 @@ def vllm_command(
     """Words and environment variables; ``directory`` is what it loads first."""
     servers = config.rollout.servers
     mode = "raw_logprobs" if config.rollout.temperature == 1.0 else "processed_logprobs"
-    words = [servers.python, "-m", "vllm.entrypoints.openai.api_server"]
-    words += ["--model", str(directory), "--served-model-name", "policy"]
+    words = [*_serve(servers.python, directory), "--served-model-name", "policy"]
     words += ["--host", host, "--port", str(port)]
     words += ["--dtype", _DTYPES[config.model.dtype]]
     words += ["--max-model-len", str(config.model.max_sequence_length)]
@@ -43,3 +44,24 @@ def vllm_command(
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }
     return [*words, *servers.options], environment
+
+
+def _serve(python: str, directory: Path) -> list[str]:
+    """`vllm serve DIRECTORY` of the interpreter's environment. Where its command cannot run, since
+    it asks for the version of a package called vllm, and vllm-cpu is not called so: the module that
+    is deprecated since vLLM 0.29.
+
+    Raises:
+        UserError: there is no such interpreter.
+    """
+    ask = "import importlib.metadata; importlib.metadata.version('vllm')"
+    try:
+        asked = subprocess.run([python, "-c", ask], capture_output=True, check=False)
+    except OSError as error:
+        raise UserError(
+            f"rollout.servers.python {python} cannot be run ({error.strerror}); expected the "
+            "interpreter of an environment with vLLM; correct it"
+        ) from error
+    if asked.returncode == 0:
+        return [python, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
+    return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]

@@ -140,10 +140,28 @@ def test_a_wrong_flag_is_refused(refusal, words, message):
             'run.yaml:2: rollout.max_new_tokens is "many"; expected an integer, at least 1 '
             "(Longest answer, tokens)",
         ),
-        ("seed: 3.0", "run.yaml:1: seed is 3.0; expected an integer, at least 0 ("),
-        ("seed: true", "run.yaml:1: seed is true; expected an integer, at least 0 ("),
-        ("seed: '3'", 'run.yaml:1: seed is "3"; expected an integer, at least 0 ('),
-        ("seed: -1", "run.yaml:1: seed is -1; expected an integer, at least 0 ("),
+        (
+            "seed: 3.0",
+            "run.yaml:1: seed is 3.0; expected an integer, at least 0, below 4294967296 (",
+        ),
+        (
+            "seed: true",
+            "run.yaml:1: seed is true; expected an integer, at least 0, below 4294967296 (",
+        ),
+        (
+            "seed: '3'",
+            'run.yaml:1: seed is "3"; expected an integer, at least 0, below 4294967296 (',
+        ),
+        ("seed: -1", "run.yaml:1: seed is -1; expected an integer, at least 0, below 4294967296 ("),
+        ("seed: 4294967296", "run.yaml:1: seed is 4294967296; expected an integer, at least 0, "),
+        (
+            "rollout: {servers: {urls: http://one:1}}",
+            'run.yaml:1: rollout.servers.urls is "http://one:1"; expected a list of strings (',
+        ),
+        (
+            "rollout: {stop_token_ids: [3, -1]}",
+            "run.yaml:1: rollout.stop_token_ids is [3, -1]; expected a list of integers (",
+        ),
         ("data: {shuffle: no}", 'run.yaml:1: data.shuffle is "no"; expected true or false ('),
         ("run_dir: 5", "run.yaml:1: run_dir is 5; expected a path ("),
         ("optimizer: {lr: .nan}", "run.yaml:1: optimizer.lr is NaN; expected a number, above 0 ("),

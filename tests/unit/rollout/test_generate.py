@@ -17,7 +17,6 @@ from tests.support.tiny import (
 )
 
 LENGTHS = [5, 1, 12, 7, 3, 9]
-NEVER = 99  #: an end-of-sequence id outside the vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def test_greedy_equals_transformers(tiny):
     reference = to_transformers(chunks[0], config.model)
     prompts = random_prompts(LENGTHS)
     settings = SamplingSettings(samples=1, max_new_tokens=20, greedy=True, temperature=0.7)
-    engine = tiny_engine(config, groups, megatron_config, chunks, NEVER)
+    engine = tiny_engine(config, groups, megatron_config, chunks, stop_ids=())
     for prompt, group in zip(prompts, engine.generate(prompts, settings)):
         tokens = torch.tensor(prompt.tokens)[None]
         for token, logprob in zip(group.completions[0].tokens, group.completions[0].logprobs):
@@ -146,7 +145,7 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
 
 def test_the_seed_and_the_sample_number_change_the_answer(tiny):
     prompts = random_prompts([6])
-    engine = tiny_engine(*tiny, eos_id=NEVER)
+    engine = tiny_engine(*tiny, stop_ids=())
     first = answers(engine.generate(prompts, SamplingSettings(3, 12, seed=1)))[0]
     again = answers(engine.generate(prompts, SamplingSettings(5, 12, seed=1)))[0]
     other = answers(engine.generate(prompts, SamplingSettings(3, 12, seed=2)))[0]
@@ -157,7 +156,7 @@ def test_the_seed_and_the_sample_number_change_the_answer(tiny):
 def test_stops_behind_the_end_token(tiny):
     prompts = random_prompts(LENGTHS)
     settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11)
-    endless = tiny_engine(*tiny, eos_id=NEVER).generate(prompts, settings)
+    endless = tiny_engine(*tiny, stop_ids=()).generate(prompts, settings)
     stopping = tiny_engine(*tiny).generate(prompts, settings)
     finished = 0
     for group, reference in zip(stopping, endless):
@@ -173,11 +172,29 @@ def test_stops_behind_the_end_token(tiny):
     assert 0 < finished < 24
 
 
+def test_the_first_of_several_stop_tokens_ends_an_answer(tiny):
+    prompts, stops = random_prompts(LENGTHS), (EOS, 7, 50)
+    settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11)
+    endless = tiny_engine(*tiny, stop_ids=()).generate(prompts, settings)
+    stopping = tiny_engine(*tiny, stop_ids=stops).generate(prompts, settings)
+    ended_by = []
+    for group, reference in zip(stopping, endless):
+        for answer, whole in zip(group.completions, reference.completions):
+            tokens = whole.tokens.tolist()
+            end = next((i for i, token in enumerate(tokens) if token in stops), None)
+            assert answer.finished == (end is not None)
+            kept = tokens if end is None else tokens[: end + 1]
+            assert answer.tokens.tolist() == kept
+            assert answer.text == spell(kept[: len(kept) - answer.finished])
+            ended_by += kept[-1:] if answer.finished else []
+    assert set(ended_by) == set(stops)
+
+
 def test_cut_at_the_longest_sequence(tiny):
     prompts = random_prompts(LENGTHS)
     settings = SamplingSettings(samples=2, max_new_tokens=10, seed=3)
-    whole = tiny_engine(*tiny, eos_id=NEVER).generate(prompts, settings)
-    cut = tiny_engine(*tiny, eos_id=NEVER, max_sequence_length=14).generate(prompts, settings)
+    whole = tiny_engine(*tiny, stop_ids=()).generate(prompts, settings)
+    cut = tiny_engine(*tiny, stop_ids=(), max_sequence_length=14).generate(prompts, settings)
     for group, reference in zip(answers(cut), answers(whole)):
         for answer, expected in zip(group, reference):
             assert answer == expected[: len(answer)]

@@ -21,7 +21,7 @@ def sampled(policy):
         policy.chunks,
         policy.groups,
         policy.transformer,
-        eos_id=31,
+        stop_ids=(31,),
         max_batch=6,
         decode=spell,
         max_sequence_length=policy.config.model.max_sequence_length,

@@ -15,8 +15,8 @@ ENDED = Answer(np.array([4, 1]), np.array([-0.5, -2.0], np.float32), True, ("7",
 CUT = Answer(np.array([4, 2, 1, 0])[:3], np.array([-0.5, 0.0, -9.0], np.float32), True, ("7", "7"))
 
 
-def check(*answers, settings=SETTINGS, versions=("7",), may_be_aborted=False):
-    check_answers(answers, PROMPT, settings, 1, 8, versions, may_be_aborted)
+def check(*answers, settings=SETTINGS, versions=("7",), may_be_aborted=False, stop_ids=(1,)):
+    check_answers(answers, PROMPT, settings, stop_ids, 8, versions, may_be_aborted)
 
 
 def test_good_answers_pass():
@@ -34,14 +34,35 @@ def test_good_answers_pass():
         ({"logprobs": np.zeros(3, np.float32)}, "3 log-probabilities for 2 tokens"),
         ({"logprobs": np.array([np.nan, 0.0])}, "log-probability nan; expected finite"),
         ({"logprobs": np.array([-1.0, 0.7])}, "log-probability 0.7; expected finite, at most 0"),
-        ({"stopped": False}, "ends without its last token being the end token"),
-        ({"tokens": np.array([4, 2])}, "ends without its last token being the end token"),
+        (
+            {"tokens": np.array([4, 2])},
+            "stops at the token .2., which is none of the stop tokens 1",
+        ),
+        ({"tokens": np.array([1, 1])}, "runs on behind the stop token 1; expected it to end at"),
+        (
+            {"tokens": np.array([4, 2]), "stopped": False},
+            "ends after 2 tokens without a stop token; expected 3, or one of 1",
+        ),
         ({"versions": ("7", "6")}, "weights of version 7 6; expected 7"),
     ],
 )
 def test_what_the_policy_could_not_have_sampled_is_refused(change, message):
     with pytest.raises(BadAnswer, match=message):
         check(ENDED, dataclasses.replace(ENDED, **change))
+
+
+def test_any_of_several_stop_tokens_ends_an_answer():
+    at_two = dataclasses.replace(ENDED, tokens=np.array([4, 2]))
+    check(ENDED, at_two, stop_ids=(1, 2))
+    with pytest.raises(BadAnswer, match="runs on behind the stop token 2; .* first of 1 or 2"):
+        check(ENDED, CUT, stop_ids=(1, 2))
+    with pytest.raises(BadAnswer, match="stops at the token .1., which is none of .* tokens none;"):
+        check(ENDED, ENDED, stop_ids=())
+
+
+def test_the_last_token_that_is_allowed_may_be_a_stop_token():
+    """Whether a server then calls it stopped or cut."""
+    check(CUT, dataclasses.replace(CUT, stopped=False))
 
 
 def test_an_answer_may_be_broken_off_where_it_can_go_on():

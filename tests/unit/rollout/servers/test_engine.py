@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+import threading
 
 import numpy as np
 import psutil
@@ -16,7 +17,7 @@ from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import ROOT
-from tests.support.server_engine import build, change_weights, config_of
+from tests.support.server_engine import build, build_on, change_weights, config_of
 
 PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
 GREEDY = SamplingSettings(1, 6, greedy=True)
@@ -52,7 +53,7 @@ def test_answers_are_those_of_the_built_in_engine(built, servers, told):
     from megatron_rl.rollout.builtin.generate import BuiltinEngine
 
     engine, chunks, groups, transformer = built
-    judge = BuiltinEngine(chunks, groups, transformer, 1, 8, engine._decode, 64)
+    judge = BuiltinEngine(chunks, groups, transformer, (1,), 8, engine._decode, 64)
     found, expected = (e.generate(PROMPTS, GREEDY) for e in (engine, judge))
     assert len(found) == len(PROMPTS)
     for group, wanted in zip(found, expected, strict=True):
@@ -68,6 +69,41 @@ def test_answers_are_those_of_the_built_in_engine(built, servers, told):
     assert metrics.pop("time/sync_s") > 0
     assert metrics == {"servers/used": 2, "servers/failures": 0, "servers/restarts": 0}
     assert engine.metrics()["time/sync_s"] == 0.0
+
+
+def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
+    directory, tmp_path, servers, told
+):
+    """Whatever tokens the server's own files name; sampled text is without the stop token."""
+    from megatron_rl.rollout.builtin.generate import BuiltinEngine
+
+    for server in servers:
+        server.own_stops = set(range(60))
+    config = config_of(directory, tmp_path / "run", [s.url for s in servers])
+    engine, chunks, groups, transformer = build(config, told)
+    judge = BuiltinEngine(chunks, groups, transformer, (), 8, engine._decode, 64)
+    settings = dataclasses.replace(GREEDY, max_new_tokens=20)
+    endless = [g.completions[0].tokens.tolist() for g in judge.generate(PROMPTS, settings)]
+    stops = {tokens[n] for tokens, n in zip(endless, (3, 7))}  # the third ends where it will
+    engine = build_on(config, chunks, groups, told, stop_ids=tuple(stops))
+    judge = BuiltinEngine(chunks, groups, transformer, stops, 8, engine._decode, 64)
+    found, expected = (e.generate(PROMPTS, settings) for e in (engine, judge))
+    for group, wanted, tokens in zip(found, expected, endless, strict=True):
+        (answer,), (judged,) = group.completions, wanted.completions
+        length = next((i + 1 for i, token in enumerate(tokens) if token in stops), 20)
+        assert answer.tokens.tolist() == judged.tokens.tolist() == tokens[:length]
+        assert answer.finished == judged.finished == (tokens[length - 1] in stops)
+        assert answer.text == judged.text == engine._decode(tokens[: length - answer.finished])
+    assert sum(group.completions[0].finished for group in found) >= 2 and told == []
+
+
+def test_an_answer_is_as_long_as_the_sequence_allows(directory, tmp_path, servers, told):
+    """Nothing longer is asked for, and nothing shorter is taken without a stop token."""
+    config = config_of(directory, tmp_path / "run", [s.url for s in servers])
+    engine = build_on(config, *build(config, told)[1:3], told, stop_ids=())
+    settings = SamplingSettings(1, 60, greedy=True)
+    lengths = [len(g.completions[0].tokens) for g in engine.generate(PROMPTS, settings)]
+    assert lengths == [60, 60, 64 - 8] and told == []
 
 
 def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
@@ -115,13 +151,15 @@ def test_a_stop_is_heard_while_answers_are_waited_for(built, servers):
 def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, servers):
     engine, chunks, *_ = built
     expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
+    may_answer = threading.Event()
     for server in servers:
-        server.fault, server.pause = "slow", 0.5
+        server.before_answer = lambda: may_answer.wait(100.0)
     finish = engine.begin(PROMPTS, SAMPLED)
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.1)
     engine.weights_changed()
+    threading.Timer(0.3, may_answer.set).start()
     # other questions, by the new weights, wait for the ones that are open
     new = engine.generate(PROMPTS, SAMPLED)
     old = finish()
@@ -141,9 +179,9 @@ def receivers(directory):
         yield one, other
 
 
-def broadcasting(directory, run_dir, servers, lag=0, **parallel):
+def broadcasting(directory, run_dir, servers, lag=0, start_s=60.0, **parallel):
     config = config_of(directory, run_dir, [server.url for server in servers], **parallel)
-    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": 8.0})
+    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": start_s})
     rollout = config.rollout.model_copy(update={"servers": chosen, "lag": lag})
     return config.model_copy(update={"rollout": rollout})
 
@@ -160,11 +198,14 @@ def test_weights_are_broadcast_without_a_disk(directory, tmp_path, receivers, to
     assert not (tmp_path / "servers").exists()
 
 
-@pytest.mark.parametrize("fault", ["refuse", "refuse late", "stall"])
+@pytest.mark.parametrize(
+    ("fault", "start_s"), [("refuse", 60.0), ("refuse late", 60.0), ("stall", 8.0)]
+)
 def test_a_server_that_stops_reading_is_left_out_and_joins_again(
-    directory, tmp_path, receivers, told, fault
+    directory, tmp_path, receivers, told, fault, start_s
 ):
-    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers), told)
+    """How long one that stalls is waited for is how long the test takes."""
+    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers, start_s=start_s), told)
     engine.generate(PROMPTS, SAMPLED)
     change_weights(engine, chunks)
     receivers[0].fault = fault
@@ -212,12 +253,14 @@ LONG = SamplingSettings(3, 40, seed=4)
 
 @pytest.fixture
 def ahead(directory, tmp_path, servers, told):
-    """As ``built``, with answers two steps ahead, from servers that take their time."""
+    """As ``built``, with answers two steps ahead, which the servers hold in the middle until an
+    update breaks them off: their first pause is for the first weights.
+    """
     config = config_of(directory, tmp_path / "run", [s.url for s in servers])
     rollout = config.rollout.model_copy(update={"lag": 2})
     built = build(config.model_copy(update={"rollout": rollout}), told)
     for server in servers:
-        server.token_s = 0.02
+        server.hold = (15, 2)  # behind the longest answer to a probe
     return built
 
 
@@ -260,6 +303,8 @@ def test_what_a_server_without_the_new_weights_went_on_with_is_not_taken(ahead, 
 
 def test_several_batches_are_sampled_at_a_time(ahead, servers):
     engine = ahead[0]
+    for server in servers:
+        server.hold = None
     finishers = [engine.begin(PROMPTS, dataclasses.replace(LONG, seed=n)) for n in range(2)]
     probes = 2 * len(servers)
     wait_for(lambda: sum(len(server.asked) for server in servers) == probes + 2 * len(PROMPTS))

@@ -15,7 +15,7 @@ from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model, wait_for
 
-API, SETTINGS, EOS, VOCABULARY = VllmApi("load"), SamplingSettings(2, 5), 1, 16
+API, SETTINGS, STOPS, VOCABULARY = VllmApi("load"), SamplingSettings(2, 5), (1,), 16
 COUNT = 40
 
 
@@ -31,7 +31,7 @@ def told():
 
 
 def make_pool(servers, told, **settings):
-    settings = {"in_flight": 4, "deadline_s": 20.0, "retries": 3, **settings}
+    settings = {"in_flight": 4, "deadline_s": 60.0, "retries": 3, **settings}
     return ServerPool([server.url for server in servers], say=told.append, **settings)
 
 
@@ -41,13 +41,13 @@ def questions(count=COUNT, version="default"):
     def read(prompt):
         def answers(payload):
             found = API.answers(payload)
-            check_answers(found, prompt, SETTINGS, EOS, VOCABULARY, version)
+            check_answers(found, prompt, SETTINGS, STOPS, VOCABULARY, version)
             return prompt.index, [answer.tokens.tolist() for answer in found]
 
         return answers
 
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(count)]
-    return [Question(API.generation(p, SETTINGS, p.index, EOS), read(p)) for p in prompts]
+    return [Question(API.generation(p, SETTINGS, p.index, STOPS), read(p)) for p in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,8 @@ def test_all_answers_come_back_in_order_and_both_servers_work(servers, told, exp
     assert [index for index, _ in expected] == list(range(COUNT))
     assert counts == list(range(1, COUNT + 1))
     assert sum(server.answered for server in servers) == COUNT
-    assert min(server.answered for server in servers) > 5
+    # before any answer comes both have as many as may be open
+    assert min(server.answered for server in servers) >= 4
     assert told == []
 
 
@@ -82,27 +83,18 @@ def test_what_one_server_answers_wrongly_the_other_answers(servers, told, expect
 
 
 def test_a_server_that_dies_in_the_middle_loses_nothing(servers, told, expected):
-    for server in servers:
-        server.fault, server.pause = "slow", 0.05
-    dying = threading.Thread(target=lambda: (wait_for(lambda: servers[0].answered > 2), close()))
-
-    def close():
-        servers[0].close()
-
-    dying.start()
+    servers[0].dies_after = 3
     pool = make_pool(servers, told)
     assert pool.ask(questions()) == expected
-    dying.join()
-    assert servers[1].answered + servers[0].answered >= COUNT
+    assert (servers[0].answered, servers[1].answered) == (3, COUNT - 3)
     assert pool.take_failures() > 0
 
 
 def test_a_server_that_hangs_is_waited_for_until_the_deadline_only(servers, told, expected):
     servers[0].fault = "hang"
-    began = time.monotonic()
-    assert make_pool(servers, told, deadline_s=0.5).ask(questions()) == expected
-    assert time.monotonic() - began < 20.0
-    assert "ReadTimeout" in told[0]
+    pool = make_pool(servers, told, deadline_s=2.0, retries=1000)
+    assert pool.ask(questions()) == expected
+    assert any(servers[0].url in line and "ReadTimeout" in line for line in told)
 
 
 def test_no_question_is_sent_on_a_connection_that_its_server_is_closing(servers, told, expected):
@@ -113,28 +105,32 @@ def test_no_question_is_sent_on_a_connection_that_its_server_is_closing(servers,
 
 
 def test_a_slow_server_gets_fewer_questions(servers, told, expected):
-    servers[0].fault, servers[0].pause = "slow", 0.5
-    assert make_pool(servers, told, in_flight=2).ask(questions()) == expected
-    assert len(servers[0].asked) < len(servers[1].asked) / 3
+    """The first answers nothing before the second has answered all the rest."""
+    servers[0].before_answer = lambda: wait_for(lambda: servers[1].answered == COUNT - 2)
+    assert make_pool(servers, told, in_flight=2, deadline_s=200.0).ask(questions()) == expected
+    assert (len(servers[0].asked), len(servers[1].asked)) == (2, COUNT - 2)
     assert told == []
 
 
 def test_no_more_questions_are_open_than_allowed(servers, told):
+    may_answer = threading.Event()
     for server in servers:
-        server.fault, server.pause = "slow", 0.3
-    pool = make_pool(servers, told, in_flight=3)
+        server.before_answer = lambda: may_answer.wait(100.0)
+    pool = make_pool(servers, told, in_flight=3, deadline_s=200.0)
     asking = threading.Thread(target=lambda: pool.ask(questions(12)))
     asking.start()
     wait_for(lambda: len(servers[0].asked) == len(servers[1].asked) == 3)
-    assert servers[0].answered == servers[1].answered == 0
+    time.sleep(0.2)  # time in which more could be asked
+    assert len(servers[0].asked) == len(servers[1].asked) == 3
+    may_answer.set()
     asking.join()
-    assert servers[0].answered + servers[1].answered == 12
+    assert servers[0].answered + servers[1].answered == 12 and told == []
 
 
 def test_a_server_that_comes_back_is_asked_again(servers, told, expected):
     gone = servers[0]
     gone.close()
-    pool = make_pool([gone], told, deadline_s=20.0, retries=50)
+    pool = make_pool([gone], told, deadline_s=90.0, retries=50)
     came_back = []
 
     def return_later():
@@ -148,7 +144,7 @@ def test_a_server_that_comes_back_is_asked_again(servers, told, expected):
     finally:
         thread.join()
         came_back[0].close()
-    assert "no rollout server can be asked; waiting up to 20 s" in told
+    assert "no rollout server can be asked; waiting up to 90 s" in told
 
 
 def test_the_owner_may_bring_a_server_back(servers, told, expected):
@@ -167,10 +163,8 @@ def test_the_owner_may_bring_a_server_back(servers, told, expected):
 def test_when_no_server_comes_back_the_run_ends_with_one_line(servers, told):
     for server in servers:
         server.close()
-    began = time.monotonic()
     with pytest.raises(RunFailed, match="no rollout server could be asked for 1 s; expected one"):
         make_pool(servers, told, deadline_s=1.0, retries=1000).ask(questions())
-    assert time.monotonic() - began < 20.0
 
 
 def test_a_question_nobody_answers_well_ends_the_run_at_once(servers, told):
@@ -180,10 +174,10 @@ def test_a_question_nobody_answers_well_ends_the_run_at_once(servers, told):
         make_pool(servers, told, retries=1).ask(questions())
     # and does not wait for another server that hangs
     servers[1].fault = "hang"
-    began = time.monotonic()
+    told.clear()
     with pytest.raises(RunFailed):
         make_pool(servers, told, retries=0, deadline_s=50.0).ask(questions())
-    assert time.monotonic() - began < 20.0
+    assert told and not any("ReadTimeout" in line for line in told)
 
 
 def test_a_closed_pool_stops_asking(servers, told):
@@ -201,7 +195,7 @@ def test_a_closed_pool_stops_asking(servers, told):
     asking.start()
     wait_for(lambda: len(told) > 3)
     pool.close()
-    asking.join(20.0)
+    asking.join(60.0)
     assert ended == [True]
 
 
@@ -234,8 +228,9 @@ def test_answers_that_are_held_count_once_it_is_known_that_they_may(servers, tol
 
 def test_who_is_first_is_asked_for_first(servers, told):
     """One question at a time: those of the second thread wait for all of the first's."""
-    pool = make_pool(servers[:1], told, in_flight=1)
-    servers[0].fault, servers[0].pause = "slow", 0.05
+    pool = make_pool(servers[:1], told, in_flight=1, deadline_s=200.0)
+    both_wait = threading.Event()
+    servers[0].before_answer = lambda: both_wait.wait(100.0)
     threads = [
         threading.Thread(target=pool.ask, args=(questions(12),), kwargs={"turn": turn})
         for turn in (1, 2)
@@ -243,10 +238,12 @@ def test_who_is_first_is_asked_for_first(servers, told):
     threads[0].start()
     wait_for(lambda: servers[0].asked)
     threads[1].start()
+    wait_for(lambda: len(pool._unasked) == 2)
+    both_wait.set()
     for thread in threads:
         thread.join(60.0)
     seeds = [body["sampling_params"]["seed"] for body in servers[0].asked]
-    assert sorted(seeds[:12]) == sorted(seeds[12:]) == list(range(12))
+    assert sorted(seeds[:12]) == sorted(seeds[12:]) == list(range(12)) and told == []
 
 
 def test_one_server_is_asked_once(servers, told):

@@ -52,7 +52,7 @@ def gone(processes):
 def test_it_serves_and_stops_with_all_it_started(process):
     assert not process.is_running and process.pid is None
     process.start(command(process), {})
-    process.wait_until_ready(30.0)
+    process.wait_until_ready(120.0)
     assert process.is_running
     started = processes_of(process.pid)
     assert len(started) == 3  # leash, server, its child
@@ -65,16 +65,16 @@ def test_it_serves_and_stops_with_all_it_started(process):
 def test_its_environment_and_output(process, tmp_path):
     code = "import os; print('hello', os.environ['GREETED'], flush=True)\n" + SERVER
     process.start(command(process, code), {"GREETED": "you"})
-    process.wait_until_ready(30.0)
+    process.wait_until_ready(120.0)
     assert (tmp_path / "logs" / "server.log").read_text().startswith("hello you\nchild ")
 
 
 def test_one_that_ends_says_why(process):
     process.start(command(process, "raise ValueError('no such model')"), {})
     with pytest.raises(RunFailed) as failure:
-        process.wait_until_ready(30.0)
+        process.wait_until_ready(120.0)
     text = str(failure.value)
-    assert text.startswith(f"the rollout server at {process.url} ended within 30 s (")
+    assert text.startswith(f"the rollout server at {process.url} ended within 120 s (")
     assert "ValueError: no such model" in text and text.endswith("logs/server.log")
 
 
@@ -95,12 +95,12 @@ def test_a_stop_is_heard_while_one_starts(process):
 
 def test_a_killed_server_can_be_started_again(process):
     process.start(command(process), {})
-    process.wait_until_ready(30.0)
+    process.wait_until_ready(120.0)
     os.kill(processes_of(process.pid)[1].pid, signal.SIGKILL)
     wait_for(lambda: not process.is_running)
     process.stop()
     process.start(command(process), {})
-    process.wait_until_ready(30.0)
+    process.wait_until_ready(120.0)
 
 
 def test_it_ends_with_a_run_that_is_killed(tmp_path):
@@ -110,7 +110,7 @@ def test_it_ends_with_a_run_that_is_killed(tmp_path):
         from megatron_rl.rollout.servers.process import ServerProcess
         process = ServerProcess("127.0.0.1", Path({str(tmp_path / "server.log")!r}))
         process.start([sys.executable, "-c", {SERVER!r}, str(process.port)], {{}})
-        process.wait_until_ready(30.0)
+        process.wait_until_ready(120.0)
         print(process.pid, flush=True)
         time.sleep(600)
         """)

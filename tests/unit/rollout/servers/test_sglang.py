@@ -44,7 +44,7 @@ def test_several_samples_are_a_list_and_one_is_none():
     (single,) = API.answers(response([3], [-1.0]))
     assert single.tokens.tolist() == [3] and single.routed_experts is None
     settings = SamplingSettings(samples=2, max_new_tokens=2)
-    check_answers([one, other], PROMPT, settings, eos_id=1, vocab_size=128, versions=["7"])
+    check_answers([one, other], PROMPT, settings, stop_ids=[1], vocab_size=128, versions=["7"])
 
 
 def test_an_answer_that_was_broken_off():
@@ -82,7 +82,7 @@ def test_anything_else_is_no_answer(payload):
 
 def test_what_is_asked():
     settings = SamplingSettings(4, 16, temperature=0.7, top_p=0.9, top_k=20, routes=True)
-    call = API.generation(PROMPT, settings, seed=3, eos_id=1)
+    call = API.generation(PROMPT, settings, seed=3, stop_ids=(9, 1))
     assert call.path == "/generate"
     assert call.body == {
         "input_ids": [5, 6],
@@ -92,13 +92,13 @@ def test_what_is_asked():
             "temperature": 0.7,
             "top_p": 0.9,
             "top_k": 20,
-            "stop_token_ids": [1],
+            "stop_token_ids": [1, 9],
             "skip_special_tokens": False,
         },
         "return_logprob": True,
         "return_routed_experts": True,
     }
-    greedy = API.generation(PROMPT, SamplingSettings(1, 4, greedy=True, top_k=5), 3, 1).body
+    greedy = API.generation(PROMPT, SamplingSettings(1, 4, greedy=True, top_k=5), 3, (1,)).body
     assert greedy["sampling_params"]["temperature"] == 0.0
     assert greedy["sampling_params"]["top_k"] == -1 and "return_routed_experts" not in greedy
 

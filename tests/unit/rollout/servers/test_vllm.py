@@ -85,7 +85,7 @@ def test_anything_else_is_no_answer(payload):
 
 def test_what_is_asked():
     settings = SamplingSettings(4, 9, temperature=0.7, seed=3)
-    call = API.generation(PROMPT, settings, seed=11, eos_id=1)
+    call = API.generation(PROMPT, settings, seed=11, stop_ids=(9, 1))
     assert call.path == "/inference/v1/generate" and call.body["token_ids"] == [5, 6]
     assert call.body["sampling_params"] == {
         "n": 4,
@@ -94,7 +94,8 @@ def test_what_is_asked():
         "top_p": 1.0,
         "top_k": 0,
         "seed": 11,
-        "stop_token_ids": [1],
+        "stop_token_ids": [1, 9],
+        "ignore_eos": True,
         "logprobs": 0,
         "detokenize": False,
     }
@@ -102,7 +103,7 @@ def test_what_is_asked():
 
 def test_greedy_is_temperature_0_without_cuts():
     settings = SamplingSettings(1, 9, top_p=0.9, top_k=5, greedy=True)
-    asked = API.generation(PROMPT, settings, seed=11, eos_id=1).body["sampling_params"]
+    asked = API.generation(PROMPT, settings, seed=11, stop_ids=(9, 1)).body["sampling_params"]
     assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.0, 1.0, 0)
 
 

