@@ -32,11 +32,11 @@ from megatron_rl.config.estimate import (
     trace_text,
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
-from megatron_rl.config.load import dump_config, load_config
+from megatron_rl.config.load import load_config
 from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.schema import Config
 from megatron_rl.device.descriptors import allow_descriptors
-from megatron_rl.device.launch import read_launch
+from megatron_rl.device.launch import read_launch, split_address
 from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.files import reason, written_for_the_user
@@ -327,33 +327,25 @@ def _report(run_dirs: Sequence[Path]) -> None:
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Compare the nodes; their differences a line each, and an error that counts them."""
-    host, _, port = args.meet.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise UserError(f"--meet is {args.meet!r}; expected HOST:PORT")
+    host, port = split_address(args.meet, "--meet")
     if not 0 <= args.node < args.nodes:
         raise UserError(f"--node is {args.node} with --nodes {args.nodes}; expected 0 to N - 1")
+    if args.ranks_per_node < 1:
+        raise UserError(f"--ranks-per-node is {args.ranks_per_node}; expected at least 1")
+    if not 0.0 < args.within < 1e6:
+        raise UserError(f"--within is {args.within:g}; expected seconds, above 0")
     # The store's complaints are stack traces; what they mean is in the report.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from megatron_rl.device import preflight
+    from megatron_rl.device.node_facts import described, facts_of_this_node
+    from megatron_rl.device.preflight import Meeting, compare
 
-    def describe() -> tuple[str, Path]:
-        config = load_config(args.config, overrides, args.purpose)
-        check_config(config, args.nodes * args.ranks_per_node, args.purpose)
-        return dump_config(config), config.run_dir
-
-    meeting = preflight.Meeting(args.node, args.nodes, host, int(port), args.within)
-    facts = preflight.facts_of_this_node(describe, args.ranks_per_node)
-    found = preflight.preflight(meeting, facts)
-    if not found:
-        nodes = f"{args.nodes} node{'' if args.nodes == 1 else 's'}"
-        print(f"preflight: {nodes} x {args.ranks_per_node} ranks agree")
-        return
-    for line in found:
-        print(f"preflight: {line}", file=sys.stderr)
-    raise UserError(
-        f"preflight found {len(found)} difference{'' if len(found) == 1 else 's'} between "
-        f"{args.nodes} nodes, see above; expected none; PREFLIGHT=0 starts without it"
+    ranks = args.nodes * args.ranks_per_node
+    facts = facts_of_this_node(
+        lambda: described(args.config, overrides, ranks, args.purpose),
+        args.nodes,
+        args.ranks_per_node,
     )
+    compare(Meeting(args.node, args.nodes, host, port, args.within), facts)
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -146,8 +146,9 @@ class Heartbeat:
     def _of_silent(self, parties: Sequence[int]) -> str:
         ends = f"the run ends once a collective has waited {self._timeout_s:g} s (device.timeout_s)"
         if STORE in parties:
+            place = join_address(*self._launch.master)
             return (
-                f"no answer from {join_address(*self._launch.master)}, where the ranks meet, for {self._limit_s:g} s; "
+                f"no answer from {place}, where the ranks meet, for {self._limit_s:g} s; "
                 f"expected the machine of rank 0; it is stopped or cannot be reached; {ends}"
             )
         names = [_name(party, self._ranks.sign(party)) for party in parties]

@@ -17,7 +17,7 @@ from megatron_rl.device.heartbeat import SIGNS_IN_LIMIT, Heartbeat
 from megatron_rl.device.launch import Launch
 from megatron_rl.errors import UserError
 from tests.support import beating
-from tests.support.nodes import environment, wait_for
+from tests.support.nodes import environment, has_ipv6, wait_for
 
 #: Silence after which the ranks of these tests are named.
 LIMIT_S = 1.0
@@ -84,14 +84,6 @@ def test_what_is_stopped_is_named_and_goes_on_when_it_is_resumed(tmp_path, start
     for process, log in zip(ranks, logs):
         assert process.wait(60.0) == 0, log.read_text()
         assert "steps " in log.read_text() and "Traceback" not in log.read_text()
-
-
-def has_ipv6():
-    """Whether this machine has its own address in IPv6."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as own:
-        own.bind(("::1", 0))
-        return True
-    return False
 
 
 @contextlib.contextmanager
