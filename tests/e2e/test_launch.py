@@ -106,6 +106,22 @@ def test_when_a_node_dies_the_other_ends_and_the_same_command_goes_on(folder, rl
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named_on_node_0_and_the_run_goes_on(folder, rl_run):
+    words = ["train", "rl.yaml", "--run_dir", "runs/frozen", "--device.silence_s", "3"]
+    log = folder / "node_0.log"
+    with nodes(folder, *words, JOB_ID="frozen") as (first, second):
+        wait_for("step 2/8", log)
+        (rank,) = psutil.Process(second.pid).children()
+        rank.suspend()
+        name = f"rank 1 (process {rank.pid} on {socket.gethostname()})"
+        wait_for(f"megatron-rl: warning: {name} has given no sign of life for 3 s", log, 60.0)
+        rank.resume()
+        wait_for("megatron-rl: warning: rank 1 answers now", log, 60.0)
+        assert [process.wait(TIMEOUT_S) for process in (first, second)] == [0, 0]
+    assert reproducible(folder / "runs" / "frozen") == reproducible(folder / "runs" / "rl")
+
+
+@pytest.mark.slow
 def test_a_node_that_lost_another_starts_again_and_meets_the_one_in_its_place(folder, rl_run):
     """Node 1 is killed; node 0, with a restart, waits in the preflight until node 1 is back."""
     words = ["train", "rl.yaml", "--run_dir", "runs/again"]
