@@ -232,6 +232,25 @@ def test_ranks_are_numbered_by_node_rank_at_the_address_without_brackets(words_o
     assert ranks[-4:] == ["-m", "megatron_rl", "train", "c"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_node_that_waits_for_others(tmp_path, number):
+    """PYTHON waits in the place of the preflight; it is ended too, and all may be tried again."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\ntouch {tmp_path}/asks\nexec sleep 600\n")
+    (tmp_path / "python").chmod(0o755)
+    env = environment(PYTHON=tmp_path / "python", NODES=2, MASTER_ADDR="localhost")
+    process = subprocess.Popen([SCRIPT, "train", "c"], env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "asks").exists():
+            assert process.poll() is None
+        (asking,) = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.wait(60.0) == 75
+        assert process.stderr.read() == "torchrun.sh: stopped in the preflight\n"
+        asking.wait(60.0)
+    finally:
+        kill(process)
+
+
 def test_what_an_operator_sets_for_ranks_of_its_own_reaches_none(tmp_path):
     """Kubeflow's pods have RANK, WORLD_SIZE and torchrun's options, as PET_*."""
     (tmp_path / "python").write_text("#!/bin/sh\nenv\n")

@@ -1,8 +1,9 @@
 """A rank that does nothing but reduce a number, with a heartbeat: run as a script in a process.
 
-    python beating.py SILENCE_S FILE
+    python beating.py SILENCE_S FOLDER
 
-It ends when FILE/end exists, touches FILE/alive (the first rank of a node), and prints "steps N".
+It ends when FOLDER/end exists, touches FOLDER/alive (the first rank of a node), and prints
+"steps N".
 """
 
 import sys

@@ -67,7 +67,11 @@ if [ "$nodes" -gt 1 ] && [ "$preflight" = 1 ]; then
     meet=$address
     [[ $address != *:* ]] || meet="[$address]"
     "$python" -m megatron_rl preflight "${@:2}" --for "$1" --nodes "$nodes" --node "$node" \
-        --ranks-per-node "$ranks" --within "$patience" --meet "$meet:${PREFLIGHT_PORT:-$((port + 1))}"
+        --ranks-per-node "$ranks" --within "$patience" --meet "$meet:${PREFLIGHT_PORT:-$((port + 1))}" &
+    asking=$! # beside this shell, which can hear signals meanwhile
+    trap 'kill "$asking" 2>/dev/null || true; echo "torchrun.sh: stopped in the preflight" >&2; exit 75' TERM INT USR1
+    wait "$asking"
+    trap - TERM INT USR1
 elif [ "$nodes" -gt 1 ] && [ "$restarts" -gt 0 ]; then
     fail "MAX_RESTARTS is $restarts with PREFLIGHT 0; expected PREFLIGHT 1: nodes that start again meet there"
 fi
@@ -77,7 +81,9 @@ words=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0)
 if [ "$nodes" -gt 1 ]; then
     words+=(--rdzv-backend static --node-rank "$node" --master-addr "$address" --master-port "$port")
     words+=(--rdzv-id "${JOB_ID:-megatron_rl}")
-    [ "$node" -eq 0 ] || echo "torchrun.sh: node $node of $nodes starts; rank 0, which shows the run, is on node 0 ($address)"
+    if [ "$node" -gt 0 ]; then
+        echo "torchrun.sh: node $node of $nodes starts; rank 0, which shows the run, is on node 0 ($address)"
+    fi
 else
     words+=(--standalone)
 fi
