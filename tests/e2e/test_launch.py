@@ -76,6 +76,38 @@ def test_two_nodes_give_the_metrics_of_one(folder, rl_run):
     assert sum("step 8/8" in log.read_text() for log in logs) == 1 and len(logs) == 2
 
 
+@pytest.mark.slow
+def test_rank_0_is_on_node_0_though_the_other_starts_first(tmp_path):
+    """torchrun's real ranks, of a package that prints where they are. Its c10d sorts by process."""
+    (tmp_path / "megatron_rl").mkdir()
+    (tmp_path / "megatron_rl" / "__init__.py").touch()
+    (tmp_path / "megatron_rl" / "__main__.py").write_text(
+        "import os\nprint('rank', os.environ['RANK'])\n"
+    )
+    port, started = free_port(), []
+    for node in (1, 0):
+        settings = {"NODES": 2, "NODE_RANK": node, "RANKS_PER_NODE": 2, "PREFLIGHT": 0}
+        settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        started.append(
+            subprocess.Popen(
+                [SCRIPT, "train", "c"],
+                cwd=tmp_path,
+                env=environment(**settings),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+    finally:
+        for process in started:
+            kill(process)
+    assert [process.returncode for process in started] == [0, 0], said
+    ranks = [sorted(line for line in text.splitlines() if line[:5] == "rank ") for text in said]
+    assert ranks == [[f"rank {rank}" for rank in pair] for pair in ((2, 3), (0, 1))]
+
+
 def test_nodes_with_different_configurations_are_told_before_they_start(folder, sft_run):
     words = ["train", "rl.yaml", "--run_dir", "runs/unlike"]
     last = ["--seed", "3", "--rollout.temperature", "0.5"]
