@@ -36,7 +36,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.schema import Config
 from megatron_rl.device.descriptors import allow_descriptors
-from megatron_rl.device.launch import read_launch, split_address
+from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.files import reason, written_for_the_user
@@ -327,25 +327,19 @@ def _report(run_dirs: Sequence[Path]) -> None:
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Compare the nodes; their differences a line each, and an error that counts them."""
-    host, port = split_address(args.meet, "--meet")
-    if not 0 <= args.node < args.nodes:
-        raise UserError(f"--node is {args.node} with --nodes {args.nodes}; expected 0 to N - 1")
+    from megatron_rl.device.node_facts import described, facts_of_this_node
+    from megatron_rl.device.node_report import read_meeting
+
+    meeting = read_meeting(args.node, args.nodes, args.meet, args.within)
     if args.ranks_per_node < 1:
         raise UserError(f"--ranks-per-node is {args.ranks_per_node}; expected at least 1")
-    if not 0.0 < args.within < 1e6:
-        raise UserError(f"--within is {args.within:g}; expected seconds, above 0")
     # The store's complaints are stack traces; what they mean is in the report.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from megatron_rl.device.node_facts import described, facts_of_this_node
-    from megatron_rl.device.preflight import Meeting, compare
+    from megatron_rl.device.preflight import compare
 
-    ranks = args.nodes * args.ranks_per_node
-    facts = facts_of_this_node(
-        lambda: described(args.config, overrides, ranks, args.purpose),
-        args.nodes,
-        args.ranks_per_node,
-    )
-    compare(Meeting(args.node, args.nodes, host, port, args.within), facts)
+    nodes, ranks = args.nodes, args.ranks_per_node
+    describe = partial(described, args.config, overrides, nodes * ranks, args.purpose)
+    compare(meeting, facts_of_this_node(describe, nodes, ranks))
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -16,15 +16,15 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Sequence
 
 from torch.distributed import TCPStore
 
 from megatron_rl.device.launch import join_address
 from megatron_rl.device.node_facts import Facts
+from megatron_rl.device.node_report import Meeting, Report, crowded, report
 from megatron_rl.errors import RunFailed, UserError
 
 #: In the run directory, while nodes look for each other's tokens.
@@ -33,32 +33,6 @@ FOLDER = ".preflight"
 SEEN_WITHIN_S = 5.0
 #: How long the nodes that are missing may still take once two are found to be one too many.
 LATE_S = 3.0
-#: Most differences of a kind that are told one by one.
-MOST_LINES = 12
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where the nodes meet, and which of them this is."""
-
-    node: int  #: 0..nodes-1
-    nodes: int
-    host: str  #: address of node 0
-    port: int  #: free there
-    seconds: float  #: for all of it
-
-
-@dataclass(frozen=True)
-class Report:
-    """What keeps the nodes from starting, a line each."""
-
-    differences: tuple[str, ...] = ()  #: to be put right first
-    missing: tuple[str, ...] = ()  #: nodes that were not there in time; they may be the next time
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """All of it."""
-        return (*self.differences, *self.missing)
 
 
 def compare(meeting: Meeting, facts: Facts) -> None:
@@ -128,7 +102,7 @@ def _meet(meeting: Meeting, facts: Facts) -> Report:
         place = store.add("arrivals", 1) - 1
         store.set(f"facts/{place}", json.dumps(facts))
         known = _arrivals(store, meeting, place, end)
-        unseen = [] if _crowded(meeting, known) else _unseen(known, place)
+        unseen = [] if crowded(meeting, known) else _unseen(known, place)
         store.set(f"unseen/{place}", json.dumps(unseen))
         soon = max(end, time.monotonic() + 2 * SEEN_WITHIN_S)
         found = report(meeting, known, _answers(store, "unseen", len(known), soon))
@@ -137,92 +111,6 @@ def _meet(meeting: Meeting, facts: Facts) -> Report:
             _answers(store, "done", len(known), time.monotonic() + SEEN_WITHIN_S)
             _remove_tokens(facts)
     return found
-
-
-def report(meeting: Meeting, known: Sequence[Facts], blind: Mapping[int, Sequence[int]]) -> Report:
-    """What is wrong with the nodes that have come.
-
-    Args:
-        meeting: how many nodes there should be.
-        known: the facts of each, in the order of their arrival.
-        blind: arrival -> the arrivals whose tokens it has not found.
-    """
-    present = {facts["node"] for facts in known}
-    missing = [
-        f"node {node} has not answered within {meeting.seconds:g} s"
-        for node in range(meeting.nodes)
-        if node not in present
-    ]
-    if crowded := _crowded(meeting, known):
-        return Report(tuple(crowded))
-    errors = (facts for facts in sorted(known, key=_number) if "error" in facts)
-    found = [f"{_name(facts)}: {facts['error']}" for facts in errors]
-    found += _unlike(known)
-    for place in sorted(blind, key=lambda place: _number(known[place])):
-        facts = known[place]
-        usable = [o for o in blind[place] if "error" not in {**known[o], **facts}]
-        if usable:
-            names = ", ".join(_name(known[other]) for other in usable)
-            found.append(
-                f"{_name(facts)} does not see in {facts['run_dir']} what {names} wrote there; "
-                "expected storage that all nodes share"
-            )
-    return Report(tuple(found), tuple(missing))
-
-
-def _crowded(meeting: Meeting, known: Sequence[Facts]) -> list[str]:
-    """Nodes that came more than once or that there should not be, and numbers of nodes."""
-    found = _unlike(known, ["NODES"])
-    for node in sorted({facts["node"] for facts in known}):
-        hosts = sorted(facts["host"] for facts in known if facts["node"] == node)
-        if len(hosts) > 1:
-            found.append(
-                f"NODE_RANK {node} was given to {len(hosts)} nodes ({', '.join(hosts)}); expected "
-                f"each of 0 to {meeting.nodes - 1} once; number the nodes, and start each once"
-            )
-        if node >= meeting.nodes:
-            found.append(
-                f"NODE_RANK {node} ({hosts[0]}) with NODES {meeting.nodes}; expected 0 to "
-                f"{meeting.nodes - 1}"
-            )
-    return found
-
-
-def _unlike(known: Sequence[Facts], names: Iterable[str] | None = None) -> list[str]:
-    """A line for each fact (None: of all) that is not the same on all nodes."""
-    if names is None:
-        names = dict.fromkeys(name for facts in known for name in facts["same"])
-        if any("error" in facts for facts in known):
-            # a node without a configuration lacks its keys, which is said already
-            names = [name for name in names if all(name in facts["same"] for facts in known)]
-    lines, order = [], sorted(known, key=_number)
-    for name in names:
-        values: dict[str, list[str]] = {}
-        for facts in order:
-            values.setdefault(_text(facts["same"].get(name, "missing")), []).append(_name(facts))
-        if len(values) > 1:
-            parts = (f"{value} on {_some(where)}" for value, where in values.items())
-            lines.append(f"{name} differs: {'; '.join(parts)}")
-    if len(lines) > MOST_LINES:
-        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more differ"]
-    return lines
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{', '.join(names[:4])}{more}"
-
-
-def _number(facts: Facts) -> int:
-    return facts["node"]
-
-
-def _name(facts: Facts) -> str:
-    return f"node {facts['node']} ({facts['host']})"
 
 
 @contextlib.contextmanager
@@ -288,10 +176,10 @@ def _arrivals(store: TCPStore, meeting: Meeting, place: int, end: float) -> list
             known.append(json.loads(store.get(f"facts/{number}")))
         if place > 0 and store.check(["closed"]):
             return known[: max(int(store.get("closed")), place + 1)]
-        crowded = bool(_crowded(meeting, known))
-        if crowded:
+        too_many = bool(crowded(meeting, known))
+        if too_many:
             end = min(end, time.monotonic() + LATE_S)
-        complete = not crowded and {f["node"] for f in known} == set(range(meeting.nodes))
+        complete = not too_many and {f["node"] for f in known} == set(range(meeting.nodes))
         late_s = time.monotonic() - end
         if place == 0 and (complete or late_s >= 0.0):
             store.set("closed", str(len(known)))
