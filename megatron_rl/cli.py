@@ -32,7 +32,7 @@ from megatron_rl.config.estimate import (
     trace_text,
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
-from megatron_rl.config.load import dump_config, load_config
+from megatron_rl.config.load import load_config
 from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.schema import Config
 from megatron_rl.device.descriptors import allow_descriptors
@@ -327,33 +327,19 @@ def _report(run_dirs: Sequence[Path]) -> None:
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Compare the nodes; their differences a line each, and an error that counts them."""
-    host, _, port = args.meet.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise UserError(f"--meet is {args.meet!r}; expected HOST:PORT")
-    if not 0 <= args.node < args.nodes:
-        raise UserError(f"--node is {args.node} with --nodes {args.nodes}; expected 0 to N - 1")
+    from megatron_rl.device.node_facts import described, facts_of_this_node
+    from megatron_rl.device.node_report import read_meeting
+
+    meeting = read_meeting(args.node, args.nodes, args.meet, args.within)
+    if args.ranks_per_node < 1:
+        raise UserError(f"--ranks-per-node is {args.ranks_per_node}; expected at least 1")
     # The store's complaints are stack traces; what they mean is in the report.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from megatron_rl.device import preflight
+    from megatron_rl.device.preflight import compare
 
-    def describe() -> tuple[str, Path]:
-        config = load_config(args.config, overrides, args.purpose)
-        check_config(config, args.nodes * args.ranks_per_node, args.purpose)
-        return dump_config(config), config.run_dir
-
-    meeting = preflight.Meeting(args.node, args.nodes, host, int(port), args.within)
-    facts = preflight.facts_of_this_node(describe, args.ranks_per_node)
-    found = preflight.preflight(meeting, facts)
-    if not found:
-        nodes = f"{args.nodes} node{'' if args.nodes == 1 else 's'}"
-        print(f"preflight: {nodes} x {args.ranks_per_node} ranks agree")
-        return
-    for line in found:
-        print(f"preflight: {line}", file=sys.stderr)
-    raise UserError(
-        f"preflight found {len(found)} difference{'' if len(found) == 1 else 's'} between "
-        f"{args.nodes} nodes, see above; expected none; PREFLIGHT=0 starts without it"
-    )
+    nodes, ranks = args.nodes, args.ranks_per_node
+    describe = partial(described, args.config, overrides, nodes * ranks, args.purpose)
+    compare(meeting, facts_of_this_node(describe, nodes, ranks))
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:

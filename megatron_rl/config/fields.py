@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Iterator, Literal, Mapping, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -28,6 +28,18 @@ def leaf_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, 
         else:
             found[prefix + name] = field
     return found
+
+
+def leaf_values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value; the entries of a dict field (``algorithm.settings``) one by one."""
+    fields = leaf_fields()
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        whole = key in fields and not is_dict(fields[key])
+        if isinstance(value, Mapping) and not whole:
+            yield from leaf_values(value, f"{key}.")
+        else:
+            yield key, value
 
 
 def is_section(annotation: Any) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Iterator, Literal, Mapping, NamedTuple
+from typing import Any, Literal, Mapping, NamedTuple
 
-from megatron_rl.config.fields import is_dict, leaf_fields
+from megatron_rl.config.fields import leaf_fields, leaf_values
 from megatron_rl.config.schema import Config
 
 #: silent: where and how the run is shown, stored and computed; said: changes what is trained or
@@ -88,8 +88,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     A key that only one of them has (they are of two versions) differs where its value is not the
     default.
     """
-    old, new = dict(_leaves(before)), dict(_leaves(after))
-    defaults = dict(_leaves(Config().model_dump(mode="json")))
+    old, new = dict(leaf_values(before)), dict(leaf_values(after))
+    defaults = dict(leaf_values(Config().model_dump(mode="json")))
     found = []
     for key in dict.fromkeys([*new, *old]):
         if (key in old) != (key in new) and key in defaults:
@@ -116,15 +116,3 @@ def _same(change: Change) -> bool:
     if not (is_path and isinstance(before, str) and isinstance(after, str)):
         return False
     return os.path.realpath(before) == os.path.realpath(after)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value; the entries of a dict field (``algorithm.settings``) one by one."""
-    fields = leaf_fields()
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        whole = key in fields and not is_dict(fields[key])
-        if isinstance(value, Mapping) and not whole:
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key, value

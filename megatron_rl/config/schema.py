@@ -177,6 +177,11 @@ class DeviceConfig(Section):
     """CPU threads of a rank; null: cores of the machine / ranks on it."""
     timeout_s: float = Field(600.0, gt=0)
     """A collective that takes longer ends the run, seconds."""
+    silence_s: float = Field(45.0, ge=1.0)
+    """A rank that gives no sign of life for this long is named on stderr, seconds; ends nothing."""
+    heartbeat_file: Path | None = None
+    """What the first rank of each machine touches every few seconds while no rank of that machine
+    is silent: for a liveness probe; null: none."""
 
 
 class TokenizerConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Mapping
 
@@ -19,6 +20,7 @@ class Launch:
     local_rank: int  #: 0..local_world_size-1, on this machine
     local_world_size: int
     launched: bool  #: False: started by hand, one process without torchrun
+    master: tuple[str, int] | None = None  #: address (no brackets) and port where the ranks meet
 
     @property
     def cores(self) -> int:
@@ -27,10 +29,11 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them this is the only rank.
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without
+    the first three this is the only rank.
 
-    Raises UserError when only some of the first three are set, one is no number, or a rank is not
-    below its size.
+    Raises UserError when only some of the first three are set, one is no number, a rank is not
+    below its size, or there is no such address or port.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [name for name in names if name in environment]
@@ -50,10 +53,38 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"RANK {rank} of WORLD_SIZE {world_size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE "
             f"{local_world_size}; expected each rank below its size; start ranks with torchrun"
         )
-    return Launch(rank, world_size, local_rank, local_world_size, launched=True)
+    master = _master(environment)
+    return Launch(rank, world_size, local_rank, local_world_size, launched=True, master=master)
+
+
+def split_address(text: str, name: str) -> tuple[str, int]:
+    """``HOST:PORT`` -> (host, port). An IPv6 address may stand in brackets; the host has none.
+
+    Raises:
+        UserError: it is no such pair; ``name`` says what it is.
+    """
+    host, _, port = text.rpartition(":")
+    found = re.fullmatch(r"\[([^][]+)\]|([^][\s/]+)", host)
+    if found is None or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"{name} is {text!r}; expected HOST:PORT, such as node0:29500 or [::1]:29500"
+        )
+    return found[1] or found[2], int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """``HOST:PORT``, as `split_address` reads it: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _master(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if not (host or port):  # whoever connects finds that
+        return None
+    return split_address(f"{host}:{port}", "MASTER_ADDR:MASTER_PORT")
 
 
 def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(f"{name} is {text!r}; expected a number; start several ranks with torchrun")
     return int(text)

@@ -1,194 +1,212 @@
 """What has to be alike on all nodes of a run, compared before its ranks start: one process a node.
 
 The nodes meet at a TCPStore of node 0, tell each other their facts, write a token into the run
-directory and look for those of the others. Every step has a deadline, so that a node that is
-missing, or cannot be reached, is a line of the report and no hang.
+directory and look for those of the others. Every node, node 0 too, goes to the store by the address
+that all were given: so two nodes that both take themselves for node 0 find each other there. Every
+step has a deadline, so that a node that is missing, or cannot be reached, is a line of the report
+and no hang.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import platform
 import secrets
 import socket
+import sys
+import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Iterator, Sequence
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import TCPStore
 
-import megatron_rl
-from megatron_rl.errors import UserError
+from megatron_rl.device.launch import join_address
+from megatron_rl.device.node_facts import Facts
+from megatron_rl.device.node_report import Meeting, Report, crowded, report
+from megatron_rl.errors import RunFailed, UserError
 
-#: Facts that have to agree.
-SAME = ("megatron_rl", "python", "torch", "megatron-core", "transformer-engine", "config", "ranks")
 #: In the run directory, while nodes look for each other's tokens.
 FOLDER = ".preflight"
 #: How long a token may take to be seen on another node: network file systems keep listings.
 SEEN_WITHIN_S = 5.0
-
-Facts = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where the nodes meet, and which of them this is."""
-
-    node: int  #: 0..nodes-1
-    nodes: int
-    host: str  #: address of node 0
-    port: int  #: free there
-    seconds: float  #: for all of it
+#: How long the nodes that are missing may still take once two are found to be one too many.
+LATE_S = 3.0
 
 
-def facts_of_this_node(describe: Callable[[], tuple[str, Path]], ranks: int) -> Facts:
-    """Versions, host name and configuration of this node; in ``error`` why there is none.
-
-    Args:
-        describe: the resolved configuration as text, and its run directory; raises UserError.
-        ranks: of this node.
-    """
-    facts: Facts = {
-        "host": socket.gethostname(),
-        "megatron_rl": f"{megatron_rl.__version__} ({_digest_of_package()})",
-        "python": platform.python_version(),
-        "ranks": ranks,
-        **{name: _version(name) for name in ("torch", "megatron-core", "transformer-engine")},
-    }
-    try:
-        text, run_dir = describe()
-    except UserError as error:
-        return {**facts, "error": str(error)}
-    facts["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return {**facts, "run_dir": str(run_dir)}
-
-
-def preflight(meeting: Meeting, facts: Facts) -> list[str]:
-    """What differs between the nodes, or keeps them from starting, a line each; none: nothing.
-
-    Takes ``meeting.seconds`` at most, and about `SEEN_WITHIN_S` more.
+def compare(meeting: Meeting, facts: Facts) -> None:
+    """Meet the other nodes; that all is well is shown, or on stderr what keeps them from starting.
 
     Raises:
-        UserError: node 0 cannot be reached.
+        UserError: something differs; as `preflight`.
+        RunFailed: nodes are missing; as `preflight`.
     """
-    end = time.monotonic() + meeting.seconds
-    facts = {**facts, "token": secrets.token_hex(8)}
-    _leave_token(meeting, facts)
-    store = _store(meeting)
-    store.set(f"facts/{meeting.node}", json.dumps(facts))
-    known = _answers(store, "facts", meeting, end)
-    unseen = [n for n in known if n != meeting.node and not _sees(known[n], facts, n)]
-    store.set(f"unseen/{meeting.node}", json.dumps(unseen))
-    soon = max(end, time.monotonic() + 2 * SEEN_WITHIN_S)
-    blind = _answers(store, "unseen", meeting, soon, list(known))
-    found = differences(meeting, known, blind)
-    store.set(f"done/{meeting.node}", "1")
-    if meeting.node == 0:  # the store ends with this process
-        _answers(store, "done", meeting, time.monotonic() + SEEN_WITHIN_S, list(known))
-        _remove_tokens(facts)
-    return found
-
-
-def differences(
-    meeting: Meeting, known: Mapping[int, Facts], blind: Mapping[int, Sequence[int]]
-) -> list[str]:
-    """The report.
-
-    Args:
-        meeting: how many nodes there should be.
-        known: node -> its facts, of those that have answered.
-        blind: node -> the nodes whose tokens it has not found.
-    """
-    found = [
-        f"node {node} has not answered within {meeting.seconds:g} s"
-        for node in range(meeting.nodes)
-        if node not in known
-    ]
-    for node, facts in known.items():
-        if "error" in facts:
-            found.append(f"{_name(node, facts)}: {facts['error']}")
-    for fact in SAME:
-        values: dict[Any, list[str]] = {}
-        for node, facts in known.items():
-            if fact in facts:
-                values.setdefault(facts[fact], []).append(_name(node, facts))
-        if len(values) > 1:
-            parts = (f"{value} on {', '.join(names)}" for value, names in values.items())
-            found.append(f"{fact} differs: {'; '.join(parts)}")
-    for node, others in blind.items():
-        usable = [other for other in others if "error" not in {**known[other], **known[node]}]
-        if usable:
-            names = ", ".join(_name(other, known[other]) for other in usable)
-            found.append(
-                f"{_name(node, known[node])} does not see in {known[node]['run_dir']} what {names} "
-                "wrote there; expected storage that all nodes share"
-            )
-    return found
-
-
-def _name(node: int, facts: Facts) -> str:
-    return f"node {node} ({facts['host']})"
-
-
-def _store(meeting: Meeting) -> TCPStore:
-    end = time.monotonic() + meeting.seconds
-    try:
-        while meeting.node > 0:  # a store that is refused waits for as long again
-            try:
-                left = max(0.1, end - time.monotonic())
-                socket.create_connection((meeting.host, meeting.port), timeout=left).close()
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.2)
-        return TCPStore(
-            meeting.host,
-            meeting.port,
-            is_master=meeting.node == 0,
-            timeout=timedelta(seconds=meeting.seconds),
-            wait_for_workers=False,
+    found = preflight(meeting, facts)
+    for line in found.lines:
+        print(f"preflight: {line}", file=sys.stderr)
+    if found.differences:
+        count = len(found.differences)
+        raise UserError(
+            f"preflight found {count} difference{'' if count == 1 else 's'} between "
+            f"{meeting.nodes} nodes, see above; expected none; PREFLIGHT=0 starts without it"
         )
-    except (OSError, DistError, RuntimeError, ValueError) as error:
-        place = f"{meeting.host}:{meeting.port}"
-        if meeting.node == 0:
+    if found.missing:
+        raise RunFailed(
+            f"preflight misses {len(found.missing)} of {meeting.nodes} nodes, see above; expected "
+            f"all within {meeting.seconds:g} s; start them, or let the others wait longer "
+            "(PREFLIGHT_S)"
+        )
+    nodes = f"{meeting.nodes} node{'' if meeting.nodes == 1 else 's'}"
+    print(f"preflight: {nodes} x {facts['same']['ranks of the node']} ranks agree")
+
+
+def preflight(meeting: Meeting, facts: Facts) -> Report:
+    """Meet the other nodes and compare; alike on all that have come in time.
+
+    Takes ``meeting.seconds`` at most, and a few times `SEEN_WITHIN_S` more.
+
+    Raises:
+        UserError: node 0 cannot listen, or is not where the others look for it.
+        RunFailed: node 0 cannot be reached, or does not answer.
+    """
+    done: list[Report | BaseException] = []
+
+    def meet() -> None:
+        try:
+            done.append(_meet(meeting, facts))
+        except (UserError, RunFailed, RuntimeError) as error:
+            done.append(error)
+
+    # A store that takes the connection and then says nothing is waited for without end.
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(meeting.seconds + 5 * SEEN_WITHIN_S)
+    found = done[0] if done else None
+    if found is None or isinstance(found, RuntimeError):
+        raise RunFailed(
+            f"node 0 at {join_address(meeting.host, meeting.port)} has stopped answering in the "
+            "middle of the preflight; expected it to wait for all; look at its log"
+        ) from found
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _meet(meeting: Meeting, facts: Facts) -> Report:
+    end = time.monotonic() + meeting.seconds
+    facts = {**facts, "node": meeting.node, "token": secrets.token_hex(8)}
+    _leave_token(facts)
+    with _server(meeting) as serves:
+        store = _reach(meeting, end, serves)
+        place = store.add("arrivals", 1) - 1
+        store.set(f"facts/{place}", json.dumps(facts))
+        known = _arrivals(store, meeting, place, end)
+        unseen = [] if crowded(meeting, known) else _unseen(known, place)
+        store.set(f"unseen/{place}", json.dumps(unseen))
+        soon = max(end, time.monotonic() + 2 * SEEN_WITHIN_S)
+        found = report(meeting, known, _answers(store, "unseen", len(known), soon))
+        store.set(f"done/{place}", "1")
+        if serves:  # the store ends with this process
+            _answers(store, "done", len(known), time.monotonic() + SEEN_WITHIN_S)
+            _remove_tokens(facts)
+    return found
+
+
+@contextlib.contextmanager
+def _server(meeting: Meeting) -> Iterator[bool]:
+    """The store, on node 0. False elsewhere, and where another node 0 of this machine has it."""
+    if meeting.node > 0:
+        yield False
+        return
+    with socket.socket(socket.AF_UNIX) as own:
+        try:  # a name as the port is: one a machine
+            own.bind(f"\0megatron_rl preflight {meeting.port}")
+        except OSError:
+            yield False
+            return
+        try:
+            store = TCPStore("localhost", meeting.port, is_master=True, wait_for_workers=False)
+        except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"node 0 cannot listen on {place} ({reason}); expected a free port; set "
-                "PREFLIGHT_PORT"
+                f"node 0 cannot listen on port {meeting.port} ({reason}); expected a free port; "
+                "set PREFLIGHT_PORT"
             ) from error
-        raise UserError(
-            f"node {meeting.node} ({socket.gethostname()}) cannot reach node 0 at {place} within "
-            f"{meeting.seconds:g} s; expected its preflight there; check MASTER_ADDR, firewalls, "
-            "and that it was started"
-        ) from error
+        yield True
+        del store
 
 
-def _answers(
-    store: TCPStore, kind: str, meeting: Meeting, end: float, nodes: Sequence[int] | None = None
-) -> dict[int, Any]:
-    """What the nodes have set under ``kind`` before the end."""
+def _reach(meeting: Meeting, end: float, serves: bool) -> TCPStore:
+    """The store of node 0, by the address that all nodes were given."""
+    place, here = join_address(meeting.host, meeting.port), socket.gethostname()
+    while True:  # a store that is refused waits for as long again
+        try:
+            left = max(0.1, end - time.monotonic())
+            socket.create_connection((meeting.host, meeting.port), timeout=left).close()
+            timeout = timedelta(seconds=meeting.seconds)
+            return TCPStore(
+                meeting.host, meeting.port, is_master=False, timeout=timeout, wait_for_workers=False
+            )
+        except (OSError, RuntimeError, UnicodeError) as error:
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
+            reason = " ".join(str(error).split())[:200]
+            if serves:
+                raise UserError(
+                    f"{place} does not lead to node 0 ({here}), which listens there ({reason}); "
+                    "expected an address of this machine; MASTER_ADDR is that of NODE_RANK 0"
+                ) from error
+            raise RunFailed(
+                f"node {meeting.node} ({here}) cannot reach node 0 at {place} within "
+                f"{meeting.seconds:g} s ({reason}); expected its preflight there; check "
+                "MASTER_ADDR, firewalls, and that it was started"
+            ) from error
+
+
+def _arrivals(store: TCPStore, meeting: Meeting, place: int, end: float) -> list[Facts]:
+    """The facts of the nodes that have come, this one's among them; the first to come decides when
+    it is too late for others.
+    """
+    known: list[Facts] = []
+    while True:
+        for number in range(len(known), store.add("arrivals", 0)):
+            store.wait([f"facts/{number}"], timedelta(seconds=SEEN_WITHIN_S))
+            known.append(json.loads(store.get(f"facts/{number}")))
+        if place > 0 and store.check(["closed"]):
+            return known[: max(int(store.get("closed")), place + 1)]
+        too_many = bool(crowded(meeting, known))
+        if too_many:
+            end = min(end, time.monotonic() + LATE_S)
+        complete = not too_many and {f["node"] for f in known} == set(range(meeting.nodes))
+        late_s = time.monotonic() - end
+        if place == 0 and (complete or late_s >= 0.0):
+            store.set("closed", str(len(known)))
+            return known
+        if late_s >= 2 * SEEN_WITHIN_S:  # the first has died
+            return known
+        time.sleep(0.05)
+
+
+def _answers(store: TCPStore, kind: str, count: int, end: float) -> dict[int, Any]:
+    """What the nodes, by their arrival, have set under ``kind`` before the end."""
     found = {}
-    for node in range(meeting.nodes) if nodes is None else nodes:
+    for place in range(count):
         left = max(0.1, end - time.monotonic())
-        with contextlib.suppress(DistError, RuntimeError):
-            store.wait([f"{kind}/{node}"], timedelta(seconds=left))
-            found[node] = json.loads(store.get(f"{kind}/{node}"))
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"{kind}/{place}"], timedelta(seconds=left))
+            found[place] = json.loads(store.get(f"{kind}/{place}"))
     return found
 
 
-def _leave_token(meeting: Meeting, facts: Facts) -> None:
+def _leave_token(facts: Facts) -> None:
     if "error" in facts:
         return
     folder = Path(facts["run_dir"]) / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"node_{meeting.node}").write_text(facts["token"])
+        (folder / f"node_{facts['node']}").write_text(facts["token"])
     except OSError as error:
         facts["error"] = (
             f"run_dir {facts['run_dir']} cannot be written ({error.strerror}); expected storage "
@@ -196,11 +214,16 @@ def _leave_token(meeting: Meeting, facts: Facts) -> None:
         )
 
 
-def _sees(other: Facts, facts: Facts, node: int) -> bool:
-    """Whether the token of another node is in this node's run directory."""
+def _unseen(known: Sequence[Facts], place: int) -> list[int]:
+    """The arrivals whose tokens are not in this node's run directory."""
+    return [p for p in range(len(known)) if p != place and not _sees(known[p], known[place])]
+
+
+def _sees(other: Facts, facts: Facts) -> bool:
     if "error" in {**other, **facts}:
         return False
-    path, end = Path(facts["run_dir"]) / FOLDER / f"node_{node}", time.monotonic() + SEEN_WITHIN_S
+    path = Path(facts["run_dir"]) / FOLDER / f"node_{other['node']}"
+    end = time.monotonic() + SEEN_WITHIN_S
     while True:
         with contextlib.suppress(OSError):
             if path.read_text() == other["token"]:
@@ -216,18 +239,3 @@ def _remove_tokens(facts: Facts) -> None:
         for path in folder.glob("node_*"):
             path.unlink()
         folder.rmdir()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _digest_of_package() -> str:
-    """Of all its Python files: a version number says little of a copy under development."""
-    digest, root = hashlib.sha256(), Path(megatron_rl.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]

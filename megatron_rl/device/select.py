@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Iterator, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.config.schema import DeviceConfig
 from megatron_rl.device import megatron_on_cpu
+from megatron_rl.device.heartbeat import Heartbeat
 from megatron_rl.device.launch import Launch
 from megatron_rl.device.quiet import silence
 from megatron_rl.errors import UserError
@@ -30,7 +33,7 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
     is imported.
 
     Raises:
-        UserError: CUDA is asked for and not there.
+        UserError: CUDA is asked for and not there, or this machine has more ranks than GPUs.
     """
     available = torch.cuda.is_available()
     if config.kind == "cuda" and not available:
@@ -40,6 +43,12 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
         )
     if config.kind == "cuda" or (config.kind == "auto" and available):
         silence("cuda")
+        if launch.local_rank >= (found := torch.cuda.device_count()):
+            raise UserError(
+                f"LOCAL_RANK is {launch.local_rank} on a machine where torch sees {found} GPUs; "
+                "expected a GPU for each rank; start fewer ranks (torchrun.sh: RANKS_PER_NODE), or "
+                "look at CUDA_VISIBLE_DEVICES"
+            )
         torch.cuda.set_device(launch.local_rank)
         return Device("cuda", torch.device("cuda", launch.local_rank), "nccl")
     torch.set_num_threads(config.threads or launch.cores)
@@ -49,8 +58,35 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
 
 
 def connect(device: Device, launch: Launch, timeout_s: float) -> None:
-    """Join the ranks of the launch; a single process started by hand becomes a world of one."""
+    """Join the ranks of the launch; a single process started by hand becomes a world of one.
+
+    Raises:
+        UserError: ranks were started without a place to meet.
+    """
     options = {"timeout": datetime.timedelta(seconds=timeout_s)}
     if not launch.launched:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif launch.master is None:
+        raise UserError(
+            "RANK is set and MASTER_ADDR and MASTER_PORT are not; expected the address of rank 0 "
+            "and a port that is free there; start several ranks with torchrun, or unset RANK, "
+            "WORLD_SIZE and LOCAL_RANK"
+        )
+    else:  # torch reads it there, and takes no brackets
+        os.environ["MASTER_ADDR"] = launch.master[0]
     dist.init_process_group(device.backend, **options)
+
+
+@contextlib.contextmanager
+def joined(device: Device, launch: Launch, config: DeviceConfig) -> Iterator[None]:
+    """Be one of the ranks, and give signs of life; at the end the world is left.
+
+    Raises:
+        UserError: as `connect` and `Heartbeat`.
+    """
+    with Heartbeat(launch, config.silence_s, config.timeout_s, config.heartbeat_file):
+        connect(device, launch, config.timeout_s)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

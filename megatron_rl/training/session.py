@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 
 from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.checkpoint.together import together
 from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
-from megatron_rl.device.select import Device, connect, select_device
+from megatron_rl.device.select import Device, joined, select_device
 from megatron_rl.errors import Stopped
 from megatron_rl.files import move_aside, written_for_the_user
 from megatron_rl.observe.configurations import keep_configuration
@@ -156,10 +155,9 @@ def open_session(
     stops = stop_tokens_of(config, tokenizer.eos_id)
     launch = read_launch()
     device = select_device(config.device, launch)
-    connect(device, launch, config.device.timeout_s)
     main = launch.rank == 0
     with contextlib.ExitStack() as undo:
-        undo.callback(dist.destroy_process_group)
+        undo.enter_context(joined(device, launch, config.device))
         groups = build_groups(config.parallel)
         undo.callback(destroy_groups)
         console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()

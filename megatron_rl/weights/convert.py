@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, TypeVar
 
-import torch.distributed as dist
 import yaml
 
 from megatron_rl.checkpoint.directory import find_checkpoint
@@ -26,10 +25,10 @@ from megatron_rl.config.hf_config import read_model_type
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.device.launch import Launch
-from megatron_rl.device.select import connect, select_device
+from megatron_rl.device.select import Device, joined, select_device
 from megatron_rl.errors import UserError
 from megatron_rl.models.build import build_chunks, transformer_config
-from megatron_rl.parallel.groups import build_groups, destroy_groups
+from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
 from megatron_rl.weights.companions import keep_companions, kept_companions
 from megatron_rl.weights.export import describe
 from megatron_rl.weights.load import load_hf_weights
@@ -65,7 +64,7 @@ def to_megatron(
             for it. RunFailed: the result is not the source.
     """
     source = config.model.hf_path
-    with _Ranks(config, launch) as (device, groups), _tidied(target, launch):
+    with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
         sizes = together(world, lambda: HuggingFaceTensors(source).num_bytes)
         together(world, lambda: _prepare(target, sizes[0]) if first else None)
@@ -123,7 +122,7 @@ def to_hugging_face(
 
     Raises: as `to_megatron`.
     """
-    with _Ranks(config, launch) as (device, groups), _tidied(target, launch):
+    with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
         checkpoint, model, origin = together(world, lambda: _stored_model(source, like))[0]
         described = together(world, lambda: describe(model, origin))[0]
@@ -144,20 +143,16 @@ def to_hugging_face(
             verify(checkpoint, target, of_model, groups, device, progress)
 
 
-class _Ranks:
-    """The ranks joined, as (device, groups); undone at the end."""
-
-    def __init__(self, config: Config, launch: Launch) -> None:
-        self._config, self._launch = config, launch
-
-    def __enter__(self):
-        device = select_device(self._config.device, self._launch)
-        connect(device, self._launch, self._config.device.timeout_s)
-        return device, build_groups(self._config.parallel)
-
-    def __exit__(self, *exc_info: object) -> None:
-        destroy_groups()
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def _ranks(config: Config, launch: Launch) -> Iterator[tuple[Device, Groups]]:
+    """The ranks joined; undone at the end."""
+    device = select_device(config.device, launch)
+    with joined(device, launch, config.device):
+        groups = build_groups(config.parallel)
+        try:
+            yield device, groups
+        finally:
+            destroy_groups()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ def training(folder, run_dir):
                 NODE_RANK=node,
                 RANKS_PER_NODE=1,
                 MASTER_ADDR=pair[0].address,
-                NODE_ADDR=host.address,
                 GLOO_SOCKET_IFNAME=host.interface,
             )
             log = stack.enter_context(open(folder / f"host_{node}.log", "w"))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -98,7 +99,9 @@ def test_the_base_model_is_asked_for_by_name(run_yaml, training):
 def test_preflight_takes_the_words_of_evaluate(run_yaml, capsys):
     """As tools/launch/torchrun.sh hands them on; it gets as far as the address."""
     words = ["--base", "--for=evaluate", "--nodes=2", "--node=0", "--ranks-per-node=1", "--meet=x"]
-    assert refusal(capsys, "preflight", run_yaml, *words) == "--meet is 'x'; expected HOST:PORT"
+    assert refusal(capsys, "preflight", run_yaml, *words).startswith(
+        "--meet is 'x'; expected HOST:PORT"
+    )
 
 
 def test_generate_greedily_and_in_chat_form(run_yaml, training, capsys):
@@ -369,3 +372,33 @@ def test_output_on_a_full_disk_is_one_line_and_decides_nothing_else(run_yaml, mo
     assert capsys.readouterr().err == (
         "megatron-rl: error: the machine says: No space left on device; mend it and start again\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--meet": "node0"}, "--meet is 'node0'; expected HOST:PORT, such as node0:29500"),
+        ({"--meet": "node0:99999"}, "--meet is 'node0:99999'; expected HOST:PORT"),
+        ({"--node": "2"}, "--node is 2 with --nodes 2; expected 0 to N - 1"),
+        ({"--ranks-per-node": "0"}, "--ranks-per-node is 0; expected at least 1"),
+        ({"--within": "nan"}, "--within is nan; expected seconds, above 0"),
+        ({"--within": "-1"}, "--within is -1; expected seconds, above 0"),
+    ],
+)
+def test_a_preflight_of_impossible_nodes_is_refused(run_yaml, capsys, changed, message):
+    words = {"--nodes": "2", "--node": "0", "--ranks-per-node": "1", "--meet": "node0:29501"}
+    pairs = [f"{name}={value}" for name, value in (words | changed).items()]
+    assert refusal(capsys, "preflight", run_yaml, *pairs).startswith(message)
+
+
+def test_a_preflight_names_the_nodes_that_are_missing_and_may_be_tried_again(
+    run_yaml, capsys, tmp_path
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--nodes=2", "--node=0", "--ranks-per-node=1", f"--meet=127.0.0.1:{port}"]
+    assert main(["preflight", run_yaml, *words, "--within=0.5"]) == 1
+    first, error = capsys.readouterr().err.splitlines()
+    assert first == "preflight: node 1 has not answered within 0.5 s"
+    assert error.startswith("megatron-rl: error: preflight misses 1 of 2 nodes, see above; expect")

@@ -3,18 +3,27 @@
 torchrun.sh runs this file with the words of `torch.distributed.run`. Exit code: the first failing
 rank's (2: a mistake in the input, 1: the run failed, 128 + N: killed by signal N); 75 after a
 signal to this process, when the ranks have saved a checkpoint and the same command goes on from it.
+
+After a failure, while MAX_RESTARTS is above 0, the node starts again from torchrun.sh, with one
+restart less: all nodes meet afresh, wherever each of them failed, also one that was replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+from pathlib import Path
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 STOPPED = 75  #: EX_TEMPFAIL: try again
+#: The ranks of other nodes may notice a loss after device.timeout_s only (600 s), and then end.
+MEET_AGAIN_S = 900
 
 
 def run(words: list[str]) -> int:
@@ -32,8 +41,31 @@ def run(words: list[str]) -> int:
     except SignalException as error:
         print(f"torchrun.sh: {error.sigval.name}: the ranks were stopped", file=sys.stderr)
         return STOPPED
+    except DistError as error:
+        said = " ".join(str(error).split())[:200]
+        print(f"torchrun.sh: the nodes did not meet ({said})", file=sys.stderr)
+        return 1
     return 0
 
 
+def start_again(words: list[str]) -> None:
+    """Become torchrun.sh once more, unless no restart is left."""
+    left = int(os.environ.get("MAX_RESTARTS", "0"))
+    if not left:
+        return
+    print(f"torchrun.sh: starts again ({left - 1} restarts left)", file=sys.stderr, flush=True)
+    patience = max(int(os.environ.get("PREFLIGHT_S", "0")), MEET_AGAIN_S)
+    os.environ |= {"MAX_RESTARTS": str(left - 1), "PREFLIGHT_S": str(patience)}
+    for number in map(int, os.listdir("/proc/self/fd")):  # the store's port among them
+        if number > 2:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(number, False)
+    script = str(Path(__file__).with_name("torchrun.sh"))
+    os.execv(script, [script, *words[words.index("-m") + 2 :]])
+
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code not in (0, 2, STOPPED):
+        start_again(sys.argv[1:])
+    sys.exit(code)

@@ -5,16 +5,16 @@
 #
 # Settings, from the environment:
 #   NODES=1             nodes of the run
-#   NODE_RANK=0         which of them this is
+#   NODE_RANK=0         which of them this is; rank 0, which shows the run, is on node 0
 #   RANKS_PER_NODE      processes here; default: one a GPU, or one where there is none
-#   MASTER_ADDR         address of node 0 as the others see it; needed with several nodes
+#   MASTER_ADDR         address of node 0 as the others see it, name, IPv4 or IPv6; needed with several nodes
 #   MASTER_PORT=29500   a port that is free there
-#   NODE_ADDR           this node's address as the others see it; needed where its host name does not lead to it
-#   JOB_ID=megatron_rl  other runs that meet at the same address and port need another
-#   MAX_RESTARTS=0      times the ranks are started again after one has failed; they go on from the last checkpoint
+#   JOB_ID=megatron_rl  a name of the run: nodes of another, which meet at the same address and port, are no part of it
+#   MAX_RESTARTS=0      times this node starts again after its ranks have failed; all meet in the preflight and go on
+#                       from the last checkpoint
 #   SHUTDOWN_S=600      how long ranks may take for a last checkpoint after SIGTERM, SIGINT or SIGUSR1
-#   PREFLIGHT=1         0: do not compare the nodes first (versions, configuration, shared run directory)
-#   PREFLIGHT_S=30      how long nodes may wait for each other there
+#   PREFLIGHT=1         0: do not compare the nodes first (versions, configuration, data, shared run directory)
+#   PREFLIGHT_S=30      how long nodes may wait for each other there; at least 900 when they start again
 #   PREFLIGHT_PORT      another free port of node 0; default: MASTER_PORT + 1
 #   LOGS                directory for the output of each rank, beside the terminal
 #   PYTHON=python       interpreter of the environment that has megatron_rl
@@ -22,34 +22,68 @@ set -euo pipefail
 
 fail() { echo "torchrun.sh: $*" >&2; exit 2; }
 
+# number NAME VALUE LOWEST HIGHEST
+number() {
+    if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || [ "$2" -lt "$3" ] || [ "$2" -gt "$4" ]; then
+        fail "$1 is '$2'; expected a number from $3 to $4"
+    fi
+}
+
 [ $# -ge 2 ] || fail "usage: tools/launch/torchrun.sh VERB CONFIG [--section.key value ...]"
-nodes=${NODES:-1} node=${NODE_RANK:-0} python=${PYTHON:-python}
-case "$nodes$node" in *[!0-9]*) fail "NODES is '$nodes' and NODE_RANK '$node'; expected numbers" ;; esac
-[ "$node" -lt "$nodes" ] || fail "NODE_RANK is $node with NODES $nodes; expected 0 to $((nodes - 1))"
-if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
-    fail "MASTER_ADDR is not set with NODES $nodes; expected the address of node 0"
+nodes=${NODES:-1} node=${NODE_RANK:-0} python=${PYTHON:-python} restarts=${MAX_RESTARTS:-0}
+port=${MASTER_PORT:-29500} preflight=${PREFLIGHT:-1} patience=${PREFLIGHT_S:-30} shutdown=${SHUTDOWN_S:-600}
+number NODES "$nodes" 1 100000
+number NODE_RANK "$node" 0 "$((nodes - 1))"
+number MASTER_PORT "$port" 1 65535
+number MAX_RESTARTS "$restarts" 0 1000000
+number SHUTDOWN_S "$shutdown" 1 1000000
+number PREFLIGHT "$preflight" 0 1
+number PREFLIGHT_S "$patience" 1 1000000
+number PREFLIGHT_PORT "${PREFLIGHT_PORT:-$((port + 1))}" 1 65535
+command -v "$python" >/dev/null || fail "PYTHON is '$python', which is not there; expected an interpreter"
+
+# An IPv6 address may stand in brackets.
+address=${MASTER_ADDR:-}
+[[ $address =~ ^\[([^][]+)\]$ ]] && address=${BASH_REMATCH[1]}
+if [ "$nodes" -gt 1 ]; then
+    [ -n "$address" ] || fail "MASTER_ADDR is not set with NODES $nodes; expected the address of node 0"
+    # One colon stands before a port, no IPv6 address has less than two.
+    if ! [[ $address =~ ^[A-Za-z0-9._%:-]+$ ]] || [[ $address =~ ^[^:]*:[^:]*$ ]]; then
+        fail "MASTER_ADDR is '$address'; expected a host name or address alone; the port is MASTER_PORT"
+    fi
 fi
 
 # A missing or failing nvidia-smi is no error: there is no GPU then, and what it prints is no list of them.
 ranks=${RANKS_PER_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n '/^GPU /p' | wc -l)}
-[ "$ranks" -gt 0 ] || ranks=1
+[ -n "${RANKS_PER_NODE:-}" ] || [ "$ranks" -gt 0 ] || ranks=1
+number RANKS_PER_NODE "$ranks" 1 100000
+
+# Schedulers set these for ranks of their own; torchrun takes PET_* for its options.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "${!PET_@}"
 
 # What differs between the nodes is said before any rank starts, and a node that is missing after PREFLIGHT_S.
-if [ "$nodes" -gt 1 ] && [ "${PREFLIGHT:-1}" = 1 ]; then
-    case "$1" in train | sft | evaluate)
-        "$python" -m megatron_rl preflight "${@:2}" --for "$1" --nodes "$nodes" --node "$node" \
-            --ranks-per-node "$ranks" --within "${PREFLIGHT_S:-30}" \
-            --meet "$MASTER_ADDR:${PREFLIGHT_PORT:-$((${MASTER_PORT:-29500} + 1))}"
-        ;;
-    esac
+case "$1" in train | sft | evaluate) ;; *) preflight=0 restarts=0 ;; esac
+if [ "$nodes" -gt 1 ] && [ "$preflight" = 1 ]; then
+    meet=$address
+    [[ $address != *:* ]] || meet="[$address]"
+    "$python" -m megatron_rl preflight "${@:2}" --for "$1" --nodes "$nodes" --node "$node" \
+        --ranks-per-node "$ranks" --within "$patience" --meet "$meet:${PREFLIGHT_PORT:-$((port + 1))}" &
+    asking=$! # beside this shell, which can hear signals meanwhile
+    trap 'kill "$asking" 2>/dev/null || true; echo "torchrun.sh: stopped in the preflight" >&2; exit 75' TERM INT USR1
+    wait "$asking"
+    trap - TERM INT USR1
+elif [ "$nodes" -gt 1 ] && [ "$restarts" -gt 0 ]; then
+    fail "MAX_RESTARTS is $restarts with PREFLIGHT 0; expected PREFLIGHT 1: nodes that start again meet there"
 fi
 
-words=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}")
+# Static: ranks are numbered by NODE_RANK. A rendezvous of torch's own (c10d) numbers nodes by their addresses.
+words=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0)
 if [ "$nodes" -gt 1 ]; then
-    is_host=$([ "$node" -eq 0 ] && echo true || echo false)
-    words+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}")
-    [ -z "${NODE_ADDR:-}" ] || words+=(--local-addr "$NODE_ADDR")
-    words+=(--rdzv-id "${JOB_ID:-megatron_rl}" --rdzv-conf "is_host=$is_host")
+    words+=(--rdzv-backend static --node-rank "$node" --master-addr "$address" --master-port "$port")
+    words+=(--rdzv-id "${JOB_ID:-megatron_rl}")
+    if [ "$node" -gt 0 ]; then
+        echo "torchrun.sh: node $node of $nodes starts; rank 0, which shows the run, is on node 0 ($address)"
+    fi
 else
     words+=(--standalone)
 fi
@@ -58,8 +92,10 @@ if [ -n "${LOGS:-}" ]; then
 fi
 # torch waits 30 s by default and then kills: too short for a large checkpoint. Older ones cannot be told.
 if "$python" -m torch.distributed.run --help | grep -q -e --shutdown-timeout; then
-    words+=(--shutdown-timeout "${SHUTDOWN_S:-600}" --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    words+=(--shutdown-timeout "$shutdown" --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# For run_ranks.py, which starts this file again after a failure.
+[ "$nodes" -eq 1 ] || export MASTER_ADDR=$address MASTER_PORT=$port
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MAX_RESTARTS=$restarts
 exec "$python" "$(dirname "${BASH_SOURCE[0]}")/run_ranks.py" "${words[@]}" -m megatron_rl "$@"

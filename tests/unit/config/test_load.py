@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.config.fields import leaf_fields
+from megatron_rl.config.fields import leaf_fields, leaf_values
 from megatron_rl.config.hf_export import hf_config_of
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.presets import MODEL_PRESETS
@@ -298,6 +298,7 @@ def test_a_hostile_value_of_any_field_is_one_line(text):
     # what takes any text, or any mapping
     texts = {"data.prompt_key", "data.completion_key", "observe.wandb", "reward.name"}
     assert taken & texts == texts
+    taken.discard("device.heartbeat_file")  # a path
     assert not {n for n in taken if n.startswith(("parallel.", "optimizer.", "train.", "device."))}
 
 
@@ -308,3 +309,11 @@ def test_sections_and_lists_say_what_they_take(refusal):
     assert refusal("", "--rollout.servers.urls=3").startswith(
         "--rollout.servers.urls is 3; expected a list of strings ("
     )
+
+
+def test_every_field_has_its_value_under_its_dotted_name():
+    config = load_config(None, ["--model.num_layers", "3", "--run_dir", "runs/x"])
+    values = dict(leaf_values(config.model_dump(mode="json")))
+    assert set(values) == set(leaf_fields()) - {"algorithm.settings"}  # it has entries, or none
+    assert (values["model.num_layers"], values["run_dir"]) == (3, "runs/x")
+    assert values["model.yarn"] is None

@@ -31,3 +31,45 @@ def test_a_broken_launch_is_refused(environment, message):
     with pytest.raises(UserError) as error:
         read_launch(environment)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("host", "place"),
+    [
+        ("[::1]", ("::1", 29500)),
+        ("::1", ("::1", 29500)),
+        ("fe80::1%eth0", ("fe80::1%eth0", 29500)),
+        ("node0.cluster", ("node0.cluster", 29500)),
+        ("10.0.0.2", ("10.0.0.2", 29500)),
+    ],
+)
+def test_ranks_meet_at_an_address_with_or_without_brackets(host, place):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": host, "MASTER_PORT": "29500"}
+    assert read_launch(environment).master == place
+
+
+@pytest.mark.parametrize(
+    ("host", "port"),
+    [
+        ("node0", "port"),
+        ("node0", "0"),
+        ("node0", "65536"),
+        ("node0", ""),
+        ("", "29500"),
+        ("[::1", "29500"),
+        ("tcp://node0", "29500"),
+        ("node 0", "29500"),
+    ],
+)
+def test_a_malformed_place_to_meet_is_refused(host, port):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    with pytest.raises(UserError) as error:
+        read_launch(environment)
+    assert str(error.value).startswith(f"MASTER_ADDR:MASTER_PORT is '{host}:{port}'; expected HOST")
+
+
+def test_a_number_of_more_digits_than_python_reads_is_refused():
+    with pytest.raises(UserError, match="RANK is '999"):
+        read_launch({"RANK": "9" * 5000, "WORLD_SIZE": "2", "LOCAL_RANK": "0"})

@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from megatron_rl.config.schema import DeviceConfig
 from megatron_rl.device.launch import Launch
-from megatron_rl.device.select import select_device
+from megatron_rl.device.select import Device, connect, select_device
 from megatron_rl.errors import UserError
 from tests.support.tiny import cpu_device
 
@@ -43,3 +43,16 @@ def test_a_process_started_by_hand_is_a_world_of_one():
     total = torch.tensor([3.0])
     dist.all_reduce(total)
     assert total.item() == 3.0
+
+
+def test_ranks_without_a_place_to_meet_are_refused():
+    device = Device("cpu", torch.device("cpu"), "gloo")
+    with pytest.raises(UserError, match="RANK is set and MASTER_ADDR and MASTER_PORT are not"):
+        connect(device, Launch(0, 2, 0, 2, launched=True), 60.0)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="LOCAL_RANK is 4 on a machine where torch sees 4 GPUs"):
+        select_device(DeviceConfig(), Launch(4, 8, 4, 8, launched=True))
