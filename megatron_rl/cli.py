@@ -13,9 +13,9 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Sequence
+from typing import Sequence
 
-from megatron_rl import __version__
+from megatron_rl.arguments import VERBS, make_parser, split_overrides
 from megatron_rl.config.algorithm import keeps_trace
 from megatron_rl.config.checks import (
     answers_leave_room_for_prompts,
@@ -33,7 +33,7 @@ from megatron_rl.config.estimate import (
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
-from megatron_rl.config.paths import as_written, local_path
+from megatron_rl.config.paths import as_written
 from megatron_rl.config.schema import Config
 from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
@@ -41,32 +41,8 @@ from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.files import reason, written_for_the_user
 
-#: Verb -> what it does, as the help shows it.
-VERBS = {
-    "train": "reinforcement learning on data.train",
-    "sft": "supervised fine-tuning on data.train",
-    "evaluate": "measure the model on data.eval",
-    "generate": "answer the prompts given with --prompt",
-    "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
-    "report": "write report.html of a finished or running run; compare several",
-    "check": "check a config and its data, show layout, parameters and memory; starts nothing",
-    "data": "show the first examples of the data as the model will see them, and lengths",
-    "preflight": "compare the nodes of a run before it starts: one process a node",
-}
-
-#: Flags that are no fields of the config: those with a value, and those without.
-OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
-OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
-OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat"}
-
 #: How long the first rank of a machine may take to reach an error after the others, seconds.
 PATIENCE_S = 10.0
-
-_CONFIG_HELP = (
-    "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
-    "--rollout.temperature 0.8 --algorithm.settings.clip_low 0.3. "
-    "Paths are relative to the current directory; ~ and ${VAR} in them are filled in."
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +61,7 @@ def _guarded(words: Sequence[str]) -> int:
     """Run one command; the exit code, after the line of an error that a user is meant to see."""
     try:
         own, overrides = split_overrides(words)
-        _run(_parser().parse_args(own), overrides)
+        _run(make_parser().parse_args(own), overrides)
     except UserError as error:
         _print_error(error)
         return 2
@@ -121,162 +97,6 @@ def _leave_output() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Command-line words -> (for argparse, overrides of config fields), each in its order.
-
-    Every ``--name`` but the few flags of the command line itself is an override, and takes the next
-    word as its value unless that is a flag again (``load_config`` reports the missing value).
-    """
-    own: list[str] = []
-    overrides: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name = word.partition("=")[0]
-        if name in OWN_FLAGS:
-            own += [word] if "=" in word or not rest else [f"{word}={rest.pop(0)}"]
-        elif not word.startswith("--") or name in OWN_SWITCHES:
-            own.append(word)
-        else:
-            overrides.append(word)
-            if "=" not in word and rest and not rest[0].startswith("--"):
-                overrides.append(rest.pop(0))
-    return own, overrides
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line each."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} -h")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="megatron-rl",
-        description="Reinforcement learning of Mixture-of-Experts models on Megatron-Core.",
-        epilog="Several ranks: torchrun --nproc-per-node N -m megatron_rl VERB CONFIG ...",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"megatron-rl {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    for verb, text in VERBS.items():
-        sub = verbs.add_parser(
-            verb,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=None if verb == "report" else _CONFIG_HELP,
-            allow_abbrev=False,
-        )
-        if verb == "report":
-            sub.add_argument(
-                "run_dirs",
-                metavar="RUN_DIR",
-                type=partial(_path, "RUN_DIR"),
-                nargs="+",
-                help="a run's directory; several: compare them on one page",
-            )
-            continue
-        if verb == "convert":
-            _add_convert_arguments(sub)
-            continue
-        sub.add_argument(
-            "config", metavar="CONFIG", type=partial(_path, "CONFIG"), help="a YAML file"
-        )
-        if verb == "generate":
-            _add_generate_arguments(sub)
-        if verb == "data":
-            sub.add_argument(
-                "--examples", type=int, default=3, metavar="N", help="of each file; default: 3"
-            )
-        if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
-            sub.add_argument(
-                "--base",
-                action="store_true",
-                help="of the weights a run starts from (checkpoint.init_from, else model.hf_path), "
-                "not of the run",
-            )
-        if verb == "check":
-            sub.add_argument(
-                "--world-size", type=int, metavar="N", help="ranks; default: as the config says"
-            )
-        if verb == "preflight":
-            _add_preflight_arguments(sub)
-        if verb in ("check", "preflight", "data"):
-            sub.add_argument(
-                "--for", dest="purpose", choices=_RUNS, default="train", help="default: train"
-            )
-    return parser
-
-
-def _path(name: str, text: str) -> Path:
-    return Path(local_path(name, text))
-
-
-#: Verbs that need ranks.
-_RUNS = ("train", "sft", "evaluate", "generate")
-
-
-def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="a prompt, or a list of chat messages in JSON; may be given again",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="each prompt is a message of the user, for the tokenizer's chat template",
-    )
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest tokens")
-
-
-def _add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of the run")
-    parser.add_argument("--node", type=int, required=True, metavar="R", help="this one, from 0")
-    parser.add_argument(
-        "--ranks-per-node", type=int, required=True, metavar="K", help="processes of each node"
-    )
-    parser.add_argument(
-        "--meet", required=True, metavar="HOST:PORT", help="address of node 0, and a free port"
-    )
-    parser.add_argument(
-        "--within", type=float, default=30.0, metavar="S", help="seconds it may take; default: 30"
-    )
-
-
-def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        type=partial(_path, "SOURCE"),
-        help="a Hugging Face model, a run, or a checkpoint",
-    )
-    parser.add_argument(
-        "target", metavar="TARGET", type=partial(_path, "TARGET"), help="a new directory"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="compare every tensor, and the logits with those of transformers",
-    )
-    parser.add_argument(
-        "--like",
-        metavar="DIR",
-        type=partial(_path, "--like"),
-        help="to Hugging Face: the model whose config.json and tokenizer the result gets; "
-        "default: the one the run started from",
-    )
-    parser.add_argument(
-        "--shard-gib",
-        type=float,
-        default=1.0,
-        metavar="GIB",
-        help="to Hugging Face: most tensors in a file; default: 1",
-    )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl import __version__
-from megatron_rl.cli import PATIENCE_S, VERBS, main, split_overrides
+from megatron_rl.arguments import VERBS, split_overrides
+from megatron_rl.cli import PATIENCE_S, main
 from megatron_rl.errors import UserError
 from tests.support.chat_tokenizers import save_qwen
 from tools.data.train_tokenizer import train_tokenizer
