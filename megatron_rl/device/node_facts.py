@@ -19,7 +19,7 @@ from megatron_rl.errors import UserError
 #: Packages whose version decides numbers, or the form of files.
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "numpy", "transformers", "tokenizers"),
-    *("sentencepiece", "safetensors", "math-verify"),
+    *("sentencepiece", "safetensors", "sympy"),
 )
 #: Of larger files the size, the beginning and the end are compared: 64 MiB each.
 WHOLE_BYTES = 2**28
