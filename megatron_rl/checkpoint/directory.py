@@ -50,7 +50,7 @@ def newest_first(root: Path) -> list[Path]:
     complete = complete_checkpoints(root)
     try:
         named = (root / LATEST).read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         named = ""
     match = re.fullmatch(r"step_(\d+)", named)
     last = complete.get(int(match[1])) if match else None
