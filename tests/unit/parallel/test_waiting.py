@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from megatron_rl.errors import Stopped
 from megatron_rl.parallel import waiting
 from megatron_rl.parallel.waiting import wait_together
 from tests.support.ranks import run_on_ranks
@@ -54,6 +55,25 @@ def test_one_that_raises_ends_the_wait_of_all():
 
 def test_or_the_others_are_waited_for_as_well():
     assert run_on_ranks(2, a_failure, True) == [(True, [(1, 1, 2)])] * 2
+
+
+def a_stop():
+    """Rank 1 has work without end, and rank 0 hears that the run is to stop."""
+    futures, asked = ([Future()], []) if dist.get_rank() == 1 else ([], [False, False, True])
+    with mock.patch.object(waiting, "TICK_S", 0.05), pytest.raises(Stopped):
+        wait_together(futures, dist.group.WORLD, stop=lambda: bool(asked) and asked.pop(0))
+    return asked
+
+
+def test_a_stop_that_one_rank_has_heard_ends_the_wait_of_all():
+    assert run_on_ranks(2, a_stop) == [[], []]
+
+
+def test_what_is_done_is_not_given_up():
+    done = Future()
+    done.set_result(None)
+    alone = mock.Mock(**{"size.return_value": 1})
+    assert wait_together([done], alone, stop=lambda: True) is False
 
 
 RANK = """

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rl.config.schema import ParallelConfig
-from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.errors import RunFailed, Stopped, UserError
 from megatron_rl.observe.console import SilentConsole
 from megatron_rl.parallel import waiting
 from megatron_rl.records import Completion, Prompt, RolloutGroup
@@ -69,6 +69,25 @@ def test_as_many_at_once_as_there_are_threads(threads):
 
     workers(verifier, threads).score(answers([["1"] * 12]))
     assert most == [threads]
+
+
+def test_a_stop_is_heard_while_answers_are_judged():
+    """Of 40, two are being judged, without end, and the others are judged no more."""
+    begun, ended = [], threading.Event()
+
+    def verifier(record, text):
+        begun.append(text)
+        ended.wait(60)
+        return Reward(0.0)
+
+    groups = SimpleNamespace(world=ALONE, model=ALONE, context=ALONE)
+    judges = RewardWorkers("mine", verifier, 2, groups, SilentConsole(), stop=lambda: True)
+    try:
+        with pytest.raises(Stopped):
+            judges.score(answers([["1"] * 40]))
+    finally:
+        ended.set()
+    assert len(begun) == 2
 
 
 def recording(kind):
