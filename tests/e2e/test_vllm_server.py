@@ -135,4 +135,4 @@ def test_weights_reach_a_server_by_its_own_transfer_and_answers_end_where_ours_d
         process.stop()
     log = (tmp_path / "server.log").read_text()
     assert log.count('"POST /finish_weight_update HTTP/1.1" 200') == 3
-    assert "/collective_rpc" not in log
+    assert '"POST /collective_rpc' not in log
