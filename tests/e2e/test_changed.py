@@ -1,7 +1,6 @@
 """Runs that are continued with another configuration or other data; and whose weights are taken."""
 
 import json
-
 import re
 
 import pytest
