@@ -41,7 +41,8 @@ MISTAKES = {
     ),
     "vocabulary": (
         ["train", "rl.yaml", *ONE_RANK, "--model.vocab_size", "16"],
-        "the tokenizer has 19 ids, model.vocab_size is 16; expected at least",
+        "the tokenizer has 19 ids, model.vocab_size is 16: no rows for '9' (16), '-' (17), "
+        "'0' (18); expected at least",
     ),
     "setting": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.settings.clip_lo", "0.2"],
