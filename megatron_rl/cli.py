@@ -2,7 +2,8 @@
 
 Arguments and config are read and checked before torch or Megatron is imported, so a mistake costs
 no time and no GPU. Exit codes: 0 success, 2 a user's mistake (one line on stderr), 130 interrupted,
-1 otherwise: one line where a number was not finite, a traceback for anything else.
+1 otherwise: one line where a number was not finite, the run failed or the machine did (a disk, lost
+ranks), a traceback for anything else.
 """
 
 from __future__ import annotations

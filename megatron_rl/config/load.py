@@ -151,9 +151,9 @@ def _field_of(name: str, keys: _Keys, origin: str) -> FieldInfo | None:
         inside = [leaf for leaf in keys.leaves if leaf.startswith(name + ".")]
         raise UserError(f"{origin}: {name} is a section; expected a key in it, such as {inside[0]}")
     where = "" if origin == f"--{name}" else f"{origin}: "
-    shown = f"--{name}" if origin == f"--{name}" else name
+    key = f"--{name}" if origin == f"--{name}" else name
     hint = did_you_mean(name, keys.leaves) or "; expected a field of megatron_rl/config/schema.py"
-    raise UserError(f"{where}unknown key {shown}{hint}")
+    raise UserError(f"{where}unknown key {key}{hint}")
 
 
 def _split_flags(words: Sequence[str]) -> list[tuple[str, str]]:

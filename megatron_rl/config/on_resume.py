@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any, Literal, Mapping, NamedTuple
 
-from megatron_rl.config.fields import leaf_fields, leaf_values
+from megatron_rl.config.fields import is_path, leaf_fields, leaf_values
 from megatron_rl.config.schema import Config
 
 #: silent: where and how the run is shown, stored and computed; said: changes what is trained or
@@ -112,7 +112,8 @@ def _same(change: Change) -> bool:
     if before == after:
         return type(before) is type(after) or {type(before), type(after)} <= {int, float}
     field = leaf_fields().get(change.key)
-    is_path = field is not None and "Path" in str(field.annotation)
-    if not (is_path and isinstance(before, str) and isinstance(after, str)):
+    if field is None or not is_path(change.key, field):
+        return False
+    if not (isinstance(before, str) and isinstance(after, str)):
         return False
     return os.path.realpath(before) == os.path.realpath(after)

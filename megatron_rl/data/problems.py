@@ -106,7 +106,8 @@ def _problem(
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         prompt, reference = _without_answer(prompt, data)
         key = data.completion_key if completions else "answer"
-        record = {key: reference, **record}  # what the record says itself goes first
+        # What the record says itself goes first; its prompt no longer holds the answer.
+        record = {key: reference, **record, data.prompt_key: prompt}
         notes["chats that ended with the assistant's answer, taken as the reference"] += 1
     if completions:
         completion = _value_of(record, data.completion_key)

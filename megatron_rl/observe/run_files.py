@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.on_resume import Change, changes
+from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_whole
 from megatron_rl.observe.configurations import (
@@ -152,8 +153,6 @@ def _is_number(value: Any) -> bool:
 def read_run(run_dir: Path) -> Run:
     """Read config.yaml, metrics.jsonl and, where there is one, samples.jsonl. UserError:
     missing, empty or malformed."""
-    import yaml
-
     run_dir = Path(run_dir)
     for name in (CONFIG_FILE, METRICS_FILE):
         if not (run_dir / name).is_file():
@@ -167,20 +166,8 @@ def read_run(run_dir: Path) -> Run:
             f"{run_dir / METRICS_FILE} is empty; expected one object a step; let the run finish a "
             f"step first"
         )
+    config, _ = read_yaml(run_dir / CONFIG_FILE)
     text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(
-            f"{run_dir / CONFIG_FILE} is not YAML ({problem}); expected the resolved config; "
-            f"restore the file"
-        ) from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{run_dir / CONFIG_FILE} is not a mapping; expected the resolved config; restore the "
-            f"file"
-        )
     samples_path = run_dir / SAMPLES_FILE
     samples = read_jsonl(samples_path) if samples_path.is_file() else []
     ordered = tuple(sorted(records, key=lambda record: record["step"]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Sequence
 
 from megatron_rl.config.stop_tokens import GENERATION_CONFIG, KEY, read_json, stop_ids_of
+from megatron_rl.files import write_whole
 
 FOLDER = "hf"
 COPIED = (
@@ -38,12 +39,13 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 
 def keep_companions(source: Path | None, run_dir: Path, stop_ids: Sequence[int] = ()) -> None:
-    """Copy them into a run's directory; what is kept there names these stop tokens as well.
+    """Copy them into a run's directory; what is kept there names the run's stop tokens.
 
     Args:
-        source: the directory they are in; None: there is none, and only stop tokens are kept.
+        source: the directory they are in, which may be the one where they are kept; None: there is
+            none, and only stop tokens are kept.
         run_dir: it is there.
-        stop_ids: at which the run's answers end.
+        stop_ids: all at which the run's answers end; none: what the files say stays.
     """
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
@@ -55,13 +57,15 @@ def keep_companions(source: Path | None, run_dir: Path, stop_ids: Sequence[int] 
 
 
 def _name_stop_ids(folder: Path, stop_ids: Sequence[int]) -> None:
-    """Whoever generates with these files is to stop where the run's answers do."""
+    """Whoever generates with these files is to stop where the run's answers do: also where a run
+    that is continued has other stop tokens than before.
+    """
     file = folder / GENERATION_CONFIG
     named = stop_ids_of(file) or stop_ids_of(folder / "config.json")
-    missing = [token for token in stop_ids if token not in named]
-    if missing:
-        content = {**read_json(file), KEY: [*named, *missing]}
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if stop_ids and set(named) != set(stop_ids):
+        known = [token for token in named if token in stop_ids]
+        content = {**read_json(file), KEY: list(dict.fromkeys([*known, *stop_ids]))}
+        write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 def run_of(path: Path) -> Path:

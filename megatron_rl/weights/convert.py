@@ -14,8 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, TypeVar
 
-import yaml
-
 from megatron_rl.checkpoint.directory import find_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.manifest import read_manifest
@@ -24,6 +22,7 @@ from megatron_rl.checkpoint.together import together
 from megatron_rl.config.hf_config import read_model_type
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.device.launch import Launch
 from megatron_rl.device.select import Device, joined, select_device
 from megatron_rl.errors import UserError
@@ -214,11 +213,10 @@ def _stored_model(source: Path, like: Path | None) -> tuple[Path, ModelConfig, P
 
 def _longest_sequence(config_file: Path) -> int:
     try:
-        return yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"][
-            "max_sequence_length"
-        ]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        values, _ = read_yaml(config_file)
+        return values["model"]["max_sequence_length"]
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(
-            f"{config_file} cannot be read ({type(error).__name__}); expected the resolved config "
-            "of the run, beside its checkpoints; convert from the run's directory"
+            f"{config_file} says no model.max_sequence_length ({error}); expected the resolved "
+            "config of the run, beside its checkpoints; convert from the run's directory"
         ) from error

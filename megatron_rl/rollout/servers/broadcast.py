@@ -14,7 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
 from datetime import timedelta
-from typing import Any, Callable, Iterable, Protocol, Sequence
+from typing import Callable, Iterable, Protocol, Sequence
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,9 +22,11 @@ import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, TCPStore, Work
 
 from megatron_rl.errors import one_line
-from megatron_rl.rollout.servers.api import BadAnswer, Call
+from megatron_rl.rollout.servers.api import BadAnswer
 from megatron_rl.rollout.servers.transfer import (
     PACKED_BYTES,
+    Ask,
+    Entry,
     Link,
     NcclLink,
     TransferChannel,
@@ -39,10 +41,6 @@ BATCH_BYTES = PACKED_BYTES
 POLL_S = 0.005
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
-#: Name, type and shape of a weight.
-Entry = tuple[str, str, list[int]]
-#: Asks one server; gives what the function makes of its response.
-Ask = Callable[[Call, Callable[[Any], Any]], Any]
 #: What may go wrong with one server, without harm to the others.
 Failures = (httpx.HTTPError, BadAnswer, RuntimeError, OSError, TimeoutError, NotInTime)
 

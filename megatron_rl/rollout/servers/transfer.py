@@ -19,7 +19,10 @@ import torch
 from megatron_rl.rollout.servers.api import BadAnswer, Call
 from megatron_rl.rollout.servers.vllm import VllmApi
 
+#: Asks one server; gives what the function makes of its response.
 Ask = Callable[[Call, Callable[[Any], Any]], Any]
+#: Name, type and shape of a weight.
+Entry = tuple[str, str, list[int]]
 
 #: Bytes that the workers take for one broadcast at most, unless the last weight is larger.
 PACKED_BYTES = 256 << 20
@@ -117,9 +120,7 @@ class TransferChannel:
         """See `Channel`: they read what a request names."""
         return True
 
-    def send(
-        self, entries: Sequence[tuple[str, str, list[int]]], payload: torch.Tensor
-    ) -> Callable[[], None]:
+    def send(self, entries: Sequence[Entry], payload: torch.Tensor) -> Callable[[], None]:
         """See `Channel`."""
         taken: Future = self._threads.submit(self._ask, self._api.updating(entries), _nothing)
         sent = _beside(self._link.broadcast, payload)

@@ -115,6 +115,8 @@ def test_the_assistants_last_turn_as_the_reference(tmp_path):
     found = read_problems(path, data)
     assert [problem.prompt for problem in found.problems] == [user("3+3=")] * 2
     assert [problem.record["answer"] for problem in found.problems] == ["6", "six"]
+    # A verifier that looks at the problem's text finds no answer there.
+    assert [problem.record["messages"] for problem in found.problems] == [user("3+3=")] * 2
     note = "chats that ended with the assistant's answer, taken as the reference"
     assert found.notes == {note: 2}
     tuned = read_problems(path, data, completions=True).problems

@@ -214,11 +214,11 @@ def test_missing_and_broken_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl"):
         write_report(run_dir)
     _write(run_dir, [{"step": 1}], config="a: [1\nb: 2")
-    with pytest.raises(UserError, match="not YAML") as caught:
+    with pytest.raises(UserError, match="config.yaml:2: invalid YAML") as caught:
         write_report(run_dir)
     assert "\n" not in str(caught.value)
     _write(run_dir, [{"step": 1}], config="- 1")
-    with pytest.raises(UserError, match="not a mapping"):
+    with pytest.raises(UserError, match="found a sequence at the top"):
         write_report(run_dir)
     assert not (run_dir / "report.html").exists()
 

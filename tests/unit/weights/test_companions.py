@@ -1,6 +1,8 @@
 """What a run keeps of the model it started from, and at which tokens its answers end."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,10 @@ def model_directory(folder, generation=None, config=1):
 
 def stops_kept(run_dir):
     return json.loads((run_dir / "hf" / "generation_config.json").read_text())
+
+
+def full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture
@@ -41,6 +47,21 @@ def test_stop_tokens_of_the_run_are_added(tmp_path, run_dir):
         keep_companions(source, run_dir, (1, 7, 9))
         assert stops_kept(run_dir) == {"eos_token_id": [7, 1, 9], "temperature": 0.6}
     keep_companions(source, run_dir, (1, 7))
+    assert stops_kept(run_dir)["eos_token_id"] == [7, 1]
+
+
+def test_a_run_that_goes_on_with_fewer_stop_tokens_keeps_those_alone(
+    tmp_path, run_dir, monkeypatch
+):
+    """Its own folder is the source then."""
+    source = model_directory(tmp_path / "model", '{"eos_token_id": [7, 1], "temperature": 0.6}')
+    keep_companions(source, run_dir, (1, 7, 9))
+    kept = kept_companions(run_dir)
+    keep_companions(kept, run_dir, (1, 7))
+    assert stops_kept(run_dir) == {"eos_token_id": [7, 1], "temperature": 0.6}
+    monkeypatch.setattr(os, "fsync", full)  # a disk that is full leaves what was there
+    with pytest.raises(OSError, match="No space left"):
+        keep_companions(kept, run_dir, (1, 8))
     assert stops_kept(run_dir)["eos_token_id"] == [7, 1]
 
 
