@@ -22,6 +22,12 @@ PromptText = str | Sequence[Message]
 
 #: Text that begins as a list of chat messages does, in JSON or as Python prints one.
 _CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+_OBJECT_AS_TEXT = re.compile(r"\s*(?:\[\s*)?\{")
+#: Keys of one message, as data sets write them, and of a whole chat.
+_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+_CHAT_KEYS = ("messages", "conversations")
+#: Roles that data sets give the one who answers.
+_ANSWERING_ROLES = ("assistant", "model", "gpt", "bot", "chatbot", "ai")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def parse_prompt(prompt: Any, key: str, notes: Counter[str]) -> PromptText:
     A chat that is stored as JSON text becomes messages; a content of text parts becomes their text.
     ``UserError`` for anything else, without file and line.
     """
-    if isinstance(prompt, str) and _CHAT_AS_TEXT.match(prompt):
+    if isinstance(prompt, str) and _is_chat(prompt):
         prompt = _chat_from_text(prompt, key)
         notes["chats stored as JSON text, read as chats"] += 1
     if isinstance(prompt, str) and prompt:
@@ -103,7 +109,7 @@ def _problem(
 ) -> Problem:
     prompt = parse_prompt(_value_of(record, data.prompt_key), data.prompt_key, notes)
     completion = None
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+    if not isinstance(prompt, str) and prompt[-1]["role"].casefold() in _ANSWERING_ROLES:
         prompt, reference = _without_answer(prompt, data)
         key = data.completion_key if completions else "answer"
         # What the record says itself goes first; its prompt no longer holds the answer.
@@ -121,9 +127,9 @@ def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequen
     """The messages before the assistant's last turn, and what that turn says."""
     if data.last_turn == "refuse":
         raise UserError(
-            f"{data.prompt_key!r} ends with a message of the assistant: the answer would stand in "
-            "the prompt; expected the user's turn last; drop that message, or set data.last_turn "
-            "reference to take it as the reference answer"
+            f"{data.prompt_key!r} ends with a message of the {prompt[-1]['role']}: the answer "
+            "would stand in the prompt; expected the user's turn last; drop that message, or set "
+            "data.last_turn reference to take it as the reference answer"
         )
     if len(prompt) == 1:
         raise UserError(
@@ -143,6 +149,25 @@ def _value_of(record: Mapping[str, Any], key: str) -> Any:
     return record[key]
 
 
+def _is_chat(text: str) -> bool:
+    """Whether a text is, or begins as, chat messages that were stored as text."""
+    if _CHAT_AS_TEXT.match(text):
+        return True
+    if not _OBJECT_AS_TEXT.match(text):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(value, dict) and any(isinstance(value.get(key), list) for key in _CHAT_KEYS):
+        return True
+    messages = value if isinstance(value, list) else [value]
+    return all(
+        isinstance(message, dict) and any(keys <= message.keys() for keys in _MESSAGE_KEYS)
+        for message in messages
+    )
+
+
 def _chat_from_text(text: str, key: str) -> list[Any]:
     try:
         chat = json.loads(text)
@@ -150,7 +175,7 @@ def _chat_from_text(text: str, key: str) -> list[Any]:
         chat = None
     if not isinstance(chat, list):
         raise UserError(
-            f"{key!r} is text that begins like a list of chat messages and is no JSON: "
+            f"{key!r} is text that is like chat messages and no list of them in JSON: "
             f"{_shown(text)}; expected a list, or the text of one in JSON; correct the line"
         )
     return chat

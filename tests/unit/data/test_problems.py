@@ -44,6 +44,35 @@ def test_a_chat_that_is_stored_as_text_is_a_chat(tmp_path):
     assert found.notes == {"chats stored as JSON text, read as chats": 1}
 
 
+def test_a_chat_that_is_stored_as_text_in_another_order_of_keys_is_a_chat(tmp_path):
+    chat = [{"name": "ann", "content": "2+2?", "role": "user"}]
+    data_in_text = ['{"role": "cook", "age": 3}', '[{"from": "a", "to": "b"}]', "{2+2}"]
+    records = [{"prompt": text} for text in (json.dumps(chat), *data_in_text)]
+    found = read_problems(write(tmp_path, *records), DATA)
+    assert [problem.prompt for problem in found.problems] == [chat, *data_in_text]
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        {"role": "user", "content": "2+2?"},
+        {"messages": [{"role": "user", "content": "2+2?"}]},
+        {"conversations": [{"from": "human", "value": "2+2?"}]},
+        [{"from": "human", "value": "2+2?"}],
+    ],
+)
+def test_a_chat_of_another_form_that_is_stored_as_text_is_refused(tmp_path, chat):
+    with pytest.raises(UserError, match="data.jsonl, line 1: .*expected an? (object|list)"):
+        read_problems(write(tmp_path, {"prompt": json.dumps(chat)}), DATA)
+
+
+@pytest.mark.parametrize("role", ["Assistant", "model", "gpt"])
+def test_an_answer_by_another_name_of_the_assistant_is_refused(tmp_path, role):
+    chat = [*user("3+3="), {"role": role, "content": "6"}]
+    with pytest.raises(UserError, match=f"line 1: 'prompt' ends with a message of the {role}: the"):
+        read_problems(write(tmp_path, {"prompt": chat}), DATA)
+
+
 def test_a_turn_that_calls_tools_may_have_no_content(tmp_path):
     calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
     chat = [
@@ -70,7 +99,7 @@ def test_a_turn_that_calls_tools_may_have_no_content(tmp_path):
         (user(["a"]), "message 1 of 'prompt' has the part \"a\"; expected parts"),
         ([{"from": "human", "value": "a"}], 'message 1 of \'prompt\' is {"from": "human"'),
         ([*user("a"), "b"], "message 2 of 'prompt' is \"b\"; expected an object with role"),
-        (str(user("a")), "'prompt' is text that begins like a list of chat messages and is no JS"),
+        (str(user("a")), "'prompt' is text that is like chat messages and no list of them in JSON"),
         (3, "'prompt' is 3; expected text or a list of chat messages"),
         ("", "'prompt' is \"\"; expected text or a list of chat messages"),
         ([], "'prompt' is []; expected text or a list of chat messages"),
