@@ -139,7 +139,7 @@ def test_a_stop_is_heard_while_answers_are_waited_for(built, servers):
     engine, *_ = built
     engine.generate(PROMPTS, SAMPLED)  # the weights are there
     for server in servers:
-        server.fault, server.pause = "slow", 5.0
+        server.fault = "hang"
     looks = []
     engine._stop = lambda: looks.append(1) or len(looks) > 1
     with pytest.raises(Stopped):
