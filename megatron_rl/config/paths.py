@@ -20,11 +20,6 @@ def local_path(name: str, text: str) -> str:
     home directory of nobody, an empty path, a NUL character.
     """
     found = f"{name} is {text if len(text) <= 300 else text[:297] + '...'!r}"
-    if _ADDRESS.match(text):
-        raise UserError(
-            f"{found}, an address; expected a path in the file system: download it, or mount it, "
-            "and name the path"
-        )
     if not text or "\0" in text:
         raise UserError(f"{found}; expected a path")
 
@@ -39,7 +34,15 @@ def local_path(name: str, text: str) -> str:
             )
         return os.environ[variable]
 
+    address = UserError(
+        f"{found}, an address; expected a path in the file system: download it, or mount it, "
+        "and name the path"
+    )
+    if _ADDRESS.match(text):
+        raise address
     path = _VARIABLE.sub(value, text)
+    if _ADDRESS.match(path):
+        raise address
     if max(map(len, os.fsencode(path).split(b"/"))) > 255 or len(os.fsencode(path)) > 4095:
         raise UserError(f"{name} is {text[:40]!r}..., too long for a file system; expected a path")
     at_home = os.path.expanduser(path)

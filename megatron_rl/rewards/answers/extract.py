@@ -72,38 +72,86 @@ _UNIT = (
     r"(?: ?\\(?:text|mathrm|mbox) ?\{[^{}\d]*\}(?:\^\{?-?\d\}?)?"
     r"| ?(?:square |cubic )?(?:[a-z]m|m|in|ft|yd|mi|inches|feet|meters|units?)"
     r"\^\{?-?\d\}?(?!\w)"
-    r"|[mgshLAWVJKCF](?![\w^(/*']|\\))"
+    r"|[mgshLAWVJKCF](?![\w^(/*']|\\)"
+    # words that change the number
+    r"| (?:(?:hundred|thousand|million|billion|trillion|dozen)s?(?![a-zA-Z])"
+    r"|squared|cubed|pi(?!\w)))"
+)
+_FUNCTION = (
+    r"(?:(?:sqrt|cbrt|log|ln|exp|sin|cos|tan|cot|sec|csc)(?![a-zA-Z])"
+    r"(?:_(?:\w{1,4}|\{\w{1,4}\}))?(?: (?=[\d(.]))?)"
 )
 _ATOM = (
     rf"(?:{_NUMBER}{_UNIT}?"
     r"|\\(?!text|math|boxed|quad|left|right|[lc]?dots)[a-zA-Z]+(?: (?=[\d{\\]))?"
-    r"|[a-zA-Z]+(?=[\d_^])|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z'])|[(){}|]|\\?%)"
+    rf"|(?<![a-zA-Z]){_FUNCTION}"
+    r"|[a-zA-Z]{1,32}(?=[\d_^])|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z'])|[(){}|]|\\?%)"
 )
 _OPERATOR = r"(?:\*\*|[-+*/^]|(?<=\d):(?=\d\d?(?!\d))|\\(?:times|cdot|div|over|pm))"
-_LINK = rf"(?: ?{_OPERATOR} ?(?:[-+](?=[\d.\\({{]))?|_|)"
+#: A value behind a number and a space is its factor, or the fraction of a mixed number.
+_FACTOR = (
+    r"(?:\\(?:sqrt|[dtc]?frac|pi|binom|log|ln|sin|cos|tan)(?![a-zA-Z])|(?:sqrt|cbrt|pi)(?!\w))"
+)
+_LINK = rf"(?: ?{_OPERATOR} ?(?:[-+](?=[\d.\\({{]))?|_|(?<=[\d}})]) (?={_FACTOR})|)"
 # A hyphen behind a digit, a letter or a bracket is an operator, not a sign.
 _SIGN = r"(?:(?<![\w)\]}])[-+]|(?<==) ?- ?)?"
 _FORMULA = re.compile(rf"(?<![_^]){_SIGN}{_ATOM}(?:{_LINK}{_ATOM})*", re.ASCII)
 _LETTER_UNIT = re.compile(r"^([-+]?[\d.,]*\d)([mgshLAWVJKCF])(?=$|\^)", re.ASCII)
 _JOINED = re.compile(r"(?:,|;|(?:,? ?)\b(?:or|and|to|through)\b|\\text ?\{ ?(?:or|and) ?\}) *")
+_DEFINED = re.compile(r"(?<!\w)([a-zA-Z]\w{0,7}) ?= ?$")
+_NAME_CHARACTERS = 12
 _MINUS_AND_SPACE = re.compile("([\u2212\uff0d]) +(?=[\\d$])")
+_SPACES = re.compile(r"\s+")
+_SIGN_WORD = re.compile(r"(?<![\w-])(?:minus|negative) (?=[\d.\\(])", re.IGNORECASE)
+#: Between the sides of an inequality; "->" and the ">" of a tag are none.
+_COMPARED = re.compile(r" ?(?:[<>]=?|!=|\\(?:[lg]eq?|[lg]t|neq?)(?![a-zA-Z])) ?")
 _MARKS = re.compile(r"\\?\$|\\[()\[\]]")
 
 
 def _last_number(text: str) -> str | None:
-    """The last formula with a digit in it, up to an equals sign: "3/4", "x^2", "5 or 7"."""
+    """The last formula with a digit in it, up to an equals sign: "3/4", "x^2", "5 or 7", "x < 4".
+
+    What changes its value belongs to it: "minus 5", "5 million", "log 5".
+    """
     for line in reversed(text.splitlines()):
-        line = _MARKS.sub("", fold_unicode(_MINUS_AND_SPACE.sub(r"\1", line)))
-        last, before = None, None
-        for match in _FORMULA.finditer(line):
-            if any(character.isdigit() for character in match.group()):
-                last, before = match, last
-        if last is None:
+        line = _SPACES.sub(" ", fold_unicode(_MINUS_AND_SPACE.sub(r"\1", line)))
+        line = _SIGN_WORD.sub("-", _MARKS.sub("", line))
+        formulas = [*_FORMULA.finditer(line)]
+        numbers = [
+            place
+            for place, match in enumerate(formulas)
+            if any(character.isdigit() for character in match.group())
+        ]
+        if not numbers:
             continue
-        if before is not None and _JOINED.fullmatch(line[before.end() : last.start()].strip()):
+        last, first = formulas[numbers[-1]], numbers[-1]
+        while first and _is_compared(line, formulas[first - 1], formulas[first]):
+            first -= 1
+        if first < numbers[-1]:
+            return line[formulas[first].start() : last.end()]
+        before = formulas[numbers[-2]] if len(numbers) > 1 else None
+        if before is not None and _are_joined(line, before, last):
             return f"{_bare(before.group())}, {_bare(last.group())}"
         return _bare(last.group())
     return None
+
+
+def _are_joined(line: str, one: re.Match[str], other: re.Match[str]) -> bool:
+    """Whether they are two values of one answer: "5 or 7", "x = 5, x = 7"."""
+    between = line[one.end() : other.start()]
+    name = _DEFINED.search(between)
+    if name is not None:
+        earlier = _DEFINED.search(line[: one.start()][-_NAME_CHARACTERS:])
+        if earlier is None or earlier.group(1) != name.group(1):
+            return False
+        between = between[: name.start()]
+    return _JOINED.fullmatch(between.strip()) is not None
+
+
+def _is_compared(line: str, one: re.Match[str], other: re.Match[str]) -> bool:
+    in_tag = line[: one.start()].endswith(("<", "</"))
+    sign = _COMPARED.match(line, one.end())
+    return not in_tag and sign is not None and sign.end() >= other.start()
 
 
 def _bare(formula: str) -> str:

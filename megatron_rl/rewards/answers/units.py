@@ -96,6 +96,7 @@ _NO_UNITS = frozenset(
     "thousandths ten negative factorial more less than approximately about modulo mod base of is "
     "wrong if else zero one two three four five six seven eight nine eleven twelve thirteen "
     "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty "
+    "halves thirds fifths sixths eighths pi x "
     "maybe possibly either between through any some except without nor but".split()
 )
 _PIECES = re.compile(r"\s*(per(?![a-zA-Z])|/|\*|\^\{?(-?\d)\}?|[^\s/*^\d{}-]+|\^circ\s?[CF]?)")

@@ -19,6 +19,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DATA", "/data/set 1")
     monkeypatch.setenv("AT_HOME", "~/models")
+    monkeypatch.setenv("BUCKET", "s3://bucket")
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("ABSENT", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -56,6 +57,7 @@ def test_what_a_path_means(text, path):
         ("gs://b/x", "run_dir is 'gs://b/x', an address; "),
         ("hf://datasets/x", "run_dir is 'hf://datasets/x', an address; "),
         ("https://h/x", "run_dir is 'https://h/x', an address; "),
+        ("${BUCKET}/x", "run_dir is '${BUCKET}/x', an address; "),
         ("s3:/bucket/x", "run_dir is 's3:/bucket/x', an address; "),
         ("${ABSENT}/x", "run_dir is '${ABSENT}/x', and the environment has no variable 'ABSENT'"),
         ("$ABSENT/x", "run_dir is '$ABSENT/x', and the environment has no variable 'ABSENT'"),

@@ -1,5 +1,6 @@
 """Mathematical answers: found, read and compared by what they are."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -121,6 +122,25 @@ def test_the_problem_restated_is_no_answer():
         ("<<9*2=18>>18 dollars", "18"),
         ("it is 100g of cake", "100\\text{ g}"),
         ("it is 5 cm^2", "5 cm^2"),
+        ("The answer is negative 5.", "-5"),
+        ("that is minus \\frac{3}{4}", "-\\frac{3}{4}"),
+        ("all non-negative 5 of them", "5"),
+        ("$x = 2 \\sqrt{3}$", "2 \\sqrt{3}"),
+        ("so $3 \\frac{1}{2}$ cups", "3 \\frac{1}{2}"),
+        ("5 million people", "5 million"),
+        ("it is 4 pi", "4 pi"),
+        ("that is log 5", "log 5"),
+        ("it is log_2 8", "log_2 8"),
+        ("it is 2 sqrt(3)", "2 sqrt(3)"),
+        ("3 squared", "3 squared"),
+        ("so x > 4", "x > 4"),
+        ("so 3 < x \u2264 4.", "3 < x \\le 4"),
+        ("as \u2265 4 has it", "\\ge 4"),
+        ("<b>4</b>", "4"),
+        ("<answer>4</answer>", "4"),
+        ("2x -> 4", "4"),
+        ("x = 3, x = 4", "3, 4"),
+        ("x = 3, y = 4", "4"),
         ("nothing", None),
         ("\\boxed{}", None),
         ("so it is 5, \\boxed{5", None),
@@ -128,6 +148,33 @@ def test_the_problem_restated_is_no_answer():
 )
 def test_where_the_answer_stands(completion, answer):
     assert extract_answer(completion) == answer
+
+
+@pytest.mark.parametrize(
+    "reference, completion",
+    [
+        ("5", "The answer is negative 5."),
+        ("1/2", "so $3 \\frac{1}{2}$ cups"),
+        ("\\sqrt{3}", "so $x = 2 \\sqrt{3}$"),
+        ("4", "4 million"),
+        ("4", "it is 4 pi"),
+        ("4", "it is sqrt(4)"),
+        ("4", "so x > 4"),
+        ("4", "x \u2265 4"),
+        ("4", "x = 3, x = 4"),
+        ("5", "\\boxed{5\\text{ halves}}"),
+        ("5", "\\boxed{5\\text{ x}}"),
+    ],
+)
+def test_what_changes_a_number_belongs_to_it(reference, completion):
+    assert VERIFY({"answer": reference}, completion).value == 0.0
+
+
+def test_a_completion_of_letters_alone_is_read_in_linear_time():
+    start = time.process_time()
+    for text in ("a" * 20_000, "5 " + "a" * 20_000, "log_" + "a" * 20_000, "\\" + "a" * 20_000):
+        assert extract_answer(text) in (None, "5")
+    assert time.process_time() - start < 3  # 25 s where each letter looks at all behind it
 
 
 def test_one_spelling_for_many():
