@@ -95,5 +95,6 @@ def test_the_header_of_a_run_names_the_trace_where_one_is_kept(kept):
 
     name = "rspo" if kept else "grpo"
     algorithm = CONFIG.algorithm.model_copy(update={"name": name})
-    facts = train_facts(CONFIG.model_copy(update={"algorithm": algorithm}), PROBLEMS, [], 1)
+    data = SimpleNamespace(train=SimpleNamespace(items=PROBLEMS), eval=None, facts=dict)
+    facts = train_facts(CONFIG.model_copy(update={"algorithm": algorithm}), data, 1)
     assert ("router trace" in facts) == kept
