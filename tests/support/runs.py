@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,8 +42,11 @@ class Done:
 
     @property
     def errors(self) -> list[str]:
-        """The lines with which the program (not torchrun) refused."""
-        return [line for line in self.err.splitlines() if line.startswith("megatron-rl: ")]
+        """The lines with which the program (not torchrun) refused. Another rank that says the same,
+        because it has waited in vain for the first to end, does not count.
+        """
+        lines = [line for line in self.err.splitlines() if line.startswith("megatron-rl: ")]
+        return list(dict.fromkeys(re.sub(r"error: rank \d+: ", "error: ", line) for line in lines))
 
 
 class Started:
