@@ -78,7 +78,7 @@ def test_what_is_no_path(text, message):
 PATHS = [
     *("run_dir", "model.hf_path", "model.hf_config", "data.tokenizer.path", "data.train"),
     *("data.eval", "rollout.servers.python", "rollout.servers.weights_dir"),
-    "checkpoint.init_from",
+    *("checkpoint.init_from", "device.heartbeat_file"),
 ]
 
 
