@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -65,11 +66,21 @@ def split_address(text: str, name: str) -> tuple[str, int]:
     """
     host, _, port = text.rpartition(":")
     found = re.fullmatch(r"\[([^][]+)\]|([^][\s/]+)", host)
-    if found is None or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+    right = found is not None and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
+    if not right or (":" in host and not _is_ipv6(found[1] or found[2])):
         raise UserError(
             f"{name} is {text!r}; expected HOST:PORT, such as node0:29500 or [::1]:29500"
         )
     return found[1] or found[2], int(port)
+
+
+def _is_ipv6(text: str) -> bool:
+    """Not so what is left of an address whose last group was read as the port."""
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def join_address(host: str, port: int) -> str:

@@ -380,6 +380,8 @@ def test_output_on_a_full_disk_is_one_line_and_decides_nothing_else(run_yaml, mo
     [
         ({"--meet": "node0"}, "--meet is 'node0'; expected HOST:PORT, such as node0:29500"),
         ({"--meet": "node0:99999"}, "--meet is 'node0:99999'; expected HOST:PORT"),
+        ({"--meet": "::1"}, "--meet is '::1'; expected HOST:PORT"),
+        ({"--meet": "2001:db8::5"}, "--meet is '2001:db8::5'; expected HOST:PORT"),
         ({"--node": "2"}, "--node is 2 with --nodes 2; expected 0 to N - 1"),
         ({"--ranks-per-node": "0"}, "--ranks-per-node is 0; expected at least 1"),
         ({"--within": "nan"}, "--within is nan; expected seconds, above 0"),
