@@ -95,12 +95,16 @@ def _exact_binomial(above: Fraction, below: Fraction) -> Fraction:
     return Fraction(math.comb(int(above), int(below)))
 
 
-_EXACT = {
+#: The same of fractions and of floating-point numbers.
+_ARITHMETIC = {
     "add": lambda a, b: a + b,
     "mixed": lambda a, b: a + b,
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
     "neg": lambda a: -a,
+}
+_EXACT = {
+    **_ARITHMETIC,
     "pow": _exact_power,
     "root": _exact_root,
     "fact": _exact_factorial,
@@ -226,11 +230,7 @@ def _whole(function):
 
 
 _FLOATING = {
-    "add": lambda a, b: a + b,
-    "mixed": lambda a, b: a + b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "neg": lambda a: -a,
+    **_ARITHMETIC,
     "pow": _power,
     "root": _root,
     "fact": _factorial,
