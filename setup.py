@@ -44,7 +44,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.4"],  # CUDA only
         "vllm": ["vllm>=0.32"],  # better in an environment of its own: rollout.servers.python
         "wandb": ["wandb>=0.18"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "trl>=0.20"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "trl>=0.20"],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
     classifiers=[

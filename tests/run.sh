@@ -59,4 +59,8 @@ bash tools/setup_venv.sh "$venv" test
 # One thread a process: the distributed tests start several, and more threads than cores only wait.
 export OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
-exec "$venv/bin/python" -m pytest ${only:+-m "$only"} "$@"
+# Tests side by side, a worker for each core (-n 0: one after the other, in this process); not those that start vLLM.
+workers=$(nproc)
+[ "$workers" -le 8 ] || workers=8
+[ "$only" != servers ] || workers=0
+exec "$venv/bin/python" -m pytest -n "$workers" --dist loadgroup ${only:+-m "$only"} "$@"

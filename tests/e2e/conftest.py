@@ -24,7 +24,7 @@ def sft_run(folder):
 @pytest.fixture(scope="session")
 def rl_run(folder, sft_run):
     """Reinforcement learning, uninterrupted. Its directory is runs/rl."""
-    return succeed("train", "rl.yaml", cwd=folder, ranks=2)
+    return succeed("train", "rl.yaml", cwd=folder, ranks=2, warm=False)
 
 
 class Interrupted:

@@ -1,10 +1,8 @@
 """Users' mistakes: exit code 2, one line that names the thing, no traceback."""
 
-import contextlib
 import os
 import shutil
 import socket
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -81,15 +79,15 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def refusals(folder, sft_run):
-    """All mistakes, two at a time; most of each is the start of Python and its libraries."""
+    """All mistakes, each in a process by itself."""
     (folder / "bad.jsonl").write_text('{"prompt": "1 2=3:"}\n{"prompt": \n')
     (folder / "empty.jsonl").write_text("\n")
     lock = RunLock(folder / "runs" / "held")
     lock.acquire()
-    with contextlib.ExitStack() as undo, ThreadPoolExecutor(2) as pool:
-        undo.callback(lock.release)
-        done = pool.map(lambda mistake: run(*mistake[0], cwd=folder), MISTAKES.values())
-        return dict(zip(MISTAKES, done))
+    try:
+        return {name: run(*words, cwd=folder, warm=True) for name, (words, _) in MISTAKES.items()}
+    finally:
+        lock.release()
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -36,10 +36,15 @@ def test_reinforcement_learning_writes_its_run(folder, rl_run):
     assert [record["step"] for record in metrics] == list(range(9))
     for record in metrics[1:]:
         assert set(RL_KEYS) - {name for name, value in record.items() if value is not None} == set()
-        assert record["grad_norm"] > 0 and 0.5 < record["router/shift_mean"] < 1
+        # Which answers are sampled hangs on rounding: a step may have no group of unequal rewards.
+        some_differ = record["groups/zero_variance_fraction"] < 1
+        assert (record["grad_norm"] > 0) == some_differ
+        assert 0.5 < record["router/shift_mean"] <= 1
         assert 0 < record["router/top_k_overlap"] <= 1
         assert 1 <= record["response/length_mean"] <= record["response/length_max"] <= 12
         assert record["mismatch/logprob_max"] < 1e-4  # sampler and scoring pass agree
+    assert any(record["grad_norm"] > 0 for record in metrics[1:])
+    assert min(record["router/shift_mean"] for record in metrics[1:]) < 1
     evaluated = [record["step"] for record in metrics if set(EVAL_KEYS) <= set(record)]
     assert evaluated == [0, 3, 6, 8]
     assert "loss" not in metrics[0]

@@ -30,14 +30,14 @@ def cut_off(checkpoint):
     return shard
 
 
-def train(folder, *words):
-    return run("train", "rl.yaml", "--run_dir", "runs/copy", *words, cwd=folder, ranks=2)
+def train(folder, *words, **how):
+    return run("train", "rl.yaml", "--run_dir", "runs/copy", *words, cwd=folder, ranks=2, **how)
 
 
 def test_a_run_goes_on_from_the_newest_checkpoint_that_is_undamaged(folder, copy):
     shard = flip_a_bit(copy / "checkpoints" / "step_8")
     damaged, shard = shard.read_bytes(), shard.relative_to(folder)
-    done = train(folder)
+    done = train(folder, warm=True)
     assert done.code == 0, done.err
     assert f"left out runs/copy/checkpoints/step_8: {shard} has SHA-256 " in done.err + done.out
     assert "continuing from runs/copy/checkpoints/step_4 (step 4)" in done.out

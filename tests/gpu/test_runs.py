@@ -1,11 +1,16 @@
 """Whole runs on CUDA through the command line: the recipe of tests/e2e on one device."""
 
+from functools import partial
+
 import pytest
 
+from tests.support import runs
 from tests.support.recipe import make_recipe
-from tests.support.runs import records, succeed
+from tests.support.runs import records
 
 pytestmark = pytest.mark.gpu
+
+succeed = partial(runs.succeed, warm=False)  # warm ranks are of a CPU
 
 ONE = ["--parallel.expert", "1", "--parallel.world_size", "1"]
 ON = {

@@ -1,6 +1,7 @@
 """The command line as a user starts it: in processes of its own, alone or under torchrun.
 
     done = run("train", "rl.yaml", cwd=folder, ranks=2)          # to the end
+    done = succeed("train", "rl.yaml", cwd=folder, ranks=2)      # sooner, for it must succeed
     with started("train", "rl.yaml", cwd=folder, ranks=2) as process:
         process.wait_for("step 5/8")
         process.kill_ranks()
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import psutil
+
+from tests.support.warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Longest a command may take; many times what it needs, for busy machines.
@@ -130,17 +133,36 @@ def started(*words: str, cwd: Path, ranks: int | None = None) -> Iterator[Starte
             process.close()
 
 
-def run(*words: str, cwd: Path, ranks: int | None = None) -> Done:
-    """``megatron-rl WORDS`` to its end."""
+def run(*words: str, cwd: Path, ranks: int | None = None, warm: bool = False) -> Done:
+    """``megatron-rl WORDS`` to its end. ``warm``: on a CPU, in ranks that need not start, without
+    torchrun.
+    """
+    if warm:
+        return _warm(words, cwd, ranks)
     with started(*words, cwd=cwd, ranks=ranks) as process:
         return process.wait()
 
 
-def succeed(*words: str, cwd: Path, ranks: int | None = None) -> Done:
+def succeed(*words: str, cwd: Path, ranks: int | None = None, warm: bool = True) -> Done:
     """As `run`, of a command that must end with 0."""
-    done = run(*words, cwd=cwd, ranks=ranks)
+    done = run(*words, cwd=cwd, ranks=ranks, warm=warm)
     assert done.code == 0, f"exit code {done.code}\n{done.out}\n{done.err}"
     return done
+
+
+def _warm(words: tuple[str, ...], cwd: Path, ranks: int | None) -> Done:
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        codes = run_warm(
+            words,
+            ranks=ranks,
+            cwd=cwd,
+            env=_environment(),
+            out=out,
+            err=err,
+            timeout_s=TIMEOUT_S,
+        )
+        return Done(max(codes, key=abs), out.read_text(), err.read_text())
 
 
 _ONE_AFTER_THE_OTHER = """
