@@ -78,8 +78,9 @@ def read_json_object(file: Path, expected: str, most_bytes: int = MOST_BYTES) ->
 
 
 def _integer(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise BadJson(f"an integer of {len(text):,} digits, more than {MOST_DIGITS}")
+    digits = len(text.lstrip("-"))
+    if digits > MOST_DIGITS:
+        raise BadJson(f"an integer of {digits:,} digits, more than {MOST_DIGITS}")
     return int(text)
 
 
