@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 
-
 #: Largest response of a server where no answers are asked for, bytes.
 CONTROL_BYTES = 1 << 20
 #: Bytes of JSON that an answer's token takes at most: vLLM sends 150, with its id, its rank and the
@@ -25,6 +24,10 @@ LEAST_LOGPROB = -104.0
 
 class BadAnswer(Exception):
     """A server has not answered, or not the question, or not by the weights that were asked for."""
+
+
+class NoAnswer(BadAnswer):
+    """Nothing that a server has sent by the deadline is an HTTP response."""
 
 
 class Sent(BaseModel):

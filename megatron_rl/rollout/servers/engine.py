@@ -49,7 +49,7 @@ class ServerEngine:
         stop_ids: Collection[int],
         decode: Callable[[Sequence[int]], str],
         say: Callable[[str], None],
-        own_machine: bool,
+        meeting: str | None = None,
         command: Command | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         stop: Callable[[], bool] = lambda: False,
@@ -63,7 +63,8 @@ class ServerEngine:
             stop_ids: the tokens that end an answer.
             decode: token ids to text, without special tokens.
             say: tells a person what has gone wrong.
-            own_machine: whether all ranks run on one machine.
+            meeting: the address of rank 0's machine at which ranks on others reach it; None: all
+                ranks run on one machine.
             command: starts a server, where the configuration asks for servers of its own.
             progress: told how many of this rank's prompts are answered.
             stop: whether this rank has heard that the run is to stop.
@@ -78,7 +79,7 @@ class ServerEngine:
             groups,
             question=self._question,
             say=say,
-            own_machine=own_machine,
+            meeting=meeting,
             command=command,
             stop=stop,
         )

@@ -17,7 +17,7 @@ import httpx
 from pydantic_core import from_json
 
 from megatron_rl.errors import one_line
-from megatron_rl.rollout.servers.api import CONTROL_BYTES, BadAnswer, Call
+from megatron_rl.rollout.servers.api import CONTROL_BYTES, BadAnswer, Call, NoAnswer
 
 #: Seconds for a connection. This side may be the slow one: while it trains, its threads can be
 #: late by seconds.
@@ -57,14 +57,14 @@ async def exchange(
         most_bytes: largest body.
 
     Raises:
-        BadAnswer: it is not there in time, larger, packed, broken off, or no success.
+        BadAnswer: it is not there in time or broken off (`NoAnswer`), larger, packed, no success.
     """
     try:
         return await asyncio.wait_for(_exchange(transport, url, call, key, most_bytes), seconds)
     except asyncio.TimeoutError:
-        raise BadAnswer(f"{call.path} was not answered in full within {seconds:g} s") from None
+        raise NoAnswer(f"{call.path} was not answered in full within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
-        raise BadAnswer(f"{call.path}: {shown(one_line(error))}") from error
+        raise NoAnswer(f"{call.path}: {shown(one_line(error))}") from error
 
 
 def ask_once(url: str, call: Call, *, key: str | None, seconds: float) -> bytes:

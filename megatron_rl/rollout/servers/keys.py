@@ -18,8 +18,8 @@ from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 
 #: Environment variable with the key: of servers that run already, for those who ask them; of a
-#: server that a run starts, for itself (`guard.py` and `keyed.py` read it there). Neither a file nor
-#: a process list holds it.
+#: server that a run starts, for itself (`guard.py` and `keyed.py` read it there). No file and no
+#: process list holds it.
 KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
 
 
@@ -58,9 +58,9 @@ def check_key(config: Config, environment: Mapping[str, str] = os.environ) -> No
     for url in urls:
         if not _is_loopback(urlsplit(url).hostname or ""):
             raise UserError(
-                f"rollout.servers.urls names {url}, and {KEY_VARIABLE} is not set; expected the key "
-                "that the servers were started with, since whoever reaches them could change their "
-                "weights; set it (rollout/README.md, Who may ask a server)"
+                f"rollout.servers.urls names {url}, and {KEY_VARIABLE} is not set; expected the "
+                "key the servers were started with, since whoever reaches one without a key can "
+                "change its weights; set it on rank 0 (rollout/README.md, Who may ask a server)"
             )
 
 

@@ -104,13 +104,10 @@ class ServerProcess:
         if self._process is None:
             return
         for number, seconds in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, KILLED_S)):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # SIGKILL: for what it has left behind
                 os.killpg(self._process.pid, number)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
-            break
         self._process = None
 
     def _last_words(self) -> str:

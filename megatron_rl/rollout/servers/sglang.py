@@ -19,6 +19,7 @@ from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers import keyed
 from megatron_rl.rollout.servers.api import (
     Answer,
     BadAnswer,
@@ -83,9 +84,7 @@ class SglangApi:
             "sampling_params": sampling,
             "return_logprob": True,
         }
-        return Call(
-            _ROUTE, body | ({"return_routed_experts": True} if settings.routes else {})
-        )
+        return Call(_ROUTE, body | ({"return_routed_experts": True} if settings.routes else {}))
 
     def answers(self, payload: Any) -> list[Answer]:
         """See `ServerApi`. One sample is an object, several are a list of them, in order."""
@@ -138,7 +137,8 @@ def sglang_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Words and environment variables; ``directory`` is what it loads first."""
     servers = config.rollout.servers
-    words = [servers.python, "-m", "sglang.launch_server", "--model-path", str(directory)]
+    words = [servers.python, keyed.__file__, "sglang.launch_server"]
+    words += ["--model-path", str(directory)]
     words += ["--host", host, "--port", str(port), "--skip-tokenizer-init"]
     words += ["--dtype", _DTYPES[config.model.dtype]]
     words += ["--context-length", str(config.model.max_sequence_length)]

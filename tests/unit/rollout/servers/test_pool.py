@@ -9,7 +9,7 @@ import pytest
 from megatron_rl.errors import RunFailed
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import BadAnswer, check_answers
+from megatron_rl.rollout.servers.api import NoAnswer, check_answers
 from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model, wait_for
@@ -251,6 +251,6 @@ def test_one_server_is_asked_once(servers, told):
     (question,) = questions(1)
     assert pool.ask_one(servers[1].url, question)[0] == 0
     servers[1].close()
-    with pytest.raises(BadAnswer, match="/inference/v1/generate: ConnectError"):
+    with pytest.raises(NoAnswer, match="/inference/v1/generate: ConnectError"):
         pool.ask_one(servers[1].url, question)
     assert servers[0].asked == []

@@ -8,6 +8,7 @@ import pytest
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers import keyed
 from megatron_rl.rollout.servers.api import BadAnswer, Call, check_answers
 from megatron_rl.rollout.servers.sglang import SglangApi, sglang_command
 
@@ -116,8 +117,9 @@ def test_the_command(tmp_path):
         "servers": {"start": 1, "python": "py", "options": ["--tp", "2"]},
     }
     config = Config(rollout=rollout, model={"dtype": "bf16"}, algorithm={"routing_replay": "r3"})
-    words, environment = sglang_command(config, tmp_path, "0.0.0.0", 8000)
+    words, environment = sglang_command(config, tmp_path, "10.0.0.1", 8000)
     line = " ".join(words)
-    assert line.startswith(f"py -m sglang.launch_server --model-path {tmp_path} --host 0.0.0.0 ")
+    start = f"py {keyed.__file__} sglang.launch_server --model-path {tmp_path} --host 10.0.0.1 "
+    assert line.startswith(start)
     assert "--dtype bfloat16 --context-length 256 --enable-return-routed-experts --tp 2" in line
     assert environment["HF_HUB_OFFLINE"] == "1"
