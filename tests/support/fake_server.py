@@ -103,6 +103,8 @@ class FakeServer:
     ) -> None:
         """like: a model directory whose config.json describes weights that are broadcast."""
         self.key: str | None = None  #: without which nothing is answered
+        #: what becomes of each choice before it is sent
+        self.spoil: Callable[[dict[str, Any]], Any] = lambda choice: choice
         self.model, self._load = model, load or (lambda directory: self.model)
         self.fault, self.pause = "", 0.3
         self.worker = _Worker(like, self._take, self._between) if like else None
@@ -213,7 +215,7 @@ class FakeServer:
         if self.fault == "error":
             return 500, {"error": "EngineCore encountered an issue"}
         count = body["sampling_params"]["n"]
-        choices = [self._choice(i, body, *begun) for i in range(count)]
+        choices = [self.spoil(self._choice(i, body, *begun)) for i in range(count)]
         with self._lock:
             if self.dies_after is not None and len(self.done) >= self.dies_after:
                 threading.Thread(target=self.close, daemon=True).start()

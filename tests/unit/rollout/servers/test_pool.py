@@ -12,6 +12,7 @@ from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.api import NoAnswer, check_answers
 from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.vllm import VllmApi
+from tests.support import raw_server
 from tests.support.fake_server import FakeServer, toy_model, wait_for
 
 API, SETTINGS, STOPS, VOCABULARY = VllmApi("load"), SamplingSettings(2, 5), (1,), 16
@@ -79,6 +80,98 @@ def test_what_one_server_answers_wrongly_the_other_answers(servers, told, expect
     assert pool.take_failures() == 0
     assert all(line.startswith(f"rollout server {servers[0].url}: BadAnswer") for line in told)
     assert len(servers[1].asked) == COUNT
+
+
+def whole(**changes):
+    return lambda choice: {**choice, **changes}
+
+
+def with_token(token):
+    return lambda choice: {**choice, "token_ids": [token, *choice["token_ids"][1:]]}
+
+
+def with_logprob(logprob):
+    def spoil(choice):
+        first, *rest = choice["logprobs"]["content"]
+        return {**choice, "logprobs": {"content": [{**first, "logprob": logprob}, *rest]}}
+
+    return spoil
+
+
+def runs_on(choice):
+    """Behind the stop token 1."""
+    tokens = [1, *choice["token_ids"][1:], 2][:5]
+    content = [{"token_id": token, "logprob": -1.0} for token in tokens]
+    spans = [{"version": "default", "start": 0, "end": len(tokens)}]
+    return {**choice, "token_ids": tokens, "logprobs": {"content": content}} | {
+        "weight_versions": spans
+    }
+
+
+def cut_short(choice):
+    """One token, which is none that ends an answer."""
+    logprobs = {"content": [{"token_id": 2, "logprob": -1.0}]}
+    spans = [{"version": "default", "start": 0, "end": 1}]
+    return {**choice, "token_ids": [2], "logprobs": logprobs, "weight_versions": spans} | {
+        "finish_reason": "length"
+    }
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        with_token(1.7),
+        with_token(True),
+        with_token("2"),
+        with_token(-1),
+        with_logprob(-1e30),
+        with_logprob(-9999.0),
+        with_logprob(0.5),
+        with_logprob(True),
+        whole(weight_versions=None),
+        whole(weight_versions=[]),
+        whole(finish_reason=None),
+        whole(finish_reason="error"),
+        whole(logprobs=None),
+        runs_on,
+        cut_short,
+        lambda choice: cut_short(choice) | {"finish_reason": "stop"},
+        lambda choice: {**choice, "index": 0},
+        lambda choice: [choice],
+    ],
+)
+def test_what_could_not_have_been_sampled_is_asked_again(servers, told, expected, spoil):
+    servers[0].spoil = spoil
+    pool = make_pool(servers, told)
+    assert pool.ask(questions()) == expected
+    assert pool.take_failures() == len(servers[0].asked) == len(told) > 0
+    assert len(servers[1].asked) == COUNT
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"choices": [' * 2000 + b"]}" * 2000,
+        b'{"choices": ' + b"9" * 5000 + b"}",
+        b'{"choices": [{"index": Infinity}]}',
+        b'{"choices": [{"index": 1e999, "token_ids": [NaN]}]}',
+        b'{"choices": "\xff\xfe"}',
+        b"\0" * 100_000,
+        b"null",
+        b"",
+        b"[]",
+        b'{"choices": {"index": 0}}',
+    ],
+    ids=range(11),
+)
+def test_no_body_ends_the_run(servers, told, expected, body):
+    hostile = raw_server.response(body, "Content-Type: application/json; charset=punycode")
+    with raw_server.RawServer(raw_server.sending([hostile])) as other:
+        pool = make_pool([other, servers[1]], told)
+        assert pool.ask(questions()) == expected
+        assert pool.take_failures() == len(other.asked) > 0
+        assert all("BadAnswer" in line and line.isprintable() for line in told)
 
 
 def test_a_server_that_dies_in_the_middle_loses_nothing(servers, told, expected):
