@@ -62,7 +62,7 @@ def urls_are_urls(config: Config) -> None:
 
 def _is_address(url: str) -> bool:
     """Of a server, perhaps below a path; without what would end up in the middle of a request."""
-    if not re.fullmatch(r"https?://[!-~]+", url) or re.search(r"[?#\\]", url):
+    if not re.fullmatch(r"(?i:https?)://[!-~]+", url) or re.search(r"[?#\\]", url):
         return False
     try:
         parts = urlsplit(url)

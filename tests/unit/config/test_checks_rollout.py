@@ -28,6 +28,7 @@ def lagging(engine="vllm", mismatch="tis", **rollout):
         lagging(),
         make("builtin"),
         make(urls=URLS),
+        make(urls=["HTTP://one", "http://[::1]:80", "http://10.0.0.1:8000/below/", "http://a_b:1"]),
         make(start=2, python="venv/bin/python"),
         make(urls=URLS, temperature=0.7),
         make(urls=URLS, top_p=0.9, top_k=8),

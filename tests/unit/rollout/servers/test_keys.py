@@ -1,6 +1,7 @@
 """Who may ask a server, and where servers listen."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.schema import Config
+from megatron_rl.device.launch import Launch
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.servers import broadcast, guard, keyed
 from megatron_rl.rollout.servers.api import BadAnswer, Call
@@ -26,6 +28,7 @@ from megatron_rl.rollout.servers.keys import (
     own_address,
 )
 from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.training.engines import _meeting
 from tests.support.fake_server import FakeServer, toy_model
 
 
@@ -192,6 +195,13 @@ def test_the_address_is_one_that_others_reach(monkeypatch):
 def test_a_name_that_nobody_knows_is_refused():
     with pytest.raises(UserError, match="^the address nobody.invalid where the ranks meet is not"):
         own_address("nobody.invalid")
+
+
+def test_ranks_on_other_machines_reach_rank_0_where_they_have_met():
+    launch = Launch(0, 4, 0, 4, True, ("node0", 29500))
+    assert _meeting(launch) is None
+    assert _meeting(dataclasses.replace(launch, local_world_size=2)) == "node0"
+    assert _meeting(Launch(0, 1, 0, 1, False)) is None
 
 
 def test_urls_of_addresses():
