@@ -22,6 +22,9 @@ from megatron_rl.rollout.servers.api import CONTROL_BYTES, BadAnswer, Call, NoAn
 #: Seconds for a connection. This side may be the slow one: while it trains, its threads can be
 #: late by seconds.
 CONNECT_S = 15.0
+#: Of the bytes that a response may have, so many for each of its lists and objects. A token, which
+#: may take 512, has one to three.
+_BYTES_OF_ONE = 64
 #: Bytes of a refusal that are read, and characters of it that are shown.
 REFUSAL_BYTES, SHOWN = 4096, 300
 
@@ -77,8 +80,10 @@ def ask_once(url: str, call: Call, *, key: str | None, seconds: float) -> bytes:
     return asyncio.run(ask())
 
 
-def parse_json(data: bytes) -> Any:
-    """The value of a JSON text; None for none at all. Nested at most 200 deep, without NaN.
+def parse_json(data: bytes, most_bytes: int = CONTROL_BYTES) -> Any:
+    """The value of a JSON text; None for none at all. Nested at most 200 deep, without NaN, and
+    with no more lists and objects than a response of ``most_bytes`` has: three bytes of text make
+    one of 60 to 240 bytes.
 
     It is read by pydantic's reader, which takes a fifth of the time of `config.json_text`: answers
     are most of what a run reads.
@@ -86,6 +91,10 @@ def parse_json(data: bytes) -> Any:
     Raises:
         BadAnswer: anything else.
     """
+    if data.count(b"[") + data.count(b"{") > most_bytes // _BYTES_OF_ONE:
+        raise BadAnswer(
+            f"no JSON of an answer: over {most_bytes // _BYTES_OF_ONE:,} lists, objects"
+        )
     try:
         return from_json(data, allow_inf_nan=False) if data else None
     except ValueError as error:

@@ -251,7 +251,7 @@ class ServerPool:
             seconds=self._deadline,
             most_bytes=question.most_bytes,
         )
-        return parse_json(body)
+        return parse_json(body, question.most_bytes)
 
     async def _take(self, unasked: _Unasked, first: bool) -> _Server:
         """The server to ask next; waits for one, and for its turn."""

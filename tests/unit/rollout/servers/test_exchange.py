@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import threading
 import tracemalloc
 
@@ -270,6 +271,19 @@ def test_what_is_no_json_is_no_answer(data):
     with pytest.raises(BadAnswer, match="^no JSON ") as error:
         parse_json(data)
     assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("one", [b"[],", b'{"a":1},', b"[[[]]],"])
+def test_a_text_does_not_become_twenty_times_as_large(one):
+    text = b"[" + one * (MIB // len(one)) + b"0]"
+
+    def read():
+        with pytest.raises(BadAnswer, match="no JSON of an answer: over 16,384 lists, objects"):
+            parse_json(text)
+
+    assert peak_of(read)[1] < MIB
+    entries = [[-1.5, 3, None]] * 16_000  # and as many as there may be are read
+    assert len(parse_json(json.dumps(entries).encode())) == 16_000
 
 
 def test_json_is_read():
