@@ -101,6 +101,8 @@ def test_a_server_that_drips_is_not_waited_for():
         pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=9, say=told.append)
         assert pool.ask([question(prompt) for prompt in prompts]) == [0, 1, 2, 3]
         assert len(slow.asked) >= 1 and pool.take_failures() == len(told) >= 1
+        with pytest.raises(NoAnswer, match="/inference/v1/generate was not answered in full wit"):
+            pool.ask_one(slow.url, question(prompts[0]))  # as weights are sent, and probed
     assert all("not answered in full within 1 s; asking again" in line for line in told)
 
 
