@@ -12,6 +12,7 @@ import pytest
 from megatron_rl.errors import RunFailed
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers import pool as pool_module
 from megatron_rl.rollout.servers import process
 from megatron_rl.rollout.servers.api import BadAnswer, Call, NoAnswer, check_answers
 from megatron_rl.rollout.servers.exchange import ask_once, parse_json
@@ -84,8 +85,9 @@ def test_the_deadline_is_of_the_whole_exchange(behaviour):
     assert said == "/collective_rpc was not answered in full within 0.7 s"
 
 
-def test_a_server_that_drips_is_not_waited_for():
-    """The other one answers; the slow one would have taken four seconds for each."""
+def test_a_server_that_drips_is_not_waited_for(monkeypatch):
+    """The other one answers, if not at once; a byte comes every 0.2 s."""
+    monkeypatch.setattr(pool_module, "LONGEST_REST_S", 0.1)
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(4)]
     settings, api, told = SamplingSettings(2, 5), VllmApi("load"), []
 
@@ -98,21 +100,23 @@ def test_a_server_that_drips_is_not_waited_for():
 
     with RawServer(byte_by_byte(WHOLE, 0)) as slow, FakeServer(toy_model()) as good:
         urls = [slow.url, good.url]
-        pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=9, say=told.append)
+        pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=1000, say=told.append)
         assert pool.ask([question(prompt) for prompt in prompts]) == [0, 1, 2, 3]
-        assert len(slow.asked) >= 1 and pool.take_failures() == len(told) >= 1
+        assert len(slow.asked) >= 1 and pool.take_failures() >= 1
         with pytest.raises(NoAnswer, match="/inference/v1/generate was not answered in full wit"):
             pool.ask_one(slow.url, question(prompts[0]))  # as weights are sent, and probed
-    assert all("not answered in full within 1 s; asking again" in line for line in told)
+    late = [line for line in told if line.startswith(f"rollout server {slow.url}")]
+    assert late and all("not answered in full within 1 s; asking again" in line for line in late)
 
 
 def test_a_health_check_has_a_deadline_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "HEALTH_S", 0.5)
     server = process.ServerProcess("127.0.0.1", tmp_path / "log")
     monkeypatch.setattr(process.ServerProcess, "is_running", True)
     with RawServer(byte_by_byte(WHOLE, 0)) as dripping:
         server.url = dripping.url
-        assert not server.is_ready
+        with monkeypatch.context() as impatient:
+            impatient.setattr(process, "HEALTH_S", 0.5)
+            assert not server.is_ready
     with RawServer(sending([response(b"")])) as well:
         server.url = well.url
         assert server.is_ready
