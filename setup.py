@@ -26,7 +26,7 @@ setup(
         "torch>=2.9",  # grouped_mm on any device
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
-        "pydantic>=2.7,<3",
+        "pydantic>=2.8,<3",
         "pyyaml>=6",
         "rich>=13",
         "sentencepiece>=0.2",

@@ -1,15 +1,38 @@
-"""Writing files whole (a reader, or a run that was killed, sees the old content or the new), and
-making room for new ones."""
+"""Reading files with bounds; writing them whole (a reader, or a run that was killed, sees the old
+content or the new), and making room for new ones."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import uuid
 from pathlib import Path
 from typing import Iterator
 
 from megatron_rl.errors import UserError
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """The content of a file that others may have put there.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (a pipe would be waited for, a device read
+            without end), or has more than ``most_bytes``.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        content = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
+    if max(status.st_size, len(content)) > most_bytes:
+        size = max(status.st_size, len(content))
+        raise OSError(errno.EFBIG, f"{size:,} bytes, more than {most_bytes:,}")
+    return content
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Callable
 from urllib.parse import urlsplit
 
@@ -46,13 +47,30 @@ def urls_are_urls(config: Config) -> None:
     """``rollout.servers.urls`` are http addresses, each once."""
     urls = config.rollout.servers.urls
     for url in urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if "@" in url:
+            raise UserError(
+                "rollout.servers.urls holds a user or a password; expected an address such as "
+                "http://host:8000: config.yaml keeps no secrets, MEGATRON_RL_SERVER_KEY does"
+            )
+        if not _is_address(url):
             raise UserError(
                 f"rollout.servers.urls holds {url!r}; expected an address such as http://host:8000"
             )
     if len({url.rstrip("/") for url in urls}) < len(urls):
         raise UserError("rollout.servers.urls names a server twice; expected each once")
+
+
+def _is_address(url: str) -> bool:
+    """Of a server, perhaps below a path; without what would end up in the middle of a request."""
+    if not re.fullmatch(r"(?i:https?)://[!-~]+", url) or re.search(r"[?#\\]", url):
+        return False
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:  # brackets that do not close, a port that is none
+        return False
+    labels = (host or "").split(".")
+    return bool(host) and port != 0 and all(len(label) <= 63 for label in labels)
 
 
 def servers_give_exact_logprobs(config: Config) -> None:

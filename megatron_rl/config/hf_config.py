@@ -31,7 +31,7 @@ from megatron_rl.config.hf_file import (
     shown,
 )
 from megatron_rl.config.hf_rope import rope_fields
-from megatron_rl.config.json_file import read_json_object
+from megatron_rl.config.json_text import read_json_object
 from megatron_rl.config.nearest import did_you_mean
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}

@@ -242,7 +242,8 @@ class ServersConfig(Section):
     """Inference servers that answer in place of the training model (rollout.engine)."""
 
     urls: tuple[str, ...] = ()
-    """Of servers that run already, such as http://host:8000."""
+    """Of servers that run already, such as http://host:8000; the environment variable
+    MEGATRON_RL_SERVER_KEY holds their key."""
     start: int = Field(0, ge=0)
     """Servers to start on the machine of rank 0, in place of urls; they end with the run."""
     python: str | None = None
@@ -263,7 +264,8 @@ class ServersConfig(Section):
     in_flight: int = Field(32, ge=1)
     """Most open questions of a rank at a server; a question is a problem with all its answers."""
     deadline_s: float = Field(600.0, gt=0.0)
-    """Longest wait for an answer, and for a server while none can be asked, seconds."""
+    """Longest exchange with a server, from connecting to its last byte, and longest wait while none
+    can be asked, seconds."""
     retries: int = Field(4, ge=0)
     """How often a question that got no good answer is asked again."""
     probe_tolerance: float = Field(1e-3, gt=0.0)

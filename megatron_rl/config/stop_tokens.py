@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
-from megatron_rl.config.json_file import read_json_object
+from megatron_rl.config.json_text import read_json_object
 from megatron_rl.errors import UserError
 
 #: Names the tokens at which generation stops; inference engines read it before config.json.

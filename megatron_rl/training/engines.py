@@ -8,6 +8,7 @@ from typing import Sequence
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.device.launch import Launch
 from megatron_rl.rollout.builtin.generate import BuiltinEngine
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.servers.api import ServerApi
@@ -38,7 +39,7 @@ def build_engine(
             stop_ids=session.stop_tokens,
             decode=session.tokenizer.decode,
             say=session.console.warn,
-            own_machine=session.launch.local_world_size == session.launch.world_size,
+            meeting=_meeting(session.launch),
             command=command,
             progress=partial(session.console.phase, "rollout"),
             stop=session.stop.heard,
@@ -54,6 +55,13 @@ def build_engine(
         capture=capture,
         stop=session.stop.heard,
     )
+
+
+def _meeting(launch: Launch) -> str | None:
+    """The address of rank 0's machine, where ranks run on others."""
+    if launch.local_world_size == launch.world_size or launch.master is None:
+        return None
+    return launch.master[0]
 
 
 def _kind_of_server(session: Session) -> tuple[ServerApi, Command]:

@@ -24,6 +24,7 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_rl.rollout.servers.keys import check_key
 from megatron_rl.training.run_lock import RunLock
 from megatron_rl.training.stop import StopRequest
 from megatron_rl.training.stop_tokens import model_directories, stop_tokens_of
@@ -164,6 +165,7 @@ def open_session(
         undo.enter_context(console)
         timers = Timers(_synchronise if device.kind == "cuda" else None)
         lock = RunLock(config.run_dir, console.note) if main and _writes(config, verb) else None
+        together(groups.world, lambda: check_key(config) if main and verb != "sft" else None)
         together(groups.world, lambda: lock.acquire() if lock else None)
         if lock is not None:
             undo.callback(lock.release)

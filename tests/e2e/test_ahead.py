@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_rl.rollout.servers.keys import KEY_VARIABLE, new_key
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.runs import records, succeed
 
@@ -10,12 +11,15 @@ from tests.support.runs import records, succeed
     ("lag", "expected"),
     [pytest.param(1, [0, 1, 1], marks=pytest.mark.slow), (2, [0, 1, 2, 2])],
 )
-def test_answers_are_as_old_as_they_come_ahead(folder, sft_run, lag, expected):
+def test_answers_are_as_old_as_they_come_ahead(folder, sft_run, lag, expected, monkeypatch):
     """The server has answered what it was asked before it is paused for new weights, however slow
-    it is: all answers are by the weights of their asking.
+    it is: all answers are by the weights of their asking. It answers those who have its key.
     """
     run_dir = folder / "runs" / f"ahead_{lag}"
+    key = new_key()
+    monkeypatch.setenv(KEY_VARIABLE, key)
     with FakeServer(toy_model(), hugging_face_model) as server:
+        server.key = key
 
         def answer_first(number):
             """Of 8 problems with 4 answers a step, 3 steps are asked before the second pause."""
@@ -36,3 +40,5 @@ def test_answers_are_as_old_as_they_come_ahead(folder, sft_run, lag, expected):
     assert [difference > 1e-3 for difference in differences] == [age > 0 for age in expected]
     assert all(row["servers/probe_difference"] < 1e-4 for row in rows)
     assert sum(row["servers/failures"] for row in rows) == 0
+    texts = [file.read_bytes() for file in run_dir.rglob("*") if file.is_file()]
+    assert texts and not any(key.encode() in text for text in texts)

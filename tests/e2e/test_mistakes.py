@@ -70,6 +70,11 @@ MISTAKES = {
         ["sft", "sft.yaml", *ONE_RANK, "--run_dir", "empty.jsonl/run"],
         "run_dir empty.jsonl/run cannot be written (Not a directory: empty.jsonl/run); expected ",
     ),
+    "a server elsewhere without its key": (
+        ["train", "rl.yaml", *ONE_RANK, "--run_dir=runs/keyless", "--rollout.engine=vllm"]
+        + ["--rollout.servers.urls=[http://host.invalid:8000]"],
+        "rollout.servers.urls names http://host.invalid:8000, and MEGATRON_RL_SERVER_KEY is not ",
+    ),
     "prompt": (
         ["generate", "sft.yaml", *ONE_RANK, "--prompt", "1 " * 40],
         "has 81 tokens; expected 1 to 52",

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from megatron_rl.config.load import load_config
+from megatron_rl.rollout.servers.keys import KEY_VARIABLE
 from megatron_rl.rollout.servers.process import ServerProcess
 from megatron_rl.rollout.servers.vllm_command import vllm_command
 from tests.support.recipe import run_tool
@@ -186,7 +187,8 @@ def standing(folder):
         process.stop()
 
 
-def test_weights_reach_a_standing_server_without_a_disk(folder, standing):
+def test_weights_reach_a_standing_server_without_a_disk(folder, standing, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, standing.key)
     command = words("broadcast", SHORT, "--rollout.engine", "vllm")
     command += ["--rollout.servers.urls", f"[{standing.url}]", "--rollout.servers.sync=broadcast"]
     with started(*command, cwd=folder, ranks=2) as process:

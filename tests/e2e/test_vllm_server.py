@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.broadcast import WeightBroadcast
+from megatron_rl.rollout.servers.keys import KEY_VARIABLE
 from megatron_rl.rollout.servers.process import ServerProcess
 from megatron_rl.rollout.servers.vllm_command import vllm_command
 from tests.support import hugging_face
@@ -22,9 +24,10 @@ from tests.support.weight_transfer import GlooLink
 pytestmark = pytest.mark.servers
 
 
-def tokens_made(url):
+def tokens_made(process):
     """How many tokens the server has sampled so far, those of unfinished answers too."""
-    text = httpx.get(f"{url}/metrics", timeout=60.0).text
+    headers = {"Authorization": f"Bearer {process.key}"}
+    text = httpx.get(f"{process.url}/metrics", headers=headers, timeout=60.0).text
     (count,) = re.findall(r"^vllm:generation_tokens_total{.*} (.+)$", text, re.MULTILINE)
     return float(count)
 
@@ -45,12 +48,14 @@ def tiny(tmp_path_factory):
     rollout = config.rollout.model_copy(update={"servers": servers, "lag": 2})
     config = config.model_copy(update={"rollout": rollout})
     process.start(*vllm_command(config, True, directory, "127.0.0.1", process.port))
-    try:
-        process.wait_until_ready(300.0)
-        engine, chunks, *_ = build(config, told, method="reload_checkpoint")
-        yield told, process, engine, chunks, folder / "run" / "servers" / "weights"
-    finally:
-        process.stop()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(KEY_VARIABLE, process.key)
+        try:
+            process.wait_until_ready(300.0)
+            engine, chunks, *_ = build(config, told, method="reload_checkpoint")
+            yield told, process, engine, chunks, folder / "run" / "servers" / "weights"
+        finally:
+            process.stop()
 
 
 PROMPTS = [Prompt(i, np.array([2 + i, 5, 9]), "", {}) for i in range(16)]
@@ -64,15 +69,32 @@ def test_prompts_are_answered_that_are_together_more_than_a_server_reads_at_a_ti
     assert told == []
 
 
+def test_no_route_answers_without_the_key(tiny):
+    """All that the server lists, those that change weights among them, and its list."""
+    _, process, *_ = tiny
+    headers = {"Authorization": f"Bearer {process.key}"}
+    listed = httpx.get(f"{process.url}/openapi.json", headers=headers, timeout=60.0).json()["paths"]
+    assert {"/collective_rpc", "/pause", "/update_weights", "/inference/v1/generate"} <= set(listed)
+    for path in [*listed, "/metrics", "/openapi.json", "/docs"]:
+        for method in listed.get(path, ["get"]):
+            for wrong in ({}, {"Authorization": "Bearer " + process.key[:-1]}):
+                answer = httpx.request(method, process.url + path, headers=wrong, timeout=60.0)
+                assert answer.status_code == 401, path
+    command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    log = process._log
+    assert process.key.encode() not in command + log.read_bytes()
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
 def test_answers_that_an_update_breaks_off_go_on_with_the_new_weights(tiny):
     """Every token has the log-probability of the weights that drew it, the old ones first."""
     told, process, engine, chunks, weights = tiny
     # The model is so small that the server may sample all answers before it hears that it is to
     # break them off; then once more.
     for _ in range(10):
-        before = tokens_made(process.url)
+        before = tokens_made(process)
         finish_old = engine.begin(PROMPTS, SamplingSettings(3, 1000, seed=4))
-        wait_for(lambda least=before + 240: tokens_made(process.url) >= least, 60.0)
+        wait_for(lambda least=before + 240: tokens_made(process) >= least, 60.0)
         change_weights(engine, chunks)
         engine.generate([], SamplingSettings(1, 1))
         answers = [(g.prompt, a) for g in finish_old() for a in g.completions]
@@ -117,6 +139,7 @@ def test_weights_reach_a_server_by_its_own_transfer_and_answers_end_where_ours_d
     rollout = config.rollout.model_copy(update={"servers": servers})
     config = config.model_copy(update={"rollout": rollout})
     process.start(*vllm_command(config, True, directory, "127.0.0.1", process.port))
+    monkeypatch.setenv(KEY_VARIABLE, process.key)
     try:
         process.wait_until_ready(300.0)
         _, chunks, groups, _ = build(config, told)

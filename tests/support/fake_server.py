@@ -102,6 +102,9 @@ class FakeServer:
         like: Path | None = None,
     ) -> None:
         """like: a model directory whose config.json describes weights that are broadcast."""
+        self.key: str | None = None  #: without which nothing is answered
+        #: what becomes of each choice before it is sent
+        self.spoil: Callable[[dict[str, Any]], Any] = lambda choice: choice
         self.model, self._load = model, load or (lambda directory: self.model)
         self.fault, self.pause = "", 0.3
         self.worker = _Worker(like, self._take, self._between) if like else None
@@ -212,7 +215,7 @@ class FakeServer:
         if self.fault == "error":
             return 500, {"error": "EngineCore encountered an issue"}
         count = body["sampling_params"]["n"]
-        choices = [self._choice(i, body, *begun) for i in range(count)]
+        choices = [self.spoil(self._choice(i, body, *begun)) for i in range(count)]
         with self._lock:
             if self.dies_after is not None and len(self.done) >= self.dies_after:
                 threading.Thread(target=self.close, daemon=True).start()
@@ -277,11 +280,15 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
         used = False
 
         def do_GET(self) -> None:
+            if self._is_kept_out():
+                return
             transfers = server.transfer is not None and self.path in server.transfer.routes
             self._send(*(server.respond(self.path, {}) if transfers else (200, {})))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self._is_kept_out():
+                return
             gone = server.fault == "impatient" and self.used
             response = None if gone else server.respond(self.path, body)
             self.used = True
@@ -289,6 +296,12 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             self._send(*response)
+
+        def _is_kept_out(self) -> bool:
+            if server.key is None or self.headers["Authorization"] == f"Bearer {server.key}":
+                return False
+            self._send(401, {"error": "Unauthorized"})
+            return True
 
         def _send(self, status: int, payload: Any) -> None:
             text = json.dumps(payload).encode()

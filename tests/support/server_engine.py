@@ -68,7 +68,6 @@ def build_on(
         stop_ids=stop_ids,
         decode=lambda ids: " ".join(map(str, ids)),
         say=told.append,
-        own_machine=True,
         command=command,
     )
 

@@ -231,7 +231,8 @@ def _vllm(
 
     def generate() -> int:
         url = f"{server.url}/v1/completions"
-        response = httpx.post(url, json=body, timeout=600.0, trust_env=False)
+        headers = {"Authorization": f"Bearer {server.key}"}
+        response = httpx.post(url, json=body, headers=headers, timeout=600.0, trust_env=False)
         choices = response.raise_for_status().json()["choices"]
         return sum(len(choice["token_ids"]) for choice in choices)
 

@@ -17,12 +17,12 @@ from datetime import timedelta
 from typing import Callable, Iterable, Protocol, Sequence
 from urllib.parse import urlsplit
 
-import httpx
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, TCPStore, Work
 
 from megatron_rl.errors import one_line
 from megatron_rl.rollout.servers.api import BadAnswer
+from megatron_rl.rollout.servers.keys import listening
 from megatron_rl.rollout.servers.transfer import (
     PACKED_BYTES,
     Ask,
@@ -42,7 +42,7 @@ POLL_S = 0.005
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 #: What may go wrong with one server, without harm to the others.
-Failures = (httpx.HTTPError, BadAnswer, RuntimeError, OSError, TimeoutError, NotInTime)
+Failures = (BadAnswer, RuntimeError, OSError, TimeoutError, NotInTime)
 
 
 class Channel(Protocol):
@@ -162,13 +162,13 @@ class ExtensionChannel:
         self._answer: Future | None = None
         backend = "nccl" if device.type == "cuda" else "gloo"
         size, host = 1 + len(self._call("count", [])), _address_towards(url)
-        store = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = _store(host, timeout)
         arguments = [host, store.port, backend, size, 2 * timeout.total_seconds()]
         joined = self._threads.submit(self._call, "join_weights", arguments)
         self._store, self._size = store, size
         self._group = make_group(store, 0, size, backend, timeout)
         _begin(self._group, torch.zeros(1, dtype=torch.int64, device=device)).wait()
-        joined.result()  # and now it is there
+        joined.result(timeout.total_seconds())  # and now it is there
 
     def start(self, number: int) -> None:
         """See `Channel`."""
@@ -212,6 +212,20 @@ class ExtensionChannel:
         if self._answer.done():
             self._answer.result()
             raise BadAnswer(why)
+
+
+def _store(host: str, timeout: timedelta) -> TCPStore:
+    """Where a group meets: on this address of the machine, and not on all of them."""
+    server = listening(host)
+    port = server.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+    )
 
 
 def make_group(

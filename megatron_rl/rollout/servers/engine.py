@@ -21,9 +21,11 @@ from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.api import (
     Answer,
+    ExpertShape,
     ServerApi,
     answer_seed,
     check_answers,
+    most_bytes,
 )
 from megatron_rl.rollout.servers.pool import Question
 from megatron_rl.rollout.servers.sync import Command, WeightSync
@@ -47,7 +49,7 @@ class ServerEngine:
         stop_ids: Collection[int],
         decode: Callable[[Sequence[int]], str],
         say: Callable[[str], None],
-        own_machine: bool,
+        meeting: str | None = None,
         command: Command | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         stop: Callable[[], bool] = lambda: False,
@@ -61,7 +63,8 @@ class ServerEngine:
             stop_ids: the tokens that end an answer.
             decode: token ids to text, without special tokens.
             say: tells a person what has gone wrong.
-            own_machine: whether all ranks run on one machine.
+            meeting: the address of rank 0's machine at which ranks on others reach it; None: all
+                ranks run on one machine.
             command: starts a server, where the configuration asks for servers of its own.
             progress: told how many of this rank's prompts are answered.
             stop: whether this rank has heard that the run is to stop.
@@ -76,13 +79,15 @@ class ServerEngine:
             groups,
             question=self._question,
             say=say,
-            own_machine=own_machine,
+            meeting=meeting,
             command=command,
             stop=stop,
         )
         self._version = 0
         model = config.model
-        self._layers = tuple(i + 1 for i, is_moe in enumerate(moe_layers(model)) if is_moe)
+        moe = tuple(i for i, is_moe in enumerate(moe_layers(model)) if is_moe)
+        self._experts = ExpertShape(model.num_layers, moe, model.moe_top_k, model.num_experts)
+        self._layers = tuple(layer + 1 for layer in moe)
         self._lag = config.rollout.lag
         #: The steps ahead, and an evaluation.
         self._threads = ThreadPoolExecutor(self._lag + 1, "rollout servers")
@@ -187,12 +192,21 @@ class ServerEngine:
             versions = [str(number) for number in range(version, last + 1)]
             size = model.vocab_size
             check_answers(answers, prompt, settings, self._stop_ids, size, versions, carried)
-            return answers
+            return [self._with_experts(answer, prompt, settings) for answer in answers]
 
         if seed is None:
             first = prompt.first_sample(settings.samples)
             seed = answer_seed(settings.seed, prompt.index, first)
-        return Question(self._api.generation(prompt, settings, seed, self._stop_ids), read)
+        call = self._api.generation(prompt, settings, seed, self._stop_ids)
+        return Question(call, read, most_bytes(prompt, settings, self._experts))
+
+    def _with_experts(self, answer: Answer, prompt: Prompt, settings: SamplingSettings) -> Answer:
+        """With those of the MoE layers, where they are asked for and there are tokens."""
+        routes, count = None, len(answer.tokens)
+        if settings.routes and count:
+            tokens = len(prompt.tokens) + count - 1
+            routes = self._experts.of_moe_layers(answer.routed_experts, tokens)
+        return replace(answer, routed_experts=routes)
 
     def _ask(
         self, prompts: Sequence[Prompt], settings: SamplingSettings, version: int, turn: int
@@ -261,7 +275,8 @@ class ServerEngine:
     def _completion(self, answer: Answer, version: int) -> Completion:
         routes = None
         if answer.routed_experts is not None:
-            routes = self._routes(answer.routed_experts)
+            ids = answer.routed_experts.astype(id_type(self._config.model.num_experts))
+            routes = RoutedExperts(ids, self._layers)
         # Not as the server names it: the last token that is allowed may be a stop token.
         finished = int(answer.tokens[-1]) in self._stop_ids
         return Completion(
@@ -273,12 +288,6 @@ class ServerEngine:
             version=int(answer.versions[0]) if answer.versions else version,
             last_version=int(answer.versions[-1]) if answer.versions else version,
         )
-
-    def _routes(self, ids: np.ndarray) -> RoutedExperts:
-        """A server reports every layer, the dense ones too, or the MoE layers alone."""
-        if ids.shape[1] == self._config.model.num_layers:
-            ids = ids[:, [layer - 1 for layer in self._layers]]
-        return RoutedExperts(ids.astype(id_type(self._config.model.num_experts)), self._layers)
 
     def _mine(self, found: list[list[RolloutGroup]]) -> list[RolloutGroup]:
         """The answers of the rank that has asked for the same prompts, with the experts of this

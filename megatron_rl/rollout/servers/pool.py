@@ -12,22 +12,21 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Callable, Generic, Sequence, TypeVar
+from typing import Any, Callable, Coroutine, Generic, Sequence, TypeVar
 
 import httpx
 
 from megatron_rl.errors import RunFailed, one_line
-from megatron_rl.rollout.servers.api import BadAnswer, Call
+from megatron_rl.rollout.servers.api import CONTROL_BYTES, BadAnswer, Call
+from megatron_rl.rollout.servers.exchange import exchange, open_transport, parse_json
 
 Result = TypeVar("Result")
 
 #: Seconds a server rests after its first failure in a row; doubled with each further one.
 FIRST_REST_S, LONGEST_REST_S = 0.5, 30.0
-#: Seconds for a connection. This side may be the slow one: while it trains, its threads can be
-#: late by seconds.
-CONNECT_S = 15.0
 #: Seconds between looks for a server that can be asked, where none can.
 LOOK_EVERY_S = 0.05
+_CLOSED = "the rollout servers are not asked any more"
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Question(Generic[Result]):
 
     call: Call
     read: Callable[[Any], Result]
+    most_bytes: int = CONTROL_BYTES  #: largest response
 
 
 @dataclass
@@ -67,23 +67,28 @@ class ServerPool:
         retries: int,
         say: Callable[[str], None],
         revive: Callable[[], None] = lambda: None,
+        key: str | None = None,
     ) -> None:
         """
         Args:
             urls: of the servers.
             in_flight: most open questions at a server.
-            deadline_s: for an answer; and how long to wait for a server when none is left.
+            deadline_s: for a whole exchange with a server, from connecting to the last byte; and
+                how long to wait for a server when none is left.
             retries: how often a question is asked again.
             say: tells a person what has gone wrong.
             revive: called, in a thread, when no server can be asked; may bring some back.
+            key: of the servers; None: they have none.
         """
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._in_flight, self._deadline, self._retries = in_flight, deadline_s, retries
-        self._say, self._revive = say, revive
+        self._say, self._revive, self._key = say, revive, key
         self._reviving = self._waiting = self._closed = self._held = False
         self._failures = 0
         self._lock = threading.Lock()  # several threads may ask at a time
         self._unasked: list[_Unasked] = []  #: of each call of `ask`
+        #: what is being asked, each in the loop of its thread
+        self._asking: set[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = set()
 
     @property
     def urls(self) -> list[str]:
@@ -106,18 +111,19 @@ class ServerPool:
 
         Raises:
             RunFailed: a question had no good answer, asked ``retries`` times again, or no server
-                came back within the deadline. Open questions are dropped then.
+                came back within the deadline; or the pool was closed. Open questions are dropped
+                then.
         """
-        return asyncio.run(self._ask(questions, done, turn)) if questions else []
+        return self._run(self._ask(questions, done, turn)) if questions else []
 
     def ask_one(self, url: str, question: Question[Result]) -> Result:
-        """Ask this server, once. Raises: httpx.HTTPError, BadAnswer."""
+        """Ask this server, once. Raises: BadAnswer; RunFailed: the pool was closed."""
 
         async def ask() -> Result:
-            async with self._client() as client:
-                return question.read(await self._post(client, url, question.call))
+            async with open_transport() as transport:
+                return question.read(await self._payload(transport, url, question))
 
-        return asyncio.run(ask())
+        return self._run(ask())
 
     def exclude(self, url: str, why: str) -> None:
         """Do not ask this server any more."""
@@ -139,8 +145,13 @@ class ServerPool:
         self._held = False
 
     def close(self) -> None:
-        """Ask nothing more: who is asking, in another thread, gets `RunFailed`."""
-        self._closed = True
+        """Ask nothing more: who is asking, in another thread, gets `RunFailed` at once, whatever
+        the servers do.
+        """
+        with self._lock:
+            self._closed = True
+            for loop, task in self._asking:
+                loop.call_soon_threadsafe(task.cancel)
 
     def take_failures(self) -> int:
         """Questions since the last call that were not answered, or wrongly, and asked again."""
@@ -150,14 +161,27 @@ class ServerPool:
     def _of(self, url: str) -> _Server:
         return next(server for server in self._servers if server.url == url)
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            timeout=httpx.Timeout(self._deadline, connect=CONNECT_S),
-            # A connection for each question. Servers close one that is not used for 5 s; a
-            # question that is sent at that moment is lost.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            trust_env=False,  # no proxy stands between a run and its servers
-        )
+    def _run(self, asking: Coroutine[Any, Any, Result]) -> Result:
+        """In an event loop of this thread's own, until `close` breaks it off."""
+
+        async def watched() -> Result:
+            entry = (asyncio.get_running_loop(), asyncio.current_task())
+            with self._lock:
+                self._asking.add(entry)
+                if self._closed:
+                    entry[1].cancel()  # at its first wait
+            try:
+                return await asking
+            finally:
+                with self._lock:
+                    self._asking.remove(entry)
+
+        try:
+            return asyncio.run(watched())
+        except asyncio.CancelledError:
+            if self._closed:
+                raise RunFailed(_CLOSED) from None
+            raise
 
     async def _ask(
         self, questions: Sequence[Question[Result]], done: Callable[[int], None], turn: int
@@ -166,18 +190,18 @@ class ServerPool:
         left = deque(enumerate(questions))
         unasked = _Unasked(turn, len(left))
 
-        async def work(client: httpx.AsyncClient) -> None:
+        async def work(transport: httpx.AsyncHTTPTransport) -> None:
             while left:
                 number, question = left.popleft()
-                results[number] = await self._answer(client, question, unasked)
+                results[number] = await self._answer(transport, question, unasked)
                 done(len(results))
 
         with self._lock:
             self._unasked.append(unasked)
 
-        async with self._client() as client:
+        async with open_transport() as transport:
             count = min(len(questions), self._in_flight * len(self._servers))
-            workers = [asyncio.create_task(work(client)) for _ in range(count)]
+            workers = [asyncio.create_task(work(transport)) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -189,19 +213,19 @@ class ServerPool:
         return [results[number] for number in range(len(questions))]
 
     async def _answer(
-        self, client: httpx.AsyncClient, question: Question[Result], unasked: _Unasked
+        self, transport: httpx.AsyncHTTPTransport, question: Question[Result], unasked: _Unasked
     ) -> Result:
         reasons = []
         while len(reasons) <= self._retries:
             server = await self._take(unasked, first=not reasons)
             try:
-                payload = await self._post(client, server.url, question.call)
+                payload = await self._payload(transport, server.url, question)
                 while self._held and not self._closed:
                     await asyncio.sleep(LOOK_EVERY_S)
                 if server.excluded is not None:
                     raise BadAnswer(server.excluded)
                 result = question.read(payload)
-            except (httpx.HTTPError, BadAnswer) as error:
+            except BadAnswer as error:
                 text = one_line(error)
                 reasons.append(f"{server.url}: {text}")
                 self._rest(server)
@@ -216,23 +240,25 @@ class ServerPool:
             f"no rollout server gave a good answer in {len(reasons)} tries; last {reasons[-1]}"
         )
 
-    async def _post(self, client: httpx.AsyncClient, url: str, call: Call) -> Any:
-        method = "GET" if call.body is None else "POST"
-        response = await client.request(method, url + call.path, json=call.body)
-        if response.is_error:
-            text = " ".join(response.text.split())[:300]
-            raise BadAnswer(f"{call.path} answered {response.status_code}: {text}")
-        try:
-            return response.json() if response.content else None
-        except ValueError as error:
-            raise BadAnswer(f"{call.path} answered no JSON: {response.text[:80]!r}") from error
+    async def _payload(
+        self, transport: httpx.AsyncHTTPTransport, url: str, question: Question[Any]
+    ) -> Any:
+        body = await exchange(
+            transport,
+            url,
+            question.call,
+            key=self._key,
+            seconds=self._deadline,
+            most_bytes=question.most_bytes,
+        )
+        return parse_json(body, question.most_bytes)
 
     async def _take(self, unasked: _Unasked, first: bool) -> _Server:
         """The server to ask next; waits for one, and for its turn."""
         end = None
         while True:
             if self._closed:
-                raise RunFailed("the rollout servers are not asked any more")
+                raise RunFailed(_CLOSED)
             now = time.monotonic()
             with self._lock:
                 able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]

@@ -10,17 +10,50 @@ from __future__ import annotations
 import base64
 import binascii
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Annotated, Any, Literal, Sequence
 
 import numpy as np
+from pydantic import FailFast, Field
 
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call
+from megatron_rl.rollout.servers import keyed
+from megatron_rl.rollout.servers.api import (
+    Answer,
+    BadAnswer,
+    Call,
+    Sent,
+    logprob_array,
+    understood,
+)
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_ROUTE = "/generate"
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+#: Log-probability, token and its text, which JSON has as a list.
+_Token = Annotated[tuple[float, _TokenId, Any], Field(strict=False)]
+
+
+class _Reason(Sent):
+    type: Literal["stop", "length", "abort"]
+
+
+class _Meta(Sent):
+    finish_reason: _Reason
+    output_token_logprobs: Annotated[list[_Token], FailFast()]
+    weight_version: Annotated[str, Field(pattern=r"^[!-~]{1,64}$")] | int | None = None
+    routed_experts: str | None = None
+
+
+class _Sample(Sent):
+    meta_info: _Meta
+    output_ids: Any = None  #: the same tokens as in meta_info
+
+
+class _Response(Sent):
+    samples: Annotated[list[_Sample], FailFast()]
 
 
 class SglangApi:
@@ -28,7 +61,7 @@ class SglangApi:
 
     def __init__(self, model: ModelConfig) -> None:
         """model: tells the shape of the experts that answers carry."""
-        self._shape = (model.num_layers, model.moe_top_k)
+        self._layers, self._top_k = model.num_layers, model.moe_top_k
         self._moe_layers = sum(moe_layers(model))
 
     def generation(
@@ -51,18 +84,12 @@ class SglangApi:
             "sampling_params": sampling,
             "return_logprob": True,
         }
-        return Call(
-            "/generate", body | ({"return_routed_experts": True} if settings.routes else {})
-        )
+        return Call(_ROUTE, body | ({"return_routed_experts": True} if settings.routes else {}))
 
     def answers(self, payload: Any) -> list[Answer]:
         """See `ServerApi`. One sample is an object, several are a list of them, in order."""
-        try:
-            return [
-                self._answer(one) for one in (payload if isinstance(payload, list) else [payload])
-            ]
-        except (KeyError, TypeError, ValueError, OverflowError, IndexError) as error:
-            raise BadAnswer(f"not a response of /generate ({error!r})") from error
+        samples = {"samples": payload if isinstance(payload, list) else [payload]}
+        return [self._answer(one) for one in understood(_Response, samples, _ROUTE).samples]
 
     def loading(self, directory: str, version: str) -> Sequence[Call]:
         """See `ServerApi`. Cached keys and values of the old weights are forgotten with it."""
@@ -77,33 +104,32 @@ class SglangApi:
         """See `ServerApi`."""
         return (Call("/continue_generation", {}),)
 
-    def _answer(self, one: dict[str, Any]) -> Answer:
-        meta = one["meta_info"]
-        pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
-        version, reason = meta.get("weight_version"), meta["finish_reason"]["type"]
+    def _answer(self, sample: _Sample) -> Answer:
+        meta = sample.meta_info
+        tokens = [token for _, token, _ in meta.output_token_logprobs]
+        if sample.output_ids not in (None, tokens):
+            raise BadAnswer(f"not a response of {_ROUTE} (other tokens in output_ids)")
+        version, reason = meta.weight_version, meta.finish_reason.type
+        encoded = meta.routed_experts
         return Answer(
-            tokens=np.array([token for _, token in pairs], dtype=np.int64),
-            logprobs=np.array([logprob for logprob, _ in pairs], dtype=np.float32),
+            tokens=np.array(tokens, dtype=np.int64),
+            logprobs=logprob_array([logprob for logprob, *_ in meta.output_token_logprobs]),
             stopped=reason == "stop",
             versions=() if version is None else (str(version),),
-            routed_experts=self._experts(meta.get("routed_experts")),
+            routed_experts=None if encoded is None else self._experts(encoded),
             aborted=reason == "abort",
         )
 
-    def _experts(self, encoded: str | None) -> np.ndarray | None:
+    def _experts(self, encoded: str) -> np.ndarray:
         """int32 [tokens, L, K], of all layers or of the MoE layers alone."""
-        if encoded is None:
-            return None
         try:
             flat = np.frombuffer(base64.b64decode(encoded, validate=True), dtype=np.int32)
-        except binascii.Error as error:
-            raise ValueError("routed_experts is not base64") from error
-        layers, top_k = self._shape
-        tokens, left = divmod(len(flat), layers * top_k)
-        if left:
-            layers = self._moe_layers
-            tokens = len(flat) // (layers * top_k)
-        return flat.reshape(tokens, layers, top_k)
+        except (binascii.Error, ValueError) as error:
+            raise BadAnswer(f"not a response of {_ROUTE} (routed_experts: {error})") from error
+        for layers in (self._layers, self._moe_layers):
+            if layers and len(flat) % (layers * self._top_k) == 0:
+                return flat.reshape(-1, layers, self._top_k)
+        raise BadAnswer(f"not a response of {_ROUTE} (routed_experts: {len(flat)} numbers)")
 
 
 def sglang_command(
@@ -111,7 +137,8 @@ def sglang_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Words and environment variables; ``directory`` is what it loads first."""
     servers = config.rollout.servers
-    words = [servers.python, "-m", "sglang.launch_server", "--model-path", str(directory)]
+    words = [servers.python, keyed.__file__, "sglang.launch_server"]
+    words += ["--model-path", str(directory)]
     words += ["--host", host, "--port", str(port), "--skip-tokenizer-init"]
     words += ["--dtype", _DTYPES[config.model.dtype]]
     words += ["--context-length", str(config.model.max_sequence_length)]

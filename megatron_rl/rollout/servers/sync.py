@@ -5,14 +5,12 @@ probed.
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-import httpx
 import numpy as np
 import torch
 
@@ -24,6 +22,7 @@ from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call, ServerApi
 from megatron_rl.rollout.servers.broadcast import Failures, WeightBroadcast
+from megatron_rl.rollout.servers.keys import given_key, new_key, own_address
 from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.probe import ANSWER_TOKENS, probe_prompts, trainer_logprobs
 from megatron_rl.rollout.servers.process import ServerProcess
@@ -52,16 +51,19 @@ class WeightSync:
         *,
         question: MakeQuestion,
         say: Callable[[str], None],
-        own_machine: bool,
+        meeting: str | None,
         command: Command | None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """The arguments are those of `ServerEngine`. question: makes those of the probe."""
         self._config, self._api, self._chunks, self._groups = config, api, chunks, groups
         self._servers = config.rollout.servers
-        self._question, self._say, self._stop = question, say, stop
+        self._question, self._say, self._closing = question, say, False
+        self._stop = lambda: self._closing or stop()
         self._root = self._servers.weights_dir or config.run_dir / "servers" / "weights"
-        self._command, self._own_machine = command, own_machine
+        self._command, self._meeting = command, meeting
+        self._address = "127.0.0.1"  #: where our servers listen, once they are started
+        self._key: str | None = None  #: of the servers, once weights are sent
         self._interrupts = config.rollout.lag > 1  # answers that are being sampled
         self._sender: WeightBroadcast | None = None
         self._lost: dict[str, str] = {}  #: servers without the weights of a broadcast, and why
@@ -87,24 +89,28 @@ class WeightSync:
 
     def stop_asking(self) -> None:
         """Who is asking, in another thread, gets `RunFailed`."""
+        self._closing = True
         if self.pool is not None:
             self.pool.close()
 
     def close(self) -> None:
         """Stop the servers that were started here."""
-        for process in self.own:
-            process.stop()
+        with ThreadPoolExecutor(max(1, len(self.own))) as threads:
+            list(threads.map(ServerProcess.stop, self.own))
         self.own = []
 
     def send(self, version: int) -> None:
         """Give the servers the trainer's weights, and see whether they have them. A collective.
 
         Raises:
-            RunFailed: none has.
+            RunFailed: none has. UserError: the servers' key or rank 0's address is none.
         """
         began = time.perf_counter()
         self._version = version
         is_first = self._groups.world.rank() == 0
+        if self.pool is None:  # rank 0's environment counts, and its random bits
+            world = self._groups.world
+            self._key, *_ = together(world, lambda: self._new_key() if is_first else None)
         if self._servers.sync == "disk":
             every, loaded = self._by_disk()
         else:
@@ -172,7 +178,7 @@ class WeightSync:
             try:
                 for call in () if url in self._lost else calls:
                     self.pool.ask_one(url, Question(call, lambda payload: None))
-            except (httpx.HTTPError, BadAnswer) as error:
+            except BadAnswer as error:
                 self._lost[url] = one_line(error)
         for url, why in self._lost.items():
             self._sender.forget(url)
@@ -210,7 +216,7 @@ class WeightSync:
         try:
             for call in calls:
                 self.pool.ask_one(url, Question(call, lambda payload: None))
-        except (httpx.HTTPError, BadAnswer) as error:
+        except BadAnswer as error:
             return one_line(error)
         return None
 
@@ -222,7 +228,11 @@ class WeightSync:
         prompts = probe_prompts(model.vocab_size, model.max_sequence_length)
 
         def ask() -> dict[str, list[Answer] | str]:
-            return {url: self._answers_to_probe(url, prompts, settings) for url in urls}
+            with ThreadPoolExecutor(max(1, len(urls))) as threads:
+                answers = threads.map(
+                    lambda url: self._answers_to_probe(url, prompts, settings), urls
+                )
+                return dict(zip(urls, answers))
 
         found = together(world, lambda: ask() if world.rank() == 0 else None)[0]
         self._difference, wrong = 0.0, {}
@@ -230,10 +240,11 @@ class WeightSync:
             if isinstance(answers, str):
                 wrong[url] = answers
                 continue
-            difference = max(
+            differences = [
                 self._difference_of(prompt, answer, settings.temperature)
                 for prompt, answer in zip(prompts, answers, strict=True)
-            )
+            ]
+            difference = float(np.max(differences))  # NaN where one is
             if difference <= self._servers.probe_tolerance:
                 self._difference = max(self._difference, difference)
             else:
@@ -263,8 +274,8 @@ class WeightSync:
         try:
             questions = [self._question(prompt, settings, self._version) for prompt in prompts]
             return [self.pool.ask_one(url, question)[0] for question in questions]
-        except (httpx.HTTPError, BadAnswer) as error:
-            return f"the probe failed: {type(error).__name__} {error}"
+        except BadAnswer as error:
+            return f"the probe failed: {one_line(error)}"
 
     def _difference_of(self, prompt: Prompt, answer: Answer, temperature: float) -> float:
         tokens = np.concatenate([prompt.tokens, answer.tokens])
@@ -295,13 +306,18 @@ class WeightSync:
             retries=servers.retries,
             say=self._say,
             revive=self._revive if self.own else lambda: None,
+            key=self._key,
         )
 
+    def _new_key(self) -> str | None:
+        return new_key() if self._servers.start else given_key()
+
     def _new_processes(self) -> list[ServerProcess]:
-        host = "127.0.0.1" if self._own_machine else socket.gethostname()
+        if self._meeting is not None:
+            self._address = own_address(self._meeting)
         logs = self._config.run_dir / "servers"
         return [
-            ServerProcess(host, logs / f"server_{number}.log")
+            ServerProcess(self._address, logs / f"server_{number}.log", self._key)
             for number in range(self._servers.start)
         ]
 
@@ -315,8 +331,8 @@ class WeightSync:
                 self._restarts += 1
                 self._say(f"rollout server {process.url} has ended; starting it again")
             process.stop()
-            host = "127.0.0.1" if self._own_machine else "0.0.0.0"
-            process.start(*self._command(directory.absolute(), host, process.port))
+            words = self._command(directory.absolute(), self._address, process.port)
+            process.start(*words)
             self._reading[process.url] = directory
         if any(process.is_ready for process in self.own if process not in dead):
             return set()

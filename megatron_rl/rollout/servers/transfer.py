@@ -16,7 +16,7 @@ from typing import Any, Callable, Protocol, Sequence
 
 import torch
 
-from megatron_rl.rollout.servers.api import BadAnswer, Call
+from megatron_rl.rollout.servers.api import BadAnswer, Call, NoAnswer
 from megatron_rl.rollout.servers.vllm import VllmApi
 
 #: Asks one server; gives what the function makes of its response.
@@ -75,6 +75,8 @@ def offers_transfer(api: VllmApi, ask: Ask) -> bool:
     wrong = {"nccl_unique_id_b64": "?", "rank_offset": 1, "world_size": 2}
     try:
         ask(api.joining(wrong), lambda payload: None)
+    except NoAnswer:
+        raise
     except BadAnswer as refusal:
         return "nccl_unique_id_b64 is not valid" in str(refusal)
     return False
@@ -112,6 +114,8 @@ class TransferChannel:
         """
         try:
             self._ask(self._api.starting(), _nothing)
+        except NoAnswer:
+            raise
         except BadAnswer:
             self._ask(self._api.finishing(), _nothing)
             self._ask(self._api.starting(), _nothing)

@@ -10,14 +10,71 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
-from typing import Any, Sequence
+import math
+import re
+from typing import Annotated, Any, Literal, Sequence
 
 import numpy as np
+from pydantic import FailFast, Field
 
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call
+from megatron_rl.rollout.servers.api import (
+    Answer,
+    BadAnswer,
+    Call,
+    Sent,
+    logprob_array,
+    understood,
+)
+
+_ROUTE = "/inference/v1/generate"
+#: Most workers of a server, and updates of its weights while it samples an answer.
+_WORKERS, _SPANS = 4096, 256
+#: The beginning of an array as NumPy writes it: of three dimensions, C order, whole numbers.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([|<][iu][1248])', 'fortran_order': False, "
+    rb"'shape': \((\d{1,9}), (\d{1,9}), (\d{1,9})\), \} *\n",
+    re.DOTALL,
+)
+
+
+class _Token(Sent):
+    logprob: float
+    token_id: int | None = None
+
+
+class _Logprobs(Sent):
+    content: Annotated[list[_Token], FailFast()]
+
+
+class _Span(Sent):
+    """Output tokens [start, end) were drawn by the weights of this version."""
+
+    version: str = Field(pattern=r"^[!-~]{1,64}$")
+    start: int
+    end: int
+
+
+class _Choice(Sent):
+    index: int
+    finish_reason: Literal["stop", "length", "abort"]
+    token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
+    logprobs: _Logprobs
+    weight_versions: list[_Span] | None = Field(None, max_length=_SPANS)
+    routed_experts: str | None = None
+
+
+class _Response(Sent):
+    choices: Annotated[list[_Choice], FailFast()]
+
+
+class _Results(Sent):
+    results: list[Any] = Field(min_length=1, max_length=_WORKERS)
+
+
+class _WorldSize(Sent):
+    world_size: int = Field(ge=1, le=_WORKERS)
 
 
 class VllmApi:
@@ -47,15 +104,14 @@ class VllmApi:
             "detokenize": False,
         }
         body = {"token_ids": prompt.tokens.tolist(), "sampling_params": sampling}
-        return Call("/inference/v1/generate", body)
+        return Call(_ROUTE, body)
 
     def answers(self, payload: Any) -> list[Answer]:
         """See `ServerApi`."""
-        try:
-            choices = sorted(payload["choices"], key=lambda choice: choice["index"])
-            return [_answer(choice) for choice in choices]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise BadAnswer(f"not a response of /inference/v1/generate ({error!r})") from error
+        choices = sorted(understood(_Response, payload, _ROUTE).choices, key=lambda c: c.index)
+        if [choice.index for choice in choices] != list(range(len(choices))):
+            raise BadAnswer(f"not a response of {_ROUTE} (choices that are not numbered from 0)")
+        return [_answer(choice) for choice in choices]
 
     def loading(self, directory: str, version: str) -> Sequence[Call]:
         """See `ServerApi`. Cached keys and values of the old weights are forgotten."""
@@ -74,10 +130,7 @@ class VllmApi:
 
     def results(self, payload: Any) -> list:
         """Of the workers. Raises `BadAnswer`."""
-        try:
-            return list(payload["results"])
-        except (KeyError, TypeError) as error:
-            raise BadAnswer(f"not a response of /collective_rpc ({error!r})") from error
+        return understood(_Results, payload, "/collective_rpc").results
 
     # -- weight transfer, see `transfer.py` -------------------------------------------------------
 
@@ -87,10 +140,7 @@ class VllmApi:
 
     def count(self, payload: Any) -> int:
         """Of the workers. Raises `BadAnswer`."""
-        try:
-            return int(payload["world_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadAnswer(f"not a response of /get_world_size ({error!r})") from error
+        return understood(_WorldSize, payload, "/get_world_size").world_size
 
     def joining(self, information: dict[str, Any]) -> Call:
         """Join the trainer's group."""
@@ -121,24 +171,43 @@ class VllmApi:
         return (Call("/resume", {}),)
 
 
-def _answer(choice: dict[str, Any]) -> Answer:
-    spans = choice.get("weight_versions") or ()
+def _answer(choice: _Choice) -> Answer:
+    tokens, content = choice.token_ids, choice.logprobs.content
+    for number, (token, entry) in enumerate(zip(tokens, content)):
+        if entry.token_id not in (None, token):
+            raise BadAnswer(f"token {token} with the log-probability of another, at {number}")
     return Answer(
-        tokens=np.array(choice["token_ids"], dtype=np.int64).reshape(-1),
-        logprobs=np.array(
-            [token["logprob"] for token in choice["logprobs"]["content"]], dtype=np.float32
-        ),
-        stopped=choice["finish_reason"] == "stop",
-        versions=tuple(str(span["version"]) for span in spans),
-        routed_experts=_experts(choice.get("routed_experts")),
-        aborted=choice["finish_reason"] == "abort",
+        tokens=np.array(tokens, dtype=np.int64),
+        logprobs=logprob_array([entry.logprob for entry in content]),
+        stopped=choice.finish_reason == "stop",
+        versions=_versions(choice.weight_versions or (), len(tokens)),
+        routed_experts=None if choice.routed_experts is None else _experts(choice.routed_experts),
+        aborted=choice.finish_reason == "abort",
     )
 
 
-def _experts(encoded: str | None) -> np.ndarray | None:
-    if encoded is None:
-        return None
+def _versions(spans: Sequence[_Span], count: int) -> tuple[str, ...]:
+    """Of spans that hold all tokens, one behind the other."""
+    if spans:
+        places = [0, *(span.end for span in spans)]
+        if [span.start for span in spans] != places[:-1] or places != sorted(places):
+            raise BadAnswer("versions of weights with gaps between their tokens")
+        if places[-1] != count:
+            raise BadAnswer(f"versions of the weights of {places[-1]} tokens; expected {count}")
+    return tuple(span.version for span in spans)
+
+
+def _experts(encoded: str) -> np.ndarray:
+    """The array in a file as NumPy writes it. NumPy's own reader would evaluate the header, and
+    make room for what it promises.
+    """
     try:
-        return np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
-    except binascii.Error as error:
-        raise ValueError("routed_experts is not base64") from error
+        data = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:  # ValueError: a character beyond ASCII
+        raise BadAnswer(f"not a response of {_ROUTE} (routed_experts is not base64)") from error
+    header = _NPY.match(data[:256])
+    if header is not None:
+        dtype, shape = np.dtype(header[1].decode()), tuple(int(n) for n in header.groups()[1:])
+        if len(data) - header.end() == math.prod(shape) * dtype.itemsize:
+            return np.frombuffer(data, dtype, offset=header.end()).reshape(shape)
+    raise BadAnswer(f"not a response of {_ROUTE} (routed_experts is no array of whole numbers)")

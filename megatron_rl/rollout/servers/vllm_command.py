@@ -10,6 +10,8 @@ import megatron_rl
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 
+#: Seconds for an interpreter to say what it has.
+_ASK_S = 60.0
 #: vLLM's names of our types.
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -32,6 +34,7 @@ def vllm_command(
         # numbers of all parts but the last, which torch cannot do on a CPU.
         words += ["--no-enable-chunked-prefill"]
     words += ["--worker-extension-cls", "megatron_rl.rollout.servers.reload.Reload"]
+    words += ["--middleware", "megatron_rl.rollout.servers.guard.Guard"]
     if config.algorithm.routing_replay == "r3":
         words += ["--enable-return-routed-experts"]
     root = str(Path(megatron_rl.__file__).parents[1])
@@ -41,6 +44,7 @@ def vllm_command(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # routes that change weights
+        "VLLM_API_KEY": "",  # another key than ours, for some of the routes
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }
     return [*words, *servers.options], environment
@@ -56,7 +60,14 @@ def _serve(python: str, directory: Path) -> list[str]:
     """
     ask = "import importlib.metadata; importlib.metadata.version('vllm')"
     try:
-        asked = subprocess.run([python, "-c", ask], capture_output=True, check=False)
+        asked = subprocess.run(
+            [python, "-c", ask], capture_output=True, check=False, timeout=_ASK_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"rollout.servers.python {python} does not run a line in {_ASK_S:g} s; expected the "
+            "interpreter of an environment with vLLM; correct it"
+        ) from error
     except OSError as error:
         raise UserError(
             f"rollout.servers.python {python} cannot be run ({error.strerror}); expected the "

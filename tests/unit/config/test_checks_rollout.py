@@ -28,6 +28,7 @@ def lagging(engine="vllm", mismatch="tis", **rollout):
         lagging(),
         make("builtin"),
         make(urls=URLS),
+        make(urls=["HTTP://one", "http://[::1]:80", "http://10.0.0.1:8000/below/", "http://a_b:1"]),
         make(start=2, python="venv/bin/python"),
         make(urls=URLS, temperature=0.7),
         make(urls=URLS, top_p=0.9, top_k=8),
@@ -53,6 +54,20 @@ def test_good_ones_pass(config):
         (make(start=1), "rollout.servers.start without rollout.servers.python; expected the int"),
         (make(urls=["one:8000"]), "rollout.servers.urls holds 'one:8000'; expected an address"),
         (make(urls=["ftp://one"]), "rollout.servers.urls holds 'ftp://one'; expected an address"),
+        *(
+            (make(urls=[url]), f"rollout.servers.urls holds {url!r}; expected an address")
+            for url in (
+                *("http://[::1", "http://one:99999", "http://one:-1", "http://one:0", "http://:80"),
+                *("http://one:x", "http://o ne", "http://one\n", "http://ön", "http://one?a=b"),
+                *(
+                    "http://one#x",
+                    "http://" + "a" * 64,
+                    "http:\\\\one",
+                    "http://one\0",
+                ),
+            )
+        ),
+        (make(urls=["http://me:secret@one"]), "rollout.servers.urls holds a user or a password;"),
         (make(urls=[URLS[0], URLS[0] + "/"]), "rollout.servers.urls names a server twice"),
         (
             make(start=1, python="p", sync="broadcast"),

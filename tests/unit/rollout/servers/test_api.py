@@ -1,13 +1,23 @@
 """What counts as an answer."""
 
+import base64
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import Answer, BadAnswer, answer_seed, check_answers
+from megatron_rl.rollout.servers.api import (
+    LEAST_LOGPROB,
+    Answer,
+    BadAnswer,
+    ExpertShape,
+    answer_seed,
+    check_answers,
+    most_bytes,
+)
 
 PROMPT = Prompt(3, np.array([5, 6, 7]), "", {})
 SETTINGS = SamplingSettings(samples=2, max_new_tokens=3)
@@ -44,6 +54,13 @@ def test_good_answers_pass():
             "ends after 2 tokens without a stop token; expected 3, or one of 1",
         ),
         ({"versions": ("7", "6")}, "weights of version 7 6; expected 7"),
+        ({"versions": ()}, "an answer that names no version of its weights; expected 7"),
+        ({"stopped": False}, "ends after 2 tokens and calls it the longest; expected 3"),
+        ({"logprobs": np.array([-1.0, -104.5])}, "log-probability -104.5; .* at least -104, below"),
+        ({"logprobs": np.array([-1e30, -1.0])}, "log-probability -1e[+]30; expected finite"),
+        ({"logprobs": np.array([-9999.0, -1.0])}, "log-probability -9999.0; expected finite"),
+        ({"logprobs": np.array([-np.inf, -1.0])}, "log-probability -inf; expected finite"),
+        ({"logprobs": np.array([np.inf, -1.0])}, "log-probability inf; expected finite"),
     ],
 )
 def test_what_the_policy_could_not_have_sampled_is_refused(change, message):
@@ -106,6 +123,67 @@ def test_experts_have_to_be_there_where_they_are_replayed():
     check(dataclasses.replace(ENDED, routed_experts=experts), settings=wanted)
     with pytest.raises(BadAnswer, match="no experts"):
         check(dataclasses.replace(ENDED, routed_experts=experts[:3]), settings=wanted)
+
+
+def test_versions_of_an_answer_follow_each_other():
+    later = dataclasses.replace(ENDED, versions=("8", "7"))
+    with pytest.raises(BadAnswer, match="weights of versions 8 7, in this order"):
+        check(ENDED, later, versions=("7", "8"))
+
+
+def test_the_least_log_probability_is_that_of_the_least_number():
+    """What a float32 sampler gives a probability is taken; less than half of that is 0 in it."""
+    least = float(np.log(np.nextafter(np.float32(0), np.float32(1), dtype=np.float32)))
+    check(ENDED, dataclasses.replace(ENDED, logprobs=np.array([least, -1.0], np.float32)))
+    assert LEAST_LOGPROB < least and np.exp(np.float32(LEAST_LOGPROB)) == 0.0
+
+
+SHAPE = ExpertShape(layers=3, moe=(1, 2), top_k=2, count=8)
+EVERY = np.array([[[7, 7], [0, 7], [3, 4]]] * 5, np.int32)  # its first layer has no experts
+
+
+def test_experts_are_those_of_the_moe_layers():
+    for ids in (EVERY, EVERY.astype(np.uint8), EVERY[:, 1:]):
+        np.testing.assert_array_equal(SHAPE.of_moe_layers(ids, 5), EVERY[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (EVERY[:4], "experts of shape .4, 3, 2.; expected 5 tokens, 3 or 2 layers, 2 experts"),
+        (EVERY[:, :1], "experts of 1 layers; expected 5 tokens"),
+        (EVERY[:, :0], "experts of 0 layers; expected 5 tokens"),
+        (EVERY[..., :1], "experts of shape .5, 3, 1.; expected"),
+        (EVERY[0], "experts of shape .3, 2., int32; expected"),
+        (EVERY.astype(float), "experts of shape .5, 3, 2., float64; expected"),
+        (EVERY.astype(bool), "experts of shape .5, 3, 2., bool; expected"),
+        (np.where(EVERY == 4, 8, EVERY), "experts from 0 to 8; expected ids below 8"),
+        (np.where(EVERY == 4, -1, EVERY), "experts from -1 to 7; expected ids below 8"),
+        (np.where(EVERY == 4, 3, EVERY), "an expert twice for one token; expected each once"),
+    ],
+)
+def test_what_are_no_experts_of_the_model_is_refused(ids, message):
+    with pytest.raises(BadAnswer, match=message):
+        SHAPE.of_moe_layers(ids, 5)
+
+
+def test_a_response_can_be_as_large_as_answers_are_and_no_larger():
+    settings = SamplingSettings(samples=8, max_new_tokens=1000)
+    plain = most_bytes(PROMPT, settings, SHAPE)
+    assert plain == 2**20 + 8 * 1000 * 512
+    entry = {"token_id": 151643, "logprob": -12.345678901234567, "rank": 151643}
+    sent = {**entry, "top_logprobs": [entry], "token": "token_id:151643", "bytes": [116] * 15}
+    assert len(json.dumps(sent)) + len("151643, ") < 512
+    routed = most_bytes(PROMPT, dataclasses.replace(settings, routes=True), SHAPE)
+    ids = np.zeros((3 + 1000 - 1, 3, 2), np.int32)
+    assert 8 * len(base64.b64encode(ids.tobytes())) < routed - plain < 8 * 1.2 * 4 / 3 * ids.nbytes
+
+
+def test_a_rest_of_nothing_has_its_own_experts_alone():
+    """What was broken off before its first token may have experts of any shape."""
+    nothing = Answer(np.zeros(0, int), np.zeros(0), False, (), np.zeros((1, 9, 9)), True)
+    rest = Answer(np.array([3, 1]), np.array([-2.0, -3.0]), True, ("8",), np.full((4, 2, 2), 8))
+    assert nothing.continued(rest, prompt_length=3).routed_experts is rest.routed_experts
 
 
 def test_prompts_and_steps_have_seeds_of_their_own():

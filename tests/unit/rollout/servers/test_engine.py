@@ -444,6 +444,22 @@ def test_a_pipeline_stage_gets_the_experts_of_its_layers(
                 np.testing.assert_array_equal(routes.ids[:, column, 1], (first + 1) % 8)
 
 
+@pytest.mark.parametrize("experts", [(3, 2), (4, 3)])
+def test_experts_that_the_model_does_not_have_are_asked_for_again(built, servers, told, experts):
+    """The model has 4 layers, 8 experts in each, and 2 for a token."""
+    servers[0].experts, servers[1].experts = experts, (4, 2)
+    settings = dataclasses.replace(SAMPLED, routes=True)
+    groups = built[0].generate(PROMPTS, settings)
+    answers = [answer for group in groups for answer in group.completions]
+    assert all(answer.routed_experts.ids.shape[1:] == (4, 2) for answer in answers)
+    assert told and all("BadAnswer experts of" in text for text in told)
+    # where they are not asked for nobody looks at them
+    told.clear()
+    groups = built[0].generate(PROMPTS, SAMPLED)
+    answers = [answer for group in groups for answer in group.completions]
+    assert told == [] and all(answer.routed_experts is None for answer in answers)
+
+
 @pytest.mark.parametrize(
     "parallel", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {"expert": 2}, {}]
 )

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from megatron_rl.errors import RunFailed, Stopped
+from megatron_rl.rollout.servers import process as server_process
 from megatron_rl.rollout.servers.process import ServerProcess
 from tests.support.fake_server import wait_for
 from tests.support.runs import ROOT
@@ -63,10 +64,37 @@ def test_it_serves_and_stops_with_all_it_started(process):
 
 
 def test_its_environment_and_output(process, tmp_path):
-    code = "import os; print('hello', os.environ['GREETED'], flush=True)\n" + SERVER
+    greeting = "print('hello', os.environ['GREETED'], os.environ['MEGATRON_RL_SERVER_KEY'] == KEY)"
+    code = f"import os; KEY = {process.key!r}; {greeting}\n" + SERVER
     process.start(command(process, code), {"GREETED": "you"})
     process.wait_until_ready(120.0)
-    assert (tmp_path / "logs" / "server.log").read_text().startswith("hello you\nchild ")
+    log = tmp_path / "logs" / "server.log"
+    assert log.read_text().startswith("hello you True\nchild ")
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_server_that_cannot_be_ended_is_given_up(process, monkeypatch):
+    """As one that hangs in a driver: signals do nothing."""
+    monkeypatch.setattr(server_process, "GRACE_S", 0.2)
+    monkeypatch.setattr(server_process, "KILLED_S", 0.2)
+    process.start([sys.executable, "-c", "import time; time.sleep(600)"], {})
+    started, signals = processes_of(process.pid), []
+    with monkeypatch.context() as deaf:
+        deaf.setattr(os, "killpg", lambda group, number: signals.append(number))
+        process.stop()
+    assert signals == [signal.SIGTERM, signal.SIGKILL] and not process.is_running
+    os.killpg(started[0].pid, signal.SIGKILL)
+    wait_for(gone(started))
+
+
+def test_the_end_of_a_log_is_read_and_not_all_of_it(process, tmp_path):
+    log = tmp_path / "logs" / "server.log"
+    log.parent.mkdir()
+    with open(log, "wb") as file:
+        file.truncate(1 << 33)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nMemoryError: \x1b[31mno memory\xff\n")
+    assert process._last_words() == "MemoryError: ?[31mno memory\ufffd"
 
 
 def test_one_that_ends_says_why(process):

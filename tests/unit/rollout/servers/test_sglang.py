@@ -8,6 +8,7 @@ import pytest
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers import keyed
 from megatron_rl.rollout.servers.api import BadAnswer, Call, check_answers
 from megatron_rl.rollout.servers.sglang import SglangApi, sglang_command
 
@@ -71,6 +72,22 @@ def test_experts_are_unpacked(layers):
         response([3], [-1.0], finish_reason=None),
         response([3], [-1.0], output_token_logprobs=[[None, 3, None]]),
         response([3], [-1.0], output_token_logprobs=[[-1.0]]),
+        response([3], [-1.0], "error"),
+        response([3], [-1.0], finish_reason={"type": None}),
+        response([3.0], [-1.0]),
+        response([True], [-1.0]),
+        response([3], ["-1"]),
+        response([-3], [-1.0]),
+        response([2**40], [-1.0]),
+        response([3], [-1.0], output_token_logprobs=[[-1.0, 3]]),
+        response([3], [-1.0], output_token_logprobs={"0": [-1.0, 3, None]}),
+        {**response([3], [-1.0]), "output_ids": [4]},
+        response([3], [-1.0], weight_version=["7"]),
+        response([3], [-1.0], weight_version="7\n8"),
+        [response([3], [-1.0]), None],
+        [[response([3], [-1.0])]],
+        response([3], [-1.0], routed_experts="Ä"),
+        response([3], [-1.0], routed_experts=[1]),
         response([3], [-1.0], routed_experts="*"),
         response([3], [-1.0], routed_experts=base64.b64encode(b"12345").decode()),
     ],
@@ -116,8 +133,9 @@ def test_the_command(tmp_path):
         "servers": {"start": 1, "python": "py", "options": ["--tp", "2"]},
     }
     config = Config(rollout=rollout, model={"dtype": "bf16"}, algorithm={"routing_replay": "r3"})
-    words, environment = sglang_command(config, tmp_path, "0.0.0.0", 8000)
+    words, environment = sglang_command(config, tmp_path, "10.0.0.1", 8000)
     line = " ".join(words)
-    assert line.startswith(f"py -m sglang.launch_server --model-path {tmp_path} --host 0.0.0.0 ")
+    start = f"py {keyed.__file__} sglang.launch_server --model-path {tmp_path} --host 10.0.0.1 "
+    assert line.startswith(start)
     assert "--dtype bfloat16 --context-length 256 --enable-return-routed-experts --tp 2" in line
     assert environment["HF_HUB_OFFLINE"] == "1"

@@ -31,6 +31,18 @@ def test_vllm_serve_is_started(command):
     assert words[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "/w"]
     assert words[5:11] == "--served-model-name policy --host 127.0.0.1 --port 8123".split()
     assert "--model" not in words and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    place = words.index("--middleware")
+    assert words[place + 1] == "megatron_rl.rollout.servers.guard.Guard"
+    assert environment["VLLM_API_KEY"] == ""  # it would guard some routes with another key
+
+
+def test_an_interpreter_that_does_not_answer_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_rl.rollout.servers.vllm_command._ASK_S", 0.3)
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    with pytest.raises(UserError, match="python does not run a line in 0.3 s; expected the inter"):
+        command("vllm", words=[f"--rollout.servers.python={slow}"])
 
 
 def test_where_its_command_cannot_run_the_older_module_is(command):

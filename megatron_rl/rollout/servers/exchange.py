@@ -1,0 +1,172 @@
+"""One exchange with a server: a request out and all of its response back, within one deadline and
+in bounded memory.
+
+Whatever a server does, `BadAnswer` is all that comes of it. The response is read below httpx's
+client, so nothing follows its redirects, keeps its cookies or unpacks its body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import ssl
+from typing import Any
+
+import httpx
+from pydantic_core import from_json
+
+from megatron_rl.errors import one_line
+from megatron_rl.rollout.servers.api import CONTROL_BYTES, BadAnswer, Call, NoAnswer
+
+#: Seconds for a connection. This side may be the slow one: while it trains, its threads can be
+#: late by seconds.
+CONNECT_S = 15.0
+#: Of the bytes that a response may have, so many for each of its lists and objects. A token, which
+#: may take 512, has one to three.
+_BYTES_OF_ONE = 64
+#: Bytes of a refusal that are read, and characters of it that are shown.
+REFUSAL_BYTES, SHOWN = 4096, 300
+
+
+def open_transport() -> httpx.AsyncHTTPTransport:
+    """Connects to servers, with no proxy in between; to be closed."""
+    return httpx.AsyncHTTPTransport(
+        verify=_certificates(),
+        # A connection for each question. Servers close one that is not used for 5 s; a question
+        # that is sent at that moment is lost.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        trust_env=False,
+    )
+
+
+async def exchange(
+    transport: httpx.AsyncHTTPTransport,
+    url: str,
+    call: Call,
+    *,
+    key: str | None,
+    seconds: float,
+    most_bytes: int = CONTROL_BYTES,
+) -> bytes:
+    """The body of the response.
+
+    Args:
+        transport: of this event loop.
+        url: of the server.
+        call: the request.
+        key: sent as a bearer token; None: none is.
+        seconds: from the first attempt to connect to the last byte.
+        most_bytes: largest body.
+
+    Raises:
+        BadAnswer: it is not there in time or broken off (`NoAnswer`), larger, packed, no success.
+    """
+    try:
+        return await asyncio.wait_for(_exchange(transport, url, call, key, most_bytes), seconds)
+    except asyncio.TimeoutError:
+        raise NoAnswer(f"{call.path} was not answered in full within {seconds:g} s") from None
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
+        raise NoAnswer(f"{call.path}: {shown(one_line(error))}") from error
+
+
+def ask_once(url: str, call: Call, *, key: str | None, seconds: float) -> bytes:
+    """`exchange`, for a thread without an event loop."""
+
+    async def ask() -> bytes:
+        async with open_transport() as transport:
+            return await exchange(transport, url, call, key=key, seconds=seconds)
+
+    return asyncio.run(ask())
+
+
+def parse_json(data: bytes, most_bytes: int = CONTROL_BYTES) -> Any:
+    """The value of a JSON text; None for none at all. Nested at most 200 deep, without NaN, and
+    with no more lists and objects than a response of ``most_bytes`` has: three bytes of text make
+    one of 60 to 240 bytes.
+
+    It is read by pydantic's reader, which takes a fifth of the time of `config.json_text`: answers
+    are most of what a run reads.
+
+    Raises:
+        BadAnswer: anything else.
+    """
+    if data.count(b"[") + data.count(b"{") > most_bytes // _BYTES_OF_ONE:
+        raise BadAnswer(
+            f"no JSON of an answer: over {most_bytes // _BYTES_OF_ONE:,} lists, objects"
+        )
+    try:
+        return from_json(data, allow_inf_nan=False) if data else None
+    except ValueError as error:
+        raise BadAnswer(f"no JSON ({error}): {shown(_text(data[:80]))!r}") from error
+
+
+def shown(text: str) -> str:
+    """What a server has said, for a message: on one line, not long, and only what can be printed
+    (a terminal obeys the rest).
+    """
+    line = " ".join(text[: 4 * SHOWN].split())[:SHOWN]
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+async def _exchange(
+    transport: httpx.AsyncHTTPTransport, url: str, call: Call, key: str | None, most_bytes: int
+) -> bytes:
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    content = None
+    if call.body is not None:
+        headers["Content-Type"] = "application/json"
+        content = json.dumps(call.body, separators=(",", ":")).encode()
+    request = httpx.Request(
+        "POST" if content is not None else "GET",
+        url + call.path,
+        headers=headers,
+        content=content,
+        extensions={"timeout": {"connect": CONNECT_S}},
+    )
+    response = await transport.handle_async_request(request)
+    try:
+        if response.status_code not in range(200, 300):
+            text = shown(_text(await _read(response, REFUSAL_BYTES, cut=True)))
+            raise BadAnswer(f"{call.path} answered {response.status_code}: {text}")
+        packed = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if packed not in ("", "identity"):
+            raise BadAnswer(f"{call.path} answered packed as {shown(packed)!r}; expected it plain")
+        return await _read(response, most_bytes)
+    except _TooLarge:
+        raise BadAnswer(
+            f"{call.path} answered more than {most_bytes:,} bytes, which is more than it can be"
+        ) from None
+    finally:
+        await response.aclose()
+
+
+class _TooLarge(Exception):
+    """A body is larger than allowed."""
+
+
+async def _read(response: httpx.Response, most_bytes: int, cut: bool = False) -> bytes:
+    """The body; ``cut``: its beginning, where it is larger."""
+    length = response.headers.get("Content-Length", "")
+    if not cut and length.isdecimal() and (len(length) > 18 or int(length) > most_bytes):
+        raise _TooLarge
+    body = bytearray()
+    async for part in response.stream:
+        body += part
+        if len(body) > most_bytes:
+            if cut:
+                break
+            raise _TooLarge
+    return bytes(body[:most_bytes])
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace")
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Of those who may vouch for https servers; to read them takes longer than most exchanges."""
+    return httpx.create_ssl_context(trust_env=False)
