@@ -1,9 +1,12 @@
+import datetime
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_rl.device import megatron_on_cpu
 from tests.support.ranks import ROOT, run_on_ranks
@@ -40,6 +43,33 @@ def test_random_states_are_those_of_the_cpu_generator():
     first = torch.rand(3)
     torch.cuda.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_gloo_groups_share_a_device_and_its_thread():
+    assert run_on_ranks(2, threads_that_wake, 5) == [(1, 2.0)] * 2
+
+
+def threads_that_wake(count):
+    """How many threads of gloo's devices there are with so many groups; and a sum over the last."""
+    groups = [dist.new_group() for _ in range(count)]
+    total = torch.ones(1)
+    dist.all_reduce(total, group=groups[-1])
+    names = [thread / "comm" for thread in Path("/proc/self/task").iterdir()]
+    return sum(name.read_text() == "gloo_tcp_loop\n" for name in names), total.item()
+
+
+def test_the_timeout_of_a_gloo_group_is_the_one_given():
+    assert run_on_ranks(2, timed_out_after, 0.5) == [True, False]
+
+
+def timed_out_after(seconds):
+    """Whether this rank waited in vain for the other, in a group of that timeout."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+    if dist.get_rank() == 1:
+        return False
+    with pytest.raises(RuntimeError, match="[Tt]imed out"):
+        dist.barrier(group)
+    return True
 
 
 def test_a_second_installation_changes_nothing():
