@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
+from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.jsonl import load_records, place
 from megatron_rl.errors import UserError
@@ -156,8 +157,8 @@ def _is_chat(text: str) -> bool:
     if not _OBJECT_AS_TEXT.match(text):
         return False
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except BadJson:
         return False
     if isinstance(value, dict) and any(isinstance(value.get(key), list) for key in _CHAT_KEYS):
         return True
@@ -170,8 +171,8 @@ def _is_chat(text: str) -> bool:
 
 def _chat_from_text(text: str, key: str) -> list[Any]:
     try:
-        chat = json.loads(text)
-    except (ValueError, RecursionError):
+        chat = parse_json(text)
+    except BadJson:
         chat = None
     if not isinstance(chat, list):
         raise UserError(
