@@ -213,4 +213,4 @@ def test_an_infinite_bound_of_a_loss_is_a_fact_too(tmp_path):
         "{clip_high: .inf}",
     ]
     values = described_by_file(path, words, 1, "generate").values
-    assert values["algorithm.settings"] == {"clip_high": "Infinity"}
+    assert values["algorithm.settings.clip_high"] == "Infinity"
