@@ -1,7 +1,6 @@
 """Checkpoints: bits of manifests turned over, pointers that are none, hostile indexes of shards.
 
-Nothing of the checkpoint is made by ranks: torch writes two tensors, and manifest, pointer and index
-are read as resuming reads them.
+No ranks: torch writes two tensors; manifest, pointer and index are read as resuming reads them.
 """
 
 from __future__ import annotations
@@ -53,9 +52,7 @@ _PATHS = ("../x", "/etc/passwd", "", ".", "a/../__0_0.distcp", "x" * 300, "\0", 
 
 def make(rng: random.Random) -> tuple[str, Any]:
     """(what is spoiled, how): manifest, files, state, latest, index, index fields, good."""
-    what = rng.choice(
-        ["manifest"] * 3 + ["files", "state", "latest", "index", "index", "fields", "good"]
-    )
+    what = rng.choice([*_SPOIL, "manifest", "manifest", "index"])
     return what, rng.getrandbits(64)
 
 
@@ -188,28 +185,12 @@ def _spoil_index(rng: random.Random, path: Path) -> str:
         module, name = rng.choice(_GLOBALS).split()
         named = f"c{module}\n{name}\n".encode()
         evil = b"X\x04\x00\x00\x00evil"
-        step = rng.choice(
-            [
-                named,
-                named + b"(N}" + evil + b"K\x01stb",
-                named + b"}" + evil + b"K\x01sb",
-                b"\x93",
-                named + b"(" + evil + b"tR",
-                named + b")\x81",
-                b"0",
-                b"2",
-                b"b",
-                b"R",
-                b"s",
-                b"u",
-                b"e",
-                b"(" * 1000,
-                b"\x94" * 100,
-                b"\x85" * 2000,
-                b"I" + b"9" * 5000 + b"\n",
-                b".",
-            ]
+        steps = (
+            *(named, named + b"(N}" + evil + b"K\x01stb", named + b"}" + evil + b"K\x01sb", b"."),
+            *(named + b"(" + evil + b"tR", named + b")\x81", b"\x93", b"0", b"2", b"b", b"R", b"s"),
+            *(b"u", b"e", b"(" * 1000, b"\x94" * 100, b"\x85" * 2000, b"I" + b"9" * 5000 + b"\n"),
         )
+        step = rng.choice(steps)
         data = data[:place] + step + data[place + rng.choice([0, 0, 1]) :]
     file.write_bytes(data)
     _write_manifest(path)

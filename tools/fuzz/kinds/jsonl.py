@@ -1,4 +1,4 @@
-"""Data sets: a line that is taken is one object, and the problem made of it can be written again."""
+"""Data sets: a line that is taken is one object; the problem made of it can be written again."""
 
 from __future__ import annotations
 
@@ -29,9 +29,13 @@ def make(rng: random.Random) -> bytes:
     """A few lines, some of them spoiled."""
     lines = []
     for _ in range(rng.randint(1, 3)):
-        value = changed(rng, rng.choice(_LINES), rng.randrange(3))
-        text = rng.choice(RAW) if rng.random() < 0.1 else as_text(rng, value)
-        lines.append(text)
+        value = rng.choice(_LINES)
+        if rng.random() < 0.4:
+            lines.append(json.dumps(value))
+        elif rng.random() < 0.2:
+            lines.append(rng.choice(RAW))
+        else:
+            lines.append(as_text(rng, changed(rng, value, rng.randrange(3))))
     data = encoded(rng, rng.choice(["\n", "\n", "\r\n", "\n\n", "\r"]).join(lines))
     return data + rng.choice([b"", b"\n", b"\n\n \n", b"\0"])
 
