@@ -211,8 +211,8 @@ def _record_lines(node: yaml.MappingNode, prefix: str, file: str, lines: dict[st
         line = key.start_mark.line + 1
         if key.tag.endswith(":merge"):
             continue
-        if key.tag != "tag:yaml.org,2002:str":
-            found = key.value if isinstance(key, yaml.ScalarNode) else f"of kind {key.id}"
+        if key.tag != _TEXT or not is_name(key.value):
+            found = _as_name(key.value) if isinstance(key, yaml.ScalarNode) else f"of kind {key.id}"
             raise UserError(
                 f"{file}:{line}: key {prefix}{found} is no name; expected a field's name"
             )
@@ -225,6 +225,15 @@ def _record_lines(node: yaml.MappingNode, prefix: str, file: str, lines: dict[st
         lines[prefix + key.value] = f"{file}:{line}"
         if isinstance(value, yaml.MappingNode):
             _record_lines(value, f"{prefix}{key.value}.", file, lines)
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a field, or stand in a message as one."""
+    return text.isprintable() and len(text) <= 200
+
+
+def _as_name(text: str) -> str:
+    return text if is_name(text) else _shown(text)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:

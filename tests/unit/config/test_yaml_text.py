@@ -90,6 +90,8 @@ def test_anchors_and_merge_keys_work(tmp_path):
         ("a: \x01\n", ": invalid YAML: "),
         ("- 1\n- 2\n", ": found a sequence at the top; expected `section: ...` lines"),
         ("just text", ": found a scalar at the top; "),
+        ('"a\\nb": 2\n', ":1: key 'a\\nb' is no name; expected a field's name"),
+        ("k" * 300 + ": 2\n", f":1: key '{'k' * 57}...' is no name; "),
         ("1: 2\n", ":1: key 1 is no name; expected a field's name"),
         ("a:\n  true: 2\n", ":2: key a.true is no name; "),
         ("? [a]\n: 2\n", ":1: key of kind sequence is no name; "),
