@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from megatron_rl.data.tokenizer_files import ids_of
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, printable
 from megatron_rl.rewards.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class ChatTemplate:
             if message["role"] not in _REWRITTEN and message["content"].strip() not in text:
                 raise UserError(
                     f"the template of {self._path} does not show message {number}, of role "
-                    f"{message['role']!r}; expected all that is asked in the prompt; correct the "
-                    "role or the template"
+                    f"{printable(message['role'], 60)!r}; expected all that is asked in the "
+                    "prompt; correct the role or the template"
                 )
 
     def _parsed(self, text: str) -> list[int]:

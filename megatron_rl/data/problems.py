@@ -14,7 +14,7 @@ from typing import Any, Callable, Mapping, Sequence
 from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.jsonl import load_records, place
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, printable
 
 #: A message of a chat: "role" and "content", both text, and what else a template may want.
 Message = Mapping[str, Any]
@@ -142,7 +142,7 @@ def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequen
 
 def _value_of(record: Mapping[str, Any], key: str) -> Any:
     if key not in record:
-        found = ", ".join(record) or "no keys"
+        found = printable(", ".join(record)) or "no keys"
         raise UserError(
             f"no {key!r} among {found}; expected it in every line; "
             "correct the line or set data.prompt_key and data.completion_key"
@@ -210,7 +210,8 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else None
-    found = f"a part of type {kind}" if kind not in (None, "text") else f"the part {_shown(part)}"
+    of_type = f"a part of type {printable(str(kind), 60)}"
+    found = of_type if kind not in (None, "text") else f"the part {_shown(part)}"
     raise UserError(
         f'{where} has {found}; expected parts {{"type": "text", "text": ...}} alone; '
         "drop the part or the line"

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_rl.config.hf_file import shown
 from megatron_rl.config.json_text import read_json_object
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, printable
 from megatron_rl.weights.fused import Place, places
 
 INDEX = "model.safetensors.index.json"
@@ -150,7 +150,8 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        said = printable(" ".join(str(error).split()))
         raise UserError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); expected a complete "
+            f"{path} cannot be read ({said}); expected a complete "
             f"safetensors file, it has {path.stat().st_size:,} bytes; restore the file"
         ) from error

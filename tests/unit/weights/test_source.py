@@ -118,6 +118,8 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
         ({"a": entry(shape=(-2, -3))}, "cannot be read"),
         ({"a": entry(dtype="F33")}, "cannot be read"),
         ({"a": 3}, "cannot be read"),
+        ({"a": entry(dtype="x" * 5000)}, "cannot be read"),
+        ({"a": "x" * 5000}, "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
     ],
 )
