@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any, Iterator
 
+from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.cli import check_rows
 from megatron_rl.config.checks import check_config
 from megatron_rl.config.hf_config import fields_of_values, read_hf_config
@@ -48,9 +49,9 @@ def judging(folder: Path) -> Iterator[Judge]:
             if plain:
                 raise Wrong(f"refused: {data[:300]!r}") from None
             raise
-        written = fields_of_values(hf_config_of(model))
-        again = ModelConfig(**written)
-        differing = [name for name in written if getattr(model, name) != getattr(again, name)]
+        again = architecture_of(ModelConfig(**fields_of_values(hf_config_of(model))))
+        taken = architecture_of(model)
+        differing = [name for name in taken if taken[name] != again[name]]
         if differing:
             raise Wrong(f"{differing[0]} is another one when written again: {data[:300]!r}")
         return Verdict.TAKEN
