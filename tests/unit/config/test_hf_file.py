@@ -75,9 +75,9 @@ def test_any_value_of_any_key_is_a_model_or_one_line(family):
         ("olmoe", {"layer_types": [[]]}, "layer_types.0 is [] (it should be a valid string)"),
         ("mixtral", {"model_type": []}, "model_type [] is not supported"),
         (
-            "mixtral",
-            {"rope_parameters": {"a\nb": 1}},
-            "rope_parameters.a\\nb (rope scaling) is not",
+            "deepseek_v3",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "a\nb": 1}},
+            "yarn's a\\nb 1 is not supported",
         ),
         (
             "deepseek_v3",
