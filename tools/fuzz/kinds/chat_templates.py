@@ -76,7 +76,7 @@ def judging(folder: Path) -> Iterator[Judge]:
     """One tokenizer, whose template is exchanged; a second for a chat."""
     tokenizer = load_tokenizer(TokenizerConfig(kind="huggingface", path=save_qwen(folder)))
     script = Path(chat_template.__file__).with_name("template_worker.py")
-    before, chat_template._WORKERS = chat_template._WORKERS, WorkerPool(script, 0.5, 30.0, "none")
+    before, chat_template._WORKERS = chat_template._WORKERS, WorkerPool(script, 1.0, 50.0, "none")
 
     def judge(case: tuple[str, list[dict[str, str]], bool]) -> Verdict:
         template, chat, good = case
