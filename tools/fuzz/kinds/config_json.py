@@ -59,7 +59,7 @@ def judging(folder: Path) -> Iterator[Judge]:
     def _read(folder: Path) -> ModelConfig:
         read_stop_ids(folder)
         model = ModelConfig(**read_hf_config(folder))
-        config: Any = Config(model=model, data={"pack_tokens": model.max_sequence_length})
+        config: Any = Config(model=model, data={"pack_tokens": max(8, model.max_sequence_length)})
         check_config(config, None, "generate", files=False)
         check_rows(config)
         return model
