@@ -55,6 +55,8 @@ _TEXT, _INTEGER, _REAL = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int",
 
 _HALF = re.compile("[\ud800-\udfff]")
 
+_DEEP = re.compile(rf"(?:[\[{{]\s*){{{MOST_LEVELS + 1}}}")
+
 #: Largest text, bytes: the parser takes some 20 s for a megabyte.
 MOST_BYTES = 1 << 18
 #: Largest tree, aliases counted as what they stand for: a few lines of them may stand for billions.
@@ -79,6 +81,8 @@ def _loader(text: str) -> _Loader:
         raise yaml.YAMLError(f"longer than {MOST_BYTES:,} bytes")
     if _HALF.search(text):  # of a command line that is no UTF-8
         raise yaml.YAMLError("half a surrogate pair, which is no character")
+    if _DEEP.search(text):  # the parser takes a second to see it
+        raise yaml.YAMLError(f"nested more than {MOST_LEVELS} deep")
     return _Loader(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from pathlib import Path
 from typing import Iterator
@@ -13,7 +14,7 @@ from megatron_rl.config.yaml_text import MOST_NODES, dump_yaml, parse_value, rea
 from megatron_rl.errors import UserError
 from tools.fuzz.kind import Judge, Kind, Verdict, Wrong
 from tools.fuzz.kinds.json_text import check
-from tools.fuzz.mutate import ODD, RAW, as_text, changed, encoded, is_plain
+from tools.fuzz.mutate import ODD, RAW, as_text, changed, encoded, is_plain, places
 
 _CONFIG = {
     "run_dir": "runs/x",
@@ -118,7 +119,7 @@ def judging(folder: Path) -> Iterator[Judge]:
             values, lines = read_yaml(file)
         except UserError:
             # PyYAML takes an escaped pair for two halves
-            if data.startswith(b"{") and b"\\ud" not in data and is_plain(data):
+            if data.startswith(b"{") and b"\\ud" not in data and is_plain(data) and _named(data):
                 raise Wrong(f"refused: {data[:300]!r}") from None
             raise
         _check(values)
@@ -149,4 +150,10 @@ def _check(value: object) -> None:
             raise Wrong(f"a value of type {type(item).__name__}")
 
 
-KIND = Kind("yaml", make, judging)
+def _named(data: bytes) -> bool:
+    """Whether all keys are names, which a field's have to be."""
+    keys = [key for path in places(json.loads(data)) for key in path if isinstance(key, str)]
+    return all(key.isprintable() and len(key) <= 200 for key in keys)
+
+
+KIND = Kind("yaml", make, judging, deadline_s=30.0)
