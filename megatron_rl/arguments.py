@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, Sequence
 
 from megatron_rl import __version__
+from megatron_rl.config.hf_file import shown
 from megatron_rl.config.paths import local_path
 from megatron_rl.errors import UserError
 
@@ -80,7 +83,11 @@ def make_parser() -> argparse.ArgumentParser:
             _add_generate_arguments(sub)
         if verb == "data":
             sub.add_argument(
-                "--examples", type=int, default=3, metavar="N", help="of each file; default: 3"
+                "--examples",
+                type=partial(_whole, "--examples"),
+                default=3,
+                metavar="N",
+                help="of each file; default: 3",
             )
         if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
             sub.add_argument(
@@ -91,7 +98,10 @@ def make_parser() -> argparse.ArgumentParser:
             )
         if verb == "check":
             sub.add_argument(
-                "--world-size", type=int, metavar="N", help="ranks; default: as the config says"
+                "--world-size",
+                type=partial(_whole, "--world-size"),
+                metavar="N",
+                help="ranks; default: as the config says",
             )
         if verb == "preflight":
             _add_preflight_arguments(sub)
@@ -104,6 +114,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _path(name: str, text: str) -> Path:
     return Path(local_path(name, text))
+
+
+def _whole(name: str, text: str) -> int:
+    """A whole number of at most nine digits: what counts ranks or examples has no more."""
+    if not re.fullmatch("[+-]?[0-9]{1,9}", text):
+        raise UserError(f"{name} is {shown(text)}; expected a whole number below 1,000,000,000")
+    return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    """A number that is one: neither infinite nor NaN, and below a thousand million."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < 1e9:
+        raise UserError(f"{name} is {shown(text)}; expected a number below 1,000,000,000")
+    return value
 
 
 #: Verbs that need ranks.
@@ -126,16 +154,23 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of the run")
-    parser.add_argument("--node", type=int, required=True, metavar="R", help="this one, from 0")
-    parser.add_argument(
-        "--ranks-per-node", type=int, required=True, metavar="K", help="processes of each node"
-    )
+    for name, letter, text in (
+        ("--nodes", "N", "of the run"),
+        ("--node", "R", "this one, from 0"),
+        ("--ranks-per-node", "K", "processes of each node"),
+    ):
+        parser.add_argument(
+            name, type=partial(_whole, name), required=True, metavar=letter, help=text
+        )
     parser.add_argument(
         "--meet", required=True, metavar="HOST:PORT", help="address of node 0, and a free port"
     )
     parser.add_argument(
-        "--within", type=float, default=30.0, metavar="S", help="seconds it may take; default: 30"
+        "--within",
+        type=partial(_number, "--within"),
+        default=30.0,
+        metavar="S",
+        help="seconds it may take; default: 30",
     )
 
 
@@ -163,7 +198,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-gib",
-        type=float,
+        type=partial(_number, "--shard-gib"),
         default=1.0,
         metavar="GIB",
         help="to Hugging Face: most tensors in a file; default: 1",

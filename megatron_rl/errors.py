@@ -19,6 +19,12 @@ class Stopped(Exception):
     """A signal asked the run to stop, and all ranks have agreed to; raised on all together."""
 
 
+def printable(text: str, most: int = 200) -> str:
+    """A text of others for a message: its beginning, with what cannot be printed written out."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
 def one_line(error: BaseException) -> str:
     """The kind of an error and what it says, on one line."""
     return " ".join(f"{type(error).__name__} {error}".split())

@@ -22,13 +22,16 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
             without end), or has more than ``most_bytes``.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        content = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            content = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
+    finally:
+        os.close(descriptor)
     if max(status.st_size, len(content)) > most_bytes:
         size = max(status.st_size, len(content))
         raise OSError(errno.EFBIG, f"{size:,} bytes, more than {most_bytes:,}")

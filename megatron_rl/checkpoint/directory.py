@@ -14,13 +14,12 @@ step_N is complete.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
-from megatron_rl.checkpoint.manifest import MANIFEST, score_of
+from megatron_rl.checkpoint.manifest import MANIFEST, score_of, step_named
 from megatron_rl.errors import UserError
-from megatron_rl.files import write_whole
+from megatron_rl.files import read_bounded, write_whole
 
 LATEST = "latest"
 
@@ -39,9 +38,9 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     if root.is_dir():
         for path in sorted(root.iterdir()):  # ".step_N.replaced" comes before "step_N"
-            match = re.fullmatch(r"step_(\d+)|\.step_(\d+)\.replaced", path.name)
-            if match and (path / MANIFEST).is_file():
-                found[int(match[1] or match[2])] = path
+            step = step_named(path.name)
+            if step is not None and (path / MANIFEST).is_file():
+                found[step] = path
     return dict(sorted(found.items()))
 
 
@@ -49,11 +48,10 @@ def newest_first(root: Path) -> list[Path]:
     """All complete checkpoints: the one that ``latest`` names, then by decreasing step."""
     complete = complete_checkpoints(root)
     try:
-        named = (root / LATEST).read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        named = read_bounded(root / LATEST, 100).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):  # it only saves a look at the names
         named = ""
-    match = re.fullmatch(r"step_(\d+)", named)
-    last = complete.get(int(match[1])) if match else None
+    last = complete.get(step_named(named))
     others = [path for path in reversed(complete.values()) if path != last]
     return others if last is None else [last, *others]
 

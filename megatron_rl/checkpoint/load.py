@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -11,11 +10,19 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_rl.checkpoint.directory import find_checkpoint
 from megatron_rl.checkpoint.identity import as_json, check_architecture
-from megatron_rl.checkpoint.manifest import Manifest, read_manifest, verify
+from megatron_rl.checkpoint.manifest import (
+    REMEDY,
+    STATE,
+    Damaged,
+    Manifest,
+    read_manifest,
+    read_state,
+    verify,
+)
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, restore_optimizer
 from megatron_rl.checkpoint.random_state import load_random_state, random_file
 from megatron_rl.checkpoint.safe_index import check_index
-from megatron_rl.checkpoint.save import SHARDS, STATE, model_shards
+from megatron_rl.checkpoint.save import SHARDS, model_shards
 from megatron_rl.checkpoint.together import together
 from megatron_rl.checkpoint.torch_dist import read_shards
 from megatron_rl.errors import UserError
@@ -60,6 +67,7 @@ def load_checkpoint(
             f"{path} holds weights only; resuming needs the optimizer's state as well; "
             "start a new run from it with checkpoint.init_from"
         )
+    state = together(groups.world, lambda: _state_of(path, manifest))[0]
     sharded = {"model": model_shards(chunks, groups)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=True)
@@ -69,7 +77,7 @@ def load_checkpoint(
         restore_optimizer(optimizer, loaded["optimizer"], manifest.optimizer_step)
     if manifest.layout == as_json(layout):
         load_random_state(random_file(path, groups.world.rank()))
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def load_weights(
@@ -113,6 +121,16 @@ def _checked(
     is_first = groups.world.rank() == 0
     together(groups.world, lambda: check_index(path / SHARDS) if is_first else None)
     return manifest
+
+
+def _state_of(path: Path, manifest: Manifest) -> dict[str, Any]:
+    state = read_state(path)
+    if state.get("step", manifest.step) != manifest.step:
+        raise Damaged(
+            f"{path / STATE} is of step {state['step']!r}, the manifest of {manifest.step}; "
+            f"expected one step; {REMEDY}"
+        )
+    return state
 
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:

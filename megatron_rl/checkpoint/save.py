@@ -1,7 +1,7 @@
 """Saving a checkpoint.
 
 step_N/
-  manifest.json    what it is of; size and SHA-256 of every other file
+  manifest.json    what it is of; size and SHA-256 of every other file, and its own
   state.json       the caller's state (data cursor, scheduler...)
   shards/          weights and optimizer state, in Megatron-Core's torch_dist format
   random/          rank_R.pt: random state of every rank
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.distributed import ProcessGroup
 from megatron_rl.checkpoint.background import BackgroundWriter
 from megatron_rl.checkpoint.directory import begin, publish, step_directory
 from megatron_rl.checkpoint.identity import as_json
-from megatron_rl.checkpoint.manifest import Manifest, fingerprints, write_manifest
+from megatron_rl.checkpoint.manifest import STATE, Manifest, fingerprints, write_manifest
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, optimizer_step
 from megatron_rl.checkpoint.random_state import RANDOM, random_file, save_random_state
 from megatron_rl.checkpoint.together import together
@@ -32,7 +33,6 @@ from megatron_rl.checkpoint.torch_dist import shard_files, take_shards
 from megatron_rl.parallel.groups import Groups
 
 SHARDS = "shards"
-STATE = "state.json"
 
 
 def save_checkpoint(
@@ -88,7 +88,8 @@ def save_checkpoint(
             def finish() -> None:
                 files = {n: entry for entries in written for n, entry in sorted(entries.items())}
                 versions = {name: version(name) for name in ("torch", "megatron-core")}
-                manifest = Manifest(step, architecture, layout, updates, files, versions, score)
+                known = score if score is not None and math.isfinite(score) else None
+                manifest = Manifest(step, architecture, layout, updates, files, versions, known)
                 write_manifest(partial, manifest)
                 publish(root, step, keep, keep_best)
 

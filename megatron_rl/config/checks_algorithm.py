@@ -6,6 +6,7 @@ import math
 from typing import Callable
 
 from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
+from megatron_rl.config.hf_file import shown
 from megatron_rl.config.names import (
     ADVANTAGE_NAMES,
     ENGINES_WITH_ROUTES,
@@ -16,6 +17,7 @@ from megatron_rl.config.names import (
 )
 from megatron_rl.config.nearest import did_you_mean
 from megatron_rl.config.schema import Config
+from megatron_rl.config.yaml_text import is_name
 from megatron_rl.errors import UserError
 
 
@@ -31,14 +33,15 @@ def loss_settings_are_known(config: Config) -> None:
     for key, value in algorithm.settings.items():
         if key not in names:
             raise UserError(
-                f"algorithm.settings.{key} is no setting of the loss {algorithm.name}"
+                f"algorithm.settings.{key if is_name(key) else shown(key)} is no setting of the "
+                f"loss {algorithm.name}"
                 f"{did_you_mean(key, names)}; expected one of {', '.join(names)}"
             )
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not value > 0:
             hint = "; YAML reads 3e-4 as text, write 3.0e-4" if isinstance(value, str) else ""
             raise UserError(
-                f"algorithm.settings.{key} is {value!r}; expected a number above 0{hint}"
+                f"algorithm.settings.{key} is {shown(value)}; expected a number above 0{hint}"
             )
         if math.isinf(value) and not key.startswith("clip_"):
             raise UserError(f"algorithm.settings.{key} is {value}; expected a finite number")
@@ -170,4 +173,4 @@ def known(field: str, name: str, names: tuple[str, ...]) -> None:
     """Refuse a name that is not among those there are, and name the nearest."""
     if name not in names:
         hint = did_you_mean(name, names)
-        raise UserError(f"{field} is {name!r}{hint}; expected one of {', '.join(names)}")
+        raise UserError(f"{field} is {shown(name)}{hint}; expected one of {', '.join(names)}")

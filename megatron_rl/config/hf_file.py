@@ -12,7 +12,7 @@ from typing import Annotated, Any, Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, printable
 
 #: Keys without effect on the logits: generation, bookkeeping, which kernels are used, training
 #: choices made elsewhere.
@@ -228,7 +228,7 @@ class HuggingFaceFile:
     def refuse(self, found: str) -> UserError:
         """The error for something in this file."""
         expected = f"a plain config.json of {', '.join(MODEL_TYPES)}"
-        return UserError(f"{self.path}: {found}; expected {expected}")
+        return UserError(f"{self.path}: {printable(found, 400)}; expected {expected}")
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:

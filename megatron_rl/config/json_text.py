@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_rl.errors import UserError
-from megatron_rl.files import read_bounded, reason
+from megatron_rl.files import read_bounded
 
 #: Largest text read where a caller says nothing else, bytes.
 MOST_BYTES = 16 << 20
@@ -69,7 +69,7 @@ def read_json_object(file: Path, expected: str, most_bytes: int = MOST_BYTES) ->
     try:
         value = parse_json(read_bounded(file, most_bytes), most_bytes=most_bytes)
     except OSError as error:
-        raise UserError(f"cannot read {file} ({reason(error)}); expected {expected}") from error
+        raise UserError(f"cannot read {file} ({error.strerror}); expected {expected}") from error
     except BadJson as error:
         raise UserError(f"{file}: not valid JSON ({error}); expected {expected}") from error
     if not isinstance(value, dict):

@@ -32,7 +32,7 @@ from megatron_rl.config.nearest import did_you_mean
 from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config
-from megatron_rl.config.yaml_text import dump_yaml, parse_value, read_yaml
+from megatron_rl.config.yaml_text import dump_yaml, is_name, parse_value, read_yaml
 from megatron_rl.errors import UserError
 
 
@@ -131,7 +131,8 @@ def _flatten(
                 continue
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{origin}: {name} is {value!r}; expected a section, `{name}:` with keys below"
+                    f"{origin}: {name} is {shown(value)}; expected a section, `{name}:` with keys "
+                    "below"
                 )
             found.update(_flatten(value, keys, lines, file, name + "."))
         else:
@@ -163,8 +164,10 @@ def _split_flags(words: Sequence[str]) -> list[tuple[str, str]]:
     while rest:
         word = rest.pop(0)
         flag, equals, text = word.partition("=")
-        if not flag.startswith("--") or len(flag) == 2:
-            raise UserError(f"found {word!r} on the command line; expected --section.key value")
+        if not flag.startswith("--") or len(flag) == 2 or not is_name(flag):
+            raise UserError(
+                f"found {shown(word)} on the command line; expected --section.key value"
+            )
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{flag} has no value; expected {flag} VALUE")
@@ -206,7 +209,7 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
         if entry.value not in MODEL_PRESETS:
             hint = did_you_mean(entry.value, MODEL_PRESETS)
             raise UserError(
-                f"{entry.origin}: unknown model.preset {entry.value!r}{hint}; expected one of "
+                f"{entry.origin}: unknown model.preset {shown(entry.value)}{hint}; expected one of "
                 f"{', '.join(MODEL_PRESETS)}"
             )
         fields, origin = MODEL_PRESETS[entry.value], f"preset {entry.value}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import Iterable
 
+#: A longer text is no misspelt name, and to compare it takes time by the square of its length.
+_LONGEST = 100
+
 
 def nearest(found: str, valid: Iterable[str]) -> str | None:
     """The valid name most like ``found``; None where none is alike.
@@ -18,6 +21,8 @@ def nearest(found: str, valid: Iterable[str]) -> str | None:
         last = SequenceMatcher(None, found.rpartition(".")[2], name.rpartition(".")[2]).ratio()
         return max(whole, last), whole
 
+    if len(found) > _LONGEST:
+        return None
     best = max(valid, key=likeness, default=None)
     return best if best is not None and likeness(best)[0] >= 0.6 else None
 

@@ -1,18 +1,22 @@
-"""YAML in and out: plain data with the line of every key; duplicate keys refused.
+"""YAML in and out, the one reader: plain data with the line of every key; duplicate keys refused.
 
-Scalars follow the YAML 1.2 core schema where PyYAML's 1.1 surprises: ``3e-4`` is a number; ``no``,
-``on``, ``010`` and ``2024-01-01`` are strings.
+What it gives is a finite tree of text, numbers, lists and mappings, within bounds. Scalars follow
+the YAML 1.2 core schema where PyYAML's 1.1 surprises: ``3e-4`` is a number; ``no``, ``on``,
+``010`` and ``2024-01-01`` are strings.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_rl.config.json_text import MOST_DIGITS, MOST_LEVELS
 from megatron_rl.errors import UserError
+from megatron_rl.files import read_bounded
 
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
@@ -46,78 +50,138 @@ for _tag, _pattern, _first in _RESOLVERS:
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
 
+_KINDS = {name: pattern for name, pattern, _ in _RESOLVERS}
+_TEXT, _INTEGER, _REAL = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float"))
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+_DEEP = re.compile(rf"(?:[\[{{]\s*){{{MOST_LEVELS + 1}}}")
+
+#: Largest text, bytes: the parser takes some 20 s for a megabyte.
+MOST_BYTES = 1 << 18
 #: Largest tree, aliases counted as what they stand for: a few lines of them may stand for billions.
 MOST_NODES = 100_000
 
 
 def parse_value(text: str) -> Any:
     """One value as YAML: ``0.7``, ``null``, ``[0, 1]``. Raises ``yaml.YAMLError``."""
-    loader = _Loader(text)
+    loader = _loader(text)
     try:
         node = _compose(loader)
-        return None if node is None else _construct(loader, node)
+        if node is None:
+            return None
+        _check_keys(node, set())
+        return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
+def _loader(text: str) -> _Loader:
+    if len(text) > MOST_BYTES:
+        raise yaml.YAMLError(f"longer than {MOST_BYTES:,} bytes")
+    if _HALF.search(text):  # of a command line that is no UTF-8
+        raise yaml.YAMLError("half a surrogate pair, which is no character")
+    if _DEEP.search(text):  # the parser takes a second to see it
+        raise yaml.YAMLError(f"nested more than {MOST_LEVELS} deep")
+    return _Loader(text)
+
+
 def _compose(loader: _Loader) -> yaml.Node | None:
-    """The tree of the text, finite and of a size that can be looked at."""
+    """The tree of the text, finite and of a size that can be looked at; a value is of its kind."""
     try:
         node = loader.get_single_node()
         if node is not None:
-            _count(node, {}, set())
-    except RecursionError as error:
-        raise yaml.YAMLError("nested too deeply") from error
+            _count(node, {}, [])
+    except RecursionError:
+        raise yaml.YAMLError(f"nested more than {MOST_LEVELS} deep") from None
+    except ValueError as error:  # a character's number, \U with one that is none
+        raise yaml.YAMLError(f"a character that is none ({error})") from error
     return node
 
 
-def _count(node: yaml.Node, known: dict[yaml.Node, int], above: set[yaml.Node]) -> int:
+def _count(node: yaml.Node, known: dict[yaml.Node, int], above: list[yaml.Node]) -> int:
     """Nodes of a tree in which aliases are written out. ``above``: those this one is part of."""
     if node in known:
         return known[node]
     if node in above:
-        raise yaml.MarkedYAMLError(
-            problem="the anchor contains itself; expected a finite tree",
-            problem_mark=node.start_mark,
-        )
+        raise _refused(node, "the anchor contains itself; expected a finite tree")
+    if len(above) > MOST_LEVELS:
+        raise _refused(node, f"nested more than {MOST_LEVELS} deep")
+    _check_kind(node)
     total = 1
     if isinstance(node, yaml.CollectionNode):
-        above.add(node)
         for child in node.value:
             for part in child if isinstance(child, tuple) else (child,):
-                total += _count(part, known, above)
-        above.remove(node)
+                total += _count(part, known, [*above, node])
     if total > MOST_NODES:
-        raise yaml.MarkedYAMLError(
-            problem=f"more than {MOST_NODES:,} values, with aliases written out; expected fewer",
-            problem_mark=node.start_mark,
+        raise _refused(
+            node, f"more than {MOST_NODES:,} values, with aliases written out; expected fewer"
         )
     known[node] = total
     return total
 
 
-def _construct(loader: _Loader, node: yaml.Node) -> Any:
-    try:
-        return loader.construct_document(node)
-    except (ValueError, KeyError) as error:  # `!!bool maybe`, a number of thousands of digits
-        raise yaml.MarkedYAMLError(
-            problem=f"a value that is none of its kind ({error})", problem_mark=node.start_mark
-        ) from error
+def _check_kind(node: yaml.Node) -> None:
+    """A tag may be written in front of anything: ``!!bool maybe``, ``!!python/name:os.system``."""
+    if isinstance(node, yaml.ScalarNode):
+        if half := _HALF.search(node.value):
+            raise _refused(node, f"{half[0]!a} is half a surrogate pair and no character")
+        if node.tag != _TEXT and node.tag not in _KINDS:
+            raise _refused(node, f"found the tag {_shown(node.tag)}; expected plain data")
+        if node.tag != _TEXT and not _KINDS[node.tag].match(node.value):
+            raise _refused(node, f"{_shown(node.value)} is none of the kind {_shown(node.tag)}")
+        if node.tag in (_INTEGER, _REAL) and len(node.value) > MOST_DIGITS:
+            raise _refused(node, f"a number of {len(node.value):,} characters")
+        if node.tag == _REAL and "n" not in node.value.lower() and _is_too_large(node.value):
+            raise _refused(node, f"the number {_shown(node.value)}, too large for a float")
+    elif node.tag != f"tag:yaml.org,2002:{'map' if isinstance(node, yaml.MappingNode) else 'seq'}":
+        raise _refused(node, f"found the tag {_shown(node.tag)}; expected plain data")
+
+
+def _check_keys(node: yaml.Node, known: set[yaml.Node]) -> None:
+    """Refuse a key that stands twice in any mapping of the tree."""
+    if node in known or isinstance(node, yaml.ScalarNode):
+        return
+    known.add(node)
+    seen: set[str] = set()
+    for child in node.value:
+        for part in child if isinstance(child, tuple) else (child,):
+            _check_keys(part, known)
+        if isinstance(child, tuple) and isinstance(child[0], yaml.ScalarNode):
+            key = child[0].value
+            if key in seen and not child[0].tag.endswith(":merge"):
+                raise _refused(child[0], f"duplicate key {_shown(key)}; expected each key once")
+            seen.add(key)
+
+
+def _is_too_large(text: str) -> bool:
+    return math.isinf(float(text.replace("_", "")))
+
+
+def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _shown(text: str) -> str:
+    text = text.replace("tag:yaml.org,2002:", "!!")
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file as nested dicts, and ``FILE:LINE`` of every dotted key.
 
-    Raises UserError for a missing or unreadable file, invalid YAML, a duplicate key, a key that is
-    no string, an anchor that contains itself and a file that is no mapping.
+    Raises UserError for a file that is missing, cannot be read or is too large; invalid YAML, tags
+    of other than plain data, more levels, nodes or digits than the bounds, an anchor that contains
+    itself; a duplicate key, a key that is no string, and a file that is no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         raise UserError(f"config file {path} does not exist; expected a YAML file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"cannot read config file {path}: {reason}") from error
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read config file {path}: not UTF-8 text") from error
     try:
         return _parse_file(text, str(path))
     except yaml.MarkedYAMLError as error:
@@ -129,7 +193,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _parse_file(text: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:
-    loader = _Loader(text)
+    loader = _loader(text)
     try:
         node = _compose(loader)
         if node is None:
@@ -138,7 +202,8 @@ def _parse_file(text: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:
             raise UserError(f"{file}: found a {node.id} at the top; expected `section: ...` lines")
         lines: dict[str, str] = {}
         _record_lines(node, "", file, lines)
-        return _construct(loader, node), lines
+        _check_keys(node, set())  # of mappings in lists
+        return loader.construct_document(node), lines
     finally:
         loader.dispose()
 
@@ -150,8 +215,8 @@ def _record_lines(node: yaml.MappingNode, prefix: str, file: str, lines: dict[st
         line = key.start_mark.line + 1
         if key.tag.endswith(":merge"):
             continue
-        if key.tag != "tag:yaml.org,2002:str":
-            found = key.value if isinstance(key, yaml.ScalarNode) else f"of kind {key.id}"
+        if key.tag != _TEXT or not is_name(key.value):
+            found = _as_name(key.value) if isinstance(key, yaml.ScalarNode) else f"of kind {key.id}"
             raise UserError(
                 f"{file}:{line}: key {prefix}{found} is no name; expected a field's name"
             )
@@ -164,6 +229,15 @@ def _record_lines(node: yaml.MappingNode, prefix: str, file: str, lines: dict[st
         lines[prefix + key.value] = f"{file}:{line}"
         if isinstance(value, yaml.MappingNode):
             _record_lines(value, f"{prefix}{key.value}.", file, lines)
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a field, or stand in a message as one."""
+    return text.isprintable() and len(text) <= 200
+
+
+def _as_name(text: str) -> str:
+    return text if is_name(text) else _shown(text)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
-from megatron_rl.errors import UserError
+from megatron_rl.data.tokenizer_files import ids_of
+from megatron_rl.errors import UserError, printable
+from megatron_rl.rewards.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from megatron_rl.data.problems import Message
 
+#: Processor time a chat may take, seconds (it takes a millisecond); elapsed time is for stuck
+#: machines.
+_CPU_S, _WALL_S = 10.0, 300.0
+#: A template is a program, and not ours: it is run where it has limits.
+_WORKERS = WorkerPool(
+    Path(__file__).with_name("template_worker.py"),
+    _CPU_S,
+    _WALL_S,
+    "expected transformers for chat templates; install it",
+)
 #: Of these roles a template may leave text out: earlier reasoning, results it writes as JSON.
 _REWRITTEN = ("assistant", "tool")
 
@@ -28,13 +41,7 @@ class ChatTemplate:
         control.sort(key=lambda token: -len(token.content))  # of two that begin alike the longer
         #: finds the text of a control token
         self.control = re.compile("|".join(re.escape(t.content) for t in control) or "(?!)")
-        self._control_with_space = re.compile(
-            "|".join(
-                r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-                for token in control
-            )
-            or "(?!)"
-        )
+        self._strips = {token.content: (token.lstrip, token.rstrip) for token in control}
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation that the assistant is to answer.
@@ -55,25 +62,30 @@ class ChatTemplate:
                 "expected one in "
                 "chat_template.jinja or tokenizer_config.json; add it or use prompts of plain text"
             )
-        from jinja2 import TemplateError
+        from transformers import PreTrainedTokenizerBase
 
-        try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        # A template is a program, and fails as programs do on messages it was not written for.
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        own = type(self._tokenizer).apply_chat_template
+        if own is not PreTrainedTokenizerBase.apply_chat_template:
+            # Code of its own, which is executed already (data.tokenizer.trust_remote_code).
+            return own(self._tokenizer, list(messages), tokenize=False, add_generation_prompt=True)
+        names = dict(self._tokenizer.special_tokens_map)
+        asked = json.dumps([self._tokenizer.chat_template, names, list(messages)], default=str)
+        reply = _WORKERS.ask(asked)
+        kind, text = ("refused", reply) if reply in ("late", "killed") else json.loads(reply)
+        if kind != "text":
             raise UserError(
-                f"chat messages the template of {self._path} refuses: {error}; correct the prompt"
-            ) from error
+                f"chat messages the template of {self._path} refuses: {text}; correct the prompt "
+                "or the template"
+            )
+        return text
 
     def _check_shown(self, messages: Sequence[Message], text: str) -> None:
         for number, message in enumerate(messages, start=1):
             if message["role"] not in _REWRITTEN and message["content"].strip() not in text:
                 raise UserError(
                     f"the template of {self._path} does not show message {number}, of role "
-                    f"{message['role']!r}; expected all that is asked in the prompt; correct the "
-                    "role or the template"
+                    f"{printable(message['role'], 60)!r}; expected all that is asked in the "
+                    "prompt; correct the role or the template"
                 )
 
     def _parsed(self, text: str) -> list[int]:
@@ -83,8 +95,7 @@ class ChatTemplate:
         return self._encode(text, split_special_tokens=True)
 
     def _encode(self, text: str, **options: bool) -> list[int]:
-        # verbose: it would say of long texts what is checked, line by line, later on
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False, **options)
+        return ids_of(self._tokenizer, self._path, text, add_special_tokens=False, **options)
 
     def _as_text_within(self, text: str) -> list[int]:
         """`_as_text` of what does not begin the whole: some tokenizers put a space there."""
@@ -122,9 +133,15 @@ class ChatTemplate:
     def _pieces(self, text: str) -> list[tuple[str, bool]]:
         """The text cut at its control tokens; True: such a token."""
         pieces, start = [], 0
-        for found in self._control_with_space.finditer(text):
-            pieces += [(text[start : found.start()], False), (found[0], True)]
-            start = found.end()
+        while found := self.control.search(text, start):
+            before, behind = text[start : found.start()], found.end()
+            left, right = self._strips[found[0]]
+            if left:
+                before = before.rstrip()
+            while right and behind < len(text) and text[behind].isspace():
+                behind += 1
+            pieces += [(before, False), (text[start + len(before) : behind], True)]
+            start = behind
         return [(piece, own) for piece, own in [*pieces, (text[start:], False)] if piece]
 
     def _joined(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
+from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.errors import UserError
 
 #: Longest line that is read, bytes. A longer one is a file without line ends, or holds what no
@@ -17,8 +17,8 @@ def load_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file in order; blank lines at the end are allowed, and nowhere else.
 
     ``UserError`` names the file and the line (from 1): no file, or one that cannot be read; a line
-    longer than ``MAX_LINE_BYTES``, not UTF-8, no JSON, not an object, with half a surrogate pair;
-    no line at all; not enough memory.
+    longer than ``MAX_LINE_BYTES``, that `parse_json` refuses, or no object; no line at all; not
+    enough memory.
     """
     path = Path(path)
     records: list[dict[str, Any]] = []
@@ -94,41 +94,15 @@ def _next_line(file: BinaryIO, path: Path, number: int) -> bytes:
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     where = f"{path}, line {number}"
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte {error.start + 1} of the line is not UTF-8; expected a JSONL file in "
-            "UTF-8; convert it"
-        ) from error
     if number == 1:
-        text = text.removeprefix("\ufeff")  # written by editors on Windows
+        line = line.removeprefix(b"\xef\xbb\xbf")  # written by editors on Windows
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        detail = f"{error.msg}, column {error.pos + 1}"
-        raise UserError(
-            f"{where}: not JSON ({detail}); expected one object a line; correct it"
-        ) from error
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
+        record = parse_json(line.rstrip(b"\r\n"), most_bytes=MAX_LINE_BYTES)
+    except BadJson as error:
         raise UserError(
             f"{where}: not JSON ({error}); expected one object a line; correct it"
         ) from error
     if not isinstance(record, dict):
         kind = type(record).__name__
         raise UserError(f"{where}: a JSON {kind}; expected an object {{...}}; correct the line")
-    if b"\\ud" in line or b"\\uD" in line:
-        _check_surrogates(where, record)
     return record
-
-
-def _check_surrogates(where: str, record: dict[str, Any]) -> None:
-    """Half a pair is no character: no tokenizer takes it, and no file of the run could hold it."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UserError(
-            f"{where}: {half} is half a surrogate pair and no character; expected whole "
-            "characters; correct the text, which was cut in the middle of one"
-        ) from error

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
+from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.jsonl import load_records, place
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, printable
 
 #: A message of a chat: "role" and "content", both text, and what else a template may want.
 Message = Mapping[str, Any]
@@ -141,7 +142,7 @@ def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequen
 
 def _value_of(record: Mapping[str, Any], key: str) -> Any:
     if key not in record:
-        found = ", ".join(record) or "no keys"
+        found = printable(", ".join(record)) or "no keys"
         raise UserError(
             f"no {key!r} among {found}; expected it in every line; "
             "correct the line or set data.prompt_key and data.completion_key"
@@ -156,8 +157,8 @@ def _is_chat(text: str) -> bool:
     if not _OBJECT_AS_TEXT.match(text):
         return False
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except BadJson:
         return False
     if isinstance(value, dict) and any(isinstance(value.get(key), list) for key in _CHAT_KEYS):
         return True
@@ -170,8 +171,8 @@ def _is_chat(text: str) -> bool:
 
 def _chat_from_text(text: str, key: str) -> list[Any]:
     try:
-        chat = json.loads(text)
-    except (ValueError, RecursionError):
+        chat = parse_json(text)
+    except BadJson:
         chat = None
     if not isinstance(chat, list):
         raise UserError(
@@ -209,7 +210,8 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else None
-    found = f"a part of type {kind}" if kind not in (None, "text") else f"the part {_shown(part)}"
+    of_type = f"a part of type {printable(str(kind), 60)}"
+    found = of_type if kind not in (None, "text") else f"the part {_shown(part)}"
     raise UserError(
         f'{where} has {found}; expected parts {{"type": "text", "text": ...}} alone; '
         "drop the part or the line"

@@ -4,11 +4,11 @@ uses the network.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Protocol, Sequence
 
 from megatron_rl.data.chat_template import ChatTemplate
+from megatron_rl.data.tokenizer_files import check_tokenizer_files, ids_of, understood
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SentencePieceTokenizer:
 
         try:
             self._processor = SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{path} cannot be read as a SentencePiece model ({error}); "
                 "expected a .model file; "
@@ -155,19 +155,21 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
         self._path = path
-        self._tokenizer = _load_huggingface(path, trust_remote_code)
-        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
-        if self._tokenizer.eos_token_id is None:
+        with understood(path.parent if path.is_file() else path, "read"):
+            self._tokenizer = _load_huggingface(path, trust_remote_code)
+            self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+            eos = self._tokenizer.eos_token_id
+            self.bos_id: int | None = self._tokenizer.bos_token_id
+            pad = self._tokenizer.pad_token_id
+            self.has_chat_template = bool(self._tokenizer.chat_template)
+            self._template = ChatTemplate(self._tokenizer, path)
+        if eos is None:
             raise UserError(
                 f"{path} has no end-of-sequence token; expected one; "
                 "set eos_token in its tokenizer_config.json"
             )
-        self.bos_id: int | None = self._tokenizer.bos_token_id
-        self.eos_id: int = self._tokenizer.eos_token_id
-        pad = self._tokenizer.pad_token_id
+        self.eos_id: int = eos
         self.pad_id: int = self.eos_id if pad is None else pad
-        self.has_chat_template = bool(self._tokenizer.chat_template)
-        self._template = ChatTemplate(self._tokenizer, path)
         self._rows = self.vocab_size
         #: end-of-sequence tokens that the tokenizer itself puts behind a text
         ends = (n for n, token in enumerate(reversed(self._begun("a"))) if token != self.eos_id)
@@ -181,10 +183,9 @@ class HuggingFaceTokenizer:
         return [(name, i) for i, name in past]
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        ids = self._tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=not control, verbose=False
+        return self._within(
+            self._ids(text, add_special_tokens=False, split_special_tokens=not control)
         )
-        return self._within(ids)
 
     def _within(self, ids: list[int]) -> list[int]:
         past = next((i for i in ids if i >= self._rows), None)
@@ -222,9 +223,10 @@ class HuggingFaceTokenizer:
         return self._within(ids[: len(ids) - self._num_ends])
 
     def _begun(self, text: str) -> list[int]:
-        return self._tokenizer.encode(
-            text, add_special_tokens=True, split_special_tokens=True, verbose=False
-        )
+        return self._ids(text, add_special_tokens=True, split_special_tokens=True)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        return ids_of(self._tokenizer, self._path, text, **options)
 
     def _decode_known(self, ids: list[int], skip: bool) -> str:
         return self._tokenizer.decode(
@@ -296,41 +298,13 @@ def _load_huggingface(path: Path, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     folder = path.parent if path.is_file() else path
-    _check_tokenizer_json(path if path.is_file() else path / "tokenizer.json")
+    check_tokenizer_files(folder, path if path.is_file() else path / "tokenizer.json")
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
         return _load_tokenizer_json(path)
-    try:
-        # Said either way: left open, transformers asks on the terminal and executes after a "y".
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{folder} has a tokenizer that needs code of its own, which is in the directory; "
-                "expected one that transformers has a class for; if you trust that code, set "
-                "data.tokenizer.trust_remote_code to true"
-            ) from error
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder} cannot be read as a Hugging Face tokenizer ({detail}); expected "
-            "tokenizer.json and tokenizer_config.json; correct data.tokenizer.path"
-        ) from error
-
-
-def _check_tokenizer_json(path: Path) -> None:
-    """Refuses what the tokenizers library would answer with an untyped exception."""
-    if not path.is_file():
-        return
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        content = error
-    if not isinstance(content, dict) or "model" not in content:
-        raise UserError(
-            f"{path} is not the file of a Hugging Face fast tokenizer; expected a JSON object "
-            "with the key 'model'; correct data.tokenizer.path"
-        )
+    # Said either way: left open, transformers asks on the terminal and executes after a "y".
+    return AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+    )
 
 
 def _load_tokenizer_json(path: Path):

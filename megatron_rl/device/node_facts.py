@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import socket
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ def described(path: Path, overrides: Sequence[str], ranks: int, purpose: str) ->
     check_config(config, ranks, purpose)
     files = {**input_files(config), "model.hf_path": config.model.hf_path}
     there = {name: file for name, file in files.items() if file is not None and file.exists()}
-    return Described(dict(leaf_values(config.model_dump(mode="json"))), there, config.run_dir)
+    values = dict(leaf_values(config.model_dump(mode="json")))
+    # An infinite bound of a loss, which JSON cannot hold, as text.
+    values = json.loads(json.dumps(values), parse_constant=str)
+    return Described(values, there, config.run_dir)
 
 
 def facts_of_this_node(describe: Callable[[], Described], nodes: int, ranks: int) -> Facts:

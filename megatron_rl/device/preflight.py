@@ -22,6 +22,7 @@ from typing import Any, Iterator, Sequence
 
 from torch.distributed import TCPStore
 
+from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.device.launch import join_address
 from megatron_rl.device.node_facts import Facts
 from megatron_rl.device.node_report import Meeting, Report, crowded, report
@@ -105,7 +106,8 @@ def _meet(meeting: Meeting, facts: Facts) -> Report:
         unseen = [] if crowded(meeting, known) else _unseen(known, place)
         store.set(f"unseen/{place}", json.dumps(unseen))
         soon = max(end, time.monotonic() + 2 * SEEN_WITHIN_S)
-        found = report(meeting, known, _answers(store, "unseen", len(known), soon))
+        blind = _places(_answers(store, "unseen", len(known), soon), len(known))
+        found = report(meeting, known, blind)
         store.set(f"done/{place}", "1")
         if serves:  # the store ends with this process
             _answers(store, "done", len(known), time.monotonic() + SEEN_WITHIN_S)
@@ -173,7 +175,7 @@ def _arrivals(store: TCPStore, meeting: Meeting, place: int, end: float) -> list
     while True:
         for number in range(len(known), store.add("arrivals", 0)):
             store.wait([f"facts/{number}"], timedelta(seconds=SEEN_WITHIN_S))
-            known.append(json.loads(store.get(f"facts/{number}")))
+            known.append(_facts(store.get(f"facts/{number}")))
         if place > 0 and store.check(["closed"]):
             return known[: max(int(store.get("closed")), place + 1)]
         too_many = bool(crowded(meeting, known))
@@ -196,8 +198,48 @@ def _answers(store: TCPStore, kind: str, count: int, end: float) -> dict[int, An
         left = max(0.1, end - time.monotonic())
         with contextlib.suppress(RuntimeError):
             store.wait([f"{kind}/{place}"], timedelta(seconds=left))
-            found[place] = json.loads(store.get(f"{kind}/{place}"))
+            found[place] = _json(store.get(f"{kind}/{place}"))
     return found
+
+
+def _json(said: bytes) -> Any:
+    """What a node has set; whoever reaches the port can set something."""
+    try:
+        return parse_json(said)
+    except BadJson as error:
+        raise _no_node(str(error)) from error
+
+
+def _facts(said: bytes) -> Facts:
+    """What `node_facts.facts_of_this_node` makes, the number of the node and its token."""
+    facts = _json(said)
+    if not isinstance(facts, dict):
+        raise _no_node("fields of another kind")
+    texts = {"host", "token", "error" if "error" in facts else "run_dir"}
+    if (
+        not all(isinstance(facts.get(name), str) for name in texts)
+        or not isinstance(facts.get("same"), dict)
+        or type(facts.get("node")) is not int
+        or facts["node"] < 0
+    ):
+        raise _no_node("fields of another kind")
+    return facts
+
+
+def _places(found: dict[int, Any], count: int) -> dict[int, list[int]]:
+    """Of each arrival a list of others."""
+    for places in found.values():
+        whole = isinstance(places, list) and all(type(place) is int for place in places)
+        if not whole or not all(0 <= place < count for place in places):
+            raise _no_node("places that are none")
+    return found
+
+
+def _no_node(reason: str) -> RunFailed:
+    return RunFailed(
+        f"what came to the preflight's port is not from a node of this run ({reason}); expected "
+        "nodes of one version, and no one else there; set PREFLIGHT_PORT to another port"
+    )
 
 
 def _leave_token(facts: Facts) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.config.on_resume import Change, changes
 from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.errors import UserError
@@ -21,6 +22,8 @@ from megatron_rl.observe.configurations import (
 )
 from megatron_rl.observe.metric_table import split_layer
 
+#: No run has more.
+MOST_STEPS = 1 << 53
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 COMPARISON_FILE = "comparison.html"
@@ -29,7 +32,7 @@ EVALUATED = "eval/problems"  #: a metric of every evaluation
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file whose every object has an integer ``step``.
+    """The objects of a JSONL file whose every object has a ``step``, an integer from 0.
 
     A last line that is not complete JSON (the writer was killed) is left out. UserError: any
     other line is not an object.
@@ -38,12 +41,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except ValueError:  # JSONDecodeError, and UnicodeDecodeError of a torn character
+            record = parse_json(line)
+        except BadJson:
             if number == len(lines):
                 break
             record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        step = record.get("step") if isinstance(record, dict) else None
+        if type(step) is not int or not 0 <= step < MOST_STEPS:
             raise UserError(
                 f"{path} line {number} holds {line[:60].decode(errors='replace')!r}; expected a "
                 f"JSON object with an integer "

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Protocol
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, printable
 
 _PART = re.compile(r"[a-z][a-z0-9_]*")
 #: Names of metrics that are no parts.
@@ -66,7 +66,7 @@ def require(record: Mapping[str, Any], key: str, verifier: str) -> Any:
     if key not in record:
         found = ", ".join(sorted(map(str, record))) or "no keys"
         raise UserError(
-            f"record with {found}; the verifier {verifier!r} expects {key!r}; "
+            f"record with {printable(found)}; the verifier {verifier!r} expects {key!r}; "
             f"add {key!r} to every line of the data set or set reward.name to another verifier"
         )
     return record[key]

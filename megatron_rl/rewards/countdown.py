@@ -189,14 +189,20 @@ def _problem(record: Mapping[str, Any]) -> tuple[list[int], int]:
     target = require(record, "target", "countdown")
     if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
         raise UserError(
-            f"numbers {numbers!r}; the verifier 'countdown' expects a list of integers; "
+            f"numbers {_shown(numbers)}; the verifier 'countdown' expects a list of integers; "
             "correct the data set"
         )
     if type(target) is not int:
         raise UserError(
-            f"target {target!r}; the verifier 'countdown' expects an integer; correct the data set"
+            f"target {_shown(target)}; the verifier 'countdown' expects an integer; correct the "
+            "data set"
         )
     return list(numbers), target
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _listed(numbers: list[int]) -> str:

@@ -7,14 +7,12 @@ finds a mistake by itself.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
-from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest
-from megatron_rl.checkpoint.save import STATE
+from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, read_state
 from megatron_rl.config.on_resume import Change, kind_of, shown
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
@@ -51,8 +49,8 @@ def check_continuation(config: Config, identity: Mapping[str, Any]) -> None:
         return
     try:
         manifest = read_manifest(path)
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (Damaged, OSError, ValueError):
+        state = read_state(path)
+    except Damaged:
         return
     check_architecture(manifest.architecture, architecture_of(config.model), str(path))
     check_state(config, path, state, identity)

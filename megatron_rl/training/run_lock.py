@@ -26,10 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
 
+from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.errors import RunFailed, UserError
-from megatron_rl.files import reason
+from megatron_rl.files import read_bounded, reason
 
 LOCK_FILE = "run.lock"
+_MOST_BYTES = 10_000
 #: Seconds between two touches of the lock.
 BEAT_S = 5.0
 #: Seconds without a touch after which an owner that cannot be seen is taken for dead. Many times
@@ -74,7 +76,7 @@ def this_process() -> Owner:
         namespace=_namespace(),
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         slurm_job=environment.get("SLURM_JOB_ID", ""),
-        slurm_restarts=int(restarts) if restarts.isdecimal() else 0,
+        slurm_restarts=int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
         torchrun_id="" if run_id == "none" else run_id,
     )
 
@@ -201,20 +203,20 @@ def read_owner(path: Path) -> Owner | None:
     of whom nothing is known but the file's time.
     """
     try:
-        with open(path, "rb") as file:  # to open is what makes NFS look again
-            state, content = os.fstat(file.fileno()), file.read(10_000)
+        content = read_bounded(path, _MOST_BYTES)  # to open is what makes NFS look again
+        number = os.stat(path).st_ino
     except FileNotFoundError:
         return None
     try:
-        fields = json.loads(content)
+        fields = parse_json(content)
         known = {name: fields[name] for name in Owner.__dataclass_fields__ if name in fields}
         owner = Owner(**known)
         right = all(isinstance(getattr(owner, n), type(v)) for n, v in asdict(_ANYONE).items())
         if right and re.fullmatch("[0-9a-f]{32}", owner.token):  # it becomes part of a file's name
             return owner
-    except (ValueError, TypeError, RecursionError):
+    except (BadJson, TypeError):
         pass
-    return Owner(token=f"unreadable-{state.st_ino}-{len(content)}")
+    return Owner(token=f"unreadable-{number}-{len(content)}")
 
 
 _ANYONE = Owner("")
@@ -266,10 +268,13 @@ def _silence(path: Path) -> float:
 
 def _touched(path: Path) -> float | None:
     try:
-        with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_mtime
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NFS looks again
     except FileNotFoundError:
         return None
+    try:
+        return os.fstat(opened).st_mtime
+    finally:
+        os.close(opened)
 
 
 def _start_of(pid: int) -> str | None:

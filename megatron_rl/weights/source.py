@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_rl.errors import UserError
+from megatron_rl.config.hf_file import shown
+from megatron_rl.config.json_text import read_json_object
+from megatron_rl.errors import UserError, printable
 from megatron_rl.weights.fused import Place, places
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_INDEX_BYTES = 256 << 20
+_LONGEST_NAME = 255
 #: What weights may be stored in; quantised types need scales this package does not know.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -48,8 +51,8 @@ class HuggingFaceTensors:
             absent = sorted(named[file] - found) if named[file] else []
             if absent:
                 raise UserError(
-                    f"{self.directory / INDEX} says that {file} holds {absent[0]}, which it does "
-                    "not; expected index and files of one model; restore the directory"
+                    f"{self.directory / INDEX} says that {file} holds {shown(absent[0])}, which it "
+                    "does not; expected index and files of one model; restore the directory"
                 )
             self._file_of.update(dict.fromkeys(named[file] or found, file))
         shapes = {name: self._check(name) for name in self._file_of}
@@ -86,11 +89,22 @@ class HuggingFaceTensors:
         return self._places[name]
 
     def _check(self, name: str) -> tuple[int, ...]:
-        """The shape of a stored tensor; refuses its type."""
+        """The shape of a stored tensor; refuses its type, and what no weight is."""
+        file = self.directory / self._file_of[name]
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise UserError(
+                f"{file} holds a tensor named {shown(name)}; expected the name of a weight; "
+                "restore the file"
+            )
         tensor = self._files[self._file_of[name]].get_slice(name)
+        if 0 in tensor.get_shape():
+            raise UserError(
+                f"{file} holds {name} without values, of shape {shown(tensor.get_shape())}; "
+                "expected a weight; restore the file"
+            )
         if tensor.get_dtype() not in _DTYPES:
             raise UserError(
-                f"{self.directory / self._file_of[name]} holds {name} as {tensor.get_dtype()}; "
+                f"{file} holds {name} as {tensor.get_dtype()}; "
                 f"expected one of {', '.join(_DTYPES)}; convert the model to bfloat16 first"
             )
         return tuple(tensor.get_shape())
@@ -106,24 +120,28 @@ def _read_index(directory: Path) -> dict[str, set[str]]:
             f"{directory} holds neither {INDEX} nor {SINGLE}; expected a model in safetensors "
             "format; convert pickled weights (pytorch_model.bin) to safetensors first"
         )
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            named.setdefault(file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    content = read_json_object(index, "the index of a model's safetensors files", _INDEX_BYTES)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(
-            f"{index} is damaged ({type(error).__name__}); expected a JSON object with "
-            "'weight_map'; restore the file"
-        ) from error
-    for file in named:
+            f"{index} has no 'weight_map'; expected a JSON object that gives each tensor its file; "
+            "restore the file"
+        )
+    named: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
         # Its name alone: an index may not make us read files elsewhere.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if not isinstance(file, str) or not _is_name(file):
             raise UserError(
-                f"{index} names the file {file!r}; expected the name of a file in {directory}; "
-                "restore the index"
+                f"{index} names the file {shown(file)}; expected the name of a file in "
+                f"{directory}; restore the index"
             )
+        named.setdefault(file, set()).add(name)
     return named
+
+
+def _is_name(file: str) -> bool:
+    plain = Path(file).name == file and file not in ("", ".", "..") and file.isprintable()
+    return plain and len(file.encode()) <= _LONGEST_NAME
 
 
 def _open(path: Path):
@@ -132,7 +150,8 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        said = printable(" ".join(str(error).split()))
         raise UserError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); expected a complete "
+            f"{path} cannot be read ({said}); expected a complete "
             f"safetensors file, it has {path.stat().st_size:,} bytes; restore the file"
         ) from error

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tools.fuzz.kind import Kind, all_kinds
-from tools.fuzz.runner import Result, run
+from tools.fuzz.kind import all_kinds
+from tools.fuzz.runner import Result, counted, run
 
 _COLUMNS = ("taken", "refused", "exceptions", "hangs", "wrong")
 
@@ -42,11 +42,6 @@ def main() -> int:
         for line in result.found[: arguments.show]:
             print(f"    {line}", flush=True)
     return 0 if good else 1
-
-
-def counted(kind: Kind, count: int) -> int:
-    """How many cases of a kind are run where ``count`` of each are asked for."""
-    return max(1, round(count * kind.share))
 
 
 def row_of(result: Result) -> str:

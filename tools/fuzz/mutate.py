@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from typing import Any
 
 #: Values that no field expects, or not of this size.
@@ -104,3 +105,17 @@ def encoded(rng: random.Random, text: str) -> bytes:
     """The text in UTF-8 (half characters as Python would write them), some of it spoiled."""
     data = text.encode("utf-8", "surrogatepass")
     return flipped(rng, data) if data and rng.random() < 0.2 else data
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether a text is JSON beyond doubt, by the standard library alone: what `json.dumps` writes
+    of what it holds, with no number or nesting that is near a limit."""
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text)
+        plain = json.dumps(value, allow_nan=False) == text
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        return False
+    longest = max((len(digits) for digits in re.findall("[0-9]+", text)), default=0)
+    return plain and longest < 250 and len(text) < 100_000 and text.count("[[") < 10

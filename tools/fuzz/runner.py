@@ -49,6 +49,11 @@ class Result:
         return not self.found and self.grown_bytes <= 64 << 20
 
 
+def counted(kind: Kind, count: int) -> int:
+    """How many cases of a kind are run where ``count`` of each are asked for."""
+    return max(1, round(count * kind.share))
+
+
 def run(kind: Kind, count: int, seed: int, first: int = 0, most_s: float = 1e9) -> Result:
     """Judge the cases ``first`` to ``first + count``; stop early after ``most_s`` seconds."""
     result, start, base = Result(kind.name), time.monotonic(), None

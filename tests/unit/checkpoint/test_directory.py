@@ -1,6 +1,5 @@
 """Checkpoint directories: which one is the newest, and what is left after saving or a kill."""
 
-import json
 import os
 
 import pytest
@@ -13,6 +12,7 @@ from megatron_rl.checkpoint.directory import (
     newest_checkpoint,
     publish,
 )
+from megatron_rl.checkpoint.manifest import Manifest, write_manifest
 from megatron_rl.errors import UserError
 
 
@@ -50,6 +50,25 @@ def test_without_a_valid_pointer_the_highest_complete_step_is_newest(tmp_path, p
     if pointer is not None:
         (tmp_path / "latest").write_bytes(pointer)
     assert newest_checkpoint(tmp_path) == tmp_path / "step_10"
+
+
+@pytest.mark.parametrize(
+    "what", ["pipe", "directory", "loop", "device", "long", "digits", "script"]
+)
+def test_a_pointer_that_is_none_is_not_waited_for(tmp_path, what):
+    for step in (2, 3):
+        make(tmp_path, f"step_{step}")
+    latest = tmp_path / "latest"
+    if what == "pipe":
+        os.mkfifo(latest)
+    elif what == "directory":
+        latest.mkdir()
+    elif what in ("loop", "device"):
+        latest.symlink_to(latest if what == "loop" else "/dev/zero")
+    else:
+        said = {"long": "step_2" + " " * 2**20, "digits": "step_" + "9" * 5000, "script": "step_٢"}
+        latest.write_text(said[what])
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_3"
 
 
 def test_there_is_no_newest_without_a_complete_one(tmp_path):
@@ -90,9 +109,8 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_the_best_are_kept_beside_the_newest(tmp_path):
     scores = {1: 0.2, 2: 0.9, 3: None, 4: 0.5, 5: 0.5, 6: 0.1, 7: None}
     for step, score in scores.items():
-        content = json.dumps({"score": score} if score is not None else {})
         partial = begin(tmp_path, step)
-        (partial / "manifest.json").write_text(content)
+        write_manifest(partial, Manifest(step, {}, {}, None, {}, {}, score))
         publish(tmp_path, step, 2, keep_best=2)
     assert names(tmp_path) == ["latest", "step_2", "step_5", "step_6", "step_7"]
     assert newest_checkpoint(tmp_path).name == "step_7"

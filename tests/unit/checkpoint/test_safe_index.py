@@ -1,17 +1,26 @@
 """Nothing in a checkpoint that somebody else has made is run."""
 
 import contextlib
-import json
 import os
 import pickle
 import re
 import shutil
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, fingerprint
+from megatron_rl.checkpoint.index_pickle import Refused, read_index
+from megatron_rl.checkpoint.manifest import (
+    MANIFEST,
+    Damaged,
+    fingerprint,
+    read_manifest,
+    write_manifest,
+)
+from megatron_rl.checkpoint.safe_index import check_index
 from tests.support.tiny import cpu_device, tiny_config
 from tests.support.tiny_training import build_training
 from tests.unit.checkpoint.test_save_load import load, load_weights, save
@@ -45,9 +54,9 @@ def planted(saved, tmp_path, name, write):
     copy = tmp_path / "step_1"
     shutil.copytree(saved[1], copy)
     write(copy / name)
-    manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["files"][name] = fingerprint(copy / name)
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    manifest = read_manifest(copy)
+    files = {**manifest.files, name: fingerprint(copy / name)}
+    write_manifest(copy, replace(manifest, files=files))
     return copy
 
 
@@ -102,7 +111,7 @@ def test_the_index_that_names_something_else_is_named(saved, tmp_path):
     index = copy / "shards" / ".metadata"
     assert re.fullmatch(
         re.escape(str(index))
-        + r" names (builtins\.getattr|pathlib\.Path\.touch), which an index .*",
+        + r" is no index .*: names (builtins\.getattr|pathlib\.Path\.touch), which an index .*",
         str(error.value),
     )
 
@@ -111,15 +120,13 @@ def test_an_object_among_the_tensors_is_not_run(saved, tmp_path):
     """At its own place in a shard, as Megatron-Core 0.19 keeps the common part of a checkpoint."""
     from torch.distributed import checkpoint
 
-    from megatron_rl.checkpoint.safe_index import check_index
-
     for name, value in (("good", {"step": 3}), ("bad", Harm(tmp_path / "harm"))):
         directory = tmp_path / name
         writer = checkpoint.FileSystemWriter(directory)
         checkpoint.save({"weight": torch.ones(2), "x": value}, storage_writer=writer, no_dist=True)
     check_index(tmp_path / "good")
     with pytest.raises(
-        Damaged, match="no index of shards that can be read safely .UnpicklingError: W"
+        Damaged, match="__0_0.distcp holds an object that cannot be read safely .Unpick"
     ):
         check_index(tmp_path / "bad")
     assert not (tmp_path / "harm").exists()
@@ -135,20 +142,136 @@ class Attribute:
         return (getattr, (self.of, self.name))
 
 
-def test_members_of_an_enumeration_as_early_pythons_store_them(tmp_path):
+def test_members_of_an_enumeration_as_early_pythons_store_them():
     """3.11.0 to 3.11.3 store getattr(enumeration, name); of other objects no attribute is given."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-    from megatron_rl.checkpoint.safe_index import _Index
-
-    def read(stored):
-        path = tmp_path / ".metadata"
-        path.write_bytes(pickle.dumps(stored))
-        with open(path, "rb") as file:
-            return _Index(file, path).load()
-
     member = _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
-    assert read(Attribute(_MEM_FORMAT_ENCODING, member.name)) is member
+    stored = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
+    assert read_index(stored) == "TORCH_CHANNELS_LAST"
     for of, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__reduce_ex__")):
-        with pytest.raises(Damaged, match=f"asks for the attribute {name} of "):
-            read(Attribute(of, name))
+        with pytest.raises(Refused, match=f"asks for the attribute '{name}' of something"):
+            read_index(pickle.dumps(Attribute(of, name)))
+
+
+METADATA = b"ctorch.distributed.checkpoint.metadata\n"
+#: A pickle's steps by hand: what is named, then (None, {"evil": 1}) as its state.
+STATE = b"(N}X\x04\x00\x00\x00evilK\x01stb."
+#: Name -> pickle, and what of Python it would change.
+BUILDS = {
+    "a class of torch": (METADATA + b"MetadataIndex\n" + STATE, "MetadataIndex"),
+    "another": (METADATA + b"Metadata\n" + STATE, "Metadata"),
+    "an enumeration": (METADATA + b"_MEM_FORMAT_ENCODING\n" + STATE, "_MEM_FORMAT_ENCODING"),
+    "a member of one": (
+        METADATA + b"_MEM_FORMAT_ENCODING\n" + b"(K\x00tR" + STATE,
+        "_MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT",
+    ),
+    "a function": (b"ctorch.serialization\n_get_layout\n" + STATE, None),
+    "a path": (b"cpathlib\nPosixPath\n" + STATE, None),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_refused_index_has_set_nothing(tmp_path, name):
+    """BUILD sets attributes on whatever is there: on classes of torch they outlive the refusal."""
+    import torch.distributed.checkpoint.metadata as module
+
+    stored, changed = BUILDS[name]
+    (tmp_path / ".metadata").write_bytes(stored)
+    with pytest.raises(Damaged, match="no index of shards that can be read safely: sets attribut"):
+        check_index(tmp_path)
+    owners = [torch.serialization._get_layout, Path]
+    if changed:
+        owners += [attrgetter(changed)(module)]
+    assert [owner for owner in owners if hasattr(owner, "evil")] == []
+
+
+def index_of(directory):
+    """The index of a small checkpoint, as torch reads it."""
+    from torch.distributed import checkpoint
+
+    state = {"weight": torch.arange(6.0).view(2, 3), "x": {"step": 3}}
+    writer = checkpoint.FileSystemWriter(directory)
+    checkpoint.save(state, storage_writer=writer, no_dist=True)
+    return pickle.loads((directory / ".metadata").read_bytes())
+
+
+def refused(directory, index, reason):
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(Damaged, match=f"read safely: found {reason}") as error:
+        check_index(directory)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret", "/etc/hostname", "sub/../__0_0.distcp", "", ".", "none.distcp"]
+)
+def test_a_shard_outside_the_checkpoint_is_refused(tmp_path, path):
+    (tmp_path / "secret").write_bytes(bytes(10_000))
+    directory = tmp_path / "shards"
+    index = index_of(directory)
+    check_index(directory)
+    for stored in index.storage_data.values():
+        stored.relative_path = path
+    refused(directory, index, f"'{path}', expected 'the name of a file beside it'")
+
+
+def test_a_shard_that_is_not_in_its_file_is_refused(tmp_path):
+    index = index_of(tmp_path)
+    size = (tmp_path / "__0_0.distcp").stat().st_size
+    stored = next(s for i, s in index.storage_data.items() if i.fqn == "weight")
+    good = (stored.offset, stored.length)
+    for offset, length in ((-1, 5), (0, size + 1), (size, 1), (1 << 70, 1), (5, -1), (True, 1)):
+        stored.offset, stored.length = offset, length
+        refused(tmp_path, index, ".*(a part of __0_0.distcp|_StorageInfo.offset)")
+    stored.offset, stored.length = good
+    stored.transform_descriptors = ["zstd"]
+    refused(tmp_path, index, ".*no transforms")
+
+
+def test_tensors_larger_than_what_is_stored_are_refused(tmp_path):
+    index = index_of(tmp_path)
+    entry = index.state_dict_metadata["weight"]
+    for size in ((1 << 40, 3), (1 << 61,) * 60):
+        entry.size = torch.Size(size)
+        refused(tmp_path, index, ".*weight of the size of its files")
+    entry.size = torch.Size((2, 3))
+    entry.chunks[0].sizes = torch.Size((2, 4))
+    refused(tmp_path, index, ".*a chunk within weight")
+    entry.chunks[0].sizes = torch.Size((2, 3))
+    entry.chunks[0].offsets = torch.Size((0,))
+    refused(tmp_path, index, ".*a chunk of weight")
+    entry.chunks = "none"
+    refused(tmp_path, index, ".*TensorStorageMetadata.chunks")
+
+
+def nested(levels):
+    value = ()
+    for _ in range(levels):
+        value = (value, value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [frozenset({1}), {1, 2}, b"bytes", 2.5, "x" * 1000, nested(60), [[]], {}, {"a": []}]
+)
+def test_what_is_no_index_is_refused_at_once(tmp_path, value):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
+    with pytest.raises(Damaged, match="no index of shards that can be read safely: ") as error:
+        check_index(tmp_path)
+    assert len(str(error.value)) < 500
+
+
+def test_a_key_whose_hash_takes_for_ever_is_not_hashed(tmp_path):
+    key = pickle.dumps(nested(60), 2)[2:-1]  # without the first and last step
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04}" + key + b"K\x01s.")
+    with pytest.raises(Damaged, match="read safely: a key that is no text; expected"):
+        check_index(tmp_path)
+
+
+def test_an_index_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(Damaged, match=".metadata is missing; expected it in a checkpoint"):
+        check_index(tmp_path)
+    os.mkfifo(tmp_path / ".metadata")
+    with pytest.raises(Damaged, match="read safely: not a regular file; expected"):
+        check_index(tmp_path)

@@ -76,6 +76,11 @@ def test_any_value_of_any_key_is_a_model_or_one_line(family):
         ("mixtral", {"model_type": []}, "model_type [] is not supported"),
         (
             "deepseek_v3",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "a\nb": 1}},
+            "yarn's a\\nb 1 is not supported",
+        ),
+        (
+            "deepseek_v3",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "4"}},
             "rope_parameters.factor is '4' (it should be a valid number)",
         ),

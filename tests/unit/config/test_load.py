@@ -1,12 +1,14 @@
 """Loading: precedence, overrides, and one-line messages that name place, key and remedy."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_rl.config.checks import check_config
 from megatron_rl.config.fields import leaf_fields, leaf_values
 from megatron_rl.config.hf_export import hf_config_of
 from megatron_rl.config.load import dump_config, load_config
@@ -317,3 +319,25 @@ def test_every_field_has_its_value_under_its_dotted_name():
     assert set(values) == set(leaf_fields()) - {"algorithm.settings"}  # it has entries, or none
     assert (values["model.num_layers"], values["run_dir"]) == (3, "runs/x")
     assert values["model.yarn"] is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--" + "x" * 150, "1"],
+        ["--" + "x" * 100_000, "1"],
+        ["--model.preset", "x" * 100_000],
+        ["--data.tokenizer.kind", "x" * 100_000],
+        ["--algorithm.name", "x" * 100_000],
+        ["--a\nb", "1"],
+        ["--model.num_layers", "[" + "1, " * 50_000 + "1]"],
+    ],
+)
+def test_a_long_word_is_no_misspelt_one(words):
+    """It is not compared with every name, which would take minutes, and not shown whole."""
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        config = load_config(None, words)
+        check_config(config, 1, "train", files=False)
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+    assert "did you mean" not in str(error.value) and time.process_time() - start < 20.0

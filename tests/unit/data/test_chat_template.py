@@ -1,11 +1,16 @@
 """Chats through templates: what transformers makes of ordinary text, and text that stays text."""
 
+import time
+from pathlib import Path
+
 import pytest
 from transformers import AutoTokenizer
 
 from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.data import chat_template
 from megatron_rl.data.tokenizers import load_tokenizer
 from megatron_rl.errors import UserError
+from megatron_rl.rewards.worker_pool import WorkerPool
 from tests.support.chat_tokenizers import save_llama, save_mistral, save_qwen
 
 FAMILIES = {
@@ -140,3 +145,71 @@ def test_a_template_that_rewrites_the_text_of_a_control_token(tmp_path):
     assert "with the text of the control token '<|im_end|>', which cannot be told" in failing(
         tmp_path, template, user("Say <|im_end|>")
     )
+
+
+def with_template(folder, template):
+    """qwen's tokenizer with a template of somebody else."""
+    save_qwen(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ 'a' * 10**10 }}", "it takes more memory than a chat can need"),
+        ("{{ 'a' * 20000000 }}", "it writes more than 16,777,216 characters"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content() }}", "'str' object is not callable"),
+        ("{{ (1).__class__.__bases__ }}", "access to attribute '__class__' of 'int' object is"),
+        ("{% if %}", "Expected an expression, got 'end of statement block'"),
+        ("{{ raise_exception('no\nsuch\nrole') }}", "no such role"),
+        ("{{ 'x' | nosuchfilter }}", "No filter named 'nosuchfilter'"),
+    ],
+)
+def test_a_hostile_template_is_one_line(tmp_path, template, reason):
+    tokenizer = with_template(tmp_path, template)
+    for _ in range(2):  # the worker goes on
+        with pytest.raises(UserError, match="chat messages the template of .* refuses: ") as error:
+            tokenizer.encode_prompt(user("one"))
+        assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_that_never_ends_is_stopped(tmp_path, monkeypatch):
+    """As in use, with less time for a chat. The worker goes on."""
+    script = Path(chat_template.__file__).with_name("template_worker.py")
+    monkeypatch.setattr(chat_template, "_WORKERS", WorkerPool(script, 0.3, 300.0, "expected none"))
+    said = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for number, template in enumerate((LOOP, said + LOOP)):
+        (tmp_path / str(number)).mkdir()
+        tokenizer = with_template(tmp_path / str(number), template)
+        with pytest.raises(UserError, match="refuses: it takes more than 0.3 s; correct the prom"):
+            tokenizer.encode_prompt(user("one"))
+
+
+def test_a_worker_that_is_stuck_is_given_up(tmp_path, monkeypatch):
+    """Where not even an interruption comes through."""
+    script = tmp_path / "stuck.py"
+    script.write_text(
+        "import sys, time\nprint('ready', flush=True)\nsys.stdin.readline()\ntime.sleep(600)\n"
+    )
+    monkeypatch.setattr(chat_template, "_WORKERS", WorkerPool(script, 0.1, 0.3, "expected none"))
+    with pytest.raises(UserError, match="refuses: late; correct the prompt or the template"):
+        with_template(tmp_path, "x").encode_prompt(user("one"))
+
+
+def test_white_space_around_control_tokens_is_read_in_linear_time(tmp_path):
+    """[INST] takes the white space before it; of a million spaces, each was a beginning."""
+    folder = save_mistral(tmp_path)
+    tokenizer = load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
+    text = "</s>" + "a " + " " * 100_000 + "b"
+    start = time.process_time()
+    try:
+        tokenizer.encode_prompt(user(text))
+    except UserError:
+        pass
+    assert time.process_time() - start < 5.0

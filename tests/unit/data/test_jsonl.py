@@ -33,16 +33,33 @@ def test_load_records(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (("{}", "{a}"), r"data.jsonl, line 2: not JSON \(Expecting property name .*, column 2\)"),
+        (
+            ("{}", "{a}"),
+            r"data.jsonl, line 2: not JSON \(Expecting property name .*, line 1, column 2\)",
+        ),
         (("{}", "", "{}"), r"data.jsonl, line 2: not JSON"),
         (("{}", "[1]"), r"data.jsonl, line 2: a JSON list; expected an object"),
         (("{}", "{}", "3"), r"data.jsonl, line 3: a JSON int; expected an object"),
         (("[" * 100_000,), r"data.jsonl, line 1: not JSON"),
-        (("{}", '{"a": ' + "9" * 5000 + "}"), r"data.jsonl, line 2: not JSON \(Exceeds the limit"),
+        (
+            ("{}", '{"a": ' + "9" * 5000 + "}"),
+            r"data.jsonl, line 2: not JSON \(an integer of 5,000 digits, more",
+        ),
+        (('{"a": NaN}',), r"data.jsonl, line 1: not JSON \(NaN, which is no JSON\)"),
+        (('{"a": 1e999}',), r"data.jsonl, line 1: not JSON \(the number 1e999, too large"),
+        (('{"a": ' + "9" * 400 + "}",), r"data.jsonl, line 1: not JSON \(an integer of 400 digits"),
+        (('{"a": 1, "a": 2}',), r"data.jsonl, line 1: not JSON \(the key 'a' twice in an object"),
+        (('{"a": ' + "[" * 70 + "]" * 70 + "}",), r"line 1: not JSON \(nested more than 64 deep"),
         (("",), r"data.jsonl: empty data set"),
-        (("{}", '{"a": "b \\ud83d c"}'), r"data.jsonl, line 2: \\ud83d is half a surrogate pair"),
-        (('{"a": ["\\uDE00"]}',), r"data.jsonl, line 1: \\ude00 is half a surrogate pair"),
-        (('{"\\udead": 1}',), r"data.jsonl, line 1: \\udead is half a surrogate pair"),
+        (
+            ("{}", '{"a": "b \\ud83d c"}'),
+            r"data.jsonl, line 2: not JSON \(\\ud83d is half a surrogate pair",
+        ),
+        (
+            ('{"a": ["\\uDE00"]}',),
+            r"data.jsonl, line 1: not JSON \(\\ude00 is half a surrogate pair",
+        ),
+        (('{"\\udead": 1}',), r"data.jsonl, line 1: not JSON \(\\udead is half a surrogate pair"),
     ],
 )
 def test_bad_lines(tmp_path, lines, message):
@@ -61,7 +78,7 @@ def test_files_that_are_none(tmp_path):
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xe9"}')
-    with pytest.raises(UserError, match="latin.jsonl, line 2: byte 8 of the line is not UTF-8"):
+    with pytest.raises(UserError, match="latin.jsonl, line 2: not JSON .byte 8 is not UTF-8."):
         load_records(tmp_path / "latin.jsonl")
 
 

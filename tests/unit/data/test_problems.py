@@ -208,3 +208,29 @@ def test_every_line_of_gsm8k_is_fine():
     found = read_problems(path, DataConfig(prompt_key="question"), RECORD_CHECKS["math"])
     assert len(found.problems) == 1319 and not found.notes
     assert all(problem.prompt == problem.record["question"] for problem in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"prompt": "x", "a\nb": 1},
+            r"record with a\\nb, prompt; the verifier 'countdown' expects",
+        ),
+        ({"prompt": "x", "k" * 5000: 1}, "record with kkk"),
+        (
+            {"prompt": "x", "numbers": ["a" * 5000], "target": 1},
+            r"numbers \['aaa.*\.\.\.; the verif",
+        ),
+        (
+            {"prompt": "x", "numbers": [1], "target": "a\n" * 5000},
+            r"target 'a\\na\\n.*\.\.\.; the ver",
+        ),
+        ({"a\nb": "x"}, r"no 'prompt' among a\\nb; expected it in every line"),
+        ({"prompt": [{"role": "user", "content": [{"type": "b" * 5000}]}]}, "a part of type bbb"),
+    ],
+)
+def test_what_a_line_holds_is_shown_on_one_short_line(tmp_path, record, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_problems(write(tmp_path, record), DataConfig(), RECORD_CHECKS["countdown"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600

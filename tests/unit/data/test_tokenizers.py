@@ -1,6 +1,7 @@
 """Tokenizers: round trips, special tokens, and what a user may get wrong."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -165,8 +166,64 @@ def test_users_mistakes(tmp_path):
     junk.write_text("junk")
     with pytest.raises(UserError, match="SentencePiece model"):
         load_tokenizer(TokenizerConfig(path=junk))
-    with pytest.raises(UserError, match="not the file of a Hugging Face fast tokenizer"):
+    with pytest.raises(
+        UserError, match="not valid JSON .*; expected a Hugging Face fast tokenizer"
+    ):
         hugging_face(junk)
     junk.unlink()
     with pytest.raises(UserError, match="cannot be read as a Hugging Face tokenizer"):
+        hugging_face(tmp_path)
+
+
+def spoiled(folder, name, change):
+    """A folder whose file ``name`` is another: bytes, or what a function makes of its content."""
+    path = hugging_face_folder(folder) / name
+    path.unlink(missing_ok=True)
+    if callable(change):
+        hugging_face_folder(folder)
+        content = json.loads(path.read_text())
+        change(content)
+        change = json.dumps(content).encode()
+    path.write_bytes(change)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("tokenizer.json", b"[" * 100_000, "not valid JSON (nested more than 64 deep)"),
+        ("tokenizer.json", b'{"model": []}', "expected a JSON object with the key 'model'"),
+        ("tokenizer.json", b'{"model": {}}', "cannot be read as a Hugging Face tokenizer ("),
+        ("tokenizer.json", lambda c: c.update(version="9"), "cannot be read as a Hugging Face"),
+        ("tokenizer.json", lambda c: c["model"].update(vocab={"a": -1}), "cannot be read as"),
+        ("tokenizer.json", lambda c: c.update(added_tokens=[{"id": "x"}]), "cannot be read as"),
+        ("tokenizer.json", lambda c: c["model"].update(unk_token="none"), "cannot be used as"),
+        ("tokenizer_config.json", b"{", "not valid JSON (Expecting property name"),
+        ("tokenizer_config.json", b'{"a": 1, "a": 2}', "not valid JSON (the key 'a' twice"),
+        ("tokenizer_config.json", b'{"model_max_length": 1e999}', "not valid JSON (the number"),
+        ("tokenizer_config.json", lambda c: c.update(eos_token=[3]), "cannot be read as a Hugging"),
+        ("tokenizer_config.json", lambda c: c.update(tokenizer_class=3), "cannot be read as a Hug"),
+        ("tokenizer_config.json", lambda c: c.update(added_tokens_decoder=3), "cannot be read as"),
+        (
+            "special_tokens_map.json",
+            b"[]",
+            "special_tokens_map.json: found a list; expected a JSON",
+        ),
+        ("added_tokens.json", b'{"a": ' + b"9" * 5000 + b"}", "an integer of 5,000 digits"),
+    ],
+)
+def test_a_hostile_tokenizer_is_one_line(tmp_path, name, change, reason):
+    folder = spoiled(tmp_path, name, change)
+    with pytest.raises(UserError) as error:
+        hugging_face(folder).encode("three")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "config.json"])
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path, name):
+    path = hugging_face_folder(tmp_path) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{name} is no regular file; expected the files of a"):
         hugging_face(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from importlib.metadata import version
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_rl.device import preflight
 from megatron_rl.device.node_facts import Described, facts_of_this_node
+from megatron_rl.device.node_facts import described as described_by_file
 from megatron_rl.device.node_report import Meeting, Report
 from megatron_rl.errors import RunFailed, UserError
 from tests.support.nodes import has_ipv6
@@ -156,3 +158,59 @@ def test_a_port_that_is_taken_is_an_error(port, tmp_path):
         taken.listen()
         with pytest.raises(UserError, match=f"node 0 cannot listen on port {port} .*PORT"):
             preflight.preflight(Meeting(0, 1, "127.0.0.1", port, 2.0), facts)
+
+
+GOOD = {"host": "a", "token": "t", "run_dir": "runs", "node": 1, "same": {"NODES": 2}}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"[" * 100_000,
+        b"9" * 5000,
+        b"[]",
+        b"3",
+        b'{"node": NaN}',
+        *(
+            json.dumps({**GOOD, **change}).encode()
+            for change in ({"node": "1"}, {"node": -1}, {"same": 3}, {"host": None}, {"error": 3})
+        ),
+        *(json.dumps({k: v for k, v in GOOD.items() if k != name}).encode() for name in GOOD),
+    ],
+)
+def test_what_no_node_says_is_one_line(said):
+    """Whoever reaches the port can set something there."""
+    assert preflight._facts(json.dumps(GOOD).encode()) == GOOD
+    with pytest.raises(RunFailed, match="is not from a node of this run .*; expected nodes of one"):
+        preflight._facts(said)
+
+
+@pytest.mark.parametrize("places", [3, [True], ["0"], [2], [-1], [[]], {"0": 1}])
+def test_places_that_are_none_are_one_line(places):
+    assert preflight._places({0: [1], 1: []}, 2) == {0: [1], 1: []}
+    with pytest.raises(RunFailed, match="is not from a node of this run .places that are none."):
+        preflight._places({0: [1], 1: places}, 2)
+
+
+def test_a_stranger_at_the_port_ends_the_preflight_in_one_line(port, tmp_path, monkeypatch):
+    real = preflight.json.dumps
+    monkeypatch.setattr(preflight.json, "dumps", lambda v: "[]" if "token" in v else real(v))
+    found = meet(port, [tmp_path, tmp_path])
+    assert {type(error) for error in found.values()} == {RunFailed}
+    assert any("PREFLIGHT_PORT to another" in str(error) for error in found.values())
+
+
+def test_an_infinite_bound_of_a_loss_is_a_fact_too(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: {tmp_path}\nmodel: {{preset: tiny_moe}}\n")
+    words = [
+        "--data.tokenizer.path",
+        str(path),
+        "--algorithm.name",
+        "grpo",
+        "--algorithm.settings",
+        "{clip_high: .inf}",
+    ]
+    values = described_by_file(path, words, 1, "generate").values
+    assert values["algorithm.settings.clip_high"] == "Infinity"

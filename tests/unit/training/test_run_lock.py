@@ -149,7 +149,17 @@ def test_a_slurm_job_that_is_queued_again_takes_over_from_itself(tmp_path, owner
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[" * 9000, b'{"token": "../../x"}', b'{"token": 3}', b"\xff"]
+    "content",
+    [
+        b'{"token": "' + b"a" * 32 + b'", "pid": ' + b"9" * 5000 + b"}",
+        b'{"pid": NaN}',
+        b"",
+        b"{",
+        b"[" * 9000,
+        b'{"token": "../../x"}',
+        b'{"token": 3}',
+        b"\xff",
+    ],
 )
 def test_a_lock_that_cannot_be_read_is_held_for_as_long_as_it_is_touched(tmp_path, content):
     path = tmp_path / LOCK_FILE
@@ -161,6 +171,25 @@ def test_a_lock_that_cannot_be_read_is_held_for_as_long_as_it_is_touched(tmp_pat
         f"run_dir {tmp_path} was left behind by an owner unknown (run.lock cannot be read); "
         "taken over"
     ]
+
+
+@pytest.mark.parametrize("what", ["pipe", "loop", "directory"])
+def test_a_lock_that_is_no_file_is_not_waited_for(tmp_path, what):
+    path = tmp_path / LOCK_FILE
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "loop":
+        path.symlink_to(path)
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=f"run_dir {tmp_path} cannot be written .*; expected a dir"):
+        take(tmp_path)
+
+
+def test_a_restart_count_that_is_no_number_counts_as_none(monkeypatch):
+    for text in ("9" * 5000, "\u0663", "x", ""):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", text)
+        assert this_process().slurm_restarts == 0
 
 
 def test_of_many_that_come_at_once_one_gets_it(tmp_path, owner):

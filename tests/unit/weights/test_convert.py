@@ -19,7 +19,7 @@ def test_the_longest_sequence_is_that_of_the_configuration(tmp_path):
         ("seed: 1\n", "'model'"),
         ("model: 3\n", "not subscriptable"),
         ("model: [\n", "config.yaml:2: invalid YAML"),
-        ("[" * 2000, "nested too deeply"),
+        ("[" * 2000, "nested more than 64 deep"),
         (f"seed: {'9' * 5000}\n", "config.yaml:1: invalid YAML"),
     ],
 )

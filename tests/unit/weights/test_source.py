@@ -72,9 +72,12 @@ def damage(directory, kind):
         ("empty file", "one.safetensors cannot be read .*it has 0 bytes"),
         ("outside", "names the file '../one.safetensors'; expected the name of a file in"),
         ("absolute", "names the file '/.*one.safetensors'; expected the name of a file in"),
-        ("index without map", "is damaged .KeyError.; expected a JSON object with 'weight_map'"),
-        ("index no json", "is damaged .JSONDecodeError.; expected a JSON object"),
-        ("index of another model", "says that one.safetensors holds z, which it does not"),
+        ("index without map", "has no 'weight_map'; expected a JSON object that gives each tensor"),
+        (
+            "index no json",
+            "not valid JSON .Expecting property name.*; expected the index of a model",
+        ),
+        ("index of another model", "says that one.safetensors holds 'z', which it does not"),
         ("type", "holds a as I8; expected one of F32, BF16, F16; convert the model to bfloat16"),
         ("nothing", f"holds neither {INDEX} nor model.safetensors; expected a model in safetens"),
     ],
@@ -89,3 +92,87 @@ def test_damage_is_named(directory, kind, message):
 def test_a_tensor_that_is_not_there(directory):
     with pytest.raises(UserError, match="holds no tensor z; expected one, as its config.json"):
         HuggingFaceTensors(directory).get("z")
+
+
+def with_header(path, header, data=bytes(24), length=None):
+    """A safetensors file with this header, which is bytes or what JSON makes of it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(text) if length is None else length
+    path.write_bytes(size.to_bytes(8, "little") + text + data)
+
+
+def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"a": entry(shape=(10**9, 0, 4), offsets=(0, 0)), "b": entry()}, "holds a without values"),
+        ({"two\nlines": entry()}, r"holds a tensor named 'two\\nlines'; expected the name of a"),
+        ({"a" * 300: entry()}, "holds a tensor named 'aaa"),
+        ({"a": entry(offsets=(0, 48))}, "cannot be read"),
+        ({"a": entry(offsets=(8, 32))}, "cannot be read"),
+        ({"a": entry(), "b": entry(offsets=(12, 36))}, "cannot be read"),
+        ({"a": entry(shape=(2**40, 2**40))}, "cannot be read"),
+        ({"a": entry(shape=(-2, -3))}, "cannot be read"),
+        ({"a": entry(dtype="F33")}, "cannot be read"),
+        ({"a": 3}, "cannot be read"),
+        ({"a": entry(dtype="x" * 5000)}, "cannot be read"),
+        ({"a": "x" * 5000}, "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+    ],
+)
+def test_a_hostile_header_is_one_line(tmp_path, header, reason):
+    with_header(tmp_path / "model.safetensors", header)
+    with pytest.raises(UserError, match=reason) as caught:
+        HuggingFaceTensors(tmp_path, "qwen3_moe")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**6, 2**40, 2**64 - 1])
+def test_a_header_of_another_length_is_one_line(tmp_path, length):
+    with_header(tmp_path / "model.safetensors", {"a": entry()}, length=length)
+    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+        HuggingFaceTensors(tmp_path)
+
+
+def test_experts_without_values_are_not_counted(tmp_path):
+    """A thousand million of them are 0 bytes of a file."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with_header(
+        tmp_path / "model.safetensors", {name: entry(shape=(10**9, 0, 4), offsets=(0, 0))}, b""
+    )
+    with pytest.raises(UserError, match=f"holds {name} without values, of shape .1000000000, 0"):
+        HuggingFaceTensors(tmp_path, "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "reason"),
+    [
+        ([], "has no 'weight_map'"),
+        ({}, "has no 'weight_map'"),
+        ({"a": 3}, "names the file 3; expected the name"),
+        ({"a": []}, r"names the file \[\]; expected the name"),
+        ({"a": "two\nlines"}, r"names the file 'two\\nlines'; expected"),
+        ({"a": "x" * 5000}, "names the file 'xxx|is missing"),
+        (
+            {"a\nb": "one.safetensors"},
+            r"says that one.safetensors holds 'a\\nb', which it does not",
+        ),
+    ],
+)
+def test_a_hostile_index_is_one_line(directory, weight_map, reason):
+    write_index(directory, weight_map)
+    with pytest.raises(UserError, match=reason) as caught:
+        HuggingFaceTensors(directory)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**5, b'{"weight_map": ' + b"9" * 5000 + b"}", b"\xff"]
+)
+def test_an_index_that_python_cannot_take_is_one_line(directory, content):
+    (directory / INDEX).write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors.index.json: not valid JSON"):
+        HuggingFaceTensors(directory)

@@ -11,7 +11,7 @@ from typing import Any, Iterator
 
 from megatron_rl.config.json_text import MOST_LEVELS, BadJson, parse_json
 from tools.fuzz.kind import Judge, Kind, Verdict, Wrong
-from tools.fuzz.mutate import RAW, as_text, changed, encoded
+from tools.fuzz.mutate import RAW, as_text, changed, encoded, is_plain
 
 _PLAIN = {"a": [1, 2.5, {"b": None}], "c": "text", "d": {"e": True, "f": [[]]}, "g": 10**17}
 
@@ -31,7 +31,7 @@ def judging(folder: Path) -> Iterator[Judge]:
         try:
             value = parse_json(data)
         except BadJson as error:
-            if _is_plain(data):
+            if is_plain(data):
                 raise Wrong(f"refused ({error}): {data[:200]!r}") from error
             return Verdict.REFUSED
         if value != json.loads(data.decode("utf-8")):
@@ -42,18 +42,7 @@ def judging(folder: Path) -> Iterator[Judge]:
     yield judge
 
 
-def _is_plain(data: bytes) -> bool:
-    """Whether a text is JSON beyond doubt: it is what `json.dumps` writes of what it holds."""
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(text)
-        check(value)
-        return json.dumps(value, allow_nan=False) == text
-    except (ValueError, RecursionError, Wrong):
-        return False
-
-
-def check(value: Any, level: int = 1) -> None:
+def check(value: Any, level: int = 1, infinities: bool = False) -> None:
     """Wrong: the value is deeper or larger than what looks at it can take."""
     if level > MOST_LEVELS + 1:
         raise Wrong("too deep")
@@ -63,12 +52,13 @@ def check(value: Any, level: int = 1) -> None:
         except UnicodeEncodeError as error:
             raise Wrong("half a character") from error
     elif isinstance(value, (int, float)):
-        if abs(value) >= 10**300 if isinstance(value, int) else not math.isfinite(value):
+        large = abs(value) >= 10**300 if isinstance(value, int) else not math.isfinite(value)
+        if large and not (infinities and isinstance(value, float)):
             raise Wrong("a number too large")
     elif isinstance(value, (dict, list)):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         for item in inner:
-            check(item, level + 1)
+            check(item, level + 1, infinities)
 
 
 KIND = Kind("json", make, judging)

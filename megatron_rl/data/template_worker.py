@@ -1,0 +1,74 @@
+"""The worker of ``chat_template.py``: ``template_worker.py CPU_S`` renders chats by templates.
+
+A template is a program of whoever made the tokenizer: two nested loops run for ever, a product of
+a text and a number takes all memory. So it runs in jinja2's sandbox, as transformers has it, and
+here, with limits of time, memory and output.
+
+Reads one JSON list [template, special tokens, messages] a line. Writes "ready" (or what is
+missing), then a JSON list for each line: ["text", what was rendered] or ["refused", why]. Ends when
+its input ends. Imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+_MEMORY_BYTES = 2 * 2**30
+#: Longest text of a chat, characters: no model reads as many.
+_MOST_CHARACTERS = 16 * 2**20
+
+
+class _Late(BaseException):
+    """The time is over; no handler of errors may take it for one."""
+
+
+def main() -> None:
+    cpu_s = float(sys.argv[1])
+    # Libraries print where they like: replies go to a descriptor nothing else knows.
+    replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="ascii")
+    os.dup2(2, 1)
+    try:
+        from transformers import PreTrainedTokenizerBase
+    except ImportError as error:
+        replies.write(f"{ascii(str(error))}\n")
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, _late)
+    replies.write("ready\n")
+    for line in sys.stdin.buffer:
+        replies.write(json.dumps(_answer(line, cpu_s, PreTrainedTokenizerBase)) + "\n")
+
+
+def _late(*_: object) -> None:
+    raise _Late
+
+
+def _answer(line: bytes, cpu_s: float, kind: Any) -> list[str]:
+    try:
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        template, names, messages = json.loads(line)
+        text = kind(chat_template=template).apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **names
+        )
+        if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
+            return ["refused", f"it writes more than {_MOST_CHARACTERS:,} characters"]
+        return ["text", text]
+    except _Late:
+        return ["refused", f"it takes more than {cpu_s:g} s"]
+    except MemoryError:
+        return ["refused", "it takes more memory than a chat can need"]
+    except Exception as error:  # noqa: BLE001 - a template fails in as many ways as any program
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return ["refused", reason if len(reason) <= 200 else f"{reason[:200]}..."]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The files of a Hugging Face tokenizer, looked at before libraries read them; and what these
+libraries raise of files that they do not understand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Iterator
+
+from megatron_rl.config.json_text import read_json_object
+from megatron_rl.errors import Stopped, UserError
+
+#: Largest tokenizer.json or vocab.json, bytes; the largest known ones have 35 million.
+MOST_BYTES = 256 << 20
+_JSON = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+    "config.json",
+)
+_OTHERS = ("chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+_REMEDY = "expected the files of a Hugging Face tokenizer; correct data.tokenizer.path"
+
+
+def check_tokenizer_files(folder: Path, tokenizer_json: Path) -> None:
+    """``UserError``: one of the files is no regular file, or not what its name says; see
+    `read_json_object` for what else.
+    """
+    for name in (*_JSON, *_OTHERS):
+        path = folder / name
+        if path.exists() and not path.is_file():  # to read a pipe is to wait for ever
+            raise UserError(f"{path} is no regular file; {_REMEDY}")
+        if path.exists() and name in _JSON:
+            read_json_object(path, "a JSON object of a tokenizer", MOST_BYTES)
+    if tokenizer_json.exists():
+        content = read_json_object(tokenizer_json, "a Hugging Face fast tokenizer", MOST_BYTES)
+        if not isinstance(content.get("model"), dict):
+            raise UserError(
+                f"{tokenizer_json} is not the file of a Hugging Face fast tokenizer; expected a "
+                "JSON object with the key 'model'; correct data.tokenizer.path"
+            )
+
+
+@contextlib.contextmanager
+def understood(path: Path, doing: str) -> Iterator[None]:
+    """In the block, what transformers and tokenizers raise becomes a ``UserError``."""
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    # tokenizers (Rust) raises Exception itself, and its panics are no Exception at all.
+    except BaseException as error:  # noqa: BLE001
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _refusal(path, doing, error) from error
+
+
+def _refusal(path: Path, doing: str, error: BaseException) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{path} has a tokenizer that needs code of its own, which is in the directory; "
+            "expected one that transformers has a class for; if you trust that code, set "
+            "data.tokenizer.trust_remote_code to true"
+        )
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    said = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return UserError(f"{path} cannot be {doing} as a Hugging Face tokenizer ({said}); {_REMEDY}")
+
+
+def ids_of(tokenizer: Any, path: Path, text: str, **options: Any) -> list[int]:
+    """Ids of a text by transformers' tokenizer from ``path``. ``UserError``: it cannot."""
+    with understood(path, "used"):
+        # verbose: it would say of long texts what is checked, line by line, later on
+        return tokenizer.encode(text, verbose=False, **options)
