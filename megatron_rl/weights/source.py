@@ -16,6 +16,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _INDEX_BYTES = 256 << 20
 _LONGEST_NAME = 255
+#: Of a tensor without values (a shared expert of width 0 is stored as such): a shape that costs no
+#: bytes can claim anything, such as a billion experts.
+_MOST_OF_NOTHING = 1 << 20
 #: What weights may be stored in; quantised types need scales this package does not know.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -97,7 +100,7 @@ class HuggingFaceTensors:
                 "restore the file"
             )
         tensor = self._files[self._file_of[name]].get_slice(name)
-        if 0 in tensor.get_shape():
+        if 0 in tensor.get_shape() and max(tensor.get_shape()) > _MOST_OF_NOTHING:
             raise UserError(
                 f"{file} holds {name} without values, of shape {shown(tensor.get_shape())}; "
                 "expected a weight; restore the file"

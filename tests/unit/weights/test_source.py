@@ -71,7 +71,7 @@ def damage(directory, kind):
         ("truncated file", "one.safetensors cannot be read .*expected a complete safetensors file"),
         ("empty file", "one.safetensors cannot be read .*it has 0 bytes"),
         ("outside", "names the file '../one.safetensors'; expected the name of a file in"),
-        ("absolute", "names the file '/.*one.safetensors'; expected the name of a file in"),
+        ("absolute", "names the file '/.*; expected the name of a file in"),
         ("index without map", "has no 'weight_map'; expected a JSON object that gives each tensor"),
         (
             "index no json",
