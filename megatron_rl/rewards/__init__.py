@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import Any, Callable, Mapping
 
 from megatron_rl.rewards.base import Reward, Verifier
-from megatron_rl.rewards.code import check_code_record, verify_code
+from megatron_rl.rewards.code import verify_code
+from megatron_rl.rewards.code_record import check_code_record
 from megatron_rl.rewards.countdown import check_countdown_record, verify_countdown
 from megatron_rl.rewards.math import check_math_record, verify_math
 from megatron_rl.rewards.sandbox import Limits, check_limits
