@@ -17,8 +17,8 @@ import sys
 # on what is open for writing: the two files in memory that are a program's input and output.
 _CALLS = """
 read 0 63, readv 19 65, pread64 17 67, write 1 64, writev 20 66, close 3 57, lseek 8 62
-open 2 -, openat 257 56, getdents64 217 61, getcwd 79 17, dup 32 23, pipe2 293 59
-stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, statx 332 291, access 21 -
+open 2 -, openat 257 56, getdents64 217 61, getcwd 79 17, dup 32 23, dup2 33 -, dup3 292 24
+pipe2 293 59, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, statx 332 291, access 21 -
 faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, ftruncate 77 46
 mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214
 futex 202 98, set_robust_list 273 99, rseq 334 293, membarrier 324 283, restart_syscall 219 128

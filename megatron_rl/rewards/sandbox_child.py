@@ -32,6 +32,7 @@ class Server:
         self._code: types.CodeType | None = None
         self._objects: list[Any] = []
         self._number = ""
+        self._files = [os.dup(place) for place in (0, 1)]  # `open(0)` closes what it has opened
 
     def serve(self) -> None:
         """Answers requests until there are no more."""
@@ -70,6 +71,7 @@ class Server:
     def do_run(self, text: str) -> list:
         """Executes the program with ``text`` as its input: what it printed."""
         for descriptor, content in ((0, text.encode("utf-8", "surrogatepass")), (1, b"")):
+            os.dup2(self._files[descriptor], descriptor)
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)
             view = memoryview(content)

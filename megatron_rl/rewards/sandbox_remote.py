@@ -46,7 +46,7 @@ class Program:
         self._requests, self._answers, self.pid = requests, answers, pid
         self.cpu_s = 0
         self.reaped = False
-        self.calls = 0  #: calls of the program that were answered
+        self.calls = 0  #: of the program; one it does not answer stops it
         self.stopped: BaseException | None = None
         self._callbacks: list[Any] = []
 
@@ -79,6 +79,7 @@ class Program:
         """The result of a function of the program. The arguments are changed as it has changed
         them, if it returned None: a result must not make its own expectation true.
         """
+        self.calls += 1
         result, changed = self._checked(
             self.ask("call", target, self.pack(list(arguments)), self.pack(named)), 2
         )
@@ -87,7 +88,6 @@ class Program:
                 self._broken(ValueError("arguments that are no pair"))
             write_back(list(arguments), changed[0])
             write_back(named, changed[1])
-        self.calls += 1
         return result
 
     def value(self, verb: str, *content: Any) -> Any:
