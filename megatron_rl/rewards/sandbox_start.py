@@ -42,6 +42,7 @@ def main() -> None:
     child = os.fork()
     if child == 0:
         _empty_handed(request_read, answer_write, most > 0)
+        server = sandbox_child.Server(request_read, answer_write)
         try:
             confinement.hide()
             held = confinement.confine(cpu_s, memory_mib, judge, most)
@@ -50,7 +51,7 @@ def main() -> None:
             send(answer_write, ["refused", f"{type(error).__name__}: {error}"])
             os._exit(1)
         try:
-            sandbox_child.Server(request_read, answer_write).serve()
+            server.serve()
         finally:
             os._exit(0)  # no exit handlers of the program
     os.close(request_read)
