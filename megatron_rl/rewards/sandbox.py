@@ -132,12 +132,28 @@ def check_limits(limits: Limits) -> None:
             )
 
 
+def check_confinement() -> None:
+    """``UserError`` where a program can open what it must not: this file, or this process's own."""
+    program = (
+        "def f(path):\n    try:\n        open(path, 'rb').close()\n"
+        "    except OSError:\n        return 'closed'\n    return 'open'\n"
+    )
+    places = (__file__, f"/proc/{os.getpid()}/environ", f"/proc/{os.getpid()}/mem")
+    for_all = f"assert [f(place) for place in {places!r}] == ['closed'] * {len(places)}"
+    outcome = run_program(Job([program], "f", for_all), Limits())
+    if not outcome.passed:
+        raise UserError(
+            f"code sandbox that can read this process's files ({outcome.reason}); expected none "
+            "but the standard library's; set reward.name to another verifier"
+        )
+
+
 def _start(
     job: IO[bytes], folder: str, verdict: int, kind: str, limits: Limits
 ) -> subprocess.Popen:
     settings = map(str, (verdict, limits.cpu_s, limits.memory_mib, os.getpid(), kind))
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(_START), *settings],
+        [sys.executable, "-I", "-S", str(_START), *settings],
         stdin=job,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

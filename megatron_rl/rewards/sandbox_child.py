@@ -60,6 +60,7 @@ class Server:
             send(self._answers, [number, "error", *describe(error)])
 
     def do_load(self, programs: list[str], entry_point: str) -> list:
+        builtins.exit = builtins.quit = sys.exit  # of the module site, which is not there
         self._code, self._entry_point = compile_first(programs), entry_point
         return []
 

@@ -1,4 +1,4 @@
-"""``python -I -S -B sandbox_start.py VERDICT_FD CPU_S MEMORY_MIB PARENT_PID KIND``.
+"""``python -I -S sandbox_start.py VERDICT_FD CPU_S MEMORY_MIB PARENT_PID KIND``.
 
 KIND is "call" or "run": a program of functions, or one that reads its input and prints.
 

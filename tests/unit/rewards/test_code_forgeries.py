@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.rewards import VERIFIERS
-from megatron_rl.rewards.sandbox import Job, Limits, run_program
+from megatron_rl.rewards import VERIFIERS, sandbox
+from megatron_rl.rewards.sandbox import Job, Limits, check_confinement, run_program
 
 LIMITS = Limits(cpu_s=1, wall_s=2.0, memory_mib=256)
 TESTS = """
@@ -333,3 +333,24 @@ def test_the_judge_kills_and_reaps_a_program_that_goes_on():
     outcome = run_program(Job([PIPE + program], "f", TESTS), LIMITS)
     assert not outcome.passed
     assert Path(f"/proc/self/task/{os.getpid()}/children").read_text() == before
+
+
+def test_a_machine_that_closes_no_files_is_refused(monkeypatch):
+    check_confinement()
+    monkeypatch.setattr(sandbox, "__file__", os.__file__)  # which every program can read
+    with pytest.raises(sandbox.UserError, match="can read this process's files"):
+        check_confinement()
+
+
+def test_without_landlock_no_file_can_be_opened(tmp_path):
+    for source in Path(sandbox.__file__).parent.glob("*.py"):
+        text = source.read_text()
+        if source.name == "confinement.py":
+            text = text.replace("= 444, 445, 446", "= 100444, 445, 446")
+        (tmp_path / source.name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "_START", tmp_path / "sandbox_start.py")
+        check_confinement()
+        program = "import os, heapq, statistics\ndef f(x):\n try: open(os.__file__)\n"
+        program += " except PermissionError: return heapq.nsmallest(1, x)"
+        assert run_program(Job([program], "f", "assert f([2, 1]) == [1]"), LIMITS).passed
