@@ -6,10 +6,11 @@ from types import MappingProxyType
 from typing import Any, Callable, Mapping
 
 from megatron_rl.rewards.base import Reward, Verifier
-from megatron_rl.rewards.code import check_code_record, verify_code
+from megatron_rl.rewards.code import verify_code
+from megatron_rl.rewards.code_record import check_code_record
 from megatron_rl.rewards.countdown import check_countdown_record, verify_countdown
 from megatron_rl.rewards.math import check_math_record, verify_math
-from megatron_rl.rewards.sandbox import Limits, check_limits
+from megatron_rl.rewards.sandbox import Limits, check_confinement, check_limits
 
 #: Every verifier, by the name ``reward.name`` gives it.
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
@@ -30,9 +31,13 @@ RECORD_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = MappingProxyT
     }
 )
 
+
+def _check_code_machine() -> None:
+    check_limits(Limits())
+    check_confinement()
+
+
 #: What some verifiers need of the machine: ``UserError`` where this process lacks it.
-MACHINE_CHECKS: Mapping[str, Callable[[], None]] = MappingProxyType(
-    {"code": lambda: check_limits(Limits())}
-)
+MACHINE_CHECKS: Mapping[str, Callable[[], None]] = MappingProxyType({"code": _check_code_machine})
 
 __all__ = ["MACHINE_CHECKS", "RECORD_CHECKS", "VERIFIERS", "Reward", "Verifier"]

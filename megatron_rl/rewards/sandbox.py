@@ -1,24 +1,12 @@
-"""The only place that runs model output: a Python program and its tests in a confined process.
+"""The only place that runs model output: a confined process, judged by another one.
 
-What holds, on Linux for x86-64 and ARM64, with or without root rights:
-
-* a system-call filter (seccomp) from before the program's first statement: no sockets, hence no
-  network; no new process or thread, no exec; no signal to and no look into other processes; files
-  can be read but nothing can be created, changed or removed;
-* limits on CPU time, address space, open files, file size and core dumps; deadlines after which the
-  whole process group is killed; the process also dies with the one that started it;
-* an empty environment, an empty working directory, isolated mode (-I) without site packages: only
-  the standard library;
-* output is thrown away, so it cannot fill memory or disk and cannot be taken for a verdict.
-
-What does not hold: the program can read every file its user can read; and since the tests run in
-the same interpreter, a program written to forge the verdict could search its own process for the
-channel and the token and do so. Leaving early, printing, or raising in any way never counts as a
-pass.
+The judge runs the tests and calls the program through a pipe that carries plain values; the README
+of this folder says what each boundary holds. Linux for x86-64 and ARM64, with or without root
+rights.
 
 How busy the machine is decides no verdict: processor time does, and time asleep; elapsed time ends
-only what is stuck. A child that something else has killed (the machine was out of memory) is run
-once more.
+only what is stuck. A process that something else has killed (the machine was out of memory) is no
+verdict: the program is run once more.
 """
 
 from __future__ import annotations
@@ -26,20 +14,19 @@ from __future__ import annotations
 import json
 import os
 import resource
-import secrets
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Sequence
+from typing import IO, Any, Sequence
 
 from megatron_rl.errors import UserError
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_START = Path(__file__).with_name("sandbox_start.py")
 _MAX_VERDICT_BYTES = 8192
 _START_S = 300.0  # for the interpreter to start and confine itself, from a busy disk
 _MAX_REASON = 300
@@ -67,60 +54,67 @@ class Outcome:
     reason: str
 
 
-def run_program(
-    program: str | Sequence[str], tests: str, entry_point: str, limits: Limits
-) -> Outcome:
-    """Executes the program, then its tests; if these define ``check``, calls it on the entry point.
+@dataclass(frozen=True)
+class Job:
+    """A program and what it has to do.
 
     Several programs are the ways to read one answer: the first that compiles is executed. The entry
-    point is a function "f", or the method f of a class Solution, or of a class C as "C().f".
-    Passed: all of that returned. Raises ``UserError`` where the confinement cannot be set up.
+    point is a function "f", or the method f of a class Solution, or of a class C as "C().f"; it is
+    empty for a program that reads its input and prints.
+    """
+
+    programs: Sequence[str]
+    entry_point: str
+    tests: str = ""  #: source; if it defines ``check``, that is called with the entry point
+    #: in place of tests: [input text, output text], or [list of arguments, result]
+    cases: Sequence[tuple[Any, Any]] = ()
+    prompt: str = ""  #: source, of which the tests may use what it defines
+
+
+def run_program(job: Job, limits: Limits) -> Outcome:
+    """Executes the program and its tests, apart from each other. Passed: all tests returned.
+
+    Raises ``UserError`` where the confinement cannot be set up.
     """
     if not sys.platform.startswith("linux"):
         raise UserError(
             f"platform {sys.platform}; the code sandbox expects Linux; "
             "run the verifier 'code' on Linux"
         )
-    programs = [program] if isinstance(program, str) else list(program)
-    job = json.dumps([programs, tests, entry_point]).encode()
-    outcome = _run_once(job, limits)
+    data = json.dumps(asdict(job)).encode()
+    kind = "call" if job.entry_point else "run"
+    outcome = _run_once(data, kind, limits)
     if outcome is None:
-        outcome = _run_once(job, limits)
+        outcome = _run_once(data, kind, limits)
     return outcome or Outcome(False, False, "killed from outside, twice")
 
 
-def _run_once(job: bytes, limits: Limits) -> Outcome | None:
-    """None: something else has killed the child."""
-    token = secrets.token_hex(16)
-    # The child takes the token from its pipe after the last test; no variable holds it before.
-    token_read, token_write = os.pipe()
+def _run_once(job: bytes, kind: str, limits: Limits) -> Outcome | None:
+    """None: something else has killed the program or its judge."""
     verdict_read, verdict_write = os.pipe()
     try:
-        os.write(token_write, token.encode())
         with (
             tempfile.TemporaryFile() as file,
             tempfile.TemporaryDirectory(prefix="sandbox-") as folder,
         ):
             file.write(job)
             file.seek(0)
-            child = _start(file, folder, token_read, verdict_write, limits)
+            judge = _start(file, folder, verdict_write, kind, limits)
             os.close(verdict_write)
             verdict_write = -1
             try:
-                own = _OwnTime(child.pid)
+                own = _OwnTime(judge.pid)
                 lines, stopped = _read_lines(verdict_read, own, limits)
-                killed = not stopped and _ended_by(child) == -signal.SIGKILL
+                killed = not stopped and _ended_by(judge) == -signal.SIGKILL
             finally:
-                _kill(child)
+                _kill(judge)
     finally:
-        for descriptor in (token_read, token_write, verdict_read, verdict_write):
+        for descriptor in (verdict_read, verdict_write):
             if descriptor >= 0:
                 os.close(descriptor)
-    # With its processor time used up, it is the kernel that kills a program that ignores SIGXCPU.
-    decided = own.cpu_s >= limits.cpu_s or lines[-1:] and lines[-1].startswith(("passed", "failed"))
-    if killed and not decided:
+    if lines[-1:] == ["killed"] or killed and own.judge_cpu_s < limits.cpu_s:
         return None
-    return _judge(lines, stopped, child.returncode, token, limits)
+    return _judge(lines, stopped, judge.returncode, limits)
 
 
 def check_limits(limits: Limits) -> None:
@@ -138,66 +132,87 @@ def check_limits(limits: Limits) -> None:
             )
 
 
+def check_confinement() -> None:
+    """``UserError`` where a program can open what it must not: this file, or this process's own."""
+    program = (
+        "def f(path):\n    try:\n        open(path, 'rb').close()\n"
+        "    except OSError:\n        return 'closed'\n    return 'open'\n"
+    )
+    places = (__file__, f"/proc/{os.getpid()}/environ", f"/proc/{os.getpid()}/mem")
+    for_all = f"assert [f(place) for place in {places!r}] == ['closed'] * {len(places)}"
+    outcome = run_program(Job([program], "f", for_all), Limits())
+    if not outcome.passed:
+        raise UserError(
+            f"code sandbox that can read this process's files ({outcome.reason}); expected none "
+            "but the standard library's; set reward.name to another verifier"
+        )
+
+
 def _start(
-    job: IO[bytes], folder: str, token_read: int, verdict_write: int, limits: Limits
+    job: IO[bytes], folder: str, verdict: int, kind: str, limits: Limits
 ) -> subprocess.Popen:
-    settings = [
-        str(token_read),
-        str(verdict_write),
-        str(limits.cpu_s),
-        str(limits.memory_mib),
-        str(os.getpid()),
-    ]
+    settings = map(str, (verdict, limits.cpu_s, limits.memory_mib, os.getpid(), kind))
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(_CHILD), *settings],
+        [sys.executable, "-I", "-S", str(_START), *settings],
         stdin=job,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=folder,
         env={},
-        pass_fds=(token_read, verdict_write),
+        pass_fds=(verdict,),
         start_new_session=True,
     )
 
 
 class _OwnTime:
-    """Seconds a process has computed or slept: what it cannot blame on a busy machine."""
+    """Seconds a program and its judge have computed or slept: what they cannot blame on a busy
+    machine.
+    """
 
-    def __init__(self, pid: int) -> None:
-        self._stat = Path(f"/proc/{pid}/stat")
-        self._start = self._cpu_s = 0.0
-        self._asleep_s = 0.0
+    def __init__(self, judge: int) -> None:
+        self._pids = [judge]
+        self._cpu_s = [0.0]
+        self._start = self._asleep_s = 0.0
         self._looked = time.monotonic()
 
-    def begin(self) -> None:
-        """Count from here on."""
-        self._start = self._cpu_s = self._read()[1]
+    def begin(self, program: int) -> None:
+        """Count from here on, and of the program as well."""
+        self._pids.append(program)
+        self._cpu_s.append(0.0)
+        self._read()
+        self._start = sum(self._cpu_s)
         self._asleep_s, self._looked = 0.0, time.monotonic()
 
     def look(self) -> float:
-        """Seconds so far. To be called about once a tick: the process is seen in its sleep."""
-        state, cpu_s = self._read()
-        now = time.monotonic()
-        if state == "S":
+        """Seconds so far. To be called about once a tick: the processes are seen in their sleep."""
+        before = sum(self._cpu_s)
+        states = self._read()
+        now, computed = time.monotonic(), sum(self._cpu_s)
+        if states <= {"S", ""}:  # the judge is, while the program computes; so it has to be both
             # Not more than two ticks at a time: this thread may have been held up itself.
             elapsed = min(now - self._looked, 2 * _TICK_S)
-            self._asleep_s += max(0.0, elapsed - (cpu_s - self._cpu_s))
-        self._cpu_s, self._looked = cpu_s, now
-        return self._cpu_s - self._start + self._asleep_s
+            self._asleep_s += max(0.0, elapsed - (computed - before))
+        self._looked = now
+        return computed - self._start + self._asleep_s
 
     @property
-    def cpu_s(self) -> float:
-        """Processor time when it was looked at last, seconds."""
-        return self._cpu_s
+    def judge_cpu_s(self) -> float:
+        """Processor time of the judge when it was looked at last, seconds."""
+        return self._cpu_s[0]
 
-    def _read(self) -> tuple[str, float]:
-        """State, as in proc(5), and processor time, seconds."""
-        try:
-            # The name of the command stands in parentheses and may hold any character.
-            fields = self._stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended; its pipe says so
-            return "", self._cpu_s
-        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def _read(self) -> set[str]:
+        """The states, as in proc(5). Takes down processor times, seconds."""
+        states = set()
+        for place, pid in enumerate(self._pids):
+            try:
+                # The name of the command stands in parentheses and may hold any character.
+                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended; its pipe says so
+                states.add("")
+                continue
+            states.add(stat[0])
+            self._cpu_s[place] = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+        return states
 
 
 def _read_lines(descriptor: int, own: _OwnTime, limits: Limits) -> tuple[list[str], str]:
@@ -221,7 +236,9 @@ def _read_lines(descriptor: int, own: _OwnTime, limits: Limits) -> tuple[list[st
             break
         if b"\n" not in data and b"\n" in chunk:
             deadline = time.monotonic() + limits.stop_s
-            own.begin()
+            first = (data + chunk).split()
+            if first[0] == b"ready":
+                own.begin(int(first[1]))
         data += chunk
     return _lines(data), ""
 
@@ -230,27 +247,30 @@ def _lines(data: bytes) -> list[str]:
     return data.decode("utf-8", errors="replace").split("\n")[:-1]
 
 
-def _ended_by(child: subprocess.Popen) -> int | None:
-    """The exit code of a child that closed its pipe; None if it goes on without one."""
+def _ended_by(judge: subprocess.Popen) -> int | None:
+    """The exit code of a judge that closed its pipe; None if it goes on without one."""
     try:
-        return child.wait(1.0)
+        return judge.wait(1.0)
     except subprocess.TimeoutExpired:
         return None
 
 
-def _kill(child: subprocess.Popen) -> None:
+def _kill(judge: subprocess.Popen) -> None:
+    # Asked to end, the judge reaps the program: the first process of a container may not.
+    judge.terminate()
+    if _ended_by(judge) is not None:
+        return
     try:
-        # The child leads its session, so its id is the group's.
-        os.killpg(child.pid, signal.SIGKILL)
+        # The judge leads its session, so its id is the group's.
+        os.killpg(judge.pid, signal.SIGKILL)
     except ProcessLookupError:
-        pass  # it had ended and been reaped
-    child.wait()
+        pass  # it had ended
+    judge.wait()
 
 
-def _judge(lines: list[str], stopped: str, exit_code: int, token: str, limits: Limits) -> Outcome:
-    if not lines or lines[0] != "ready":
-        # Only the part of the child that precedes the program can have written the first line.
-        found = lines[0] if lines else f"no word from the child (exit code {exit_code})"
+def _judge(lines: list[str], stopped: str, exit_code: int, limits: Limits) -> Outcome:
+    if not lines or not lines[0].startswith("ready "):
+        found = lines[0] if lines else f"no word from the judge (exit code {exit_code})"
         raise UserError(
             f"code sandbox not available: {found[:_MAX_REASON]}; "
             "expected Linux with seccomp on x86-64 or ARM64; "
@@ -258,7 +278,7 @@ def _judge(lines: list[str], stopped: str, exit_code: int, token: str, limits: L
         )
     compiled = "compiled" in lines[1:2]
     last = lines[-1]
-    if last == f"passed {token}":
+    if last == "passed":
         return Outcome(True, True, "all tests passed")
     if last.startswith("failed "):
         return Outcome(False, compiled, last[len("failed ") :][:_MAX_REASON])

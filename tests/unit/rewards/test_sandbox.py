@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.rewards import sandbox
-from megatron_rl.rewards.sandbox import Limits, Outcome, run_program
-from megatron_rl.rewards.sandbox_child import build_filter
+from megatron_rl.rewards.confinement import build_filter
+from megatron_rl.rewards.sandbox import Job, Limits, Outcome, run_program
 
 GOOD = "def f(x):\n    return x + 1\n"
 WRONG = "def f(x):\n    return x\n"
@@ -24,7 +24,7 @@ LIMITS = Limits(cpu_s=1, wall_s=20.0, memory_mib=256)
 
 
 def run(program: str, tests: str = TESTS) -> Outcome:
-    return run_program(program, tests, "f", LIMITS)
+    return run_program(Job([program], "f", tests), LIMITS)
 
 
 def test_a_right_program_passes():
@@ -114,7 +114,7 @@ def test_a_program_that_ignores_the_end_of_its_time_is_run_once():
 def test_sleeping_ends_at_the_deadline():
     start = time.monotonic()
     limits = Limits(cpu_s=1, wall_s=1.0, memory_mib=256)
-    outcome = run_program(GOOD + "import time; time.sleep(60)", TESTS, "f", limits)
+    outcome = run_program(Job([GOOD + "import time; time.sleep(60)"], "f", TESTS), limits)
     assert outcome == Outcome(False, True, "stopped after 1 s")
     assert 1.0 <= time.monotonic() - start < 30
 
@@ -122,7 +122,7 @@ def test_sleeping_ends_at_the_deadline():
 def test_many_short_sleeps_are_a_long_one():
     limits = Limits(cpu_s=4, wall_s=1.0, memory_mib=256)
     program = GOOD + "import time\nwhile True: time.sleep(0.02)"
-    assert run_program(program, TESTS, "f", limits).reason == "stopped after 1 s"
+    assert run_program(Job([program], "f", TESTS), limits).reason == "stopped after 1 s"
 
 
 COMPUTE = "import time\nwhile time.process_time() < 0.6: pass\n"
@@ -137,6 +137,8 @@ def when_computing(act):
         while not done.wait(0.02):
             for pid in set(children().split()) - before:
                 with contextlib.suppress(OSError):
+                    if programs := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                        pid = programs[0]  # the child is the judge
                     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                     if int(fields[11]) >= 0.2 * os.sysconf("SC_CLK_TCK"):
                         return act(int(pid))
@@ -157,20 +159,20 @@ def test_time_in_which_it_may_not_run_is_not_the_programs():
         os.kill(pid, signal.SIGCONT)
 
     with when_computing(hold):
-        outcome = run_program(COMPUTE + GOOD, TESTS, "f", Limits(cpu_s=4, wall_s=1.0))
+        outcome = run_program(Job([COMPUTE + GOOD], "f", TESTS), Limits(cpu_s=4, wall_s=1.0))
     assert outcome == Outcome(True, True, "all tests passed")
 
 
 def test_what_something_else_has_killed_is_run_once_more():
     with when_computing(lambda pid: os.kill(pid, signal.SIGKILL)):
-        outcome = run_program(COMPUTE + GOOD, TESTS, "f", Limits(cpu_s=4))
+        outcome = run_program(Job([COMPUTE + GOOD], "f", TESTS), Limits(cpu_s=4))
     assert outcome == Outcome(True, True, "all tests passed")
 
 
 def test_a_stuck_machine_is_not_waited_for_without_end():
     with when_computing(lambda pid: os.kill(pid, signal.SIGSTOP)):
         limits = Limits(cpu_s=4, wall_s=1.0, stop_s=1.0)
-        outcome = run_program(COMPUTE + GOOD, TESTS, "f", limits)
+        outcome = run_program(Job([COMPUTE + GOOD], "f", TESTS), limits)
     assert outcome == Outcome(False, True, "stopped after 1 s, kept from running")
 
 
@@ -238,9 +240,9 @@ def test_threads_may_call_it_at_once():
 
 
 def test_without_a_sandbox_nothing_is_run(tmp_path, monkeypatch):
-    child = tmp_path / "child.py"
-    child.write_text("import os, sys\nos.write(int(sys.argv[2]), b'OSError: no seccomp\\n')\n")
-    monkeypatch.setattr(sandbox, "_CHILD", child)
+    script = tmp_path / "start.py"
+    script.write_text("import os, sys\nos.write(int(sys.argv[1]), b'OSError: no seccomp\\n')\n")
+    monkeypatch.setattr(sandbox, "_START", script)
     with pytest.raises(
         sandbox.UserError, match="not available: OSError: no seccomp; expected Linux"
     ):

@@ -1,0 +1,169 @@
+"""The trusted side of the sandbox: runs the tests, which call the program through a pipe.
+
+The tests have an interpreter of their own, with modules and builtins that the program never sees.
+Writes lines to the trainer's pipe: "ready PID HELD", "compiled", and "passed", "failed WHY" or
+"killed". Standard library only.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import signal
+import sys
+import types
+from typing import Any
+
+from megatron_rl.rewards import confinement
+from megatron_rl.rewards.sandbox_remote import Killed, Program, Remote, Stopped, clean
+
+_MAX_REASON = 200
+
+
+def main(verdict: int, program: Program, cpu_s: int, memory_mib: int, parent: int) -> None:
+    """Judges the job on standard input and ends the process."""
+    word, text = program.greeting()
+    try:
+        if word != "confined":
+            raise OSError(text)
+        with open(0, "rb") as file:
+            job = json.loads(file.read())
+        signal.signal(signal.SIGTERM, lambda *_: _leave(program))
+        confinement.hide()
+        confinement.confine(cpu_s, memory_mib, parent, may_kill=program.pid)
+    except (OSError, KeyError, ValueError) as error:
+        os.write(verdict, f"{clean(str(error), _MAX_REASON)} on {os.uname().machine}\n".encode())
+        _leave(program)
+    program.cpu_s = cpu_s
+    os.write(verdict, f"ready {program.pid} {text}\n".encode())
+    line = _judge(job, program, verdict)
+    os.write(verdict, line.encode("utf-8", "replace") + b"\n")
+    _leave(program)
+
+
+def _leave(program: Program) -> None:
+    program.end()
+    os._exit(0)
+
+
+def _judge(job: dict, program: Program, verdict: int) -> str:
+    try:
+        program.ask("load", job["programs"], job["entry_point"])
+        os.write(verdict, b"compiled\n")
+        if job["cases"]:
+            run_cases(program, job["entry_point"], job["cases"])
+        else:
+            run_tests(program, job["entry_point"], job["prompt"], job["tests"])
+        if program.stopped is not None:
+            raise program.stopped
+        if not program.calls:
+            raise AssertionError("the tests have called nothing of the program")
+    except Killed:
+        return "killed"
+    # SystemExit and the like, of a test, are failures as well.
+    except BaseException as error:  # noqa: BLE001
+        return "killed" if isinstance(program.stopped, Killed) else f"failed {_reason(error)}"
+    return "passed"
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        text = getattr(error, "of_program", None) or f"{type(error).__name__}: {error}"
+        if isinstance(error, Stopped):
+            text = str(error)
+        return clean(text.rstrip(": "), _MAX_REASON)
+    except ValueError:  # an integer of too many digits in it
+        return type(error).__name__
+
+
+def run_cases(program: Program, entry_point: str, cases: list) -> None:
+    """Each case is [input, output]: texts if there is no entry point, else arguments and result."""
+    if entry_point:
+        program.ask("execute")
+    for number, (given, expected) in enumerate(cases, 1):
+        if entry_point:
+            found = _listed(program.call(entry_point, tuple(given), {}))
+            right = type(found) is not Remote and found == _listed(expected)
+        else:
+            found = program.value("run", given)
+            program.calls += 1
+            right = type(found) is str and _lines(found) == _lines(expected)
+        if not right:
+            raise AssertionError(f"case {number} of {len(cases)}")
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists: JSON, in which the cases are written, has no tuples."""
+    return [_listed(item) for item in value] if type(value) in (list, tuple) else value
+
+
+def _lines(text: str) -> list[str]:
+    """Without white space at both ends of each line, and without empty lines at the end."""
+    return [line.strip() for line in text.rstrip().split("\n")]
+
+
+def run_tests(program: Program, entry_point: str, prompt: str, tests: str) -> None:
+    """Executes the tests; then their ``check``, functions ``test_*`` and ``unittest`` classes."""
+    program.ask("execute")
+    module = types.ModuleType("tests")
+    sys.modules["tests"] = module
+    names = module.__dict__
+    _define_prompt(names, prompt)
+    owner, _, method = entry_point.rpartition("().")
+    entry = Remote(program, entry_point)
+    code = compile(tests, "tests", "exec", dont_inherit=True)
+    own = {method, owner or "Solution"}
+    for name in _names(code) - vars(builtins).keys() - (names.keys() - own):
+        names[name] = Remote(program, name)
+    names.pop("check", None)
+    names.update({"candidate": entry, method: entry})
+    exec(code, names)
+    check = names.get("check")
+    if check is not None:
+        check(entry)
+    for name, test in list(names.items()):
+        if name.startswith("test_") and type(test) is types.FunctionType and _argumentless(test):
+            test()
+    if "unittest" in sys.modules:
+        _run_unittest(module)
+
+
+def _define_prompt(names: dict, prompt: str) -> None:
+    """What the prompt itself defines is the judge's own: a program cannot replace a helper that the
+    tests rely on.
+    """
+    for end in ("", "\n    pass\n", "\n        pass\n"):
+        try:
+            code = compile(prompt + end, "prompt", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # it breaks off behind the head of a function, or it is no Python
+        try:
+            exec(code, names)
+        except Exception:  # noqa: BLE001 a prompt may be a sentence that happens to be an expression
+            pass
+        return
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """All names that a piece of code, with the functions in it, may look up globally."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _argumentless(test: types.FunctionType) -> bool:
+    code = test.__code__
+    return code.co_argcount + code.co_kwonlyargcount == 0 and not code.co_flags & 0x0C
+
+
+def _run_unittest(module: types.ModuleType) -> None:
+    unittest = sys.modules["unittest"]
+    suite = unittest.defaultTestLoader.loadTestsFromModule(module)
+    if not suite.countTestCases():
+        return
+    result = unittest.TestResult()
+    suite.run(result)
+    if result.testsRun == len(result.skipped) or not result.wasSuccessful():
+        bad = result.errors + result.failures
+        why = bad[0][1].strip().rpartition("\n")[2] if bad else "no test has run"
+        raise AssertionError(why)

@@ -1,0 +1,288 @@
+"""The program as the judge sees it: calls through a pipe, plain values, and ``Remote`` objects.
+
+The values are made in this process (``sandbox_wire.py``); no object of the program ever lives here.
+The other side may be anything: what it sends is an answer, or the end of its case. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+import time
+from typing import Any, NoReturn
+
+from megatron_rl.rewards.sandbox_wire import BROKEN, pack, receive, send, unpack
+
+_NO_TEXT = (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)  # made of several parts
+# These have a meaning of their own where they pass through: `all(map(f, ...))` would end early.
+_NOT_RAISED = (StopIteration, StopAsyncIteration, *_NO_TEXT)
+_BUILTINS = {name: made for name, made in vars(builtins).items() if not name.startswith("_")}
+_ERRORS = {
+    name: made
+    for name, made in _BUILTINS.items()
+    if isinstance(made, type)
+    and issubclass(made, Exception)
+    and made not in _NOT_RAISED
+    and not name.endswith("Group")
+}
+_TYPES = {name: made for name, made in _BUILTINS.items() if isinstance(made, type)}
+_COPIED = (dict, list, tuple, set, frozenset, int, float, str)  # their subclasses go as these
+
+
+class Stopped(BaseException):
+    """The program has ended, or does not keep to the protocol: no test can pass any more."""
+
+
+class Killed(Stopped):
+    """Something else has ended the program: no verdict."""
+
+
+class Program:
+    """The confined process. Once it has stopped, it stays so, whatever a test may catch."""
+
+    def __init__(self, requests: int, answers: int, pid: int) -> None:
+        self._requests, self._answers, self.pid = requests, answers, pid
+        self.cpu_s = 0
+        self.reaped = False
+        self.calls = 0  #: of the program; one it does not answer stops it
+        self.stopped: BaseException | None = None
+        self._callbacks: list[Any] = []
+
+    def greeting(self) -> tuple[str, str]:
+        """Of the child, before it has seen the program: "confined" or "refused", and how."""
+        try:
+            word, text = receive(self._answers)
+        except EOFError:
+            return "refused", "no word from the child"
+        return word, text
+
+    def ask(self, verb: str, *content: Any) -> list:
+        """The values of the reply. Raises what the program raised."""
+        if self.stopped is not None:
+            raise self.stopped
+        number = os.urandom(8).hex()  # no answer can precede its question
+        try:
+            send(self._requests, [number, verb, *content])
+        except OSError:
+            self._ended()
+        while True:
+            kind, parts = self._receive(number)
+            if kind == "value":
+                return parts
+            if kind == "error":
+                self._raise(parts, verb == "next")
+            self._serve(number, parts)
+
+    def call(self, target: Any, arguments: tuple, named: dict) -> Any:
+        """The result of a function of the program. The arguments are changed as it has changed
+        them, if it returned None: a result must not make its own expectation true.
+        """
+        self.calls += 1
+        result, changed = self._checked(
+            self.ask("call", target, self.pack(list(arguments)), self.pack(named)), 2
+        )
+        if result is None and changed is not None:
+            if type(changed) is not list or len(changed) != 2:
+                self._broken(ValueError("arguments that are no pair"))
+            write_back(list(arguments), changed[0])
+            write_back(named, changed[1])
+        return result
+
+    def value(self, verb: str, *content: Any) -> Any:
+        """The one value of a reply."""
+        return self._checked(self.ask(verb, *content), 1)[0]
+
+    def pack(self, value: Any) -> Any:
+        return pack(value, self._refer)
+
+    def _checked(self, parts: list, count: int) -> list:
+        try:
+            if len(parts) != count:
+                raise ValueError(f"{len(parts)} values; expected {count}")
+            return [unpack(part, self._resolve) for part in parts]
+        except BROKEN as error:
+            self._broken(error)
+
+    def _receive(self, number: str) -> tuple[str, list]:
+        try:
+            got, kind, *parts = receive(self._answers)
+        except (EOFError, OSError):
+            self._ended()
+        except BROKEN as error:
+            self._broken(error)
+        if got != number or kind not in ("value", "error", "callback"):
+            self._broken(ValueError("a reply that was not asked for"))
+        return kind, parts
+
+    def _raise(self, parts: list, iterating: bool) -> NoReturn:
+        try:
+            name, classes, text = parts
+            if not all(type(word) is str for word in (name, text, *classes)):
+                raise TypeError("an error that is not described by text")
+        except BROKEN as error:
+            self._broken(error)
+        if iterating and name == "StopIteration":
+            raise StopIteration
+        name, text = clean(name, 60), clean(text, 1000)
+        if "Exception" not in classes:
+            self.stop(Stopped(f"{name}: {text}".strip(": ")))
+        for word in classes[:20]:
+            if word in _ERRORS:
+                error = _ERRORS[word](text) if text else _ERRORS[word]()
+                error.of_program = f"{name}: {text}"  # what a report says
+                raise error
+        raise RuntimeError(f"{name}: {text}")
+
+    def _serve(self, number: str, parts: list) -> None:
+        """Calls a function that a test has passed to the program."""
+        arguments, named = self._checked(parts[1:], 2)
+        try:
+            function = self._callbacks[parts[0]]
+            if type(arguments) is not list or type(named) is not dict:
+                raise TypeError("a call without arguments")
+        except BROKEN as error:
+            self._broken(error)
+        try:
+            reply = ["value", self.pack(function(*arguments, **named))]
+        except AssertionError as error:  # of a test: the program shall not be able to catch it
+            self.stop(error)
+        except Exception as error:  # noqa: BLE001 the program's, like that of any function it calls
+            reply = ["error", type(error).__name__, clean(str(error), 1000)]
+        try:
+            send(self._requests, [number, *reply])
+        except OSError:
+            self._ended()
+
+    def stop(self, why: BaseException) -> NoReturn:
+        self.stopped = why
+        raise why
+
+    def _broken(self, error: BaseException) -> NoReturn:
+        self.stop(Stopped(f"answered with no plain values: {type(error).__name__}: {error}"))
+
+    def _ended(self) -> NoReturn:
+        """Says why the process has closed its pipe."""
+        for _ in range(20):
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                break
+            time.sleep(0.05)
+        else:  # it goes on without its pipe
+            self.stop(Stopped("ended before its tests were done"))
+        self.reaped = True
+        ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        if ended_by == signal.SIGXCPU:
+            self.stop(Stopped(f"stopped after {self.cpu_s} s of processor time"))
+        # With its processor time used up, it is the kernel that kills what ignores SIGXCPU.
+        if ended_by == signal.SIGKILL and usage.ru_utime + usage.ru_stime < self.cpu_s:
+            self.stop(Killed())
+        self.stop(Stopped("ended before its tests were done"))
+
+    def end(self) -> None:
+        """Kills the process and waits for it: no container's first process would."""
+        if not self.reaped:
+            self.reaped = True
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+    def _refer(self, value: Any) -> Any:
+        """Arguments that are no plain values."""
+        if type(value) is Remote:
+            return _target(value)
+        name = getattr(value, "__name__", None)
+        if type(name) is str and _BUILTINS.get(name) is value:
+            return {"builtin": name}
+        for copied in _COPIED:
+            if isinstance(value, copied):
+                return self.pack(copied(value))
+        if isinstance(value, type) or not callable(value):
+            raise TypeError(
+                f"an argument of type {type(value).__name__}; expected plain values or functions"
+            )
+        self._callbacks.append(value)
+        return {"callback": len(self._callbacks) - 1}
+
+    def _resolve(self, tag: str, content: Any) -> Any:
+        """Results that are no plain values."""
+        if tag == "object" and type(content) is int:
+            return Remote(self, content)
+        if tag == "builtin" and type(content) is str:
+            return _TYPES[content]
+        raise ValueError(f"a value of type {tag[:20]!r}")
+
+
+class Remote:
+    """Stands for a function, class or object of the program: it can be called, asked for its
+    attributes, and iterated. It is equal to nothing and neither true nor false, so that no test
+    passes because of what it is.
+    """
+
+    __slots__ = ("_program", "_place")
+    __hash__ = None
+
+    def __init__(self, program: Program, place: str | int) -> None:
+        self._program, self._place = program, place
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._program.call(self._place, arguments, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._program.value("get", self._place, name)
+
+    def __iter__(self) -> Remote:
+        return self._program.value("iter", self._place)
+
+    def __next__(self) -> Any:
+        return self._program.value("next", self._place)
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("an object of the program is compared; expected a plain value")
+
+    def __bool__(self) -> bool:
+        raise TypeError("an object of the program as a condition; expected a plain value")
+
+    def __repr__(self) -> str:
+        return "<object of the program>"
+
+
+def _target(remote: Remote) -> dict:
+    place = object.__getattribute__(remote, "_place")
+    return {"object" if type(place) is int else "name": place}
+
+
+def write_back(old: Any, new: Any) -> None:
+    """Makes ``old`` equal to ``new`` and keeps the lists, dictionaries and sets it consists of."""
+    if type(old) is not type(new):
+        return
+    if type(old) is list:
+        old[:] = [_merged(*pair) for pair in zip(old, new)] + new[len(old) :]
+    elif type(old) is dict:
+        merged = {key: _merged(old.get(key), value) for key, value in new.items()}
+        old.clear()
+        old.update(merged)
+    elif type(old) is set:
+        old.clear()
+        old.update(new)
+    elif type(old) is bytearray:
+        old[:] = new
+    elif type(old) is tuple:
+        for pair in zip(old, new):
+            write_back(*pair)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """What stands in a container where ``old`` stood and ``new`` shall."""
+    if type(old) is type(new) and type(old) in (list, dict, set, bytearray):
+        write_back(old, new)
+        return old
+    return new
+
+
+def clean(text: str, most: int) -> str:
+    """One line of what can be printed."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * most])
+    return " ".join(shown.split())[:most].rstrip()
