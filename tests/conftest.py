@@ -1,5 +1,8 @@
 """Settings of the whole test suite."""
 
+import functools
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -7,13 +10,25 @@ from hypothesis import settings
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
+ROOT = Path(__file__).parents[1]
 
-@pytest.hookimpl(tryfirst=True)  # the plugin reads the marks in its own hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
     """With several workers (``-n``), a file's tests stay together, for what they share is made once
     a worker; so do the files that look at the runs of tests/e2e/conftest.py.
     """
-    of_runs = {item.path for item in items if "sft_run" in getattr(item, "fixturenames", ())}
-    for item in items:
-        name = "runs" if item.path in of_runs else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "runs" if _looks_at_runs(file) else file
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@functools.cache
+def _looks_at_runs(file: str) -> bool:
+    text = (ROOT / file).read_text() if file.startswith("tests/e2e/") else ""
+    return "sft_run" in text or "rl_run" in text

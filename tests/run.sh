@@ -63,4 +63,4 @@ export OMP_NUM_THREADS=1
 workers=$(nproc)
 [ "$workers" -le 8 ] || workers=8
 [ "$only" != servers ] || workers=0
-exec "$venv/bin/python" -m pytest -n "$workers" --dist loadgroup ${only:+-m "$only"} "$@"
+exec "$venv/bin/python" -m pytest -n "$workers" --dist loadfile ${only:+-m "$only"} "$@"

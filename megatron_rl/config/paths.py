@@ -17,7 +17,7 @@ def local_path(name: str, text: str) -> str:
     """The path that ``text`` means on this machine; ``name``: what it is given for, in messages.
 
     Raises UserError: an address such as ``s3://bucket/key``, a variable that is not set or empty, a
-    home directory of nobody, an empty path, a NUL character.
+    home directory of nobody, an empty path, a NUL character or half of one of two parts.
     """
     found = f"{name} is {text if len(text) <= 300 else text[:297] + '...'!r}"
     if not text or "\0" in text:
@@ -43,7 +43,11 @@ def local_path(name: str, text: str) -> str:
     path = _VARIABLE.sub(value, text)
     if _ADDRESS.match(path):
         raise address
-    if max(map(len, os.fsencode(path).split(b"/"))) > 255 or len(os.fsencode(path)) > 4095:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{found}, which holds no whole characters; expected a path") from error
+    if max(map(len, encoded.split(b"/"))) > 255 or len(encoded) > 4095:
         raise UserError(f"{name} is {text[:40]!r}..., too long for a file system; expected a path")
     at_home = os.path.expanduser(path)
     if at_home.startswith("~"):

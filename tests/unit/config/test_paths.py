@@ -66,6 +66,7 @@ def test_what_a_path_means(text, path):
         ("~nobody-has-this-name/x", "run_dir is '~nobody-has-this-name/x', and there is no such"),
         ("", "run_dir is ''; expected a path"),
         ("a\0b", "run_dir is 'a\\x00b'; expected a path"),
+        ("a\ud83db", "run_dir is 'a\\ud83db', which holds no whole characters; expected a path"),
     ],
 )
 def test_what_is_no_path(text, message):
