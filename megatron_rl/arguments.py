@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NoReturn, Sequence
 
 from megatron_rl import __version__
+from megatron_rl.catalogue.kinds import KINDS
 from megatron_rl.config.hf_file import shown
-from megatron_rl.config.paths import local_path
 from megatron_rl.errors import UserError
+from megatron_rl.paths import local_path
 
 #: Verb -> what it does, as the help shows it.
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
+    "list": "show the losses, advantages, corrections or rewards that a config can name",
     "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 
@@ -61,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
             verb,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog=None if verb == "report" else _CONFIG_HELP,
+            epilog=None if verb in ("report", "list") else _CONFIG_HELP,
             allow_abbrev=False,
         )
         if verb == "report":
@@ -72,6 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
                 nargs="+",
                 help="a run's directory; several: compare them on one page",
             )
+            continue
+        if verb == "list":
+            _add_list_arguments(sub)
             continue
         if verb == "convert":
             _add_convert_arguments(sub)
@@ -136,6 +141,16 @@ def _number(name: str, text: str) -> float:
 
 #: Verbs that need ranks.
 _RUNS = ("train", "sft", "evaluate", "generate")
+
+
+def _add_list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", metavar="KIND", choices=tuple(KINDS), help=", ".join(KINDS))
+    parser.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help="these alone; one of your own as a config names it: ./my_file.py:thing",
+    )
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Sequence
 
 from megatron_rl.arguments import VERBS, make_parser, split_overrides
+from megatron_rl.catalogue.kinds import KINDS
+from megatron_rl.catalogue.listing import listed
 from megatron_rl.config.algorithm import keeps_trace
 from megatron_rl.config.checks import (
     answers_leave_room_for_prompts,
     check_config,
     input_files,
-    verifier_is_known,
+    verifiers_are_known,
 )
 from megatron_rl.config.estimate import (
     GIB,
@@ -34,13 +36,13 @@ from megatron_rl.config.estimate import (
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
-from megatron_rl.config.paths import as_written
 from megatron_rl.config.schema import Config
 from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.files import reason, written_for_the_user
+from megatron_rl.paths import as_written
 
 #: How long the first rank of a machine may take to reach an error after the others, seconds.
 PATIENCE_S = 10.0
@@ -108,6 +110,11 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         if overrides:
             raise UserError(f"report: found {overrides[0]}; expected only RUN_DIR")
         _report(args.run_dirs)
+        return
+    if args.verb == "list":
+        if overrides:
+            raise UserError(f"list: found {overrides[0]}; expected only KIND and names")
+        print("\n".join(listed(KINDS[args.kind], args.names)))
         return
     if args.verb == "convert":
         _convert(args, overrides)
@@ -231,7 +238,7 @@ def _start(args: argparse.Namespace, config: Config) -> None:
 
 def _show_data(config: Config, purpose: str, examples: int) -> None:
     """Print the data sets as the model of ``purpose`` will see them."""
-    verifier_is_known(config)
+    verifiers_are_known(config)
     answers_leave_room_for_prompts(config)
     if examples < 0:
         raise UserError(f"--examples is {examples}; expected at least 0")

@@ -6,8 +6,6 @@ A group whose rewards are all equal gets exactly 0 everywhere. std is the sample
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 #: Added to a standard deviation before dividing; rewards are of order 1.
@@ -67,11 +65,3 @@ def reinforce_pp(rewards: torch.Tensor) -> torch.Tensor:
     """
     centred = _centred(rewards)
     return centred / (_sample_std(centred, (0, 1)) + STD_EPSILON)
-
-
-ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "group_norm": group_norm,
-    "group_mean": group_mean,
-    "rloo": rloo,
-    "reinforce_pp": reinforce_pp,
-}

@@ -8,6 +8,7 @@ deterministic algorithms are switched on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -63,17 +64,23 @@ def sequence_mean(
     return sequence_sum(kept * values, segments) / torch.where(total > 0, total, 1.0)
 
 
+def count_of(what: Literal["tokens", "sequences"], segments: Segments) -> torch.Tensor:
+    """How many trained tokens there are, or sequences with at least one; 0-d, `EMPTY` for none."""
+    if what == "tokens":
+        return segments.lengths.sum().clamp(min=EMPTY)
+    return (segments.lengths > 0).sum().to(segments.lengths.dtype).clamp(min=EMPTY)
+
+
 def over_tokens(values: torch.Tensor, segments: Segments) -> SumAndCount:
     """[T] -> sum over all trained tokens, and how many there are (token-mean)."""
     total = torch.where(segments.mask, values, 0.0).sum()
-    return total, segments.lengths.sum().clamp(min=EMPTY)
+    return total, count_of("tokens", segments)
 
 
 def over_sequences(values: torch.Tensor, segments: Segments) -> SumAndCount:
     """[N] -> sum over sequences with at least one trained token, and how many there are."""
-    trained = segments.lengths > 0
-    total = torch.where(trained, values, 0.0).sum()
-    return total, trained.sum().to(segments.lengths.dtype).clamp(min=EMPTY)
+    total = torch.where(segments.lengths > 0, values, 0.0).sum()
+    return total, count_of("sequences", segments)
 
 
 def over_sequence_means(values: torch.Tensor, segments: Segments) -> SumAndCount:

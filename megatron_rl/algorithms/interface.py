@@ -66,3 +66,11 @@ class LossOutputs:
     #: bool [T], where the clip is active (of the token's sequence, where sequences are clipped);
     #: meaningless outside the mask; None: the loss clips nothing
     clipped: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SamplerWeights:
+    """What a sampler correction gives: factors of a loss's terms, and where they were cut."""
+
+    weights: torch.Tensor  #: float [T], detached; 0 outside the mask
+    clipped: torch.Tensor  #: bool [T], the weight is capped or set to 0; False outside the mask

@@ -69,7 +69,7 @@ def shifted_ratio(inputs: LossInputs) -> torch.Tensor:
     if inputs.shift_mode == "token_weight":
         raise ValueError(
             "found shift_mode token_weight in a loss over tokens; expected a loss with one ratio a "
-            "sequence: gspo, gmpo, rspo or rspo_v1; choose one of these or another mode"
+            "sequence, such as gspo, gmpo or rspo; choose one of these or another mode"
         )
     return exp_ratio(shifted_log_ratio(inputs))
 

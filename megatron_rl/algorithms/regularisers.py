@@ -11,7 +11,7 @@ from megatron_rl.algorithms.aggregate import Segments, SumAndCount, make_segment
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.kl import k1, k2, k3
 from megatron_rl.algorithms.ratios import at_least_float32
-from megatron_rl.algorithms.settings import unknown_name
+from megatron_rl.catalogue.nearest import did_you_mean
 
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
@@ -26,7 +26,11 @@ class Regularisers:
 
     def __post_init__(self) -> None:
         if self.kl_estimator not in ESTIMATORS:
-            raise ValueError(unknown_name("KL estimator", self.kl_estimator, ESTIMATORS))
+            raise ValueError(
+                f"found unknown KL estimator {self.kl_estimator!r}"
+                f"{did_you_mean(self.kl_estimator, ESTIMATORS)}; expected one of "
+                f"{', '.join(ESTIMATORS)}"
+            )
 
     @property
     def active(self) -> bool:

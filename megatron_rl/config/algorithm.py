@@ -2,15 +2,80 @@
 
 from __future__ import annotations
 
-from megatron_rl.config.names import ROUTER_SHIFT_LOSSES
+from megatron_rl.catalogue.entry import AdvantagesEntry, CorrectionEntry, LossEntry
+from megatron_rl.catalogue.find import find
+from megatron_rl.catalogue.kinds import ADVANTAGES, CORRECTIONS, LOSSES
+from megatron_rl.catalogue.read import read_settings
+from megatron_rl.catalogue.settings import Settings
 from megatron_rl.config.schema import AlgorithmConfig
+from megatron_rl.errors import UserError
+
+
+def loss_of(algorithm: AlgorithmConfig) -> LossEntry:
+    """The loss. UserError: there is none of that name."""
+    return find(LOSSES, algorithm.name)
+
+
+def loss_settings(algorithm: AlgorithmConfig) -> Settings | None:
+    """The loss's settings. UserError: a mistake in them."""
+    name = f"the loss {algorithm.name}"
+    settings = loss_of(algorithm).settings
+    return read_settings("algorithm.settings", name, settings, algorithm.settings)
+
+
+def advantages_of(algorithm: AlgorithmConfig) -> AdvantagesEntry:
+    """The advantage estimator. UserError: there is none of that name."""
+    return find(ADVANTAGES, algorithm.advantages)
+
+
+def advantages_settings(algorithm: AlgorithmConfig) -> Settings | None:
+    """Its settings. UserError: a mistake in them."""
+    given, name = algorithm.advantages_settings, f"the advantage estimator {algorithm.advantages}"
+    settings = advantages_of(algorithm).settings
+    return read_settings("algorithm.advantages_settings", name, settings, given)
+
+
+def correction_of(algorithm: AlgorithmConfig) -> CorrectionEntry | None:
+    """The sampler correction; None: none. UserError: there is none of that name."""
+    if algorithm.mismatch == "none":
+        return None
+    return find(CORRECTIONS, algorithm.mismatch)
+
+
+def correction_settings(algorithm: AlgorithmConfig) -> Settings | None:
+    """Its settings, of which ``mismatch_low`` and ``mismatch_high`` set low and high where it has
+    them. UserError: a mistake in them.
+    """
+    row = correction_of(algorithm)
+    given = dict(algorithm.mismatch_settings)
+    if row is None:
+        if given:
+            raise UserError(
+                "algorithm.mismatch_settings is given with algorithm.mismatch none; expected a "
+                "correction; set algorithm.mismatch"
+            )
+        return None
+    names = () if row.settings is None else row.settings.model_fields
+    defaults = AlgorithmConfig.model_fields
+    for name in ("low", "high"):
+        value = getattr(algorithm, f"mismatch_{name}")
+        if name not in names or value == defaults[f"mismatch_{name}"].default:
+            continue
+        if name in given and given[name] != value:
+            raise UserError(
+                f"algorithm.mismatch_{name} is {value:g} and algorithm.mismatch_settings.{name} is "
+                f"{given[name]}; expected one of them; remove one"
+            )
+        given[name] = value
+    name = f"the correction {algorithm.mismatch}"
+    return read_settings("algorithm.mismatch_settings", name, row.settings, given)
 
 
 def uses_router_shift(algorithm: AlgorithmConfig) -> bool:
     """Router shift: as configured, else as the loss asks."""
     if algorithm.router_shift.enabled is not None:
         return algorithm.router_shift.enabled
-    return algorithm.name in ROUTER_SHIFT_LOSSES
+    return loss_of(algorithm).router_shift == "needed"
 
 
 def keeps_trace(algorithm: AlgorithmConfig) -> bool:
@@ -21,10 +86,3 @@ def keeps_trace(algorithm: AlgorithmConfig) -> bool:
 def updates_per_step(algorithm: AlgorithmConfig) -> int:
     """Optimizer steps on a rollout batch."""
     return algorithm.mini_batches * algorithm.epochs
-
-
-def mismatch_high(algorithm: AlgorithmConfig) -> float:
-    """The upper bound of pi_old / mu, or the default of the kind of weight."""
-    if algorithm.mismatch_high is not None:
-        return algorithm.mismatch_high
-    return 5.0 if algorithm.mismatch == "icepop" else 2.0

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Callable
 
-from megatron_rl.config.checks_algorithm import ALGORITHM_RULES, known
+from megatron_rl.config.checks_algorithm import ALGORITHM_RULES
 from megatron_rl.config.checks_layout import (
     LAYOUT_RULES,
     layout_fits_world,
@@ -21,7 +21,7 @@ from megatron_rl.config.checks_layout import (
 from megatron_rl.config.checks_model import MODEL_RULES
 from megatron_rl.config.checks_rollout import ROLLOUT_RULES
 from megatron_rl.config.layout import data_parallel_size, ranks_wanted
-from megatron_rl.config.names import VERIFIER_NAMES
+from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 
@@ -36,9 +36,9 @@ def answers_leave_room_for_prompts(config: Config) -> None:
         )
 
 
-def verifier_is_known(config: Config) -> None:
-    """``reward.name`` is a verifier."""
-    known("reward.name", config.reward.name, VERIFIER_NAMES)
+def verifiers_are_known(config: Config) -> None:
+    """``reward.name``, or each of ``reward.parts``, is a verifier, with settings of it."""
+    chosen_verifiers(config.reward)
 
 
 def groups_have_several_answers(config: Config) -> None:
@@ -153,13 +153,13 @@ def best_checkpoints_are_evaluated(config: Config) -> None:
 VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "train": (
         *ALGORITHM_RULES,
-        verifier_is_known,
+        verifiers_are_known,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
     ),
-    "sft": (verifier_is_known, answers_leave_room_for_prompts, best_checkpoints_are_evaluated),
-    "evaluate": (verifier_is_known, answers_leave_room_for_prompts),
+    "sft": (verifiers_are_known, answers_leave_room_for_prompts, best_checkpoints_are_evaluated),
+    "evaluate": (verifiers_are_known, answers_leave_room_for_prompts),
     "generate": (answers_leave_room_for_prompts,),
     "convert": (),
 }

@@ -2,60 +2,78 @@
 
 from __future__ import annotations
 
-import math
 from typing import Callable
 
-from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
-from megatron_rl.config.hf_file import shown
-from megatron_rl.config.names import (
-    ADVANTAGE_NAMES,
-    ENGINES_WITH_ROUTES,
-    GEOMETRIC_LOSSES,
-    LOSS_NAMES,
-    LOSS_SETTINGS,
-    ROUTER_SHIFT_LOSSES,
+from megatron_rl.catalogue.entry import load
+from megatron_rl.catalogue.kinds import LOSSES
+from megatron_rl.config.algorithm import (
+    advantages_of,
+    advantages_settings,
+    correction_of,
+    correction_settings,
+    loss_of,
+    loss_settings,
+    uses_router_shift,
 )
-from megatron_rl.config.nearest import did_you_mean
 from megatron_rl.config.schema import Config
-from megatron_rl.config.yaml_text import is_name
 from megatron_rl.errors import UserError
+
+#: Rollout engines that return the experts of every token.
+ENGINES_WITH_ROUTES = ("builtin", "vllm", "sglang")
 
 
 def loss_is_known(config: Config) -> None:
-    """``algorithm.name`` is a loss."""
-    known("algorithm.name", config.algorithm.name, LOSS_NAMES)
-
-
-def loss_settings_are_known(config: Config) -> None:
-    """``algorithm.settings`` has keys of that loss, and numbers above 0."""
-    algorithm = config.algorithm
-    names = LOSS_SETTINGS[algorithm.name]
-    for key, value in algorithm.settings.items():
-        if key not in names:
-            raise UserError(
-                f"algorithm.settings.{key if is_name(key) else shown(key)} is no setting of the "
-                f"loss {algorithm.name}"
-                f"{did_you_mean(key, names)}; expected one of {', '.join(names)}"
-            )
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not value > 0:
-            hint = "; YAML reads 3e-4 as text, write 3.0e-4" if isinstance(value, str) else ""
-            raise UserError(
-                f"algorithm.settings.{key} is {shown(value)}; expected a number above 0{hint}"
-            )
-        if math.isinf(value) and not key.startswith("clip_"):
-            raise UserError(f"algorithm.settings.{key} is {value}; expected a finite number")
+    """``algorithm.name`` is a loss, and ``algorithm.settings`` are settings of it."""
+    loss_settings(config.algorithm)
 
 
 def advantages_are_known(config: Config) -> None:
-    """``algorithm.advantages`` is an advantage estimator."""
-    known("algorithm.advantages", config.algorithm.advantages, ADVANTAGE_NAMES)
+    """``algorithm.advantages`` is an advantage estimator, with settings of it."""
+    advantages_settings(config.algorithm)
+
+
+def correction_is_known(config: Config) -> None:
+    """``algorithm.mismatch`` is none or a sampler correction, with settings of it."""
+    correction_settings(config.algorithm)
+
+
+def losses_heed_what_is_switched_on(config: Config) -> None:
+    """Router shift and sampler weights act on losses that take them in alone."""
+    algorithm = config.algorithm
+    loss = loss_of(algorithm)
+    found = None
+    if loss.router_shift == "ignored" and uses_router_shift(algorithm):
+        found, trait = "algorithm.router_shift.enabled is true", "router_shift='optional'"
+        remedy = "set it to null"
+    elif not loss.sampler_weights and algorithm.mismatch != "none":
+        found, trait = f"algorithm.mismatch is {algorithm.mismatch}", "sampler_weights=True"
+        remedy = "set it to none"
+    if found is not None:
+        raise UserError(
+            f"{found} with the loss {algorithm.name}, which ignores it; expected a loss declared "
+            f"with {trait} that acts on it; {remedy}, or take another loss"
+        )
+
+
+def own_code_works(config: Config) -> None:
+    """A user's own loss, advantage estimator and correction do what they declare, on a small batch
+    that is made for it.
+    """
+    algorithm = config.algorithm
+    trials = (
+        ("check_loss", loss_of(algorithm), loss_settings(algorithm)),
+        ("check_advantages", advantages_of(algorithm), advantages_settings(algorithm)),
+        ("check_correction", correction_of(algorithm), correction_settings(algorithm)),
+    )
+    for name, row, settings in trials:
+        if row is not None and row.own is not None:
+            load(f"megatron_rl.algorithms.trial:{name}")(row, settings)
 
 
 def router_shift_losses_have_it(config: Config) -> None:
-    """rspo and rspo_v1 cannot do without router shift."""
+    """Some losses cannot do without router shift."""
     algorithm = config.algorithm
-    if algorithm.name in ROUTER_SHIFT_LOSSES and not uses_router_shift(algorithm):
+    if loss_of(algorithm).router_shift == "needed" and not uses_router_shift(algorithm):
         raise UserError(
             f"algorithm.router_shift.enabled is false with algorithm.name {algorithm.name}; "
             "expected true or null, because the loss scales ratios with it; set it to null, or "
@@ -95,10 +113,11 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
             f"{algorithm.name}, which runs without router shift; expected "
             "algorithm.router_shift.enabled true, or the default"
         )
-    if shift.mode == "token_weight" and algorithm.name not in GEOMETRIC_LOSSES:
+    if shift.mode == "token_weight" and not loss_of(algorithm).geometric:
+        geometric = ", ".join(row.name for row in LOSSES.rows if row.geometric)
         raise UserError(
             f"algorithm.router_shift.mode is token_weight with the loss {algorithm.name}; expected "
-            f"a geometric mean over tokens: {', '.join(GEOMETRIC_LOSSES)}; change one of them"
+            f"a geometric mean over tokens: {geometric}; change one of them"
         )
     if shift.mode == "token_weight" and shift.normalise != "none":
         raise UserError(
@@ -124,17 +143,6 @@ def replayed_routes_are_returned(config: Config) -> None:
         )
 
 
-def mismatch_bounds_are_in_order(config: Config) -> None:
-    """IcePop's lower bound is below the upper one."""
-    algorithm = config.algorithm
-    low, high = algorithm.mismatch_low, mismatch_high(algorithm)
-    if algorithm.mismatch == "icepop" and low >= high:
-        raise UserError(
-            f"algorithm.mismatch_low {low:g} is not below algorithm.mismatch_high {high:g}; "
-            "expected less; change one of them"
-        )
-
-
 def kl_penalty_has_a_reference(config: Config) -> None:
     """A KL penalty is taken towards some policy."""
     algorithm = config.algorithm
@@ -157,20 +165,14 @@ def overlong_buffer_fits(config: Config) -> None:
 
 ALGORITHM_RULES: tuple[Callable[[Config], None], ...] = (
     loss_is_known,
-    loss_settings_are_known,
     advantages_are_known,
+    correction_is_known,
+    losses_heed_what_is_switched_on,
     router_shift_losses_have_it,
     dense_models_have_no_routers,
     router_shift_variants_have_an_effect,
     replayed_routes_are_returned,
-    mismatch_bounds_are_in_order,
     kl_penalty_has_a_reference,
     overlong_buffer_fits,
+    own_code_works,
 )
-
-
-def known(field: str, name: str, names: tuple[str, ...]) -> None:
-    """Refuse a name that is not among those there are, and name the nearest."""
-    if name not in names:
-        hint = did_you_mean(name, names)
-        raise UserError(f"{field} is {shown(name)}{hint}; expected one of {', '.join(names)}")

@@ -14,6 +14,7 @@ from typing import Any, Callable, Mapping
 
 from pydantic import ValidationError
 
+from megatron_rl.catalogue.nearest import did_you_mean
 from megatron_rl.config.hf_file import (
     KEYS,
     MODEL_TYPES,
@@ -32,7 +33,6 @@ from megatron_rl.config.hf_file import (
 )
 from megatron_rl.config.hf_rope import rope_fields
 from megatron_rl.config.json_text import read_json_object
-from megatron_rl.config.nearest import did_you_mean
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 

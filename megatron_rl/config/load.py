@@ -18,22 +18,16 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_rl.config.fields import (
-    choices,
-    expectation,
-    is_dict,
-    is_path,
-    is_text,
-    leaf_fields,
-)
+from megatron_rl.catalogue.describe import choices, expectation
+from megatron_rl.catalogue.nearest import did_you_mean
+from megatron_rl.config.fields import is_dict, is_path, is_text, leaf_fields
 from megatron_rl.config.hf_config import read_hf_config
 from megatron_rl.config.hf_file import shown
-from megatron_rl.config.nearest import did_you_mean
-from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config
 from megatron_rl.config.yaml_text import dump_yaml, is_name, parse_value, read_yaml
 from megatron_rl.errors import UserError
+from megatron_rl.paths import as_written, local_path
 
 
 class _Value(NamedTuple):
@@ -283,6 +277,12 @@ def _type_error(error: ValidationError, values: dict[str, _Value], keys: _Keys) 
     name = next((n for n in names if n in keys.leaves), None)
     if name is None:  # a string that is no Unicode text
         raise UserError(f"the config is not valid: {error.errors()[0]['msg']}") from error
+    inside = location[name.count(".") + 1 :]
+    if len(inside) > 1 and inside[0].isdigit():  # a key of a section in a list: reward.parts
+        first = error.errors()[0]
+        place = f"{_place(name, values[name].origin)}.{'.'.join(inside)}"
+        found = json.dumps(first["input"], default=str)[:200]
+        return UserError(f"{place} is {found}; {first['msg']}; correct it")
     return _wrong_value(name, values[name], keys)
 
 

@@ -9,20 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys; the string below a field documents it."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        ser_json_inf_nan="constants",  # algorithm.settings may hold an infinite bound
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
+from megatron_rl.config.schema_reward import RewardConfig
+from megatron_rl.config.section import Section
 
 
 class YarnConfig(Section):
@@ -226,18 +216,6 @@ class DataConfig(Section):
     """Packs are as short as the batch allows, rounded up to this many tokens."""
 
 
-class RewardConfig(Section):
-    """The verifier."""
-
-    name: str = "countdown"
-    """A name of ``megatron_rl.rewards.VERIFIERS``."""
-    overlong_buffer: int = Field(0, ge=0)
-    """Soft overlong punishment (arXiv 2503.14476, eq. 13): the last tokens of max_new_tokens, over
-    which the reward falls; 0: off."""
-    overlong_penalty: float = Field(1.0, gt=0.0)
-    """What an answer of rollout.max_new_tokens tokens loses with it."""
-
-
 class ServersConfig(Section):
     """Inference servers that answer in place of the training model (rollout.engine)."""
 
@@ -334,11 +312,13 @@ class AlgorithmConfig(Section):
     """The policy loss and what goes into it."""
 
     name: str = "rspo"
-    """A name of ``megatron_rl.algorithms.LOSSES``."""
+    """The loss: a name of `megatron-rl list losses`, or one of your own, ./my_loss.py:my_loss."""
     settings: dict[str, Any] = {}
-    """Overrides of ``default_settings(name)``, such as clip ranges."""
+    """Settings of the loss that differ from its defaults, such as clip ranges."""
     advantages: str = "group_norm"
-    """A name of ``megatron_rl.algorithms.ADVANTAGES``."""
+    """The advantage estimator: a name of `megatron-rl list advantages`, or one of your own."""
+    advantages_settings: dict[str, Any] = {}
+    """Settings of the advantage estimator that differ from its defaults."""
     router_shift: RouterShiftConfig = RouterShiftConfig()
     """The per-token weight against drifting routers."""
     routing_replay: Literal["none", "r2", "r3"] = "none"
@@ -346,8 +326,11 @@ class AlgorithmConfig(Section):
     and the update those of the sampler. The routers still learn, by the weights they give."""
     trace_store: Literal["device", "pinned"] = "device"
     """Where the router trace waits for the update; pinned: host memory (the same on a CPU)."""
-    mismatch: Literal["none", "tis", "mis_token", "mis_sequence", "icepop"] = "none"
-    """Weight on the loss for what sampler and scoring pass disagree in, pi_old / mu."""
+    mismatch: str = "none"
+    """Weight on the loss for what sampler and scoring pass disagree in, pi_old / mu: none, a name
+    of `megatron-rl list corrections`, or one of your own."""
+    mismatch_settings: dict[str, Any] = {}
+    """Settings of that correction that differ from its defaults."""
     mismatch_low: float = Field(0.5, ge=0.0)
     """icepop: lowest pi_old / mu that is kept."""
     mismatch_high: float | None = Field(None, gt=0.0)

@@ -18,7 +18,7 @@ from megatron_rl.data.rendering import Rendering
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
 from megatron_rl.records import Prompt, Sample
-from megatron_rl.rewards import MACHINE_CHECKS, RECORD_CHECKS
+from megatron_rl.rewards.chosen import check_machine, record_check
 
 #: Data sets that a verb reads where they are given.
 SPLITS = {
@@ -70,7 +70,7 @@ def read_files(config: Config, verb: str, missing: bool = False) -> dict[str, Pr
         if path is None or (missing and not path.exists()):
             continue
         tuning = verb == "sft" and split == "train"
-        check = None if tuning else RECORD_CHECKS[config.reward.name]
+        check = None if tuning else record_check(config.reward)
         files[split] = read_problems(path, config.data, check, completions=tuning)
     return files
 
@@ -83,7 +83,7 @@ def load_run_data(config: Config, verb: str) -> RunData:
             of this process do not leave the verifier what it needs.
     """
     if SPLITS[verb]:
-        MACHINE_CHECKS.get(config.reward.name, lambda: None)()
+        check_machine(config.reward)
     return encode_files(config, verb, read_files(config, verb))
 
 

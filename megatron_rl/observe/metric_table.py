@@ -2,23 +2,24 @@
 
 Names ending in ``layer_NN`` stand for one name a layer, such as ``router/shift_mean/layer_03``: the
 transformer layer's number over all pipeline stages, from 0, at least two digits. ``PART`` stands
-for one name a part of the reward that the verifier fills.
+for one name a part of the reward that the verifier fills, or a metric of a user's own loss.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from megatron_rl.catalogue.nearest import nearest
+
 Reduction = Literal["mean", "sum", "max", "min", "given"]
 
 _LAYER = re.compile(r"(?P<base>.+)/layer_(?P<layer>\d{2,})")
 _LAYER_SUFFIX = "/layer_NN"
-_PART = re.compile(r"(?P<base>reward|eval)/(?P<part>[a-z][a-z0-9_]*)")
+_PART = re.compile(r"(?P<base>reward|eval|loss)/(?P<part>[a-z][a-z0-9_]*)")
 _PART_SUFFIX = "/PART"
 
 
@@ -45,6 +46,8 @@ _TABLE: tuple[Metric, ...] = (
            "First step of the configuration in force: configs/step_N.yaml."),
     Metric("loss", "", "mean", _ANY,
            "Training loss, mean over optimizer steps."),
+    Metric("loss/PART", "", "mean", _RL,
+           "A metric of a user's own loss, as the loss averages it."),
     Metric("lr", "", "mean", _ANY,
            "Learning rate, mean over optimizer steps."),
     Metric("grad_norm", "", "mean", _ANY,
@@ -215,8 +218,8 @@ def fixed_metric(name: str) -> Metric:
     layered = split_layer(name)
     row = METRICS.get(f"{layered[0]}{_LAYER_SUFFIX}" if layered else name)
     if row is None or name.endswith((_LAYER_SUFFIX, _PART_SUFFIX)):  # a row stands for its names
-        near = difflib.get_close_matches(name, METRICS, n=1)
-        hint = f", such as {near[0]!r}" if near else ""
+        near = nearest(name, METRICS)
+        hint = f", such as {near!r}" if near else ""
         raise ValueError(
             f"unknown metric {name!r}; expected a name of the table METRICS in "
             f"megatron_rl/observe/metric_table.py{hint}; add a row there for a new metric"

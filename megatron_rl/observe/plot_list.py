@@ -201,21 +201,26 @@ PLOTS: tuple[Plot, ...] = (
 
 
 def part_names(run: Run) -> list[str]:
-    """Metrics of the run that are parts of the reward without a row of their own, sorted."""
+    """Metrics of the run without a row of their own, sorted: parts of the reward, and metrics of a
+    user's own loss.
+    """
     return sorted({name for record in run.records for name in record if split_part(name)})
 
 
 def part_plots(run: Run) -> tuple[Plot, ...]:
     """Plots of these; () where there are none."""
     names, plots = part_names(run), []
-    for start in range(0, len(names), _CURVES):
-        chosen = names[start : start + _CURVES]
-        plots.append(
-            Plot(
-                f"parts_{len(plots) + 1}",
-                "Parts of the reward",
-                "Means over sampled completions (reward) and greedy answers (eval).",
-                tuple((name, name) for name in chosen),
-            )
-        )
+    for title, text, of_loss in (
+        (
+            "Parts of the reward",
+            "Means over sampled completions (reward) and greedy answers (eval).",
+            False,
+        ),
+        ("Metrics of the loss", "Those that the loss itself reports.", True),
+    ):
+        mine = [name for name in names if name.startswith("loss/") == of_loss]
+        for start in range(0, len(mine), _CURVES):
+            chosen = mine[start : start + _CURVES]
+            curves = tuple((name, name) for name in chosen)
+            plots.append(Plot(f"parts_{len(plots) + 1}", title, text, curves))
     return tuple(plots)

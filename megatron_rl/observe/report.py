@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.names import ROUTER_SHIFT_LOSSES
+from megatron_rl.catalogue.kinds import LOSSES
 from megatron_rl.config.on_resume import shown
 from megatron_rl.observe.page import write_figures, write_page
 from megatron_rl.observe.plot_list import PLOTS, part_names, part_plots
@@ -241,7 +241,10 @@ def _algorithm_line(run: Run) -> str:
         shift = _section(algorithm, "router_shift")
         enabled = shift.get("enabled")
         if enabled is None:
-            enabled = algorithm.get("name") in ROUTER_SHIFT_LOSSES
+            rows = {row.name: row.router_shift == "needed" for row in LOSSES.rows}
+            # A user's own loss need not be there any more; the metric tells as well.
+            own = bool(run.series("router/gamma_mean")[0])
+            enabled = rows.get(algorithm.get("name"), own)
         floor = shift.get("floor") if enabled else None
         shifted = "" if floor is None else f", router-shift floor {floor}"
         return _fields(algorithm, names) + shifted

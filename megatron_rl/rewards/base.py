@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Protocol
 
+from megatron_rl.config.reward import PART, TAKEN
 from megatron_rl.errors import UserError, printable
-
-_PART = re.compile(r"[a-z][a-z0-9_]*")
-#: Names of metrics that are no parts.
-_TAKEN = frozenset(("mean", "std", "problems", "samples"))
 
 
 @dataclass(frozen=True)
@@ -33,10 +29,10 @@ class Reward:
         if not math.isfinite(self.value):
             raise ValueError(f"reward {self.value}; expected a finite number")
         for name, value in self.parts.items():
-            if not _PART.fullmatch(name) or name in _TAKEN:
+            if not PART.fullmatch(name) or name in TAKEN:
                 raise ValueError(
                     f"part {name!r} of a reward; expected lower-case letters, digits and "
-                    f"underscores, and none of {', '.join(sorted(_TAKEN))}"
+                    f"underscores, and none of {', '.join(sorted(TAKEN))}"
                 )
             if not math.isfinite(value):
                 raise ValueError(f"part {name!r} of a reward is {value}; expected a finite number")

@@ -16,16 +16,16 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Mapping
 
+from megatron_rl.catalogue.verifiers import CountdownSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.base import Reward, make_reward, require
 
-#: Reward of an expression that can be read but does not solve the problem.
-WELL_FORMED_VALUE = 0.1
 #: Longest answer that is read, characters; with the next two it bounds time, memory and recursion.
 MAX_CHARACTERS = 1024
 MAX_DEPTH = 64
 MAX_DIGITS = 20
 
+_DEFAULTS = CountdownSettings()
 _DIGITS = frozenset("0123456789")
 _SYMBOLS = frozenset("+-*/()=")
 
@@ -34,8 +34,10 @@ class ExpressionError(ValueError):
     """The text is not an answer of the grammar; the message says why."""
 
 
-def verify_countdown(record: Mapping[str, Any], completion: str) -> Reward:
-    """1.0 solved, 0.1 well formed, 0.0 otherwise.
+def verify_countdown(
+    record: Mapping[str, Any], completion: str, settings: CountdownSettings = _DEFAULTS
+) -> Reward:
+    """1.0 solved, ``settings.well_formed`` (0.1) well formed, 0.0 otherwise.
 
     Solved: the expression uses every number of ``record["numbers"]`` exactly once and no other, and
     its exact value is ``record["target"]``; a trailing "= n" must name the target. Well formed: the
@@ -57,7 +59,7 @@ def verify_countdown(record: Mapping[str, Any], completion: str) -> Reward:
         reason = f"states {claimed}, not {target}"
     else:
         return make_reward(True, True, "solved")
-    return make_reward(False, True, reason, WELL_FORMED_VALUE)
+    return make_reward(False, True, reason, settings.well_formed)
 
 
 def extract_answer(completion: str) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
-import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
+from megatron_rl.catalogue.blame import raised
 from megatron_rl.checkpoint.together import together
-from megatron_rl.errors import RunFailed, UserError, one_line
+from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.observe.console import SilentConsole
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Prompt, RolloutGroup
-from megatron_rl.rewards.base import Reward, Verifier
+from megatron_rl.rewards.base import Reward
+from megatron_rl.rewards.chosen import Judge, combine
 from megatron_rl.rollout.collect import ScoredGroup
+from megatron_rl.rollout.judging import Verdicts, checked
 
 if TYPE_CHECKING:
     from megatron_rl.parallel.groups import Groups
@@ -25,19 +27,18 @@ _FIRST_NOTE_S = 60.0
 
 
 class RewardWorkers:
-    """A verifier on all ranks.
+    """The verifiers on all ranks.
 
     Ranks of one tensor-, pipeline- or context-parallel group hold the same answers: each judges its
     share of them and has the others' verdicts from them, so that all train on the same rewards.
 
-    A verifier bounds the time of an answer by itself; of n answers on a rank none is waited for
-    longer than n / threads times that bound.
+    A verifier without a deadline bounds the time of an answer by itself; of n answers on a rank
+    none is waited for longer than n / threads times that bound.
     """
 
     def __init__(
         self,
-        name: str,
-        verifier: Verifier,
+        judges: Sequence[Judge],
         threads: int,
         groups: Groups,
         console: SilentConsole,
@@ -45,14 +46,14 @@ class RewardWorkers:
     ) -> None:
         """
         Args:
-            name: of the verifier, for messages.
-            verifier: see there; of this rank's answers so many are judged at once as:
-            threads: cores of this rank. A call uses one process at most.
+            judges: the verifiers.
+            threads: cores of this rank: so many answers are judged at once by verifiers that are
+                no ``async def``. A call uses one process at most.
             groups: process groups.
             console: told which rank is waited for.
             stop: whether this rank has heard that the run is to stop.
         """
-        self._name, self._verifier, self._threads = name, verifier, threads
+        self._judges, self._threads = judges, threads
         self._groups, self._console, self._stop = groups, console, stop
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
@@ -79,35 +80,56 @@ class RewardWorkers:
     def _judge(self, answers: Sequence[tuple[Prompt, str]]) -> list[Reward]:
         world = self._groups.world
         executor = ThreadPoolExecutor(self._threads, "rewards")
+        timed = {
+            judge: Verdicts(judge, self._threads)
+            for judge in self._judges
+            if judge.deadline_s is not None
+        }
+        calls: list[tuple[Future[Reward], Judge, Prompt]] = []
         try:
-            futures = [executor.submit(self._reward, *answer) for answer in answers]
+            for prompt, text in answers:
+                for judge in self._judges:
+                    if judge in timed:
+                        future = timed[judge].begin(prompt.record, text)
+                    else:
+                        future = executor.submit(_reward, judge, prompt.record, text)
+                    calls.append((future, judge, prompt))
+            futures = [future for future, _, _ in calls]
             show = _Progress(self._console, world.size())
             if wait_together(futures, world, show, stop=self._stop):
-                together(world, lambda: self._raise_first(futures, answers))
-            return [future.result() for future in futures]
+                together(world, lambda: _raise_first(calls))
+            self._say_late(timed, len(answers))
+            verdicts = iter(future.result() for future in futures)
+            return [combine(self._judges, [next(verdicts) for _ in self._judges]) for _ in answers]
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
+            for future, judge, _ in calls:
+                if judge in timed:
+                    future.cancel()  # nothing, once it is done
 
-    def _reward(self, prompt: Prompt, text: str) -> Reward:
-        reward = self._verifier(prompt.record, text)
-        if not isinstance(reward, Reward):
-            raise TypeError(f"it returned {type(reward).__name__}, not a Reward")
-        return reward
+    def _say_late(self, timed: Mapping[Judge, Verdicts], answers: int) -> None:
+        for judge, verdicts in timed.items():
+            if verdicts.late:
+                self._console.warn(
+                    f"the verifier {judge.name!r} gave no verdict within {judge.deadline_s:g} s on "
+                    f"{verdicts.late} of {answers} answers of this rank: reward 0"
+                )
 
-    def _raise_first(
-        self, futures: Sequence[Future], answers: Sequence[tuple[Prompt, str]]
-    ) -> None:
-        for future, (prompt, _) in zip(futures, answers, strict=True):
-            error = future.exception() if future.done() else None
-            if isinstance(error, UserError):
-                raise error
-            if error is not None:
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                raise RunFailed(
-                    f"the verifier {self._name!r} raised {one_line(error)} "
-                    f"({place.filename}:{place.lineno}) on an answer to problem {prompt.index} "
-                    "(from 0); expected a reward for every answer; correct the verifier"
-                ) from error
+
+def _reward(judge: Judge, record: Mapping[str, Any], text: str) -> Reward:
+    return checked(judge.verifier(record, text))
+
+
+def _raise_first(calls: Sequence[tuple[Future[Reward], Judge, Prompt]]) -> None:
+    for future, judge, prompt in calls:
+        error = future.exception() if future.done() else None
+        if isinstance(error, UserError):
+            raise error
+        if error is not None:
+            raise RunFailed(
+                f"the verifier {judge.name!r} raised {raised(error)} on an answer to problem "
+                f"{prompt.index} (from 0); expected a reward for every answer; correct the verifier"
+            ) from error
 
 
 class _Progress:

@@ -11,6 +11,7 @@ from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.load import load_checkpoint
 from megatron_rl.checkpoint.manifest import Damaged
 from megatron_rl.checkpoint.save import save_checkpoint
+from megatron_rl.config.reward import reward_text
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.training.continuation import check_state, what_differs
@@ -93,8 +94,8 @@ def check_best_metric(config: Config, metrics: Mapping[str, float]) -> None:
         found = [name for name in sorted(metrics) if name.startswith("eval/")]
         raise UserError(
             f"checkpoint.best_metric is {settings.best_metric}, and the evaluation with the "
-            f"verifier {config.reward.name!r} gives {', '.join(found) or 'none'}; expected one of "
-            "these; set it, or checkpoint.keep_best to 0"
+            f"verifier {reward_text(config.reward)!r} gives {', '.join(found) or 'none'}; expected "
+            "one of these; set it, or checkpoint.keep_best to 0"
         )
 
 

@@ -10,10 +10,13 @@ import hashlib
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from megatron_rl.catalogue.find import code_digest
 from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
 from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, read_state
+from megatron_rl.config.algorithm import advantages_of, correction_of, loss_of
 from megatron_rl.config.on_resume import Change, kind_of, shown
+from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
 from megatron_rl.errors import UserError
@@ -27,13 +30,30 @@ _READ = 1 << 22
 def run_identity(
     config: Config, verb: str, train: Sequence[Prompt | Sample], held_out: Sequence[Prompt]
 ) -> dict[str, Any]:
-    """What a run is of, as its checkpoints keep it: the verb, the data by content, the reference
-    policy by where it is from. Fit for JSON.
+    """What a run is of, as its checkpoints keep it: the verb, the data and a user's own code by
+    content, the reference policy by where it is from. Fit for JSON.
     """
-    identity = {"verb": verb, "train": identity_of(train), "eval": identity_of(held_out)}
+    identity = {
+        "verb": verb,
+        "train": identity_of(train),
+        "eval": identity_of(held_out),
+        "code": own_code(config, verb),
+    }
     if verb == "train" and config.algorithm.reference == "initial":
         identity["reference"] = _initial_weights(config)
     return identity
+
+
+def own_code(config: Config, verb: str) -> dict[str, str]:
+    """SHA-256 of the file of each thing that the configuration names and that is a user's own, by
+    the reference.
+    """
+    rows = [one.row for one in chosen_verifiers(config.reward)]
+    if verb == "train":
+        algorithm = config.algorithm
+        rows += [loss_of(algorithm), advantages_of(algorithm), correction_of(algorithm)]
+    digests = {row.name: code_digest(row) for row in rows if row is not None}
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def check_continuation(config: Config, identity: Mapping[str, Any]) -> None:
@@ -121,6 +141,9 @@ def what_differs(
             "data.train and data.eval still give the same is not known"
         )
         return notes, warnings
+    for name, digest in identity["code"].items():
+        if stored.get("code", {}).get(name, digest) != digest:
+            warnings.append(f"the file of {name} is not what it was: going on with it as it is")
     for split, meaning in (
         ("train", "going on with these"),
         ("eval", "evaluations before and after cannot be compared"),

@@ -7,6 +7,7 @@ from typing import Mapping
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
+from megatron_rl.config.reward import reward_text
 from megatron_rl.config.schema import (
     AlgorithmConfig,
     Config,
@@ -63,7 +64,7 @@ def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str
     rollout, algorithm, problems = config.rollout, config.algorithm, data.train.items
     facts = {
         "data": f"{len(problems):,} problems ({config.data.train}), "
-        f"{_held_out(config, data, 'held-out')}, reward {config.reward.name}",
+        f"{_held_out(config, data, 'held-out')}, reward {reward_text(config.reward)}",
         **data.facts(),
         "step": f"{rollout.prompts_per_step} problems x {rollout.samples_per_prompt} answers of "
         f"{rollout.max_new_tokens} tokens at most, {algorithm.mini_batches} mini-batches x "

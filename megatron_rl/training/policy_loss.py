@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Callable, Mapping, Sequence
 
 import torch
 
-from megatron_rl.algorithms import LOSSES, LossInputs, make_settings
-from megatron_rl.algorithms.aggregate import EMPTY
-from megatron_rl.algorithms.mismatch import MismatchSettings, mismatch_metrics, sampler_weights
+from megatron_rl.algorithms import LossInputs, LossOutputs, SamplerWeights
+from megatron_rl.algorithms.aggregate import EMPTY, Segments, SumAndCount, count_of, make_segments
+from megatron_rl.algorithms.mismatch import mismatch_metrics
 from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
 from megatron_rl.algorithms.router_shift import normalise_shift
-from megatron_rl.config.algorithm import mismatch_high, uses_router_shift
-from megatron_rl.config.schema import AlgorithmConfig
-from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.config.algorithm import (
+    correction_of,
+    correction_settings,
+    loss_of,
+    loss_settings,
+    uses_router_shift,
+)
+from megatron_rl.observe.metrics import METRICS, MetricSums
 from megatron_rl.parallel.collectives import all_reduce
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.training.batch import PackTensors
@@ -29,28 +34,28 @@ from megatron_rl.training.shift_pass import gamma_mean, gamma_of
 class LossPlan:
     """Settings, and what has to be known of the whole mini-batch before its first loss."""
 
-    settings: Any  #: of the loss
+    loss: Callable[[LossInputs], LossOutputs]
     denominators: tuple[torch.Tensor, ...]  #: 0-d, of this rank's packs
     regularisers: Regularisers
     denominator_per_token: torch.Tensor | None  #: 0-d; None where no term is a mean over tokens
-    mismatch: MismatchSettings | None  #: None: no sampler weights
+    correction: Callable[[LossInputs], SamplerWeights] | None  #: None: no sampler weights
     gamma_mean: torch.Tensor | None  #: 0-d; None: gamma~ is not normalised
 
 
 def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
     """Work out the plan of a mini-batch. A collective where the configuration needs one."""
     algorithm = policy.config.algorithm
-    settings = make_settings(algorithm.name, algorithm.settings)
+    loss, correction = loss_of(algorithm), correction_of(algorithm)
     packs = [item.pack for item in scored]
-    denominators = tuple(_denominator(policy, pack, settings) for pack in packs)
+    denominators = tuple(count_of(loss.denominator, _segments(pack)) for pack in packs)
     beside = Regularisers(algorithm.kl_coef, algorithm.kl_estimator, algorithm.entropy_coef)
     normalise = uses_router_shift(algorithm) and algorithm.router_shift.normalise == "batch_mean"
     return LossPlan(
-        settings=settings,
+        loss=loss.bind(loss_settings(algorithm)),
         denominators=denominators,
         regularisers=beside,
         denominator_per_token=_per_token(policy, packs, denominators) if beside.active else None,
-        mismatch=_mismatch_settings(algorithm),
+        correction=correction and correction.bind(correction_settings(algorithm)),
         gamma_mean=gamma_mean(policy, scored) if normalise else None,
     )
 
@@ -102,17 +107,17 @@ def policy_loss(
         shift_mode=shift.mode,
         entropy=entropy,
     )
-    if plan.mismatch is not None:
-        weights = sampler_weights(inputs, plan.mismatch)
-        sums.add_all(mismatch_metrics(weights, inputs, plan.mismatch))
-        inputs = dataclasses.replace(inputs, sampler_weights=weights)
-    result = LOSSES[algorithm.name](inputs, plan.settings)
+    if plan.correction is not None:
+        given = plan.correction(inputs)
+        sums.add_all(mismatch_metrics(given, inputs))
+        inputs = dataclasses.replace(inputs, sampler_weights=given.weights)
+    result = plan.loss(inputs)
     if distance is not None and result.clipped is not None:
         telemetry.clip_split.add(mean_distance, result.clipped, pack.mask)
     result = add_regularisers(result, inputs, plan.regularisers, plan.denominator_per_token)
     sums.add("loss", result.loss_sum, result.denominator)
     sums.add("entropy", (entropy.detach() * pack.mask).sum(), pack.mask.sum())
-    sums.add_all(result.metrics)
+    _add_metrics(sums, result.metrics)
     return result.loss_sum, result.denominator
 
 
@@ -126,22 +131,15 @@ def _add_shift(
     sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
 
 
-def _denominator(policy: Policy, pack: PackTensors, settings: Any) -> torch.Tensor:
-    """The loss's denominator of a pack, which no log-probability has a part in; known on every
-    stage.
-    """
-    zeros = torch.zeros_like(pack.advantages)
-    inputs = LossInputs(
-        logprobs=zeros,
-        old_logprobs=zeros,
-        advantages=pack.advantages,
-        mask=pack.mask,
-        sequence_ids=pack.sequence_ids,
-        router_shift=torch.ones_like(zeros),
-        rollout_logprobs=zeros,
-        num_sequences=pack.num_sequences,
-    )
-    return LOSSES[policy.config.algorithm.name](inputs, settings).denominator
+def _add_metrics(sums: MetricSums, metrics: Mapping[str, SumAndCount]) -> None:
+    """A loss's metrics; a user's own under loss/NAME where the table has no row for them."""
+    sums.add_all({name: pair for name, pair in metrics.items() if name in METRICS})
+    own = {name: pair for name, pair in metrics.items() if name not in METRICS}
+    sums.add_parts("loss", own)
+
+
+def _segments(pack: PackTensors) -> Segments:
+    return make_segments(pack.mask, pack.sequence_ids, pack.num_sequences, pack.advantages.dtype)
 
 
 def _per_token(
@@ -155,9 +153,3 @@ def _per_token(
     local = torch.stack([sum(denominators).double(), trained.double()])
     denominator, total = all_reduce(local, policy.groups.data)
     return denominator / total.clamp(min=EMPTY)
-
-
-def _mismatch_settings(algorithm: AlgorithmConfig) -> MismatchSettings | None:
-    if algorithm.mismatch == "none":
-        return None
-    return MismatchSettings(algorithm.mismatch, algorithm.mismatch_low, mismatch_high(algorithm))

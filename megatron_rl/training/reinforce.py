@@ -7,9 +7,14 @@ from typing import Any, Callable, Mapping, Sequence, TypeVar
 
 import torch
 
-from megatron_rl.algorithms import ADVANTAGES
 from megatron_rl.algorithms.kl import k3
-from megatron_rl.config.algorithm import keeps_trace, updates_per_step, uses_router_shift
+from megatron_rl.config.algorithm import (
+    advantages_of,
+    advantages_settings,
+    keeps_trace,
+    updates_per_step,
+    uses_router_shift,
+)
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import PromptSource, number_occurrences
 from megatron_rl.observe.metrics import MetricSums
@@ -253,9 +258,9 @@ def global_advantages(
     """
     rewards = torch.tensor([[r.value for r in group.rewards] for group in groups])
     everyone = gather_first_dim(rewards, parallel.data)
-    return ADVANTAGES[config.algorithm.advantages](everyone).chunk(parallel.data.size())[
-        parallel.data.rank()
-    ]
+    algorithm = config.algorithm
+    estimate = advantages_of(algorithm).bind(advantages_settings(algorithm))
+    return estimate(everyone).chunk(parallel.data.size())[parallel.data.rank()]
 
 
 def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:

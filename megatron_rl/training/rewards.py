@@ -1,18 +1,16 @@
-"""The verifier that the configuration asks for, on all ranks."""
+"""The verifiers that the configuration asks for, on all ranks."""
 
 from __future__ import annotations
 
-from megatron_rl.rewards import VERIFIERS
+from megatron_rl.rewards.chosen import judges
 from megatron_rl.rollout.reward_workers import RewardWorkers
 from megatron_rl.training.session import Session
 
 
 def reward_workers(session: Session) -> RewardWorkers:
-    """Of ``reward.name``, as many at once as this rank has cores."""
-    name = session.config.reward.name
+    """Of the section ``reward``, as many at once as this rank has cores."""
     return RewardWorkers(
-        name,
-        VERIFIERS[name],
+        judges(session.config.reward),
         session.launch.cores,
         session.groups,
         session.console,

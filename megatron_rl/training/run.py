@@ -14,6 +14,7 @@ from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step
+from megatron_rl.config.reward import reward_text
 from megatron_rl.config.schema import Config
 from megatron_rl.data.run_data import RunData
 from megatron_rl.data.tokenizers import Tokenizer
@@ -120,7 +121,9 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
     problems = _held_out(data)
     with open_session(config, "evaluate", None, data.tokenizer) as session:
         engine, weights, step = _load_engine(session, base)
-        what = f"{len(problems):,} problems ({config.data.eval}), reward {config.reward.name}"
+        what = (
+            f"{len(problems):,} problems ({config.data.eval}), reward {reward_text(config.reward)}"
+        )
         facts = {"weights": weights, "data": what, **data.facts()}
         session.console.header({**run_facts(session), **facts})
         sums = session.new_sums()

@@ -236,11 +236,13 @@ def packed_mini_batches(policy: Any, samples: list[Sample]) -> list[list[Any]]:
 
 def observed_update(policy, items, telemetry, update) -> tuple[dict[str, float], list[Any]]:
     """One update: its metrics, and the inputs its loss was called with, pack by pack."""
-    from megatron_rl.algorithms import LOSSES
+    from megatron_rl.catalogue.find import find
+    from megatron_rl.catalogue.kinds import LOSSES
     from megatron_rl.observe.metrics import MetricSums
 
     seen = []
-    loss = LOSSES[policy.config.algorithm.name]
+    row = find(LOSSES, policy.config.algorithm.name)
+    loss = row.load()
 
     def spy(inputs, settings):
         if inputs.logprobs.requires_grad:  # not where only the denominator is asked for
@@ -248,7 +250,7 @@ def observed_update(policy, items, telemetry, update) -> tuple[dict[str, float],
         return loss(inputs, settings)
 
     sums = MetricSums(policy.config.model.num_layers, policy.device.torch_device)
-    with mock.patch.dict(LOSSES, {policy.config.algorithm.name: spy}):
+    with mock.patch(row.code.replace(":", "."), spy):
         update(policy, items, sums, telemetry)
     metrics = sums.reduce(policy.groups.world)
     return {name: metrics[name] for name in ("loss", "grad_norm", "entropy")}, seen

@@ -13,9 +13,12 @@ LEVELS = {
     # errors and records are the ground of level 0, which files and config stand on
     **dict.fromkeys(("records", "errors"), 0.0),
     "files": 0.2,
+    "catalogue": 0.4,
+    "paths": 0.2,
     "config": 0.5,
     **dict.fromkeys(("rewards", "algorithms", "device", "parallel"), 1),
     **dict.fromkeys(("data", "observe", "router"), 2),
+    "extend": 1.5,
     "models": 3,
     "checkpoint": 4,
     "weights": 5,
@@ -115,7 +118,13 @@ def test_rooms_import_only_from_below(path):
 def test_heavy_libraries_stay_in_their_places(path):
     name = modules_of(path)
     light = path == PACKAGE / "__init__.py" or LEVELS[top(path)] < 1
-    light = light or name in ("arguments.py", "cli.py", "__main__.py", "device/launch.py")
+    light = light or name in (
+        "arguments.py",
+        "cli.py",
+        "__main__.py",
+        "device/launch.py",
+        "extend.py",
+    )
     for found in imports(path):
         library = found.module.split(".")[0]
         if light:

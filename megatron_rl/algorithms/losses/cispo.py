@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from megatron_rl.algorithms.aggregate import make_segments, over_tokens
@@ -11,20 +9,8 @@ from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
 from megatron_rl.algorithms.mismatch import weigh_tokens
 from megatron_rl.algorithms.ratios import at_least_float32, shifted_ratio
-from megatron_rl.algorithms.settings import Settings
 from megatron_rl.algorithms.shift_modes import clip_bounds, range_scale
-
-
-@dataclass(frozen=True)
-class CispoSettings(Settings):
-    """The weight is clipped to [1 - clip_low, 1 + clip_high].
-
-    clip_low = 1 is no lower bound, as in the paper, which leaves clip_high open; a cap of 5 is from
-    arXiv 2510.13786.
-    """
-
-    clip_low: float = 1.0
-    clip_high: float = 4.0
+from megatron_rl.catalogue.losses import CispoSettings
 
 
 def cispo(inputs: LossInputs, settings: CispoSettings) -> LossOutputs:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_rl.algorithms.aggregate import over_tokens
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.losses.grpo import clipped_tokens
-from megatron_rl.algorithms.settings import Settings
-
-
-@dataclass(frozen=True)
-class DapoSettings(Settings):
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high] ("clip-higher")."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+from megatron_rl.catalogue.losses import DapoSettings
 
 
 def dapo(inputs: LossInputs, settings: DapoSettings) -> LossOutputs:

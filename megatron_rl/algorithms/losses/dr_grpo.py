@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_rl.algorithms.aggregate import over_constant_length
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.losses.grpo import clipped_tokens
-from megatron_rl.algorithms.settings import Settings, require_positive
-
-
-@dataclass(frozen=True)
-class DrGrpoSettings(Settings):
-    """Clip range as in grpo; ``length_divisor``, tokens: meant to be the longest answer allowed."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    length_divisor: float = 3000.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("length_divisor", self.length_divisor, finite=True)
+from megatron_rl.catalogue.losses import DrGrpoSettings
 
 
 def dr_grpo(inputs: LossInputs, settings: DrGrpoSettings) -> LossOutputs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from megatron_rl.algorithms.aggregate import (
@@ -17,16 +15,8 @@ from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
 from megatron_rl.algorithms.mismatch import weigh_sequences
 from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
-from megatron_rl.algorithms.settings import Settings
 from megatron_rl.algorithms.shift_modes import clip_bounds, mean_weights, range_scale
-
-
-@dataclass(frozen=True)
-class GmpoSettings(Settings):
-    """The log-ratio of a token is clipped to [-clip_low, clip_high], nats."""
-
-    clip_low: float = 0.4
-    clip_high: float = 0.4
+from megatron_rl.catalogue.losses import GmpoSettings
 
 
 def geometric_mean_loss(

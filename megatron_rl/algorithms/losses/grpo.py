@@ -17,16 +17,8 @@ from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
 from megatron_rl.algorithms.mismatch import weigh_tokens
 from megatron_rl.algorithms.ratios import shifted_ratio
-from megatron_rl.algorithms.settings import Settings
 from megatron_rl.algorithms.shift_modes import clip_bounds, range_scale
-
-
-@dataclass(frozen=True)
-class GrpoSettings(Settings):
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+from megatron_rl.catalogue.losses import GrpoSettings
 
 
 @dataclass(frozen=True)

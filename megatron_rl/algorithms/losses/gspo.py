@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_rl.algorithms.aggregate import make_segments, over_sequences, sequence_mean
 from megatron_rl.algorithms.clipping import is_clipped, pessimistic_clip
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
 from megatron_rl.algorithms.mismatch import weigh_sequences
 from megatron_rl.algorithms.ratios import exp_ratio, shifted_log_ratio
-from megatron_rl.algorithms.settings import Settings
 from megatron_rl.algorithms.shift_modes import clip_bounds, mean_weights, range_scale
-
-
-@dataclass(frozen=True)
-class GspoSettings(Settings):
-    """The sequence ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+from megatron_rl.catalogue.losses import GspoSettings
 
 
 def gspo(inputs: LossInputs, settings: GspoSettings) -> LossOutputs:

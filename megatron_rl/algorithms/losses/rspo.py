@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
-from megatron_rl.algorithms.losses.gmpo import GmpoSettings, geometric_mean_loss
+from megatron_rl.algorithms.losses.gmpo import geometric_mean_loss
 from megatron_rl.algorithms.ratios import log_ratio, log_shift
+from megatron_rl.catalogue.losses import GmpoSettings
 
 
-@dataclass(frozen=True)
-class RspoSettings(GmpoSettings):
-    """As gmpo. The floor gamma_min is no setting of the loss: it is in the weight."""
-
-
-def rspo(inputs: LossInputs, settings: RspoSettings) -> LossOutputs:
+def rspo(inputs: LossInputs, settings: GmpoSettings) -> LossOutputs:
     """``geometric_mean_loss`` of x_t = log w_t + log gamma~_t: shifted BEFORE the clip.
 
     arXiv 2510.23027 v2, eq. 11. Raises ValueError without ``inputs.router_shift``.

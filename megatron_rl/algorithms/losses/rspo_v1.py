@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_rl.algorithms.interface import LossInputs, LossOutputs
-from megatron_rl.algorithms.losses.gmpo import GmpoSettings, geometric_mean_loss
+from megatron_rl.algorithms.losses.gmpo import geometric_mean_loss
 from megatron_rl.algorithms.ratios import log_ratio, log_shift
+from megatron_rl.catalogue.losses import GmpoSettings
 
 
-@dataclass(frozen=True)
-class RspoV1Settings(GmpoSettings):
-    """As gmpo. The floor gamma_min is no setting of the loss: it is in the weight."""
-
-
-def rspo_v1(inputs: LossInputs, settings: RspoV1Settings) -> LossOutputs:
+def rspo_v1(inputs: LossInputs, settings: GmpoSettings) -> LossOutputs:
     """``geometric_mean_loss`` of x_t = log w_t, with log gamma~_t added AFTER the clip.
 
     arXiv 2510.23027 v1, for either sign of A: gamma~ scales the sequence's objective and leaves the

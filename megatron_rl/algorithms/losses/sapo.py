@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from megatron_rl.algorithms.aggregate import make_segments, over_sequence_means, over_tokens
@@ -11,21 +9,8 @@ from megatron_rl.algorithms.interface import LossInputs, LossOutputs
 from megatron_rl.algorithms.loss_metrics import loss_metrics
 from megatron_rl.algorithms.mismatch import weigh_tokens
 from megatron_rl.algorithms.ratios import shifted_ratio
-from megatron_rl.algorithms.settings import Settings, require_positive
 from megatron_rl.algorithms.shift_modes import range_scale
-
-
-@dataclass(frozen=True)
-class SapoSettings(Settings):
-    """Temperatures of the gate for A > 0 and for A <= 0: the higher, the sooner it closes."""
-
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("tau_positive", self.tau_positive, finite=True)
-        require_positive("tau_negative", self.tau_negative, finite=True)
+from megatron_rl.catalogue.losses import SapoSettings
 
 
 def sapo(inputs: LossInputs, settings: SapoSettings) -> LossOutputs:

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms import ADVANTAGES
+from megatron_rl.catalogue import kinds
+
+ADVANTAGES = {row.name: row.load() for row in kinds.ADVANTAGES.rows}
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
 # centred: +-0.5, sum of squares 1;  1.5, -0.5, -0.5, -0.5, sum of squares 3

@@ -70,7 +70,7 @@ def test_matches_slow_reference(name, seed, num_sequences, spread, shift) -> Non
         inputs.advantages.tolist(),
         inputs.mask.tolist(),
         inputs.sequence_ids.tolist(),
-        dataclasses.asdict(default_settings(name)),
+        default_settings(name).model_dump(),
         None if inputs.router_shift is None else inputs.router_shift.tolist(),
     )
     torch.testing.assert_close(outputs.loss_sum.detach(), total.detach(), rtol=1e-10, atol=1e-12)

@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.algorithms import LOSSES, default_settings
-from megatron_rl.algorithms.mismatch import (
-    KINDS,
-    MismatchSettings,
-    mismatch_metrics,
-    sampler_weights,
-)
+from megatron_rl.algorithms.mismatch import mismatch_metrics
+from megatron_rl.catalogue import kinds
+from megatron_rl.catalogue.find import find
+from megatron_rl.errors import UserError
 from tests.support.loss_batches import batch_of, loss_and_gradient, random_batch
 
 TOKEN_LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "sapo")
@@ -49,13 +47,18 @@ def slow_weights(inputs, kind, low, high):
     return weights, cut
 
 
+def sampler_weights(inputs, kind, high):
+    row = find(kinds.CORRECTIONS, kind)
+    return row.bind(row.settings(high=high))(inputs)
+
+
 def with_sampler(inputs, seed, spread):
     rng = torch.Generator().manual_seed(seed)
     noise = spread * torch.randn(len(inputs.mask), generator=rng, dtype=torch.float64)
     return dataclasses.replace(inputs, rollout_logprobs=inputs.old_logprobs + noise)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds.CORRECTIONS.names)
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
@@ -65,12 +68,13 @@ def with_sampler(inputs, seed, spread):
 )
 def test_weights_and_metrics_match_loops(kind, seed, num_sequences, spread, high):
     inputs = with_sampler(random_batch(seed, num_sequences), seed, spread)
-    chosen = MismatchSettings(kind, 0.5, high)
-    weights = sampler_weights(inputs, chosen)
+    given = sampler_weights(inputs, kind, high)
+    weights = given.weights
     expected, cut = slow_weights(inputs, kind, 0.5, high)
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-14)
-    metrics = mismatch_metrics(weights, inputs, chosen)
+    assert given.clipped.sum().item() == cut
+    metrics = mismatch_metrics(given, inputs)
     count = int(inputs.mask.sum())
     total, found = metrics["mismatch/weight_mean"]
     assert total.item() == pytest.approx(expected.sum().item()) and round(found.item()) == count
@@ -106,7 +110,7 @@ def test_a_loss_with_one_ratio_a_sequence_takes_the_mean(name):
 
 
 def test_mistakes_are_refused():
-    with pytest.raises(ValueError, match="found mismatch 'mis'"):
-        MismatchSettings("mis")
+    with pytest.raises(UserError, match="algorithm.mismatch is 'mis' .did you mean"):
+        find(kinds.CORRECTIONS, "mis")
     with pytest.raises(ValueError, match="no rollout_logprobs"):
-        sampler_weights(batch_of([[0.1]], [1.0]), MismatchSettings("tis"))
+        sampler_weights(batch_of([[0.1]], [1.0]), "tis", 2.0)

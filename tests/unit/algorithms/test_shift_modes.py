@@ -73,7 +73,7 @@ def test_matches_slow_reference(name, mode, seed, num_sequences, spread, above_o
         inputs.advantages.tolist(),
         inputs.mask.tolist(),
         inputs.sequence_ids.tolist(),
-        dataclasses.asdict(default_settings(name)),
+        default_settings(name).model_dump(),
         inputs.router_shift.tolist(),
         mode,
         inputs.sampler_weights.tolist() if weighed else None,

@@ -1,20 +1,17 @@
-"""Rules of the algorithm, and the names the config keeps so that it need not import torch."""
+"""Rules of the algorithm, and the choices that the schema repeats from it."""
 
-import dataclasses
 import math
 from typing import get_args
 
 import pytest
 
 from megatron_rl.algorithms.interface import SHIFT_MODES
-from megatron_rl.algorithms.losses import SETTINGS
-from megatron_rl.algorithms.mismatch import KINDS
 from megatron_rl.algorithms.regularisers import ESTIMATORS
 from megatron_rl.algorithms.router_shift import LAYERS
-from megatron_rl.config.algorithm import keeps_trace, mismatch_high, uses_router_shift
+from megatron_rl.catalogue import kinds
+from megatron_rl.config.algorithm import correction_settings, keeps_trace, uses_router_shift
 from megatron_rl.config.checks import check_config
 from megatron_rl.config.checks_algorithm import replayed_routes_are_returned
-from megatron_rl.config.names import LOSS_NAMES, LOSS_SETTINGS
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import AlgorithmConfig, Config, RouterShiftConfig
 from megatron_rl.errors import UserError
@@ -24,14 +21,10 @@ def make(**sections):
     return Config.model_validate({"model": MODEL_PRESETS["tiny_moe"], **sections})
 
 
-def test_settings_and_choices_agree_with_the_algorithms():
-    assert {name: set(keys) for name, keys in LOSS_SETTINGS.items()} == {
-        name: {field.name for field in dataclasses.fields(kind)} for name, kind in SETTINGS.items()
-    }
+def test_choices_agree_with_the_algorithms():
     shift, algorithm = RouterShiftConfig.model_fields, AlgorithmConfig.model_fields
     assert get_args(shift["mode"].annotation) == SHIFT_MODES
     assert get_args(shift["layers"].annotation) == LAYERS
-    assert get_args(algorithm["mismatch"].annotation) == ("none", *KINDS)
     assert set(get_args(algorithm["kl_estimator"].annotation)) == set(ESTIMATORS)
 
 
@@ -83,11 +76,11 @@ REFUSED = [
     ({"name": "grpo", "settings": {"length_divisor": 9}}, "is no setting of the loss grpo"),
     (
         {"settings": {"clip_low": "3e-4"}},
-        "algorithm.settings.clip_low is '3e-4'; expected a number above 0; YAML reads 3e-4 as text",
+        "algorithm.settings.clip_low is '3e-4'; expected a number, above 0 (A token's log-",
     ),
-    ({"settings": {"clip_low": True}}, "clip_low is True; expected a number above 0"),
-    ({"settings": {"clip_low": 0}}, "clip_low is 0; expected a number above 0"),
-    ({"settings": {"clip_low": math.nan}}, "clip_low is nan; expected a number above 0"),
+    ({"settings": {"clip_low": True}}, "clip_low is True; expected a number, above 0"),
+    ({"settings": {"clip_low": 0}}, "clip_low is 0; expected a number, above 0"),
+    ({"settings": {"clip_low": math.nan}}, "clip_low is nan; expected a number, above 0"),
     (
         {"name": "sapo", "settings": {"tau_negative": math.inf}},
         "algorithm.settings.tau_negative is inf; expected a finite number",
@@ -111,7 +104,7 @@ REFUSED = [
     ),
     (
         {"mismatch": "icepop", "mismatch_low": 5.0},
-        "algorithm.mismatch_low 5 is not below algorithm.mismatch_high 5; expected less",
+        "low 5 (algorithm.mismatch_low) is not below high 5 (algorithm.mismatch_high); expected",
     ),
     (
         {"router_shift": {"quantile": 0.5}},
@@ -165,8 +158,12 @@ def test_a_trace_is_kept_for_router_shift_and_for_replay():
 
 
 def test_what_follows_from_the_section():
-    assert [mismatch_high(AlgorithmConfig(mismatch=kind)) for kind in KINDS] == [2, 2, 2, 5]
-    assert mismatch_high(AlgorithmConfig(mismatch="icepop", mismatch_high=3.0)) == 3
-    used = {name: uses_router_shift(AlgorithmConfig(name=name)) for name in LOSS_NAMES}
+    highs = [
+        correction_settings(AlgorithmConfig(mismatch=kind)).high for kind in kinds.CORRECTIONS.names
+    ]
+    assert highs == [2, 2, 2, 5]
+    chosen = AlgorithmConfig(mismatch="icepop", mismatch_high=3.0, mismatch_settings={"low": 0.1})
+    assert correction_settings(chosen).model_dump() == {"low": 0.1, "high": 3.0}
+    used = {name: uses_router_shift(AlgorithmConfig(name=name)) for name in kinds.LOSSES.names}
     assert [name for name in used if used[name]] == ["rspo", "rspo_v1"]
     assert uses_router_shift(AlgorithmConfig(name="gspo", router_shift={"enabled": True}))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.config.checks import check_config
-from megatron_rl.config.fields import leaf_fields, leaf_values
+from megatron_rl.config.fields import is_dict, leaf_fields, leaf_values
 from megatron_rl.config.hf_export import hf_config_of
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.presets import MODEL_PRESETS
@@ -316,7 +316,9 @@ def test_sections_and_lists_say_what_they_take(refusal):
 def test_every_field_has_its_value_under_its_dotted_name():
     config = load_config(None, ["--model.num_layers", "3", "--run_dir", "runs/x"])
     values = dict(leaf_values(config.model_dump(mode="json")))
-    assert set(values) == set(leaf_fields()) - {"algorithm.settings"}  # it has entries, or none
+    assert set(values) == {  # a mapping has its entries, or none
+        name for name, field in leaf_fields().items() if not is_dict(field)
+    }
     assert (values["model.num_layers"], values["run_dir"]) == (3, "runs/x")
     assert values["model.yarn"] is None
 
@@ -341,3 +343,19 @@ def test_a_long_word_is_no_misspelt_one(words):
         check_config(config, 1, "train", files=False)
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
     assert "did you mean" not in str(error.value) and time.process_time() - start < 20.0
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("{name: math, weight: a}", 'reward.parts.0.weight is "a"; Input should be a valid number'),
+        ("{name: math, wieght: 1}", "reward.parts.0.wieght is 1; Extra inputs are not permitted"),
+        ("{weight: 1}", 'reward.parts.0.name is {"weight": 1}; Field required'),
+    ],
+)
+def test_a_mistake_in_a_part_of_the_reward_is_named(tmp_path, part, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"reward:\n  parts: [{part}]\n")
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}:2: {message}")

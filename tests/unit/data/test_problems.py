@@ -10,7 +10,7 @@ from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data.problems import read_problems
 from megatron_rl.data.run_data import read_files
 from megatron_rl.errors import UserError
-from megatron_rl.rewards import RECORD_CHECKS
+from megatron_rl.rewards import check_countdown_record, check_math_record
 
 DATA = DataConfig()
 
@@ -205,7 +205,7 @@ def test_every_line_of_gsm8k_is_fine():
     path = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "test.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path}")
-    found = read_problems(path, DataConfig(prompt_key="question"), RECORD_CHECKS["math"])
+    found = read_problems(path, DataConfig(prompt_key="question"), check_math_record)
     assert len(found.problems) == 1319 and not found.notes
     assert all(problem.prompt == problem.record["question"] for problem in found.problems)
 
@@ -232,5 +232,5 @@ def test_every_line_of_gsm8k_is_fine():
 )
 def test_what_a_line_holds_is_shown_on_one_short_line(tmp_path, record, message):
     with pytest.raises(UserError, match=message) as error:
-        read_problems(write(tmp_path, record), DataConfig(), RECORD_CHECKS["countdown"])
+        read_problems(write(tmp_path, record), DataConfig(), check_countdown_record)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600

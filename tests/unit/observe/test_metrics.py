@@ -120,7 +120,8 @@ def test_parts_of_the_reward():
     assert sums.reduce() == {"reward/solved": 0.25, "reward/format": 0.5, "eval/format": 0.5}
     assert metric("eval/format").name == "eval/PART" and metric("reward/solved").unit == "fraction"
     assert split_part("reward/format") == ("reward", "format")
-    assert split_part("reward/solved") is None and split_part("loss/format") is None
+    assert split_part("reward/solved") is None and split_part("kl/format") is None
+    assert metric("loss/format").name == "loss/PART"
 
 
 def test_names_that_are_no_parts_are_those_of_the_table():

@@ -292,12 +292,12 @@ def test_filter(machine, architecture, openat, allowed, refused):
 LIMITED = """
 import resource, sys
 from megatron_rl.errors import UserError
-from megatron_rl.rewards import MACHINE_CHECKS, VERIFIERS
+from megatron_rl.rewards import VERIFIERS, check_sandbox
 kind, most = getattr(resource, sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(kind, (most, most))
 record = {"prompt": "def f():\\n", "tests": "assert f() == 1", "entry_point": "f"}
 try:
-    MACHINE_CHECKS["code"]()
+    check_sandbox()
     print(VERIFIERS["code"](record, "    return 1").reason)
 except UserError as error:
     print(error)

@@ -13,6 +13,7 @@ from megatron_rl.observe.console import SilentConsole
 from megatron_rl.parallel import waiting
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward, require
+from megatron_rl.rewards.chosen import Judge
 from megatron_rl.rollout import reward_workers
 from megatron_rl.rollout.reward_workers import RewardWorkers
 from tests.support.ranks import run_on_ranks
@@ -33,7 +34,8 @@ def answers(texts, first=0):
 
 def workers(verifier, threads=2, console=None, **groups):
     groups = SimpleNamespace(**({"world": ALONE, "model": ALONE, "context": ALONE} | groups))
-    return RewardWorkers("mine", verifier, threads, groups, console or SilentConsole())
+    judges = (Judge("mine", "mine", 1.0, verifier),)
+    return RewardWorkers(judges, threads, groups, console or SilentConsole())
 
 
 def number(record, text):
@@ -81,7 +83,9 @@ def test_a_stop_is_heard_while_answers_are_judged():
         return Reward(0.0)
 
     groups = SimpleNamespace(world=ALONE, model=ALONE, context=ALONE)
-    judges = RewardWorkers("mine", verifier, 2, groups, SilentConsole(), stop=lambda: True)
+    judges = RewardWorkers(
+        (Judge("mine", "mine", 1.0, verifier),), 2, groups, SilentConsole(), stop=lambda: True
+    )
     try:
         with pytest.raises(Stopped):
             judges.score(answers([["1"] * 40]))
@@ -106,7 +110,7 @@ def recording(kind):
         destroy_groups()
     groups = build_groups(ParallelConfig(**{kind: 2}))
     try:
-        workers = RewardWorkers("mine", verifier, 2, groups, SilentConsole())
+        workers = RewardWorkers((Judge("mine", "mine", 1.0, verifier),), 2, groups, SilentConsole())
         scored = workers.score(answers([["a", "b"], ["c"]]))
     finally:
         destroy_groups()

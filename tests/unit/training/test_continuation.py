@@ -253,3 +253,21 @@ def write_checkpoint(run_dir, state):
     (checkpoint / "state.json").write_text(json.dumps(state))
     write_manifest(checkpoint, Manifest(2, architecture_of(Config().model), {}, 2, {}, {}))
     return checkpoint
+
+
+def test_changed_code_of_ones_own_is_said_and_not_refused(config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(record, completion):\n    return None\n")
+    name = f"{file}:mine"
+    own = config.model_copy(update={"reward": config.reward.model_copy(update={"name": name})})
+    keep_configuration(own.run_dir, own, None)
+    state = state_of(own)
+    assert list(state["identity"]["code"]) == [name]
+    assert what_differs(own, state, identity(own)) == ([], [])
+    file.write_text("def mine(record, completion):\n    return 1\n")
+    check_state(own, "step_2", state, identity(own))
+    notes, warnings = what_differs(own, state, identity(own))
+    assert notes == []
+    assert warnings == [f"the file of {name} is not what it was: going on with it as it is"]
+    del state["identity"]["code"]  # of a version that did not keep it
+    assert what_differs(own, state, identity(own)) == ([], [])

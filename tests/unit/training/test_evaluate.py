@@ -18,6 +18,7 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel import waiting
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward
+from megatron_rl.rewards.chosen import Judge
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import cpu_device
 
@@ -66,7 +67,8 @@ def evaluation(verifier, records, world, samples=0, console=None):
     )
     prompts = [Prompt(n, np.array([1]), "p", record) for n, record in enumerate(records)]
     sums = MetricSums()
-    with mock.patch.object(rewards, "VERIFIERS", {"countdown": verifier}):
+    judges = (Judge("countdown", "countdown", 1.0, verifier),)
+    with mock.patch.object(rewards, "judges", lambda reward: judges):
         evaluate(session, FixedEngine(), prompts, sums)
     return sums.reduce(world)
 

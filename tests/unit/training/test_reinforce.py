@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.algorithms import ADVANTAGES
+from megatron_rl.catalogue import kinds
+from megatron_rl.catalogue.find import find
 from megatron_rl.config.schema import Config
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward
@@ -58,8 +59,9 @@ def _advantages(name):
 
 @pytest.mark.parametrize("name", ["group_norm", "reinforce_pp"])
 def test_advantages_are_normalised_over_the_groups_of_all_ranks(name):
-    expected = ADVANTAGES[name](torch.tensor(REWARDS))
+    estimate = find(kinds.ADVANTAGES, name).load()
+    expected = estimate(torch.tensor(REWARDS))
     parts = run_on_ranks(2, _advantages, name)
     torch.testing.assert_close(torch.cat(parts), expected)
     if name == "reinforce_pp":  # one rank's groups alone would give others
-        assert not torch.allclose(parts[0], ADVANTAGES[name](torch.tensor(REWARDS[:2])))
+        assert not torch.allclose(parts[0], estimate(torch.tensor(REWARDS[:2])))

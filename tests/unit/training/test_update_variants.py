@@ -30,13 +30,15 @@ def one_update(policy, items):
     """(metrics, loss inputs of each pack)."""
     from unittest import mock
 
-    from megatron_rl.algorithms import LOSSES
+    from megatron_rl.catalogue.find import find
+    from megatron_rl.catalogue.kinds import LOSSES
     from megatron_rl.observe.metrics import MetricSums
     from megatron_rl.router.telemetry import RouterTelemetry
     from megatron_rl.training.update import update
 
     name, seen = policy.config.algorithm.name, []
-    loss = LOSSES[name]
+    row = find(LOSSES, name)
+    loss = row.load()
 
     def spy(inputs, settings):
         if inputs.logprobs.requires_grad:
@@ -45,7 +47,7 @@ def one_update(policy, items):
 
     sums = MetricSums(policy.config.model.num_layers)
     telemetry = RouterTelemetry(4, 8, torch.device("cpu"))
-    with mock.patch.dict(LOSSES, {name: spy}):
+    with mock.patch(row.code.replace(":", "."), spy):
         update(policy, items, sums, telemetry)
     return sums.reduce(), seen
 

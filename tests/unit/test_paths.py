@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from megatron_rl.cli import main
 from megatron_rl.config.fields import is_path, leaf_fields
 from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.paths import as_written, local_path
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
+from megatron_rl.paths import as_written, local_path
 
 
 @pytest.fixture(autouse=True)

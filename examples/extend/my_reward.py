@@ -1,0 +1,27 @@
+"""Two rewards: one with settings, and one that is asked for like a judge in another process."""
+
+import asyncio
+
+from pydantic import Field
+
+from megatron_rl.extend import Reward, Settings, verifier
+
+
+class BrevitySettings(Settings):
+    """How long is long."""
+
+    longest: int = Field(24, ge=1)
+    """Length of an answer that is worth nothing, characters."""
+
+
+@verifier(settings=BrevitySettings)
+def brevity(record: dict, completion: str, settings: BrevitySettings) -> Reward:
+    """1 for an empty answer, falling to 0 at the longest."""
+    value = max(0.0, 1.0 - len(completion) / settings.longest)
+    return Reward(value, reason=f"{len(completion)} characters")
+
+
+async def judge(record: dict, completion: str) -> Reward:
+    """1 for an answer with a digit. Where it sleeps, ask your server (httpx.AsyncClient)."""
+    await asyncio.sleep(0.01)
+    return Reward(float(any(letter.isdigit() for letter in completion)))

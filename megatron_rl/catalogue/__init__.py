@@ -1,0 +1,1 @@
+"""What a configuration names: losses, advantages, corrections, verifiers (see README.md)."""

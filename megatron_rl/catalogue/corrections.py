@@ -1,0 +1,67 @@
+"""The weights against the mismatch of sampler and training engine, rho = pi_old / mu, with their
+settings. To ship one: a row here, and its function in ``algorithms/mismatch.py``.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from megatron_rl.catalogue.entry import CorrectionEntry
+from megatron_rl.catalogue.settings import Positive, Settings
+
+
+class CapSettings(Settings):
+    """One bound."""
+
+    high: Positive = 2.0
+    """The cap C on rho, a ratio; algorithm.mismatch_high sets it too."""
+
+
+class IcepopSettings(Settings):
+    """Two bounds."""
+
+    low: float = Field(0.5, ge=0.0)
+    """Lowest rho that is kept, a ratio; algorithm.mismatch_low sets it too."""
+    high: Positive = 5.0
+    """Highest rho that is kept, a ratio; algorithm.mismatch_high sets it too."""
+
+    @model_validator(mode="after")
+    def bounds_are_in_order(self) -> IcepopSettings:
+        """The lower bound is below the upper one."""
+        if self.low >= self.high:
+            raise ValueError(
+                f"low {self.low:g} (algorithm.mismatch_low) is not below high {self.high:g} "
+                "(algorithm.mismatch_high); expected less; change one of them"
+            )
+        return self
+
+
+_CODE = "megatron_rl.algorithms.mismatch"
+
+CORRECTIONS: tuple[CorrectionEntry, ...] = (
+    CorrectionEntry(
+        name="tis",
+        summary="truncated importance sampling: min(rho, C)",
+        code=f"{_CODE}:tis",
+        settings=CapSettings,
+    ),
+    CorrectionEntry(
+        name="mis_token",
+        summary="masked importance sampling by token: rho where rho <= C, else 0",
+        code=f"{_CODE}:mis_token",
+        settings=CapSettings,
+    ),
+    CorrectionEntry(
+        name="mis_sequence",
+        summary="masked importance sampling by answer: the product of rho where it is <= C, else 0",
+        code=f"{_CODE}:mis_sequence",
+        settings=CapSettings,
+    ),
+    CorrectionEntry(
+        name="icepop",
+        summary="rho where low <= rho <= high, else 0",
+        code=f"{_CODE}:icepop",
+        settings=IcepopSettings,
+        paper="arXiv 2510.18855",
+    ),
+)

@@ -1,0 +1,109 @@
+"""Decorators with which a user's own function becomes a row of the catalogue."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Callable, Literal, TypeVar
+
+from megatron_rl.catalogue.entry import (
+    AdvantagesEntry,
+    CorrectionEntry,
+    Entry,
+    LossEntry,
+    VerifierEntry,
+)
+from megatron_rl.catalogue.settings import Settings
+
+#: Where a decorated object holds its row.
+ATTRIBUTE = "__catalogue_entry__"
+
+Thing = TypeVar("Thing", bound=Callable[..., Any])
+
+
+def loss(
+    *,
+    denominator: Literal["tokens", "sequences"],
+    router_shift: Literal["needed", "optional", "ignored"] = "ignored",
+    geometric: bool = False,
+    sampler_weights: bool = False,
+    settings: type[Settings] | None = None,
+    paper: str = "",
+) -> Callable[[Thing], Thing]:
+    """Declare a policy loss, ``(LossInputs[, settings]) -> LossOutputs``.
+
+    The traits are those of `LossEntry`; a run tries the loss on a small batch before it starts and
+    refuses it where it does other than it declares. The summary is the docstring's first line.
+    """
+    traits = {
+        "denominator": denominator,
+        "router_shift": router_shift,
+        "geometric": geometric,
+        "sampler_weights": sampler_weights,
+    }
+    return lambda thing: _attach(thing, LossEntry, settings, paper=paper, **traits)
+
+
+def advantages(
+    *, settings: type[Settings] | None = None, paper: str = ""
+) -> Callable[[Thing], Thing]:
+    """Declare an advantage estimator, ``(rewards [P, G][, settings]) -> [P, G]``. One without
+    settings needs no decorator.
+    """
+    return lambda thing: _attach(thing, AdvantagesEntry, settings, paper=paper)
+
+
+def correction(
+    *, settings: type[Settings] | None = None, paper: str = ""
+) -> Callable[[Thing], Thing]:
+    """Declare a sampler correction, ``(LossInputs[, settings]) -> SamplerWeights``. One without
+    settings needs no decorator.
+    """
+    return lambda thing: _attach(thing, CorrectionEntry, settings, paper=paper)
+
+
+def verifier(
+    *,
+    settings: type[Settings] | None = None,
+    needs: tuple[str, ...] = (),
+    check: Callable[[Any], None] | None = None,
+    machine_check: Callable[[], None] | None = None,
+    paper: str = "",
+) -> Callable[[Thing], Thing]:
+    """Declare a verifier, ``(record, completion[, settings]) -> Reward``: a function, an ``async
+    def``, or a class that is made once (of its settings) and called with record and completion.
+    One without settings and needs needs no decorator.
+
+    Args:
+        settings: the class of its settings.
+        needs: keys that every record has to have.
+        check: called with every record before the run starts; raises `UserError`.
+        machine_check: called once before the run starts; raises `UserError`.
+        paper: where the definition is from.
+    """
+    checks = {"needs": tuple(needs), "check": check, "machine_check": machine_check}
+    return lambda thing: _attach(thing, VerifierEntry, settings, paper=paper, **checks)
+
+
+def row_of(thing: Any, kind: type[Entry]) -> Entry:
+    """The row of an object: its decorator's, else one with the defaults of its kind. TypeError:
+    the kind has no default for some trait.
+    """
+    # Not inherited: a class that derives from a decorated one is another thing.
+    declared = vars(thing).get(ATTRIBUTE) if hasattr(thing, "__dict__") else None
+    return declared or kind(**_described(thing))
+
+
+def _attach(thing: Thing, kind: type[Entry], settings: type[Settings] | None, **more: Any) -> Thing:
+    setattr(thing, ATTRIBUTE, kind(**_described(thing), settings=settings, **more))
+    return thing
+
+
+def _described(thing: Any) -> dict[str, Any]:
+    name = getattr(thing, "__name__", type(thing).__name__)
+    doc = inspect.getdoc(thing) or ""
+    return {
+        "name": name,
+        "summary": doc.partition("\n")[0],
+        "code": f"{getattr(thing, '__module__', '')}:{name}",
+        "own": thing,
+    }

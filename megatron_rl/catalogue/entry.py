@@ -1,0 +1,82 @@
+"""A row of the catalogue: a thing that a configuration names, with what rules may ask of it."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Literal
+
+from megatron_rl.catalogue.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What every row holds. The code is imported by `load`, and by nothing else."""
+
+    name: str  #: as a configuration gives it: a row's name, or a reference to a user's own
+    summary: str  #: one line
+    code: str  #: "module:object"
+    settings: type[Settings] | None = None  #: class of its settings; None: it has none
+    paper: str = ""  #: where the definition is from
+    own: Any = None  #: of a user's own: the object itself
+    file: Path | None = None  #: of a user's own: the Python file it is in
+
+    def load(self) -> Any:
+        """The object."""
+        return load(self.code) if self.own is None else self.own
+
+    def bind(self, settings: Settings | None) -> Callable[..., Any]:
+        """The function with its settings, which are the last argument of one that has any."""
+        function = self.load()
+        return function if settings is None else lambda *given: function(*given, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossEntry(Entry):
+    """A policy loss: ``(LossInputs[, settings]) -> LossOutputs`` (``algorithms/interface.py``)."""
+
+    #: what its denominator counts: trained tokens, or sequences with a trained token
+    denominator: Literal["tokens", "sequences"]
+    #: needed: the loss raises without gamma~; optional: it scales ratios where it is given;
+    #: ignored: the loss is the same with it
+    router_shift: Literal["needed", "optional", "ignored"] = "ignored"
+    #: one ratio a sequence, a geometric mean of its tokens' ratios
+    geometric: bool = False
+    #: its terms are multiplied by the weights of ``algorithm.mismatch``
+    sampler_weights: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantagesEntry(Entry):
+    """An advantage estimator: ``(rewards [P, G][, settings]) -> advantages [P, G]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionEntry(Entry):
+    """Weights against the sampler's mismatch: ``(LossInputs[, settings]) -> SamplerWeights``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierEntry(Entry):
+    """A verifier: ``(record, completion[, settings]) -> Reward``, a function, an ``async def``, or
+    a class that is made once, of the settings it has, and then called so.
+    """
+
+    needs: tuple[str, ...] = ()  #: keys that every record has to have
+    #: "module:object", or a function: ``(record) -> None``; `UserError` for a record that no
+    #: completion could be judged by. Cheap: no process, no completion
+    check: str | Callable[[Any], None] | None = None
+    #: the same without arguments: `UserError` where this machine lacks what the verifier needs
+    machine_check: str | Callable[[], None] | None = None
+
+
+def load(code: str) -> Any:
+    """The object of ``module:object``."""
+    module, _, name = code.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_check(check: str | Callable[..., None] | None) -> Callable[..., None] | None:
+    """A check of an entry as a function."""
+    return load(check) if isinstance(check, str) else check

@@ -1,0 +1,79 @@
+"""The kinds of things that a configuration names, each with its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from megatron_rl.catalogue.advantages import ADVANTAGES as ADVANTAGE_ROWS
+from megatron_rl.catalogue.corrections import CORRECTIONS as CORRECTION_ROWS
+from megatron_rl.catalogue.entry import (
+    AdvantagesEntry,
+    CorrectionEntry,
+    Entry,
+    LossEntry,
+    VerifierEntry,
+)
+from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
+from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
+
+Row = TypeVar("Row", bound=Entry)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Row]):
+    """A kind of thing."""
+
+    noun: str  #: "the NOUN grpo"
+    field: str  #: of the configuration, that names one
+    row: type[Row]
+    rows: tuple[Row, ...]
+    arguments: tuple[str, ...]  #: of the function, without its settings
+    decorator: str  #: an example of what declares a user's own
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the rows, in order."""
+        return tuple(row.name for row in self.rows)
+
+
+LOSSES = Kind(
+    "loss",
+    "algorithm.name",
+    LossEntry,
+    LOSS_ROWS,
+    ("inputs",),
+    "@loss(denominator='tokens') or 'sequences'",
+)
+ADVANTAGES = Kind(
+    "advantage estimator",
+    "algorithm.advantages",
+    AdvantagesEntry,
+    ADVANTAGE_ROWS,
+    ("rewards",),
+    "@advantages()",
+)
+CORRECTIONS = Kind(
+    "correction",
+    "algorithm.mismatch",
+    CorrectionEntry,
+    CORRECTION_ROWS,
+    ("inputs",),
+    "@correction()",
+)
+VERIFIERS = Kind(
+    "verifier",
+    "reward.name",
+    VerifierEntry,
+    VERIFIER_ROWS,
+    ("record", "completion"),
+    "@verifier()",
+)
+
+#: By the word that `megatron-rl list` takes.
+KINDS: dict[str, Kind] = {
+    "losses": LOSSES,
+    "advantages": ADVANTAGES,
+    "corrections": CORRECTIONS,
+    "rewards": VERIFIERS,
+}

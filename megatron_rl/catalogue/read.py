@@ -1,0 +1,72 @@
+"""Reads the settings of a thing from a mapping, with one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Mapping
+
+from pydantic import ValidationError
+
+from megatron_rl.catalogue.describe import expectation
+from megatron_rl.catalogue.nearest import did_you_mean
+from megatron_rl.catalogue.settings import Settings
+from megatron_rl.errors import UserError
+
+
+def read_settings(
+    field: str, of: str, settings: type[Settings] | None, values: Mapping[str, Any]
+) -> Settings | None:
+    """The settings that a mapping of a configuration gives; None for a thing that has none.
+
+    Args:
+        field: the mapping's place, such as ``algorithm.settings``.
+        of: whose settings they are, such as ``the loss grpo``.
+        settings: their class.
+        values: as YAML gives them.
+
+    Raises:
+        UserError: a key that is no setting (with the nearest), a wrong type, a bound, a key that
+            is missing.
+    """
+    names = () if settings is None else tuple(settings.model_fields)
+    for key in values:
+        if key not in names:
+            expected = f"one of {', '.join(names)}" if names else "none: it has no settings"
+            raise UserError(
+                f"{field}.{_cut(key)} is no setting of {of}{did_you_mean(str(key), names)}; "
+                f"expected {expected}"
+            )
+    if settings is None:
+        return None
+    try:
+        # Through JSON, because pydantic's strict mode takes paths and tuples only from there.
+        return settings.model_validate_json(json.dumps(dict(values), default=str), strict=True)
+    except ValidationError as error:
+        raise UserError(_mistake(field, of, settings, error)) from error
+
+
+def _mistake(field: str, of: str, settings: type[Settings], error: ValidationError) -> str:
+    """The first mistake on one line."""
+    first = error.errors()[0]
+    place = ".".join([field, *map(str, first["loc"])])
+    if first["type"] in ("value_error", "assertion_error"):  # of a rule that the class has
+        return f"{place}: {' '.join(first['msg'].partition(', ')[2].split())}; correct {field}"
+    if len(first["loc"]) != 1:  # inside a list or a mapping
+        message = " ".join(first["msg"].split())
+        return f"{place} is {_cut(first['input'])}; {of} says: {message}"
+    expected = expectation(settings.model_fields[first["loc"][0]])
+    if first["type"] == "missing":
+        return f"{place} is not given; {of} expects {expected}; set it"
+    value = first["input"]
+    if isinstance(value, float) and math.isinf(value):
+        expected = expected.replace("a number", "a finite number", 1)
+    numeric = expected.startswith("a number") and isinstance(value, str)
+    hint = "; YAML reads 3e-4 as text, write 3.0e-4" if numeric else ""
+    return f"{place} is {_cut(value)}; expected {expected}{hint}"
+
+
+def _cut(value: Any) -> str:
+    """A value for reading, on one line."""
+    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

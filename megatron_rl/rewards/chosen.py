@@ -1,0 +1,132 @@
+"""The verifiers that a configuration names, ready to be called, and the sum of their verdicts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any, Awaitable, Callable, Mapping, Sequence
+
+from megatron_rl.catalogue.blame import blame
+from megatron_rl.catalogue.entry import load_check
+from megatron_rl.config.reward import ChosenVerifier, chosen_verifiers
+from megatron_rl.config.schema_reward import RewardConfig
+from megatron_rl.rewards.base import Reward, require
+
+#: Longest wait for a verdict of an ``async def`` where none is configured, seconds.
+ASYNC_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A verifier of a run, with its settings bound."""
+
+    name: str  #: as configured, for messages
+    label: str  #: for metrics
+    weight: float
+    verifier: Callable[[Mapping[str, Any], str], Reward | Awaitable[Reward]]
+    at_once: int = 16  #: of an ``async def``: most answers at a time on a rank
+    deadline_s: float | None = None  #: longest wait for a verdict, seconds; None: no limit
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a call gives an awaitable."""
+        function = self.verifier
+        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            inspect.getattr_static(function, "__call__", None)  # of an object of a class
+        )
+
+
+def judges(reward: RewardConfig) -> tuple[Judge, ...]:
+    """The judges of a configuration, each a row's function or a user's own.
+
+    Raises:
+        UserError: as `chosen_verifiers`; a user's class raises while it is made.
+    """
+    return tuple(map(_judge, chosen_verifiers(reward)))
+
+
+def record_check(reward: RewardConfig) -> Callable[[Mapping[str, Any]], None]:
+    """Raises UserError for a record that lacks what a verifier needs: cheap, no process."""
+    chosen = chosen_verifiers(reward)
+    checks = [(one, load_check(one.row.check)) for one in chosen]
+
+    def check(record: Mapping[str, Any]) -> None:
+        for one, own_check in checks:
+            for key in one.row.needs:
+                require(record, key, one.row.name)
+            if own_check is None:
+                continue
+            if one.row.own is None:
+                own_check(record)
+                continue
+            with blame(f"the check of records of the verifier {one.row.name!r}", "correct it"):
+                own_check(record)
+
+    return check
+
+
+def check_machine(reward: RewardConfig) -> None:
+    """UserError where this machine lacks what a verifier needs."""
+    for one in chosen_verifiers(reward):
+        check = load_check(one.row.machine_check)
+        if check is not None:
+            with blame(f"the machine check of the verifier {one.row.name!r}", "correct it"):
+                check()
+
+
+def combine(judges: Sequence[Judge], verdicts: Sequence[Reward]) -> Reward:
+    """The reward of one answer. One judge of weight 1: its verdict, as it is.
+
+    Of several: the weighted sum of the values; the value of each is the part LABEL, its own parts
+    are LABEL_PART. ``solved`` is of the first judge that says it, ``late`` the share of those that
+    were late where any has a deadline.
+    """
+    if len(judges) == 1 and judges[0].weight == 1.0:
+        return verdicts[0]
+    value, parts, reasons = 0.0, {}, []
+    late = [verdict.parts["late"] for verdict in verdicts if "late" in verdict.parts]
+    for judge, verdict in zip(judges, verdicts, strict=True):
+        value += judge.weight * verdict.value
+        parts[judge.label] = verdict.value
+        if "solved" in verdict.parts:
+            parts.setdefault("solved", verdict.parts["solved"])
+        own = {name: part for name, part in verdict.parts.items() if name not in ("solved", "late")}
+        parts |= {f"{judge.label}_{name}": part for name, part in own.items()}
+        if verdict.reason:
+            reasons.append(f"{judge.label}: {verdict.reason}")
+    if late:
+        parts["late"] = sum(late) / len(late)
+    return Reward(value, parts, "; ".join(reasons)[:300])
+
+
+def _judge(one: ChosenVerifier) -> Judge:
+    row = one.row
+    if inspect.isclass(row.own):
+        verifier = _made(row.own, one.settings, row.name)
+    elif one.settings is None:
+        verifier = row.load()
+    else:
+        call = _call_async if inspect.iscoroutinefunction(row.load()) else _call
+        verifier = functools.partial(call, row.load(), one.settings)
+    judge = Judge(row.name, one.label, one.weight, verifier, one.at_once, one.deadline_s)
+    if judge.is_async and judge.deadline_s is None:
+        return replace(judge, deadline_s=ASYNC_DEADLINE_S)
+    return judge
+
+
+@functools.lru_cache(maxsize=64)
+def _made(kind: type, settings: Any, name: str) -> Any:
+    """An instance, the same for training and evaluations: it may hold a connection."""
+    with blame(f"the verifier {name!r}, while it is made,", "correct it"):
+        return kind() if settings is None else kind(settings)
+
+
+def _call(function: Callable[..., Reward], settings: Any, record: Any, completion: str) -> Reward:
+    return function(record, completion, settings)
+
+
+async def _call_async(
+    function: Callable[..., Awaitable[Reward]], settings: Any, record: Any, completion: str
+) -> Reward:
+    return await function(record, completion, settings)

@@ -1,0 +1,47 @@
+"""The folder of a user, outside the repository, with a loss, rewards and advantages of its own."""
+
+import shutil
+
+import pytest
+
+from tests.support.runs import ROOT, records, run_in_turn
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory):
+    """What the commands of the example's README gave, and the folder."""
+    place = tmp_path_factory.mktemp("somewhere")
+    (place / "countdown").symlink_to(folder)
+    mine = shutil.copytree(ROOT / "examples" / "extend", place / "extend")
+    cpu = ["--device.kind", "cpu", "--device.threads", "1"]
+    commands = {
+        "list": ["list", "losses", "./my_loss.py:my_loss"],
+        "mistake": ["check", "run.yaml", "--algorithm.settings.clp", "0.1"],
+        "train": ["train", "run.yaml", *cpu],
+    }
+    return run_in_turn(commands, mine), mine
+
+
+def test_its_loss_is_listed_and_its_settings_are_checked(done):
+    results, _ = done
+    assert results["list"].code == 0
+    assert "Clipped token ratios, mean over each answer, then over answers." in results["list"].out
+    assert results["mistake"].code == 2
+    assert results["mistake"].err == (
+        "megatron-rl: error: algorithm.settings.clp is no setting of the loss "
+        "./my_loss.py:my_loss (did you mean clip?); expected one of clip\n"
+    )
+
+
+def test_its_reward_trains_and_is_shown_apart(done):
+    results, mine = done
+    assert results["train"].code == 0, results["train"].err
+    assert "./my_loss.py:my_loss" in results["train"].out
+    steps = [row for row in records(mine / "runs/extend/metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        whole = row["reward/countdown"] + 0.2 * row["reward/brevity"] + 0.1 * row["reward/judge"]
+        assert row["reward/mean"] == pytest.approx(whole)
+        assert row["reward/late"] == 0.0 and 0.0 <= row["loss/cut"] <= 1.0
+        assert row["grad_norm"] > 0.0
+    assert any(row["reward/brevity"] > 0 for row in steps)
