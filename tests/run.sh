@@ -60,7 +60,7 @@ bash tools/setup_venv.sh "$venv" test
 export OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
 # Tests side by side, a worker for each core (-n 0: one after the other, in this process); not those that start vLLM.
-workers=$(nproc)
+workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which takes them for the number of cores
 [ "$workers" -le 8 ] || workers=8
 [ "$only" != servers ] || workers=0
 exec "$venv/bin/python" -m pytest -n "$workers" --dist loadfile ${only:+-m "$only"} "$@"
