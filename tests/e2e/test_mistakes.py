@@ -48,7 +48,7 @@ MISTAKES = {
     ),
     "value of a setting": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.settings.clip_low", "-0.2"],
-        "algorithm.settings.clip_low is -0.2; expected a number above 0",
+        "algorithm.settings.clip_low is -0.2; expected a number, above 0",
     ),
     "loss without its router shift": (
         ["train", "rl.yaml", *ONE_RANK, "--algorithm.router_shift.enabled", "false"],
