@@ -109,6 +109,15 @@ FORGERIES = {
     "pipe: list of a text": PIPE + "speak(lambda v, r: ['value', {'tuple': 'ab'}, None])",
     "pipe: two keys": PIPE + "speak(lambda v, r: ['value', {'tuple': [], 'set': []}, None])",
     "pipe: unknown type": PIPE + "speak(lambda v, r: ['value', {'os.system': 'true'}, None])",
+    "pipe: list of objects": PIPE + "speak(lambda v, r: ['value', [{'object': 0}] * 2, None])",
+    "pipe: set of objects": PIPE + "speak(lambda v, r: ['value', {'set': [{'object': 0}]}, None])",
+    "pipe: last callback": PIPE + "speak(lambda v, r: ['callback', -1, [], {'dict': []}])",
+    "pipe: arguments": PIPE + "speak(lambda v, r: ['value', None, [{'tuple': []}, 3]])",
+    "pipe: equal hashes": PIPE
+    + "d = [[{'int': f'{(2**61 - 1) * i:x}'}, 0] for i in range(60000)]\n"
+    "speak(lambda v, r: ['value', {'dict': d}, None])",
+    "pipe: many lists": PIPE
+    + "raw(lambda n: frame(b'[\"' + n + b'\",\"value\",[' + b'[],' * 5000000 + b'[]],null]'))",
     "pipe: huge range": PIPE + "speak(lambda v, r: ['value', {'range': [0, 1, 0]}, None])",
 }
 
