@@ -7,6 +7,7 @@ import pytest
 
 from megatron_rl.rewards import VERIFIERS, sandbox
 from megatron_rl.rewards.sandbox import Job, Limits, check_confinement, run_program
+from tools.fuzz.kinds.programs import TAKEN_OVER
 
 LIMITS = Limits(cpu_s=1, wall_s=2.0, memory_mib=256)
 TESTS = """
@@ -15,23 +16,6 @@ def check(candidate):
     assert candidate([1, 2, 3]) == [6, 8128], "wrong"
     assert candidate([4]) != [6, 8128]
     assert candidate([]) in ([0], [0, 0])
-"""
-# Ends a forger that has taken over its own process: it speaks the protocol of the pipe itself.
-PIPE = """
-import os, sys, json, gc
-from megatron_rl.rewards import sandbox_wire as wire
-server = next(o for o in gc.get_objects() if type(o).__name__ == 'Server')
-q, a = server._requests, server._answers
-wire.send(a, [server._number, 'value'])  # the program has been executed
-def frame(text): return len(text).to_bytes(4, 'little') + text
-def speak(reply):
-    while True:
-        number, verb, *rest = wire.receive(q)
-        wire.send(a, [number, *reply(verb, rest)])
-def raw(data):
-    for _ in range(2):
-        number = wire.receive(q)[0]
-        os.write(a, data(number.encode()))
 """
 EQUAL = "class E{0}:\n def __eq__(s, o): return True\n def __ne__(s, o): return True\n"
 EQUAL += " def __hash__(s): return 0\n def __contains__(s, o): return True\n"
@@ -90,35 +74,39 @@ FORGERIES = {
     "1 GB of text": "def f(x): return 'x' * 2**27",
     "10 million digits": "def f(x): return 1 << 33_000_000",
     "lone surrogate": "def f(x): raise ValueError('\\ud800\\x1b[2J<script>\\n' * 9999)",
-    "pipe: number for all": PIPE + "speak(lambda v, r: ['value', True, None])",
-    "pipe: type": PIPE + "speak(lambda v, r: ['value', {'builtin': 'list'}, None])",
-    "pipe: object": PIPE + "speak(lambda v, r: ['value', {'object': 0}, None])",
-    "pipe: nothing": PIPE + "speak(lambda v, r: ['value'])",
-    "pipe: error": PIPE + "speak(lambda v, r: ['error', 'Killed', ['Exception'], 'passed'])",
-    "pipe: no error": PIPE + "speak(lambda v, r: ['error', 3, {}, []])",
-    "pipe: SkipTest": PIPE + "speak(lambda v, r: ['error', 'SkipTest', ['Exception'], 'skip'])",
-    "pipe: callback": PIPE + "speak(lambda v, r: ['callback', 0, [], {'dict': []}])",
-    "pipe: passed": PIPE + "speak(lambda v, r: ['passed'])",
-    "pipe: ahead": PIPE + "wire.send(a, ['0' * 16, 'value', [6, 8128], None])",
-    "pipe: many": PIPE + "raw(lambda n: frame(b'[\"'+n+b'\",\"value\",[6],null]') * 1000)",
-    "pipe: no JSON": PIPE + "raw(lambda n: frame(b'passed\\n'))",
-    "pipe: long": PIPE + "raw(lambda n: b'\\xff' * 4)",
-    "pipe: brackets": PIPE + "raw(lambda n: frame(b'[' * 10**6))",
-    "pipe: digits": PIPE + "raw(lambda n: frame(b'[\"'+n+b'\",\"value\",'+b'9'*10**6+b',null]'))",
-    "pipe: unhashable": PIPE + "speak(lambda v, r: ['value', {'set': [[]]}, None])",
-    "pipe: list of a text": PIPE + "speak(lambda v, r: ['value', {'tuple': 'ab'}, None])",
-    "pipe: two keys": PIPE + "speak(lambda v, r: ['value', {'tuple': [], 'set': []}, None])",
-    "pipe: unknown type": PIPE + "speak(lambda v, r: ['value', {'os.system': 'true'}, None])",
-    "pipe: list of objects": PIPE + "speak(lambda v, r: ['value', [{'object': 0}] * 2, None])",
-    "pipe: set of objects": PIPE + "speak(lambda v, r: ['value', {'set': [{'object': 0}]}, None])",
-    "pipe: last callback": PIPE + "speak(lambda v, r: ['callback', -1, [], {'dict': []}])",
-    "pipe: arguments": PIPE + "speak(lambda v, r: ['value', None, [{'tuple': []}, 3]])",
-    "pipe: equal hashes": PIPE
+    "pipe: number for all": TAKEN_OVER + "speak(lambda v, r: ['value', True, None])",
+    "pipe: type": TAKEN_OVER + "speak(lambda v, r: ['value', {'builtin': 'list'}, None])",
+    "pipe: object": TAKEN_OVER + "speak(lambda v, r: ['value', {'object': 0}, None])",
+    "pipe: nothing": TAKEN_OVER + "speak(lambda v, r: ['value'])",
+    "pipe: error": TAKEN_OVER + "speak(lambda v, r: ['error', 'Killed', ['Exception'], 'passed'])",
+    "pipe: no error": TAKEN_OVER + "speak(lambda v, r: ['error', 3, {}, []])",
+    "pipe: SkipTest": TAKEN_OVER
+    + "speak(lambda v, r: ['error', 'SkipTest', ['Exception'], 'skip'])",
+    "pipe: callback": TAKEN_OVER + "speak(lambda v, r: ['callback', 0, [], {'dict': []}])",
+    "pipe: passed": TAKEN_OVER + "speak(lambda v, r: ['passed'])",
+    "pipe: ahead": TAKEN_OVER + "wire.send(a, ['0' * 16, 'value', [6, 8128], None])",
+    "pipe: many": TAKEN_OVER + "raw(lambda n: frame(b'[\"'+n+b'\",\"value\",[6],null]') * 1000)",
+    "pipe: no JSON": TAKEN_OVER + "raw(lambda n: frame(b'passed\\n'))",
+    "pipe: long": TAKEN_OVER + "raw(lambda n: b'\\xff' * 4)",
+    "pipe: brackets": TAKEN_OVER + "raw(lambda n: frame(b'[' * 10**6))",
+    "pipe: digits": TAKEN_OVER
+    + "raw(lambda n: frame(b'[\"'+n+b'\",\"value\",'+b'9'*10**6+b',null]'))",
+    "pipe: unhashable": TAKEN_OVER + "speak(lambda v, r: ['value', {'set': [[]]}, None])",
+    "pipe: list of a text": TAKEN_OVER + "speak(lambda v, r: ['value', {'tuple': 'ab'}, None])",
+    "pipe: two keys": TAKEN_OVER + "speak(lambda v, r: ['value', {'tuple': [], 'set': []}, None])",
+    "pipe: unknown type": TAKEN_OVER + "speak(lambda v, r: ['value', {'os.system': 'true'}, None])",
+    "pipe: list of objects": TAKEN_OVER
+    + "speak(lambda v, r: ['value', [{'object': 0}] * 2, None])",
+    "pipe: set of objects": TAKEN_OVER
+    + "speak(lambda v, r: ['value', {'set': [{'object': 0}]}, None])",
+    "pipe: last callback": TAKEN_OVER + "speak(lambda v, r: ['callback', -1, [], {'dict': []}])",
+    "pipe: arguments": TAKEN_OVER + "speak(lambda v, r: ['value', None, [{'tuple': []}, 3]])",
+    "pipe: equal hashes": TAKEN_OVER
     + "d = [[{'int': f'{(2**61 - 1) * i:x}'}, 0] for i in range(60000)]\n"
     "speak(lambda v, r: ['value', {'dict': d}, None])",
-    "pipe: many lists": PIPE
+    "pipe: many lists": TAKEN_OVER
     + "raw(lambda n: frame(b'[\"' + n + b'\",\"value\",[' + b'[],' * 5000000 + b'[]],null]'))",
-    "pipe: huge range": PIPE + "speak(lambda v, r: ['value', {'range': [0, 1, 0]}, None])",
+    "pipe: huge range": TAKEN_OVER + "speak(lambda v, r: ['value', {'range': [0, 1, 0]}, None])",
 }
 
 
@@ -339,7 +327,7 @@ def test_cases_of_inputs_and_outputs(record, completion, value):
 def test_the_judge_kills_and_reaps_a_program_that_goes_on():
     program = "import os\nos.close(server._answers)\nwhile True: pass"
     before = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    outcome = run_program(Job([PIPE + program], "f", TESTS), LIMITS)
+    outcome = run_program(Job([TAKEN_OVER + program], "f", TESTS), LIMITS)
     assert not outcome.passed
     assert Path(f"/proc/self/task/{os.getpid()}/children").read_text() == before
 

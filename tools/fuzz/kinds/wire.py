@@ -19,7 +19,7 @@ _ATOMS: tuple[Any, ...] = (
 )
 _TYPES = {type(atom) for atom in _ATOMS} | {list, tuple, dict, set, frozenset}
 #: Pieces of frames that no honest side sends.
-_ODD: tuple[Any, ...] = (
+ODD_FRAMES: tuple[Any, ...] = (
     *({"int": 5}, {"int": "0x_"}, {"int": "f" * 300_000}, {"set": [[]]}, {"dict": [[1]]}, {}),
     *({"dict": [[[], 1]]}, {"tuple": "ab"}, {"range": [0, 1, 0]}, {"bytes": "0"}, {"bytes": 3}),
     *({"complex": [1, 2]}, {"object": 0}, {"builtin": "eval"}, {"os.system": "true"}),
@@ -39,7 +39,7 @@ def make(rng: random.Random) -> tuple[Any, bytes]:
     if way == 2:
         return None, flipped(rng, _frame(sandbox_wire._ENCODE(packed).encode("ascii")))
     if way == 3:
-        packed.insert(rng.randrange(len(packed) + 1), rng.choice(_ODD))
+        packed.insert(rng.randrange(len(packed) + 1), rng.choice(ODD_FRAMES))
     else:
         packed = changed(rng, packed, rng.randint(1, 3))
     return None, _frame(sandbox_wire._ENCODE(packed).encode("ascii"))
