@@ -229,7 +229,7 @@ def _work(descriptor: int, rank: int, num_ranks: int, port: int, kind: str) -> N
 
 
 def leave_world() -> None:
-    """Leave the world, and end the threads of its groups: gloo's wake a hundred times a second."""
+    """Leave the world, and end its groups, each of which has threads of its own."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
