@@ -5,12 +5,12 @@ from __future__ import annotations
 import traceback
 from types import TracebackType
 
-from megatron_rl.errors import UserError, one_line
+from megatron_rl.errors import RunFailed, Stopped, UserError, one_line
 
 
 class blame:
     """Context in which a user's code runs: what it raises becomes a UserError that says who raised
-    what, and where. A UserError of the code itself passes.
+    what, and where. UserError, RunFailed and Stopped of the code itself pass.
     """
 
     def __init__(self, who: str, remedy: str) -> None:
@@ -26,7 +26,8 @@ class blame:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, UserError):
+        ours = (UserError, RunFailed, Stopped)
+        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, ours):
             raise UserError(f"{self._who} raised {raised(error)}; {self._remedy}") from error
 
 

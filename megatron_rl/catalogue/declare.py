@@ -8,6 +8,7 @@ from typing import Any, Callable, Literal, TypeVar
 from megatron_rl.catalogue.entry import (
     AdvantagesEntry,
     CorrectionEntry,
+    EngineEntry,
     Entry,
     LossEntry,
     VerifierEntry,
@@ -82,6 +83,21 @@ def verifier(
     """
     checks = {"needs": tuple(needs), "check": check, "machine_check": machine_check}
     return lambda thing: _attach(thing, VerifierEntry, settings, paper=paper, **checks)
+
+
+def engine(
+    *,
+    beside_training: bool = False,
+    routes: bool = False,
+    settings: type[Settings] | None = None,
+    paper: str = "",
+) -> Callable[[Thing], Thing]:
+    """Declare a rollout engine, ``(EngineParts[, settings]) -> Engine``: a class, or a function
+    that makes one. The traits are those of `EngineEntry`. One without settings and traits needs no
+    decorator.
+    """
+    traits = {"beside_training": beside_training, "routes": routes}
+    return lambda thing: _attach(thing, EngineEntry, settings, paper=paper, **traits)
 
 
 def row_of(thing: Any, kind: type[Entry]) -> Entry:

@@ -58,6 +58,18 @@ class CorrectionEntry(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineEntry(Entry):
+    """A rollout engine: ``(EngineParts[, settings]) -> Engine`` (``rollout/engine.py``)."""
+
+    servers: bool = False  #: its answers are those of servers: ``rollout.servers`` is of it
+    beside_training: bool = False  #: it answers while the model trains, as ``rollout.lag`` asks
+    routes: bool = False  #: its completions can carry the experts of their tokens
+    broadcast: bool = False  #: running servers take weights through a process group
+    #: its log-probabilities are right with top-p or top-k at a temperature other than 1
+    tempered_cuts: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifierEntry(Entry):
     """A verifier: ``(record, completion[, settings]) -> Reward``, a function, an ``async def``, or
     a class that is made once, of the settings it has, and then called so.

@@ -163,7 +163,14 @@ def _check_signature(kind: Kind, row: Entry, place: str) -> None:
     """The thing can be called with what a run gives it."""
     settings = () if row.settings is None else ("settings",)
     calls = {label_of(row.name): (row.own, (*kind.arguments, *settings))}
-    if inspect.isclass(row.own):
+    if inspect.isclass(row.own) and kind.methods:
+        missing = [name for name in kind.methods if not callable(getattr(row.own, name, None))]
+        if missing:
+            raise UserError(
+                f"{place}, a class without {missing[0]}; expected a {kind.noun}, with "
+                f"{', '.join(kind.methods)}"
+            )
+    elif inspect.isclass(row.own):
         # Not getattr: a class itself can be called, and that is found too.
         judge = next(
             (vars(base)["__call__"] for base in row.own.__mro__ if "__call__" in vars(base)), None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Callable, Generic, TypeVar
 
 from megatron_rl.catalogue.advantages import ADVANTAGES as ADVANTAGE_ROWS
+from megatron_rl.catalogue.blame import blame
 from megatron_rl.catalogue.corrections import CORRECTIONS as CORRECTION_ROWS
+from megatron_rl.catalogue.engines import ENGINES as ENGINE_ROWS
 from megatron_rl.catalogue.entry import (
     AdvantagesEntry,
     CorrectionEntry,
+    EngineEntry,
     Entry,
     LossEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
+from megatron_rl.catalogue.settings import Settings
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
 
 Row = TypeVar("Row", bound=Entry)
@@ -30,11 +34,27 @@ class Kind(Generic[Row]):
     rows: tuple[Row, ...]
     arguments: tuple[str, ...]  #: of the function, without its settings
     decorator: str  #: an example of what declares a user's own
+    #: what the arguments make has these methods; (): the thing is called for its result
+    methods: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the rows, in order."""
         return tuple(row.name for row in self.rows)
+
+    def bind(self, row: Row, settings: Settings | None) -> Callable[..., Any]:
+        """The function of a row, as a run calls it: with its settings; what a user's own raises
+        is a UserError that names it and the place.
+        """
+        function = row.bind(settings)
+        if row.own is None:
+            return function
+
+        def blamed(*given: Any) -> Any:
+            with blame(f"the {self.noun} {row.name!r}", f"correct the {self.noun}"):
+                return function(*given)
+
+        return blamed
 
 
 LOSSES = Kind(
@@ -69,6 +89,15 @@ VERIFIERS = Kind(
     ("record", "completion"),
     "@verifier()",
 )
+ENGINES = Kind(
+    "rollout engine",
+    "rollout.engine",
+    EngineEntry,
+    ENGINE_ROWS,
+    ("parts",),
+    "@engine()",
+    methods=("generate", "begin", "weights_changed", "metrics", "close"),
+)
 
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind] = {
@@ -76,4 +105,5 @@ KINDS: dict[str, Kind] = {
     "advantages": ADVANTAGES,
     "corrections": CORRECTIONS,
     "rewards": VERIFIERS,
+    "engines": ENGINES,
 }

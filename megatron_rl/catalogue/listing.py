@@ -8,7 +8,7 @@ from typing import Any, Sequence
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_rl.catalogue.describe import type_and_bounds
-from megatron_rl.catalogue.entry import Entry, LossEntry, VerifierEntry
+from megatron_rl.catalogue.entry import EngineEntry, Entry, LossEntry, VerifierEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import Kind
 
@@ -36,6 +36,9 @@ def _traits(row: Entry) -> list[str]:
     """What rules ask of a row, in words."""
     if isinstance(row, VerifierEntry) and row.needs:
         return [f"needs in every record: {', '.join(row.needs)}"]
+    if isinstance(row, EngineEntry):
+        beside = "beside training" if row.beside_training else "in turns with training"
+        return [f"{beside}, {'with' if row.routes else 'without'} the experts of its tokens"]
     if not isinstance(row, LossEntry):
         return []
     traits = [f"over {row.denominator}", f"router shift {row.router_shift}"]

@@ -15,11 +15,9 @@ from megatron_rl.config.algorithm import (
     loss_settings,
     uses_router_shift,
 )
+from megatron_rl.config.rollout import engine_of, engines_with
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
-
-#: Rollout engines that return the experts of every token.
-ENGINES_WITH_ROUTES = ("builtin", "vllm", "sglang")
 
 
 def loss_is_known(config: Config) -> None:
@@ -135,10 +133,10 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
 def replayed_routes_are_returned(config: Config) -> None:
     """R3 replays the sampler's experts, so the engine has to tell them."""
     engine = config.rollout.engine
-    if config.algorithm.routing_replay == "r3" and engine not in ENGINES_WITH_ROUTES:
+    if config.algorithm.routing_replay == "r3" and not engine_of(config.rollout).routes:
         raise UserError(
             f"algorithm.routing_replay is r3 with rollout.engine {engine}, which does not return "
-            f"the experts of its tokens; expected {' or '.join(ENGINES_WITH_ROUTES)}; change the "
+            f"the experts of its tokens; expected {engines_with('routes')}; change the "
             "engine, or take r2"
         )
 

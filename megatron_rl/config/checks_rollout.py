@@ -6,18 +6,25 @@ import re
 from typing import Callable
 from urllib.parse import urlsplit
 
-from megatron_rl.config.schema import Config, ServersConfig
+from megatron_rl.config.rollout import engine_of, engine_settings, engines_with
+from megatron_rl.config.schema import Config
+from megatron_rl.config.schema_rollout import ServersConfig
 from megatron_rl.errors import UserError
 
 
+def engine_is_known(config: Config) -> None:
+    """``rollout.engine`` is an engine, and ``rollout.settings`` are settings of it."""
+    engine_settings(config.rollout)
+
+
 def servers_are_named_or_started(config: Config) -> None:
-    """An engine of servers has urls or starts some; the built-in one has neither."""
+    """An engine of servers has urls or starts some; the others have neither."""
     engine, servers = config.rollout.engine, config.rollout.servers
-    if engine == "builtin":
+    if not engine_of(config.rollout).servers:
         if servers != ServersConfig():
             raise UserError(
-                "rollout.servers is set with rollout.engine builtin; expected it left out; set "
-                "rollout.engine to vllm or sglang"
+                f"rollout.servers is set with rollout.engine {engine}; expected it left out; set "
+                f"rollout.engine to {engines_with('servers')}"
             )
         return
     if bool(servers.urls) == bool(servers.start):
@@ -35,7 +42,8 @@ def servers_are_named_or_started(config: Config) -> None:
 def broadcasts_reach_servers_of_others(config: Config) -> None:
     """Servers of our own are started, and started again, from a directory."""
     rollout = config.rollout
-    if rollout.servers.sync == "broadcast" and (rollout.engine != "vllm" or rollout.servers.start):
+    takes = engine_of(rollout).broadcast and not rollout.servers.start
+    if rollout.servers.sync == "broadcast" and not takes:
         raise UserError(
             f"rollout.servers.sync is broadcast with rollout.engine {rollout.engine} and "
             f"rollout.servers.start {rollout.servers.start}; expected vllm servers given by "
@@ -79,7 +87,7 @@ def servers_give_exact_logprobs(config: Config) -> None:
     """
     rollout = config.rollout
     cut = rollout.top_p < 1.0 or rollout.top_k > 0
-    if rollout.engine == "vllm" and cut and rollout.temperature != 1.0:
+    if cut and rollout.temperature != 1.0 and not engine_of(rollout).tempered_cuts:
         raise UserError(
             f"rollout.temperature {rollout.temperature:g} with top_p {rollout.top_p:g} and top_k "
             f"{rollout.top_k} and rollout.engine {rollout.engine}; expected top_p 1 and top_k 0, "
@@ -92,10 +100,11 @@ def lag_is_corrected(config: Config) -> None:
     rollout = config.rollout
     if not rollout.lag:
         return
-    if rollout.engine == "builtin":
+    if not engine_of(rollout).beside_training:
         raise UserError(
-            f"rollout.lag is {rollout.lag} with rollout.engine builtin, which generates with the "
-            "model that is being trained; expected vllm or sglang; set rollout.engine, or lag 0"
+            f"rollout.lag is {rollout.lag} with rollout.engine {rollout.engine}, which does not "
+            f"answer while the model trains; expected {engines_with('beside_training')}; set "
+            "rollout.engine, or lag 0"
         )
     if rollout.dynamic_sampling:
         raise UserError(
@@ -110,6 +119,7 @@ def lag_is_corrected(config: Config) -> None:
 
 
 ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
+    engine_is_known,
     servers_are_named_or_started,
     broadcasts_reach_servers_of_others,
     urls_are_urls,

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Protocol, Sequence
+from typing import TYPE_CHECKING, Callable, Collection, Protocol, Sequence
 
-from megatron_rl.config.schema import RolloutConfig
+from megatron_rl.config.schema import Config
+from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.records import Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_rl.parallel.groups import Groups
+    from megatron_rl.router.capture import RouterCapture
 
 
 @dataclass(frozen=True)
@@ -82,3 +89,63 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let go of everything the engine has started. It is not used afterwards."""
         ...
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What a run gives to the engine that it makes, on every rank."""
+
+    config: Config
+    chunks: Sequence[torch.nn.Module]  #: this rank's bare GPTModels, whose weights are the policy's
+    groups: Groups
+    stop_ids: Collection[int]  #: the tokens that end an answer
+    decode: Callable[[Sequence[int]], str]  #: token ids to text, without special tokens
+    #: of the chunks' routers; None: the run needs no routes
+    capture: RouterCapture | None = None
+    say: Callable[[str], None] = lambda text: None  #: tells a person what has gone wrong
+    #: told how many of this rank's prompts are answered, of how many
+    progress: Callable[[int, int], None] = lambda done, total: None
+    #: the address of rank 0's machine at which ranks on others reach it; None: all are on one
+    meeting: str | None = None
+    #: whether this rank has heard that the run is to stop; an engine that looks raises `Stopped`
+    stop: Callable[[], bool] = lambda: False
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.chunks[0].parameters()).device
+
+
+class WholeAnswers:
+    """`Engine` whose answers are there when `generate` returns. A class that derives from it
+    writes `generate`, and what else it needs.
+    """
+
+    _version = 0
+
+    def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
+        """See `Engine`."""
+        raise NotImplementedError
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Callable[[], list[RolloutGroup]]:
+        """See `Engine`: the answers are made before it returns."""
+        groups = self.generate(prompts, settings)
+        return lambda: groups
+
+    @property
+    def version(self) -> int:
+        """See `Engine`."""
+        return self._version
+
+    def weights_changed(self) -> None:
+        """See `Engine`."""
+        self._version += 1
+
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`: none."""
+        return {}
+
+    def close(self) -> None:
+        """See `Engine`: nothing has been started."""

@@ -8,6 +8,7 @@ from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
 from megatron_rl.config.reward import reward_text
+from megatron_rl.config.rollout import engine_of
 from megatron_rl.config.schema import (
     AlgorithmConfig,
     Config,
@@ -34,7 +35,7 @@ def run_facts(session: Session) -> dict[str, str]:
     if tokenizer.trust_remote_code:
         facts["tokenizer"] = f"{tokenizer.path}, whose own code is executed (trust_remote_code)"
     if config.rollout.engine != "builtin":
-        facts["rollout"] = _servers(config.rollout)
+        facts["rollout"] = _engine(config.rollout)
     return facts
 
 
@@ -84,12 +85,14 @@ def _held_out(config: Config, data: RunData, what: str) -> str:
     return f"{len(data.eval):,} {what} ({config.data.eval})"
 
 
-def _servers(rollout: RolloutConfig) -> str:
-    servers = rollout.servers
-    which = ", ".join(servers.urls) or f"{servers.start} started with {servers.python}"
+def _engine(rollout: RolloutConfig) -> str:
+    servers, which = rollout.servers, ""
+    if engine_of(rollout).servers:
+        which = ", ".join(servers.urls) or f"{servers.start} started with {servers.python}"
+        which = f" servers: {which}"
     steps = "one step" if rollout.lag == 1 else f"{rollout.lag} steps"
     ahead = f", answers {steps} ahead" if rollout.lag else ""
-    return f"{rollout.engine} servers: {which}{ahead}"
+    return f"{rollout.engine}{which}{ahead}"
 
 
 def _model(model: ModelConfig) -> str:

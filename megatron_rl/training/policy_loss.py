@@ -13,6 +13,7 @@ from megatron_rl.algorithms.aggregate import EMPTY, Segments, SumAndCount, count
 from megatron_rl.algorithms.mismatch import mismatch_metrics
 from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
 from megatron_rl.algorithms.router_shift import normalise_shift
+from megatron_rl.catalogue.kinds import CORRECTIONS, LOSSES
 from megatron_rl.config.algorithm import (
     correction_of,
     correction_settings,
@@ -51,11 +52,11 @@ def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
     beside = Regularisers(algorithm.kl_coef, algorithm.kl_estimator, algorithm.entropy_coef)
     normalise = uses_router_shift(algorithm) and algorithm.router_shift.normalise == "batch_mean"
     return LossPlan(
-        loss=loss.bind(loss_settings(algorithm)),
+        loss=LOSSES.bind(loss, loss_settings(algorithm)),
         denominators=denominators,
         regularisers=beside,
         denominator_per_token=_per_token(policy, packs, denominators) if beside.active else None,
-        correction=correction and correction.bind(correction_settings(algorithm)),
+        correction=correction and CORRECTIONS.bind(correction, correction_settings(algorithm)),
         gamma_mean=gamma_mean(policy, scored) if normalise else None,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Callable, Mapping, Sequence, TypeVar
 import torch
 
 from megatron_rl.algorithms.kl import k3
+from megatron_rl.catalogue.kinds import ADVANTAGES
 from megatron_rl.config.algorithm import (
     advantages_of,
     advantages_settings,
@@ -259,7 +260,7 @@ def global_advantages(
     rewards = torch.tensor([[r.value for r in group.rewards] for group in groups])
     everyone = gather_first_dim(rewards, parallel.data)
     algorithm = config.algorithm
-    estimate = advantages_of(algorithm).bind(advantages_settings(algorithm))
+    estimate = ADVANTAGES.bind(advantages_of(algorithm), advantages_settings(algorithm))
     return estimate(everyone).chunk(parallel.data.size())[parallel.data.rank()]
 
 

@@ -90,7 +90,7 @@ def _run(
             optimizer_steps,
             with_reference=verb == "train" and config.algorithm.reference == "initial",
         )
-        engine = build_engine(session, policy.chunks, policy.transformer, policy.capture)
+        engine = build_engine(session, policy.chunks, policy.capture)
         with contextlib.closing(engine):
             complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
         if session.is_main:
@@ -187,4 +187,4 @@ def _load_engine(session: Session, base: bool) -> tuple[Engine, str, int]:
         resume = "newest" if config.checkpoint.resume == "newest" else "auto"
         found, _ = load_newest(session, load, resume)
     step = read_manifest(found).step if found != config.model.hf_path else 0
-    return build_engine(session, chunks, transformer), str(found), step
+    return build_engine(session, chunks), str(found), step

@@ -184,8 +184,8 @@ def open_session(
 
 
 def _writes(config: Config, verb: str) -> bool:
-    """Whether a verb writes in the run directory: the runs themselves, and who gives weights to
-    servers, which come and go there.
+    """Whether a verb writes in the run directory: the runs themselves, and engines other than the
+    built-in one; weights for servers come and go there.
     """
     return verb in ("train", "sft") or config.rollout.engine != "builtin"
 

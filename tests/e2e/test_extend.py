@@ -18,6 +18,10 @@ def done(folder, tmp_path_factory):
         "list": ["list", "losses", "./my_loss.py:my_loss"],
         "mistake": ["check", "run.yaml", "--algorithm.settings.clp", "0.1"],
         "train": ["train", "run.yaml", *cpu],
+        "engine": [
+            *("train", "run.yaml", *cpu, "--run_dir", "runs/engine"),
+            *("--rollout.engine", "./my_engine.py:TransformersEngine"),
+        ],
     }
     return run_in_turn(commands, mine), mine
 
@@ -45,3 +49,19 @@ def test_its_reward_trains_and_is_shown_apart(done):
         assert row["reward/late"] == 0.0 and 0.0 <= row["loss/cut"] <= 1.0
         assert row["grad_norm"] > 0.0
     assert any(row["reward/brevity"] > 0 for row in steps)
+
+
+def test_its_engine_gives_the_answers_of_the_built_in_one(done):
+    """Of the same random numbers, by transformers on weights that it exported."""
+    results, mine = done
+    assert results["engine"].code == 0, results["engine"].err
+    assert "rollout      ./my_engine.py:TransformersEngine" in results["engine"].out
+    runs = [
+        [row for row in records(mine / "runs" / name / "metrics.jsonl") if "loss" in row]
+        for name in ("extend", "engine")
+    ]
+    names = ("reward/mean", "reward/judge", "loss", "grad_norm")
+    for builtin, own in zip(*runs, strict=True):
+        assert builtin["step"] == own["step"]
+        for name in names:
+            assert own[name] == pytest.approx(builtin[name], rel=1e-3, abs=1e-5), name

@@ -57,19 +57,13 @@ def build_on(
     stop_ids: Sequence[int] = (1,),
 ) -> Any:
     """The engine on a model that is there."""
+    from megatron_rl.rollout.engine import EngineParts
     from megatron_rl.rollout.servers.engine import ServerEngine
     from megatron_rl.rollout.servers.vllm import VllmApi
 
-    return ServerEngine(
-        config,
-        VllmApi(method),
-        chunks,
-        groups,
-        stop_ids=stop_ids,
-        decode=lambda ids: " ".join(map(str, ids)),
-        say=told.append,
-        command=command,
-    )
+    decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    parts = EngineParts(config, chunks, groups, stop_ids, decode, say=told.append)
+    return ServerEngine(parts, VllmApi(method), command)
 
 
 def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:

@@ -106,7 +106,7 @@ def run_here(config, at_wave: Mapping[int, Callable[[], None]] = {}) -> tuple[bo
         launch = Launch(rank, size, rank, size, launched=size > 1)
         rest = (tokenizer, {EOS: "tokenizer"}, console, Timers(), StopRequest())
         session = Session(config, launch, device, policy.groups, *rest)
-        engine = build_engine(session, policy.chunks, policy.transformer, policy.capture)
+        engine = build_engine(session, policy.chunks, policy.capture)
         prompts, held_out = problems([5, 9, 3, 7, 6]), problems([4, 8, 6, 5], first_index=50)
         identity = run_identity(config, "train", prompts, held_out)
         complete = run_loop(

@@ -26,7 +26,7 @@ from megatron_rl.rollout.builtin.lockstep import Lockstep
 from megatron_rl.rollout.builtin.routes import RouteLog
 from megatron_rl.rollout.builtin.sampler import sample, uniforms
 from megatron_rl.rollout.builtin.waves import Wave, split_by_tokens, split_into_waves
-from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.engine import EngineParts, SamplingSettings, WholeAnswers
 from megatron_rl.router.capture import RouterCapture
 
 #: Most tokens of one prefill pass, unless a single prompt is longer.
@@ -59,8 +59,25 @@ class _Rows:
         )
 
 
-class BuiltinEngine:
-    """`Engine` on the training model (bare GPTModel chunks) of this rank."""
+def builtin_engine(parts: EngineParts) -> BuiltinEngine:
+    """Of a run."""
+    return BuiltinEngine(
+        parts.chunks,
+        parts.groups,
+        parts.chunks[0].config,
+        parts.stop_ids,
+        parts.config.rollout.max_batch,
+        parts.decode,
+        parts.config.model.max_sequence_length,
+        parts.capture,
+        parts.stop,
+    )
+
+
+class BuiltinEngine(WholeAnswers):
+    """`Engine` on the training model (bare GPTModel chunks) of this rank. It has no other weights
+    than the model's, and its completions name no version of them.
+    """
 
     def __init__(
         self,
@@ -119,28 +136,6 @@ class BuiltinEngine:
             raise Stopped
         shares = gather_objects(mine, context)
         return [shares[i % context.size()][i // context.size()] for i in range(len(prompts))]
-
-    def begin(
-        self, prompts: Sequence[Prompt], settings: SamplingSettings
-    ) -> Callable[[], list[RolloutGroup]]:
-        """See `Engine`: it cannot work beside the trainer, so the answers are there at once."""
-        groups = self.generate(prompts, settings)
-        return lambda: groups
-
-    @property
-    def version(self) -> int:
-        """See `Engine`: it has no other weights than the model's, and its completions say none."""
-        return 0
-
-    def weights_changed(self) -> None:
-        """See `Engine`."""
-
-    def metrics(self) -> dict[str, float]:
-        """See `Engine`: none."""
-        return {}
-
-    def close(self) -> None:
-        """See `Engine`: nothing has been started."""
 
     def _generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings

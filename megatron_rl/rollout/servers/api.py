@@ -209,8 +209,8 @@ def check_answers(
         routes, tokens = answer.routed_experts, len(prompt.tokens) + count - 1
         if settings.routes and count and (routes is None or len(routes) != tokens):
             raise BadAnswer(
-                "no experts of its tokens, which algorithm.routing_replay r3 needs; expected a "
-                "server that returns them (vLLM on a GPU, with enable_return_routed_experts)"
+                "no experts of its tokens, which algorithm.routing_replay r3 needs; expected an "
+                "engine that returns them (vLLM on a GPU, with enable_return_routed_experts)"
             )
 
 

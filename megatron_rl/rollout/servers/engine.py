@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Callable, Collection, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
-import torch
 
 from megatron_rl.checkpoint.together import together
 from megatron_rl.config.layout import moe_layers, stage_layers
-from megatron_rl.config.schema import Config
 from megatron_rl.data.packing import id_type
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.collectives import gather_objects, scatter_objects
-from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
-from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.engine import EngineParts, SamplingSettings
 from megatron_rl.rollout.servers.api import (
     Answer,
     ExpertShape,
@@ -39,49 +36,27 @@ class ServerEngine:
     then agree with the trainer's.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        api: ServerApi,
-        chunks: Sequence[torch.nn.Module],
-        groups: Groups,
-        *,
-        stop_ids: Collection[int],
-        decode: Callable[[Sequence[int]], str],
-        say: Callable[[str], None],
-        meeting: str | None = None,
-        command: Command | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, parts: EngineParts, api: ServerApi, command: Command | None = None) -> None:
         """
         Args:
-            config: its rollout, model and run_dir are looked at.
+            parts: what the run gives; of the config, rollout, model and run_dir are looked at.
             api: of the kind of server.
-            chunks: this rank's bare GPTModels.
-            groups: process groups.
-            stop_ids: the tokens that end an answer.
-            decode: token ids to text, without special tokens.
-            say: tells a person what has gone wrong.
-            meeting: the address of rank 0's machine at which ranks on others reach it; None: all
-                ranks run on one machine.
             command: starts a server, where the configuration asks for servers of its own.
-            progress: told how many of this rank's prompts are answered.
-            stop: whether this rank has heard that the run is to stop.
         """
-        self._config, self._api, self._groups = config, api, groups
-        self._stop_ids, self._decode, self._progress = tuple(stop_ids), decode, progress
-        self._stop = stop
+        config = parts.config
+        self._config, self._api, self._groups = config, api, parts.groups
+        self._stop_ids, self._decode = tuple(parts.stop_ids), parts.decode
+        self._progress, self._stop = parts.progress, parts.stop
         self.sync = WeightSync(
             config,
             api,
-            chunks,
-            groups,
+            parts.chunks,
+            parts.groups,
             question=self._question,
-            say=say,
-            meeting=meeting,
+            say=parts.say,
+            meeting=parts.meeting,
             command=command,
-            stop=stop,
+            stop=parts.stop,
         )
         self._version = 0
         model = config.model

@@ -53,7 +53,7 @@ def check_key(config: Config, environment: Mapping[str, str] = os.environ) -> No
             address, and there is no key; or it is none.
     """
     urls = config.rollout.servers.urls
-    if config.rollout.engine == "builtin" or not urls or given_key(environment) is not None:
+    if not urls or given_key(environment) is not None:
         return
     for url in urls:
         if not _is_loopback(urlsplit(url).hostname or ""):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Sequence
 
@@ -18,7 +19,7 @@ from pydantic import FailFast, Field
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.records import Prompt
-from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.engine import EngineParts, SamplingSettings
 from megatron_rl.rollout.servers import keyed
 from megatron_rl.rollout.servers.api import (
     Answer,
@@ -28,6 +29,7 @@ from megatron_rl.rollout.servers.api import (
     logprob_array,
     understood,
 )
+from megatron_rl.rollout.servers.engine import ServerEngine
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _ROUTE = "/generate"
@@ -145,3 +147,8 @@ def sglang_command(
     if config.algorithm.routing_replay == "r3":
         words += ["--enable-return-routed-experts"]
     return [*words, *servers.options], {"HF_HUB_OFFLINE": "1"}
+
+
+def sglang_engine(parts: EngineParts) -> ServerEngine:
+    """Of a run."""
+    return ServerEngine(parts, SglangApi(parts.config.model), partial(sglang_command, parts.config))

@@ -1,19 +1,30 @@
-"""The command that starts a vLLM server whose weights can be replaced."""
+"""The command that starts a vLLM server whose weights can be replaced, and the engine of such."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import megatron_rl
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.engine import EngineParts
+from megatron_rl.rollout.servers.engine import ServerEngine
+from megatron_rl.rollout.servers.vllm import VllmApi
 
 #: Seconds for an interpreter to say what it has.
 _ASK_S = 60.0
 #: vLLM's names of our types.
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def vllm_engine(parts: EngineParts) -> ServerEngine:
+    """Of a run."""
+    config = parts.config
+    command = partial(vllm_command, config, parts.device.type == "cpu")
+    return ServerEngine(parts, VllmApi(config.rollout.servers.reload_method), command)
 
 
 def vllm_command(

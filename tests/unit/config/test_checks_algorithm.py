@@ -138,13 +138,17 @@ def test_the_overlong_buffer_is_part_of_the_answer():
     check_config(make(**sections), None, "train", files=False)
 
 
+def silent_engine(parts):
+    """An engine that does not say that it returns experts."""
+
+
 def test_the_samplers_experts_need_an_engine_that_tells_them():
-    config = make(algorithm={"routing_replay": "r3"})
-    rollout = config.rollout.model_copy(update={"engine": "silent"})
+    name = f"{__name__}:silent_engine"
+    config = make(algorithm={"routing_replay": "r3"}, rollout={"engine": name})
     with pytest.raises(UserError) as error:
-        replayed_routes_are_returned(config.model_copy(update={"rollout": rollout}))
+        replayed_routes_are_returned(config)
     assert str(error.value) == (
-        "algorithm.routing_replay is r3 with rollout.engine silent, which does not return the "
+        f"algorithm.routing_replay is r3 with rollout.engine {name}, which does not return the "
         "experts of its tokens; expected builtin or vllm or sglang; change the engine, or take r2"
     )
 

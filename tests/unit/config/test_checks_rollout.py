@@ -74,7 +74,12 @@ def test_good_ones_pass(config):
             "rollout.servers.sync is broadcast with rollout.engine vllm and rollout.servers.start",
         ),
         (make("sglang", urls=URLS, sync="broadcast"), "rollout.servers.sync is broadcast with rol"),
-        (lagging("builtin"), "rollout.lag is 1 with rollout.engine builtin, which generates with"),
+        (lagging("builtin"), "rollout.lag is 1 with rollout.engine builtin, which does not answer"),
+        (make("vlm", urls=URLS), "rollout.engine is 'vlm' (did you mean vllm?); expected one of b"),
+        (
+            Config(rollout={"settings": {"speed": 1}}),
+            "rollout.settings.speed is no setting of the rollout engine builtin; expected n",
+        ),
         (lagging(mismatch="none"), "rollout.lag is 1 with algorithm.mismatch none: the answers a"),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),
         (

@@ -18,12 +18,12 @@ from tests.support.tiny import cpu_device
         ),
     ],
 )
-def test_servers(rollout, text):
+def test_engine(rollout, text):
     cpu_device()
     from megatron_rl.config.schema import RolloutConfig
-    from megatron_rl.training.header import _servers
+    from megatron_rl.training.header import _engine
 
-    assert _servers(RolloutConfig(engine="vllm", **rollout)) == text
+    assert _engine(RolloutConfig(engine="vllm", **rollout)) == text
 
 
 @pytest.mark.parametrize(

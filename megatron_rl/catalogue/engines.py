@@ -1,0 +1,32 @@
+"""The rollout engines. To ship one: a row here, and its file in ``rollout/``."""
+
+from __future__ import annotations
+
+from megatron_rl.catalogue.entry import EngineEntry
+
+ENGINES: tuple[EngineEntry, ...] = (
+    EngineEntry(
+        name="builtin",
+        summary="generates with the training model itself, on the ranks that train it",
+        code="megatron_rl.rollout.builtin.generate:builtin_engine",
+        routes=True,
+    ),
+    EngineEntry(
+        name="vllm",
+        summary="asks vLLM servers, running ones or some that the run starts",
+        code="megatron_rl.rollout.servers.vllm_command:vllm_engine",
+        servers=True,
+        beside_training=True,
+        routes=True,
+        broadcast=True,
+        tempered_cuts=False,
+    ),
+    EngineEntry(
+        name="sglang",
+        summary="asks SGLang servers, running ones or some that the run starts",
+        code="megatron_rl.rollout.servers.sglang:sglang_engine",
+        servers=True,
+        beside_training=True,
+        routes=True,
+    ),
+)

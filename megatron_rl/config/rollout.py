@@ -1,0 +1,26 @@
+"""What follows from the section ``rollout``."""
+
+from __future__ import annotations
+
+from megatron_rl.catalogue.entry import EngineEntry
+from megatron_rl.catalogue.find import find
+from megatron_rl.catalogue.kinds import ENGINES
+from megatron_rl.catalogue.read import read_settings
+from megatron_rl.catalogue.settings import Settings
+from megatron_rl.config.schema_rollout import RolloutConfig
+
+
+def engine_of(rollout: RolloutConfig) -> EngineEntry:
+    """The engine. UserError: there is none of that name."""
+    return find(ENGINES, rollout.engine)
+
+
+def engine_settings(rollout: RolloutConfig) -> Settings | None:
+    """Its settings. UserError: a mistake in them."""
+    name = f"the rollout engine {rollout.engine}"
+    return read_settings("rollout.settings", name, engine_of(rollout).settings, rollout.settings)
+
+
+def engines_with(trait: str) -> str:
+    """``vllm or sglang``: the engines of this package that have a trait of `EngineEntry`."""
+    return " or ".join(row.name for row in ENGINES.rows if getattr(row, trait))

@@ -1,0 +1,165 @@
+"""A rollout engine of a user's own: what it raises names it, and what it gives is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+from megatron_rl.catalogue.blame import blame
+from megatron_rl.catalogue.entry import EngineEntry
+from megatron_rl.catalogue.kinds import ENGINES
+from megatron_rl.checkpoint.together import together
+from megatron_rl.errors import UserError
+from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
+from megatron_rl.rollout.engine import Engine, EngineParts, SamplingSettings
+from megatron_rl.rollout.servers.api import Answer, BadAnswer, check_answers
+
+#: Stands for the version of answers, which an own engine need not give.
+_ANY = "any"
+
+
+def own_engine(
+    row: EngineEntry, make: Callable[[EngineParts], Any], parts: EngineParts
+) -> OwnEngine:
+    """Make the engine. A collective.
+
+    Raises:
+        UserError: it raises on some rank while it is made, or lacks a method.
+    """
+    who = f"the rollout engine {row.name!r}"
+
+    def made() -> None:
+        with blame(f"{who}, made for a run,", "correct the engine"):
+            engine.append(make(parts))
+        for name in ENGINES.methods:
+            if not callable(getattr(engine[0], name, None)):
+                raise UserError(
+                    f"{who} makes a {type(engine[0]).__name__} without {name}; expected "
+                    f"{', '.join(ENGINES.methods)}; derive it from "
+                    "megatron_rl.rollout.engine.WholeAnswers, or write it"
+                )
+
+    engine: list[Engine] = []
+    together(parts.groups.world, made)
+    return OwnEngine(who, engine[0], parts)
+
+
+class OwnEngine:
+    """`Engine` of a user's own. Its errors and wrong answers end the run with one line, on all
+    ranks; the trainer trusts what it returns.
+    """
+
+    def __init__(self, who: str, engine: Engine, parts: EngineParts) -> None:
+        """who: begins the line of an error."""
+        self._who, self._engine, self._parts = who, engine, parts
+
+    def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
+        """See `Engine`. A collective."""
+        return self._checked(lambda: self._engine.generate(prompts, settings), prompts, settings)
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Callable[[], list[RolloutGroup]]:
+        """See `Engine`. A collective."""
+        finish: list[Callable[[], list[RolloutGroup]]] = []
+        self._together(lambda: finish.append(self._engine.begin(prompts, settings)))
+        return lambda: self._checked(finish[0], prompts, settings)
+
+    @property
+    def version(self) -> int:
+        """See `Engine`."""
+        return self._engine.version
+
+    def weights_changed(self) -> None:
+        """See `Engine`. A collective."""
+        self._together(self._engine.weights_changed)
+
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`."""
+        with self._blame():
+            return self._engine.metrics()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        with self._blame():
+            self._engine.close()
+
+    def _blame(self) -> blame:
+        return blame(self._who, "correct the engine")
+
+    def _together(self, action: Callable[[], Any]) -> None:
+        def blamed() -> None:
+            with self._blame():
+                action()
+
+        together(self._parts.groups.world, blamed)
+
+    def _checked(
+        self,
+        answers: Callable[[], list[RolloutGroup]],
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+    ) -> list[RolloutGroup]:
+        groups: list[RolloutGroup] = []
+
+        def taken() -> None:
+            with self._blame():
+                groups.extend(answers())
+            self._check(groups, prompts, settings)
+
+        together(self._parts.groups.world, taken)
+        return groups
+
+    def _check(
+        self,
+        groups: Sequence[RolloutGroup],
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+    ) -> None:
+        """UserError: not a group for each prompt, or answers that cannot have been sampled."""
+        given = [getattr(group, "prompt", None) for group in groups]
+        if len(given) != len(prompts) or any(a is not b for a, b in zip(given, prompts)):
+            raise UserError(
+                f"{self._who} gives {len(given)} groups for {len(prompts)} prompts, or others than "
+                "these; expected a RolloutGroup for each prompt, in their order; correct the engine"
+            )
+        model = self._parts.config.model
+        for group in groups:
+            room = model.max_sequence_length - len(group.prompt.tokens)
+            longest = min(settings.max_new_tokens, room)
+            try:
+                check_answers(
+                    [_as_answer(completion) for completion in group.completions],
+                    group.prompt,
+                    replace(settings, max_new_tokens=longest),
+                    self._parts.stop_ids,
+                    model.vocab_size,
+                    [_ANY],
+                )
+            except BadAnswer as error:
+                raise UserError(
+                    f"{self._who} gives for problem {group.prompt.index} (from 0) {error}; correct "
+                    "the engine"
+                ) from error
+
+
+def _as_answer(completion: Completion) -> Answer:
+    """As servers give it. BadAnswer: other types than those of `Completion`."""
+    kinds = {"tokens": np.int64, "logprobs": np.float32}
+    for name, kind in kinds.items():
+        array = getattr(completion, name, None)
+        if not isinstance(array, np.ndarray) or array.dtype != kind or array.ndim != 1:
+            found = getattr(array, "dtype", type(array).__name__)
+            raise BadAnswer(f"{name} of {found}; expected one dimension of {np.dtype(kind)}")
+    routes = completion.routed_experts
+    if routes is not None and not isinstance(routes, RoutedExperts):
+        raise BadAnswer(f"routed_experts of {type(routes).__name__}; expected RoutedExperts")
+    return Answer(
+        tokens=completion.tokens,
+        logprobs=completion.logprobs,
+        stopped=completion.finished,
+        versions=(_ANY,),
+        routed_experts=None if routes is None else routes.ids,
+    )
