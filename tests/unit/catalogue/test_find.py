@@ -153,3 +153,14 @@ def test_what_has_no_settings_takes_none():
 
 def test_references_are_told_by_their_form():
     assert [is_reference(name) for name in ("rspo", "a.b:c", "./a", "a.py")] == [False] + [True] * 3
+
+
+def test_what_ones_own_raises_in_a_run_is_one_line(folder):
+    (folder / "late.py").write_text("def late(rewards):\n    return rewards / 0\n")
+    row = find(kinds.ADVANTAGES, "./late.py:late")
+    with pytest.raises(UserError) as error:
+        kinds.ADVANTAGES.bind(row, None)(1)
+    assert str(error.value) == (
+        "the advantage estimator './late.py:late' raised ZeroDivisionError division by zero "
+        f"({folder / 'late.py'}:2); correct the advantage estimator"
+    )
