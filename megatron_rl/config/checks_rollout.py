@@ -35,7 +35,7 @@ def servers_are_named_or_started(config: Config) -> None:
     if servers.start and servers.python is None:
         raise UserError(
             "rollout.servers.start without rollout.servers.python; expected the interpreter of an "
-            f"environment with {engine}; tools/setup_vllm_venv.sh makes one for vLLM on a CPU"
+            f"environment that has {engine} installed, beside this one"
         )
 
 

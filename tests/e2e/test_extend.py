@@ -1,10 +1,13 @@
-"""The folder of a user, outside the repository, with a loss, rewards and advantages of its own."""
+"""The folder of a user who has the wheel installed and not this repository, with a loss, rewards,
+advantages and a rollout engine of its own.
+"""
 
 import shutil
 
 import pytest
 
 from tests.support.runs import ROOT, records, run_in_turn
+from tests.support.wheel import installed_in
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,8 @@ def done(folder, tmp_path_factory):
             *("--rollout.engine", "./my_engine.py:TransformersEngine"),
         ],
     }
-    return run_in_turn(commands, mine), mine
+    python = installed_in(tmp_path_factory.mktemp("installed"))
+    return run_in_turn(commands, mine, python), mine
 
 
 def test_its_loss_is_listed_and_its_settings_are_checked(done):
@@ -41,6 +45,7 @@ def test_its_reward_trains_and_is_shown_apart(done):
     results, mine = done
     assert results["train"].code == 0, results["train"].err
     assert "./my_loss.py:my_loss" in results["train"].out
+    assert str(ROOT) not in (mine / "runs/extend/config.yaml").read_text()
     steps = [row for row in records(mine / "runs/extend/metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     for row in steps:

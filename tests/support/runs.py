@@ -178,14 +178,20 @@ json.dump(done, sys.stdout)
 """
 
 
-def run_in_turn(commands: dict[str, list[str]], cwd: Path) -> dict[str, Done]:
+def run_in_turn(
+    commands: dict[str, list[str]], cwd: Path, installed: Path | None = None
+) -> dict[str, Done]:
     """``megatron-rl WORDS`` of one rank, one after the other in a single process, which starts but
-    once; what each gave, by its name.
+    once; what each gave, by its name. ``installed``: the interpreter of an environment that has the
+    package installed, which then is the one that runs; None: that of this repository.
     """
+    environment = _environment()
+    if installed is not None:
+        del environment["PYTHONPATH"]
     done = subprocess.run(
-        [sys.executable, "-c", _ONE_AFTER_THE_OTHER],
+        [str(installed or sys.executable), "-c", _ONE_AFTER_THE_OTHER],
         cwd=cwd,
-        env=_environment(),
+        env=environment,
         input=json.dumps(list(commands.values())),
         capture_output=True,
         text=True,

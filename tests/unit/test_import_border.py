@@ -1,6 +1,7 @@
 """The order of the rooms, who may import torch and Megatron, and sizes of files and functions."""
 
 import ast
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,6 +158,12 @@ def test_files_and_functions_stay_small(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.lineno + 1
             assert length <= 80, f"line {node.lineno}: {node.name} has {length} lines"
+
+
+def test_the_package_names_no_file_that_a_wheel_lacks():
+    lacks = re.compile(r"\b(?:tools|examples|tests)/\w+[\w./]*")
+    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert not [(path, found) for path in texts if (found := lacks.findall(texts[path]))]
 
 
 def test_the_training_loop_reads_as_one_page():
