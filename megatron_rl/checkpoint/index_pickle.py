@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from typing import Any, Callable
 
 import torch
 
 _MOST_DIMENSIONS = 64
+_STRIDED = "torch.strided"
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ENCODING = (_METADATA, "_MEM_FORMAT_ENCODING")
 _MEMBERS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
@@ -37,8 +39,14 @@ _RECORDS: dict[tuple[str, str], frozenset[str]] = {
         {"relative_path", "offset", "length", "transform_descriptors"}
     ),
 }
-#: In the order of TensorProperties' own state.
-_PROPERTIES = ("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
+#: What is right of each, in the order of TensorProperties' own state.
+_PROPERTIES: dict[str, Callable[[Any], bool]] = {
+    "dtype": lambda value: isinstance(value, torch.dtype),
+    "layout": lambda value: value == _STRIDED,
+    "requires_grad": lambda value: type(value) is bool,
+    "memory_format": lambda value: type(value) is str and value in _MEMBERS,
+    "pin_memory": lambda value: type(value) is bool,
+}
 
 
 class Refused(Exception):
@@ -58,8 +66,8 @@ class Record:
 
     def fill(self, state: Any) -> None:
         """What unpickling the object with this state sets. Refused: more, or something else."""
-        if self.kind == "TensorProperties" and type(state) is tuple:
-            state = dict(zip(_PROPERTIES, state)) if len(state) == len(_PROPERTIES) else None
+        if self.kind == "TensorProperties":
+            state = _properties(state)
         if type(state) is not dict or not state.keys() <= self._names:
             raise Refused(f"attributes that a {self.kind} does not have")
         self.fields.update(state)
@@ -79,6 +87,16 @@ class _Class:
         self.key = key
 
 
+def _properties(state: Any) -> dict[str, Any]:
+    """The state of a TensorProperties, which is read as a tuple by torch as well."""
+    if type(state) is not tuple or len(state) != len(_PROPERTIES):
+        raise Refused("properties of a tensor that are none")
+    for (name, right), value in zip(_PROPERTIES.items(), state):
+        if not right(value):
+            raise Refused(f"properties of a tensor with a {name} that is none")
+    return dict(zip(_PROPERTIES, state))
+
+
 def _size(numbers: Any = ()) -> Size:
     right = type(numbers) in (tuple, list) and len(numbers) <= _MOST_DIMENSIONS
     if not right or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
@@ -87,7 +105,7 @@ def _size(numbers: Any = ()) -> Size:
 
 
 def _layout(name: Any) -> str:
-    if name != "torch.strided":
+    if name != _STRIDED:
         raise Refused("a layout other than torch.strided")
     return name
 
@@ -139,6 +157,13 @@ class _Unpickler(pickle._Unpickler):
             if f"{module}{name}".isprintable()
             else "names something that an index of tensors does not need"
         )
+
+    def load_frame(self) -> None:
+        """As Python's, which also takes a frame that ends early: the unpickler in C does not."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self._unframer.load_frame(size)
+        if self._unframer.current_frame.getbuffer().nbytes != size:
+            raise Refused("a damaged pickle (a frame is cut off)")
 
     def load_newobj(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
@@ -198,9 +223,10 @@ def _steps() -> dict[int, Callable[[Any], None]]:
         pickle.SETITEMS: _Unpickler.load_setitems,
         pickle.APPEND: _Unpickler.load_append,
         pickle.APPENDS: _Unpickler.load_appends,
+        pickle.FRAME: _Unpickler.load_frame,
     }
     plain = (
-        *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE),
+        *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.MEMOIZE),
         *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
         *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1),
         *(pickle.BININT2, pickle.LONG1, pickle.SHORT_BINUNICODE, pickle.BINUNICODE),
@@ -226,6 +252,7 @@ def read_index(data: bytes) -> Any:
     except (
         *(pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError),
         *(AttributeError, MemoryError, OverflowError, RecursionError),
+        struct.error,
     ) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise Refused(f"a damaged pickle ({reason[:100]!a})") from error

@@ -245,6 +245,40 @@ def test_tensors_larger_than_what_is_stored_are_refused(tmp_path):
     refused(tmp_path, index, ".*TensorStorageMetadata.chunks")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("memory_format", ((((),),),)), ("memory_format", 7), ("pin_memory", 1), ("dtype", "int8")],
+)
+def test_properties_that_torch_does_not_take_are_refused(tmp_path, monkeypatch, name, value):
+    """torch's own reader asks what the format is, and shows what it does not know."""
+    index = index_of(tmp_path)
+    names = ("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
+    kind = type(index.state_dict_metadata["weight"].properties)
+    right = kind.__getstate__
+
+    def spoiled(self):
+        return tuple((dict(zip(names, right(self))) | {name: value}).values())
+
+    monkeypatch.setattr(kind, "__getstate__", spoiled)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(Damaged, match=f"properties of a tensor with a {name} that is none"):
+        check_index(tmp_path)
+
+
+def test_a_frame_that_is_cut_off_is_refused(tmp_path):
+    """Python's own unpickler reads what is there; the one in C, which torch asks, does not."""
+    index_of(tmp_path)
+    path = tmp_path / ".metadata"
+    data = bytearray(path.read_bytes())
+    assert data[2:3] == pickle.FRAME
+    data[7] = 2  # of the frame's length, 2 << 32
+    path.write_bytes(data)
+    with pytest.raises(pickle.UnpicklingError):
+        pickle.loads(data)
+    with pytest.raises(Damaged, match="a frame is cut off"):
+        check_index(tmp_path)
+
+
 def nested(levels):
     value = ()
     for _ in range(levels):

@@ -81,10 +81,8 @@ def _solves(record: dict[str, Any], text: str) -> bool:
         value, used = _value(ast.parse(plain, mode="eval").body)
     except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         return False
-    right = not equals or re.sub(r"\s", "", claim).lstrip("0") in (
-        str(record["target"]),
-        str(record["target"]).lstrip("0"),
-    )
+    stated = re.fullmatch(r"(-?)([0-9]{1,20})", re.sub(r"\s", "", claim))
+    right = not equals or (stated is not None and int(stated[0]) == record["target"])
     return right and Counter(used) == Counter(record["numbers"]) and value == record["target"]
 
 
