@@ -19,6 +19,15 @@ setup(
     long_description_content_type="text/markdown",
     author="The megatron_rl authors",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={
+        "Method": "https://arxiv.org/abs/2510.23027",
+        "Megatron-Core": "https://github.com/NVIDIA/Megatron-LM",
+    },
+    keywords=[
+        *("reinforcement learning", "mixture of experts", "language models", "Megatron-Core"),
+        *("RLVR", "GRPO", "RSPO", "router shift", "post-training"),
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
     package_data={"megatron_rl": ["**/README.md"]},
@@ -44,11 +53,23 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.4"],  # CUDA only
         "vllm": ["vllm>=0.32"],  # better in an environment of its own: rollout.servers.python
         "wandb": ["wandb>=0.18"],
+        "docs": ["pdoc>=15", "linkchecker>=10.5"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "trl>=0.20"],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )
