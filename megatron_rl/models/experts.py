@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
@@ -25,6 +27,16 @@ def has_grouped_kernel(device: torch.device) -> bool:
     on older devices it loops over the experts and waits for the device each time.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def moe_submodules(mlp: Any) -> MoESubmodules | None:
+    """The parts of a MoE layer that stands in a Megatron spec; None of a dense one.
+
+    A spec holds the layer as a ModuleSpec (0.16) or a functools.partial (0.19).
+    """
+    holder = mlp.keywords if isinstance(mlp, functools.partial) else vars(mlp)
+    found = holder.get("submodules")
+    return found if isinstance(found, MoESubmodules) else None
 
 
 class _ExpertWeight(torch.nn.Module):

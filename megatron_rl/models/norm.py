@@ -10,6 +10,13 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.config.schema import ModelConfig
+
+
+def norms_over_heads(model: ModelConfig) -> bool:
+    """Whether queries and keys are normalised over all heads together (OLMoE)."""
+    return model.qk_norm and model.qk_norm_scope == "layer"
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, usable under sequence

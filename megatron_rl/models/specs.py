@@ -4,9 +4,6 @@ Engine's linear layers and norms.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -34,7 +31,7 @@ from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.attention import PackedAttention
 from megatron_rl.models.experts import GroupedExperts
 from megatron_rl.models.latent_attention import PackedLatentAttention
-from megatron_rl.models.norm import KeyNorm, QueryNorm, RMSNorm
+from megatron_rl.models.norm import KeyNorm, QueryNorm, RMSNorm, norms_over_heads
 from megatron_rl.models.router import PackRouter
 
 
@@ -43,6 +40,7 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and virtual stage)."""
     if transformer_engine:
+        # Imported only where it is installed.
         from megatron_rl.models.transformer_engine import with_our_parts
 
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
@@ -52,21 +50,6 @@ def block_spec(
     marks = moe_layers(model)[first : first + count]
     layers = [_local_layer_spec(model, is_moe) for is_moe in marks]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
-
-
-def moe_submodules(mlp: Any) -> MoESubmodules | None:
-    """The parts of a MoE layer that stands in a Megatron spec; None of a dense one.
-
-    A spec holds the layer as a ModuleSpec (0.16) or a functools.partial (0.19).
-    """
-    holder = mlp.keywords if isinstance(mlp, functools.partial) else vars(mlp)
-    found = holder.get("submodules")
-    return found if isinstance(found, MoESubmodules) else None
-
-
-def norms_over_heads(model: ModelConfig) -> bool:
-    """Whether queries and keys are normalised over all heads together (OLMoE)."""
-    return model.qk_norm and model.qk_norm_scope == "layer"
 
 
 def _local_layer_spec(model: ModelConfig, moe: bool) -> ModuleSpec:

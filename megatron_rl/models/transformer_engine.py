@@ -16,11 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.attention import Layout, PackedLayout
-from megatron_rl.models.experts import GroupedExperts
+from megatron_rl.models.experts import GroupedExperts, moe_submodules
 from megatron_rl.models.latent_attention import PackedLatentAttention
-from megatron_rl.models.norm import KeyNorm, QueryNorm
+from megatron_rl.models.norm import KeyNorm, QueryNorm, norms_over_heads
 from megatron_rl.models.router import PackRouter
-from megatron_rl.models.specs import moe_submodules, norms_over_heads
 
 
 class LayoutTEAttention(TEDotProductAttention):

@@ -1,6 +1,7 @@
 """The order of the rooms, who may import torch and Megatron, and sizes of files and functions."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -113,6 +114,30 @@ def test_rooms_import_only_from_below(path):
         assert allowed, (
             f"line {found.line}: {here} imports {found.module} of its own level or above"
         )
+
+
+def test_no_file_imports_itself_in_a_circle():
+    """Lazy and type-only imports count."""
+    files = {modules_of(p).removesuffix(".py").removesuffix("/__init__"): p for p in FILES}
+    modules = {"megatron_rl." + name.replace("/", "."): path for name, path in files.items()}
+    graph = {
+        module: {found.module for found in imports(path)} & modules.keys() - {module}
+        for module, path in modules.items()
+    }
+    assert len(graph) == len(FILES)
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_every_room_says_what_its_files_are():
+    """The README of a folder has a phrase for each of its files and folders."""
+    for folder in sorted({path.parent for path in FILES} - {PACKAGE}):
+        readme = folder / "README.md"
+        if not readme.exists() and folder.parent != PACKAGE:
+            readme = folder.parent / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        names = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+        missing = [name for name in names if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{readme.relative_to(ROOT)} does not name {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=modules_of)

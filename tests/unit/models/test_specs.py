@@ -7,8 +7,8 @@ def test_the_router_of_megatrons_own_specs_can_be_replaced():
     cpu_device()
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    from megatron_rl.models.experts import moe_submodules
     from megatron_rl.models.router import PackRouter
-    from megatron_rl.models.specs import moe_submodules
 
     spec = get_gpt_layer_local_spec(num_experts=4)
     moe = moe_submodules(spec.submodules.mlp)
