@@ -263,7 +263,7 @@ def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
         parallel = config.parallel.model_copy(update={"world_size": world_size})
         config = config.model_copy(update={"parallel": parallel})
     check_config(config, None, purpose, files=False)
-    rows = check_rows(config) + data_rows(config, purpose)
+    rows = check_rows(config) + data_rows(config, purpose) + machine_rows(config, purpose)
 
     from rich.console import Console
     from rich.table import Table
@@ -313,6 +313,17 @@ def data_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
         *((f"  {name}", lengths_text(found)) for name, found in sets.items() if found is not None),
         *((f"  {name}", text) for name, text in data.facts().items() if files),
     ]
+
+
+def machine_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
+    """What the verifiers say of this machine, which need not be the one of the run."""
+    from megatron_rl.data.run_data import SPLITS
+    from megatron_rl.rewards.chosen import check_machine
+
+    try:
+        return [*(check_machine(config.reward) if SPLITS[purpose] else {}).items()]
+    except UserError as error:
+        return [("this machine", f"would be refused: {error}")]
 
 
 def _file_state(path: Path | None) -> str:

@@ -78,7 +78,7 @@ def verifier(
         settings: the class of its settings.
         needs: keys that every record has to have.
         check: called with every record before the run starts; raises `UserError`.
-        machine_check: called once before the run starts; raises `UserError`.
+        machine_check: called once before the run starts, and by ``check``; raises `UserError`.
         paper: where the definition is from.
     """
     checks = {"needs": tuple(needs), "check": check, "machine_check": machine_check}

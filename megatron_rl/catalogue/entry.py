@@ -79,8 +79,9 @@ class VerifierEntry(Entry):
     #: "module:object", or a function: ``(record) -> None``; `UserError` for a record that no
     #: completion could be judged by. Cheap: no process, no completion
     check: str | Callable[[Any], None] | None = None
-    #: the same without arguments: `UserError` where this machine lacks what the verifier needs
-    machine_check: str | Callable[[], None] | None = None
+    #: without arguments: `UserError` where this machine lacks what the verifier needs. One of the
+    #: package returns facts of this machine for a run's header, {name: text}
+    machine_check: str | Callable[[], Any] | None = None
 
 
 def load(code: str) -> Any:
@@ -89,6 +90,6 @@ def load(code: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def load_check(check: str | Callable[..., None] | None) -> Callable[..., None] | None:
+def load_check(check: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
     """A check of an entry as a function."""
     return load(check) if isinstance(check, str) else check

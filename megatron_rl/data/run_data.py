@@ -5,9 +5,9 @@ configuration names. Mistakes in them cost no torch, no Megatron and no GPU.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class RunData:
     rendering: Rendering
     train: DataSet[Prompt] | DataSet[Sample] | None  #: samples for ``sft``
     eval: DataSet[Prompt] | None
+    #: what the verifiers found of this machine, for a header
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -82,9 +84,8 @@ def load_run_data(config: Config, verb: str) -> RunData:
         UserError: a mistake in a file, of the data or the tokenizer; it is named. Or the limits
             of this process do not leave the verifier what it needs.
     """
-    if SPLITS[verb]:
-        check_machine(config.reward)
-    return encode_files(config, verb, read_files(config, verb))
+    machine = check_machine(config.reward) if SPLITS[verb] else {}
+    return replace(encode_files(config, verb, read_files(config, verb)), machine=machine)
 
 
 def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> RunData:

@@ -18,10 +18,12 @@ VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
 )
 
 
-def check_sandbox() -> None:
-    """``UserError`` where this process lacks what the verifier code needs."""
+def check_sandbox() -> dict[str, str]:
+    """What confines programs here, as a fact of a header. ``UserError`` where this process lacks
+    what the verifier code needs.
+    """
     check_limits(Limits())
-    check_confinement()
+    return {"sandbox": check_confinement()}
 
 
 __all__ = [

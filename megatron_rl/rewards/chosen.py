@@ -66,13 +66,19 @@ def record_check(reward: RewardConfig) -> Callable[[Mapping[str, Any]], None]:
     return check
 
 
-def check_machine(reward: RewardConfig) -> None:
-    """UserError where this machine lacks what a verifier needs."""
+def check_machine(reward: RewardConfig) -> dict[str, str]:
+    """What the package's verifiers say of this machine, as facts of a header. UserError where it
+    lacks what a verifier needs.
+    """
+    facts: dict[str, str] = {}
     for one in chosen_verifiers(reward):
         check = load_check(one.row.machine_check)
         if check is not None:
             with blame(f"the machine check of the verifier {one.row.name!r}", "correct it"):
-                check()
+                found = check()
+            if one.row.own is None:
+                facts |= found
+    return facts
 
 
 def combine(judges: Sequence[Judge], verdicts: Sequence[Reward]) -> Reward:

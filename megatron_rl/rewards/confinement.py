@@ -43,6 +43,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 
 
 # Landlock (Linux 5.13), the same numbers on every machine: linux/landlock.h
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_ASK_VERSION = 1  # LANDLOCK_CREATE_RULESET_VERSION
 _ALL_FILE_RIGHTS = (1 << 13) - 1  # of its first version; seccomp refuses what later ones name
 _READ_FILE, _READ_DIRECTORY = 1 << 2, 1 << 3
 _UNREADABLE = ("site-packages", "dist-packages")
@@ -103,7 +104,7 @@ def hide() -> None:
 
 
 def confine(cpu_s: int, memory_mib: int, parent: int, written: int = 0, may_kill: int = 0) -> str:
-    """Limits, then files, then the filter: the name of what keeps files closed.
+    """Limits, then files, then the filter: what holds from now on, and what the kernel lacks.
 
     Args:
         cpu_s: processor time, seconds.
@@ -120,11 +121,13 @@ def confine(cpu_s: int, memory_mib: int, parent: int, written: int = 0, may_kill
     if os.getppid() != parent:
         os._exit(1)  # the parent died before it could be watched
     _prctl(libc, _PR_SET_NO_NEW_PRIVS, 1)
-    landlock = _allow_reading(libc)
-    if not landlock:
+    landlock = landlock_version(libc)
+    if landlock:
+        _allow_reading(libc)
+    else:
         for name in _PRELOADED:
             importlib.import_module(name)
-    program = build_filter(os.uname().machine, landlock, may_kill)
+    program = build_filter(os.uname().machine, landlock > 0, may_kill)
     buffer = ctypes.create_string_buffer(program, len(program))
 
     class FilterProgram(ctypes.Structure):
@@ -132,7 +135,22 @@ def confine(cpu_s: int, memory_mib: int, parent: int, written: int = 0, may_kill
 
     filter_program = FilterProgram(len(program) // 8, ctypes.addressof(buffer))
     _prctl(libc, _PR_SET_SECCOMP, 2, ctypes.addressof(filter_program))
-    return "Landlock" if landlock else "no file can be opened"
+    return held_text(landlock)
+
+
+def landlock_version(libc: ctypes.CDLL) -> int:
+    """Of the kernel's Landlock; 0 where it has none: an older kernel, or one where it is off."""
+    return max(0, libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _ASK_VERSION))
+
+
+def held_text(landlock: int) -> str:
+    """What confines a program, for people; ``landlock``: its version, 0 without it."""
+    if landlock:
+        return f"seccomp, Landlock {landlock}, no root rights"
+    return (
+        "seccomp, no root rights; this kernel has no Landlock: programs can open no file, and "
+        "import only some modules of the standard library"
+    )
 
 
 def _limit(cpu_s: int, memory: int, written: int) -> None:
@@ -152,12 +170,11 @@ def _limit(cpu_s: int, memory: int, written: int) -> None:
         resource.setrlimit(limit, (soft, hard))
 
 
-def _allow_reading(libc: ctypes.CDLL) -> bool:
-    """Nothing can be read but the standard library and what it loads; False without Landlock."""
+def _allow_reading(libc: ctypes.CDLL) -> None:
+    """Nothing can be read but the standard library and what it loads."""
     attributes = struct.pack("Q", _ALL_FILE_RIGHTS)
     ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
-    if ruleset < 0:
-        return False  # an older kernel, or one where Landlock is off
+    _checked(min(ruleset, 0), "Landlock")
     for path, rights in _readable():
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -168,7 +185,6 @@ def _allow_reading(libc: ctypes.CDLL) -> bool:
         os.close(place)
     _checked(libc.syscall(_RESTRICT_SELF, ruleset, 0), "Landlock")
     os.close(ruleset)
-    return True
 
 
 def _readable() -> list[tuple[str, int]]:

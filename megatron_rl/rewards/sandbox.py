@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Sequence
 
@@ -52,6 +52,8 @@ class Outcome:
     passed: bool  #: every test ran to its end
     compiled: bool  #: the program is valid Python
     reason: str
+    #: what confined it, and what this machine lacks for that: no part of the verdict
+    held: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def _run_once(job: bytes, kind: str, limits: Limits) -> Outcome | None:
                 os.close(descriptor)
     if lines[-1:] == ["killed"] or killed and own.judge_cpu_s < limits.cpu_s:
         return None
-    return _judge(lines, stopped, judge.returncode, limits)
+    outcome = _judge(lines, stopped, judge.returncode, limits)
+    return replace(outcome, held=lines[0].split(" ", 2)[2])
 
 
 def check_limits(limits: Limits) -> None:
@@ -132,8 +135,10 @@ def check_limits(limits: Limits) -> None:
             )
 
 
-def check_confinement() -> None:
-    """``UserError`` where a program can open what it must not: this file, or this process's own."""
+def check_confinement() -> str:
+    """What confines programs on this machine, for people. ``UserError`` where one can open what it
+    must not: this file, or this process's own.
+    """
     program = (
         "def f(path):\n    try:\n        open(path, 'rb').close()\n"
         "    except OSError:\n        return 'closed'\n    return 'open'\n"
@@ -146,6 +151,7 @@ def check_confinement() -> None:
             f"code sandbox that can read this process's files ({outcome.reason}); expected none "
             "but the standard library's; set reward.name to another verifier"
         )
+    return outcome.held
 
 
 def _start(

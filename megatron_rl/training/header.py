@@ -21,14 +21,17 @@ from megatron_rl.training.session import Session
 from megatron_rl.training.trace_memory import longest_sequence, trace_fact
 
 
-def run_facts(session: Session) -> dict[str, str]:
-    """Facts of every verb: where the run is, the model, the layout, the device."""
+def run_facts(session: Session, machine: Mapping[str, str]) -> dict[str, str]:
+    """Facts of every verb: where the run is, the model, the layout, the device, and what the
+    verifiers found of this machine.
+    """
     config, ranks = session.config, session.launch.world_size
     facts = {
         "run": str(session.run_dir),
         "model": _model(config.model),
         "layout": f"{ranks} rank{'' if ranks == 1 else 's'}: {layout_text(config.parallel, ranks)}",
         "device": f"{session.device.kind}, {config.model.dtype}",
+        **machine,
         "answers end": "with token " + stop_text(session.stop_tokens),
     }
     tokenizer = config.data.tokenizer

@@ -17,7 +17,6 @@ from megatron_rl.config.algorithm import keeps_trace, updates_per_step
 from megatron_rl.config.reward import reward_text
 from megatron_rl.config.schema import Config
 from megatron_rl.data.run_data import RunData
-from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import read_launch
 from megatron_rl.errors import UserError
 from megatron_rl.files import written_for_the_user
@@ -57,7 +56,7 @@ def train(config: Config, data: RunData) -> None:
 
     updates = config.train.steps * updates_per_step(config.algorithm)
     facts = train_facts(config, data, read_launch().world_size)
-    _run(config, "train", data.tokenizer, facts, updates, make_task)
+    _run(config, "train", data, facts, updates, make_task)
 
 
 def sft(config: Config, data: RunData) -> None:
@@ -70,19 +69,19 @@ def sft(config: Config, data: RunData) -> None:
         return Supervised(session, policy, engine, samples, held_out, identity)
 
     facts = sft_facts(config, data)
-    _run(config, "sft", data.tokenizer, facts, config.train.steps, make_task)
+    _run(config, "sft", data, facts, config.train.steps, make_task)
 
 
 def _run(
     config: Config,
     verb: str,
-    tokenizer: Tokenizer,
+    data: RunData,
     facts: Mapping[str, str],
     optimizer_steps: int,
     make_task: MakeTask,
 ) -> None:
-    with open_session(config, verb, config.train.steps, tokenizer) as session:
-        session.console.header({**run_facts(session), **facts})
+    with open_session(config, verb, config.train.steps, data.tokenizer) as session:
+        session.console.header({**run_facts(session, data.machine), **facts})
         policy = build_policy(
             config,
             session.device,
@@ -125,7 +124,7 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
             f"{len(problems):,} problems ({config.data.eval}), reward {reward_text(config.reward)}"
         )
         facts = {"weights": weights, "data": what, **data.facts()}
-        session.console.header({**run_facts(session), **facts})
+        session.console.header({**run_facts(session, data.machine), **facts})
         sums = session.new_sums()
         with contextlib.closing(engine):
             evaluate_problems(session, engine, problems, sums)

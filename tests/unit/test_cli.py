@@ -168,6 +168,31 @@ def test_check_refuses_the_data_that_a_run_would(run_yaml, capsys):
     assert "│   train              │ 2 lines" in capsys.readouterr().out
 
 
+def test_check_and_runs_say_what_confines_programs(run_yaml, training, capsys, monkeypatch):
+    code = '{"prompt": "def f():\\n", "tests": "assert f() == 1", "entry_point": "f"}'
+    for name in ("train.jsonl", "eval.jsonl"):
+        Path(name).write_text(code + "\n")
+
+    def shown(*words):
+        assert main(["check", run_yaml, *words]) == 0
+        rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines()]
+        return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+
+    of_code = ("--reward.name", "code")
+    monkeypatch.setattr("megatron_rl.rewards.check_sandbox", lambda: {"sandbox": "Landlock 7"})
+    assert shown(*of_code)["sandbox"] == "Landlock 7"
+    assert "sandbox" not in shown(*of_code, "--for", "generate")
+    assert main(["train", run_yaml, *of_code]) == 0
+    assert training[0][2].machine == {"sandbox": "Landlock 7"}
+
+    def lacking():
+        raise UserError("no seccomp")
+
+    monkeypatch.setattr("megatron_rl.rewards.check_sandbox", lacking)
+    assert shown(*of_code)["this machine"] == "would be refused: no seccomp"
+    assert refusal(capsys, "train", run_yaml, *of_code) == "no seccomp"
+
+
 def test_data_shows_what_the_model_sees(run_yaml, capsys):
     assert main(["data", run_yaml, "--for", "sft", "--examples", "1"]) == 0
     ids = {"<s>": 2, "</s>": 3}

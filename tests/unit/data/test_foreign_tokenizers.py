@@ -68,7 +68,7 @@ def test_the_header_names_what_executes_code():
     from megatron_rl.device.launch import Launch
     from megatron_rl.training.header import run_facts
 
-    def facts(**tokenizer):
+    def facts(machine=None, **tokenizer):
         data = {"tokenizer": {"kind": "huggingface", "path": "hf", **tokenizer}}
         launch = Launch(0, 1, 0, 1, launched=False)
         session = SimpleNamespace(
@@ -78,12 +78,15 @@ def test_the_header_names_what_executes_code():
             device=device,
             stop_tokens={1: "tokenizer"},
         )
-        return run_facts(session)
+        return run_facts(session, machine or {})
 
     assert "tokenizer" not in facts()
     assert facts(trust_remote_code=True)["tokenizer"] == (
         "hf, whose own code is executed (trust_remote_code)"
     )
+    found = facts({"sandbox": "seccomp, Landlock 7, no root rights"})
+    assert list(found)[3:5] == ["device", "sandbox"] and "sandbox" not in facts()
+    assert found["sandbox"] == "seccomp, Landlock 7, no root rights"
 
 
 def test_nothing_leaves_it_to_transformers_to_ask():

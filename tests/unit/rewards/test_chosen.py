@@ -109,6 +109,14 @@ def test_a_class_is_made_once_and_its_records_are_checked(tmp_path):
         check_machine(RewardConfig(name=f"{tmp_path}/remote.py:here"))
 
 
+def test_what_a_verifier_says_of_the_machine_is_a_fact(monkeypatch):
+    fact = {"sandbox": "seccomp"}
+    monkeypatch.setattr("megatron_rl.rewards.check_sandbox", lambda: fact)
+    assert check_machine(RewardConfig()) == {}
+    assert check_machine(RewardConfig(name="code")) == fact
+    assert check_machine(RewardConfig(parts=[{"name": "countdown"}, {"name": "code"}])) == fact
+
+
 def test_records_of_several_are_checked_by_each():
     check = record_check(RewardConfig(parts=[{"name": "countdown"}, {"name": "math"}]))
     check({**RECORD, "answer": "3"})

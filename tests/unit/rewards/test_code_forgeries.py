@@ -1,11 +1,13 @@
 """Programs that are not right and want a reward, and right ones under every form of tests."""
 
+import ctypes
 import os
 from pathlib import Path
 
 import pytest
 
-from megatron_rl.rewards import VERIFIERS, sandbox
+from megatron_rl.rewards import VERIFIERS, check_sandbox, sandbox
+from megatron_rl.rewards.confinement import held_text, landlock_version
 from megatron_rl.rewards.sandbox import Job, Limits, check_confinement, run_program
 from tools.fuzz.kinds.programs import TAKEN_OVER
 
@@ -332,6 +334,12 @@ def test_the_judge_kills_and_reaps_a_program_that_goes_on():
     assert Path(f"/proc/self/task/{os.getpid()}/children").read_text() == before
 
 
+def test_a_machine_says_what_confines_programs():
+    version = landlock_version(ctypes.CDLL(None))
+    assert check_sandbox() == {"sandbox": held_text(version)}
+    assert held_text(7) == "seccomp, Landlock 7, no root rights"
+
+
 def test_a_machine_that_closes_no_files_is_refused(monkeypatch):
     check_confinement()
     monkeypatch.setattr(sandbox, "__file__", os.__file__)  # which every program can read
@@ -347,7 +355,10 @@ def test_without_landlock_no_file_can_be_opened(tmp_path):
         (tmp_path / source.name).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "_START", tmp_path / "sandbox_start.py")
-        check_confinement()
+        assert check_confinement() == (
+            "seccomp, no root rights; this kernel has no Landlock: programs can open no file, and "
+            "import only some modules of the standard library"
+        )
         program = "import os, heapq, statistics\ndef f(x):\n try: open(os.__file__)\n"
         program += " except PermissionError: return heapq.nsmallest(1, x)"
         assert run_program(Job([program], "f", "assert f([2, 1]) == [1]"), LIMITS).passed
