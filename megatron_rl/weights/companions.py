@@ -7,7 +7,6 @@ can be exported with the files it came with. Every run keeps there at which toke
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Sequence
 
@@ -34,7 +33,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy those of the files that are there, verbatim; their names."""
     found = [name for name in COPIED if (source / name).is_file()]
     for name in found:
-        shutil.copyfile(source / name, target / name)
+        write_whole(target / name, (source / name).read_bytes())  # never through a link
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_whole, written_for_the_user
 from megatron_rl.rewards.countdown import verify_countdown
 
 # A problem that is new is found within a few draws until the space of problems is nearly used up.
@@ -154,10 +154,7 @@ def _check_rules(rules: Rules) -> None:
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes all lines or, if interrupted, nothing."""
-    part = path.with_name(path.name + ".part")
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -221,17 +218,22 @@ def main(arguments: list[str] | None = None) -> int:
     counts = {"eval": options.eval, "sft": options.sft, "train": options.train}
     try:
         records = make_problems(sum(counts.values()), options.seed, rules)
+        with written_for_the_user(f"--out {options.out}", "choose another place"):
+            _write(options.out, counts, records)
     except UserError as error:
         print(f"make_countdown: {error}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    return 0
+
+
+def _write(folder: Path, counts: dict[str, int], records: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     start = 0
     for name, count in counts.items():
         if count > 0:
-            write_jsonl(options.out / f"{name}.jsonl", records[start : start + count])
-            print(f"{options.out / name}.jsonl: {count} problems")
+            write_jsonl(folder / f"{name}.jsonl", records[start : start + count])
+            print(f"{folder / name}.jsonl: {count} problems")
         start += count
-    return 0
 
 
 if __name__ == "__main__":

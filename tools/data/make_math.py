@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from megatron_rl.data.jsonl import load_records
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_whole, written_for_the_user
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -56,10 +56,9 @@ def make(arguments: argparse.Namespace) -> int:
         content = f"{texts[0].strip()}\n\n{arguments.instruction}"
         messages = [{"role": "user", "content": content}]
         lines.append(json.dumps({"prompt": messages, "answer": texts[1]}, ensure_ascii=False))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.out.with_name(f".{arguments.out.name}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, arguments.out)
+    with written_for_the_user(f"--out {arguments.out}", "choose another place"):
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(arguments.out, "\n".join(lines) + "\n")
     return len(lines)
 
 

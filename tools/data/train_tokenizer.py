@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
 from megatron_rl.data.jsonl import load_records
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_whole, written_for_the_user
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 _SPECIAL_TOKENS = 4
@@ -107,15 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         texts = read_texts(options.files, options.keys)
         model = train_tokenizer(texts, options.kind, options.vocab_size, options.split_digits)
+        with written_for_the_user(f"--out {options.out}", "choose another place"):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(options.out, model)
     except UserError as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 2
     import sentencepiece
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    part = options.out.with_name(options.out.name + ".part")
-    part.write_bytes(model)
-    os.replace(part, options.out)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
     print(f"{options.out}: {size} ids ({options.kind})")
     return 0

@@ -9,6 +9,7 @@ import pytest
 from megatron_rl.errors import UserError
 from megatron_rl.rewards import VERIFIERS
 from tools.data.make_countdown import Rules, main, make_problems
+from tools.data.train_tokenizer import main as train_tokenizer
 
 
 def keys(records):
@@ -92,6 +93,28 @@ def test_users_mistakes(tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_files_are_never_written_through_a_link_and_a_place_that_is_none_is_one_line(
+    tmp_path, capsys
+):
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.write_text("keep me")
+    out.mkdir()
+    for name in ("train.jsonl", "train.jsonl.part", "tok.model", "tok.model.part"):
+        (out / name).symlink_to(mine)
+    assert run(out) == 0
+    words = [str(out / "train.jsonl"), "--out", str(out / "tok.model"), "--vocab-size", "64"]
+    assert train_tokenizer(words) == 0
+    assert mine.read_text() == "keep me" and not (out / "tok.model").is_symlink()
+    capsys.readouterr()
+    assert run(mine) == train_tokenizer([words[0], "--out", f"{mine}/tok.model"]) == 2
+    assert capsys.readouterr().err == (
+        f"make_countdown: --out {mine} could not be written (File exists: {mine}); expected room "
+        "on the disk and the right to write there; choose another place\n"
+        f"train_tokenizer: --out {mine}/tok.model could not be written (File exists: {mine}); "
+        "expected room on the disk and the right to write there; choose another place\n"
+    )
 
 
 def test_speed():

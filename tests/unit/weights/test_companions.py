@@ -41,6 +41,19 @@ def test_files_that_say_it_already_are_kept_verbatim(tmp_path, run_dir):
         assert (run_dir / "hf" / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_files_of_others_are_never_written_through_a_link(tmp_path, run_dir):
+    source, other = model_directory(tmp_path / "model"), tmp_path / "other.json"
+    other.write_text("precious")
+    (run_dir / "hf").mkdir()
+    (run_dir / "hf" / "config.json").symlink_to(other)
+    (run_dir / "hf" / "tokenizer.json").symlink_to(source / "tokenizer.json")
+    keep_companions(source, run_dir)
+    assert other.read_text() == "precious"
+    for name in ("config.json", "tokenizer.json"):
+        assert (run_dir / "hf" / name).read_bytes() == (source / name).read_bytes()
+        assert not (run_dir / "hf" / name).is_symlink()
+
+
 def test_stop_tokens_of_the_run_are_added(tmp_path, run_dir):
     source = model_directory(tmp_path / "model", '{"eos_token_id": [7, 1], "temperature": 0.6}')
     for _ in range(2):  # a run that is continued
