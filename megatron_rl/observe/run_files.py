@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -63,10 +64,13 @@ def drop_after(path: Path, step: int) -> int | None:
 
     The file is cut where the first of them begins, which needs no room on the disk; where records
     that stay are behind it, or the last has no newline, it is replaced in one rename. A crash
-    leaves the old file or the new one. A missing file stays missing.
+    leaves the old file or the new one. A missing file stays missing. OSError: it is no file, such
+    as a pipe, which would be waited for.
     """
     if not path.exists():
         return None
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     records, content = read_jsonl(path), path.read_bytes()
     kept = [record for record in records if record["step"] <= step]
     lines = [line + b"\n" for line in content.split(b"\n") if line.strip()][: len(kept)]

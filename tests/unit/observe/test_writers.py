@@ -280,6 +280,16 @@ def test_resuming_on_a_full_disk_cuts_the_files_where_they_are(small_disk):
     assert [line["step"] for line in _lines(small_disk / "metrics.jsonl")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("resume_step", [None, 3])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name, resume_step):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError) as told:
+        _open(tmp_path, resume_step)
+    assert told.value.filename == str(tmp_path / name)
+    assert told.value.errno == (errno.ENXIO if resume_step is None else errno.EINVAL)
+
+
 def test_late_metrics_go_into_the_object_of_the_last_step(tmp_path):
     with _open(tmp_path) as writer:
         writer.write_metrics(1, {"loss": 1.0})
