@@ -131,7 +131,10 @@ def _write_latest(root: Path, name: str) -> None:
 def _remove(root: Path, *states: str) -> None:
     for state in states:
         for path in root.glob(f".step_*.{state}"):
-            shutil.rmtree(path)
+            if path.is_symlink() or not path.is_dir():  # not what this package has left there
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
 
 def _sync_directory(path: Path) -> None:

@@ -143,6 +143,7 @@ class StoredTensors:
 
     def __init__(self, directory: Path) -> None:
         check_index(directory)
+        self._directory = directory
         self._reader = _OnceRead(directory)
         entries = self._reader.read_metadata().state_dict_metadata
         self._entries = {key: e for key, e in entries.items() if hasattr(e, "size")}
@@ -158,12 +159,19 @@ class StoredTensors:
         return entry.size.numel() * entry.properties.dtype.itemsize
 
     def get(self, key: str) -> torch.Tensor:
-        """The tensor, put together from its shards."""
+        """The tensor, put together from its shards. UserError: it cannot be read."""
         entry = self._entries[key]
         found = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         with warnings.catch_warnings():  # that it loads in a single process, as asked
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            checkpoint.load(found, storage_reader=self._reader, no_dist=True)
+            try:
+                checkpoint.load(found, storage_reader=self._reader, no_dist=True)
+            except CheckpointException as error:
+                _raise_what_is_no_fault(error, (Exception,))
+                raise UserError(
+                    f"{key} of {self._directory} cannot be read ({_first_reason(error)}); expected "
+                    "what was written; restore its files from a copy"
+                ) from error
         return found[key]
 
 

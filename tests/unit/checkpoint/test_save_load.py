@@ -430,3 +430,32 @@ def test_ctrl_c_while_a_checkpoint_is_read_is_ctrl_c(tmp_path):
     path = save(training, tmp_path)
     with interrupted_by(KeyboardInterrupt(), "read_data"), pytest.raises(KeyboardInterrupt):
         load(training, path)
+
+
+def test_ctrl_c_and_faults_while_single_tensors_are_read(tmp_path):
+    from megatron_rl.checkpoint.torch_dist import StoredTensors
+
+    stored = StoredTensors(save(build_training(PLAIN), tmp_path, 1) / "shards")
+    key = min(stored.shapes)
+    with interrupted_by(KeyboardInterrupt(), "read_data"), pytest.raises(KeyboardInterrupt):
+        stored.get(key)
+    with interrupted_by(OSError(5, "Input/output error"), "read_data"):
+        with pytest.raises(UserError) as error:
+            stored.get(key)
+    assert str(error.value) == (
+        f"{key} of {tmp_path}/step_1/shards cannot be read ([Errno 5] Input/output error); "
+        "expected what was written; restore its files from a copy"
+    )
+    assert stored.get(key).shape == stored.shapes[key]
+
+
+def test_what_others_left_in_the_place_of_leftovers_is_no_obstacle(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("keep me")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / ".step_1.partial").symlink_to(mine)
+    (tmp_path / "root" / ".step_7.deleted").write_text("a file")
+    path = save(build_training(PLAIN), tmp_path / "root", 1)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step_1"]
+    assert not path.is_symlink() and (mine / "file").read_text() == "keep me"
