@@ -15,6 +15,7 @@ import megatron_rl
 from megatron_rl.config.checks import check_config, input_files
 from megatron_rl.config.fields import leaf_values
 from megatron_rl.config.load import load_config
+from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.errors import UserError
 
 #: Packages whose version decides numbers, or the form of files.
@@ -43,9 +44,12 @@ class Described:
 
 
 def described(path: Path, overrides: Sequence[str], ranks: int, purpose: str) -> Described:
-    """The configuration of a run of some ranks, checked for a verb; UserError as that says."""
+    """The configuration of a run of some ranks, checked for a verb; UserError as that says, and
+    where a process may have too few files open for it.
+    """
     config = load_config(path, overrides, purpose)
     check_config(config, ranks, purpose)
+    allow_descriptors(ranks)
     files = {**input_files(config), "model.hf_path": config.model.hf_path}
     there = {name: file for name, file in files.items() if file is not None and file.exists()}
     values = dict(leaf_values(config.model_dump(mode="json")))

@@ -27,6 +27,7 @@ from megatron_rl.device.launch import join_address
 from megatron_rl.device.node_facts import Facts
 from megatron_rl.device.node_report import Meeting, Report, crowded, report
 from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.files import write_whole
 
 #: In the run directory, while nodes look for each other's tokens.
 FOLDER = ".preflight"
@@ -248,7 +249,7 @@ def _leave_token(facts: Facts) -> None:
     folder = Path(facts["run_dir"]) / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"node_{facts['node']}").write_text(facts["token"])
+        write_whole(folder / f"node_{facts['node']}", facts["token"])
     except OSError as error:
         facts["error"] = (
             f"run_dir {facts['run_dir']} cannot be written ({error.strerror}); expected storage "
