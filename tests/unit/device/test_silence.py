@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_rl.device.heartbeat import watched
+from megatron_rl.config.schema import DeviceConfig
+from megatron_rl.device.heartbeat import SIGNS_IN_LIMIT, watched
 from megatron_rl.device.launch import Launch
 from megatron_rl.device.silence import ENDED, STORE, Silences
 
@@ -24,6 +25,18 @@ def test_a_rank_is_named_once_after_the_limit_and_again_when_it_is_heard():
         55: ([1], []),
         70: ([], [1]),
     }
+
+
+def test_by_default_a_rank_is_named_within_a_minute_however_long_a_collective_may_wait():
+    config = DeviceConfig(timeout_s=86400.0)
+    pause_s = config.silence_s / SIGNS_IN_LIMIT
+    silences = Silences([1], config.silence_s, pause_s, now=0.0)
+    assert silences.look(pause_s, {1: "1"}) == ([], [])  # its last sign is of just before, 0.0
+    times = [pause_s * number for number in range(2, 30)]
+    found = [
+        now for now, what in zip(times, looks(silences, times, lambda now: {1: "1"})) if what[0]
+    ]
+    assert len(found) == 1 and found[0] <= 60.0
 
 
 def test_a_watcher_that_was_stopped_itself_accuses_nobody():
