@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device, joined, select_device
-from megatron_rl.errors import Stopped
+from megatron_rl.errors import Stopped, UserError
 from megatron_rl.files import move_aside, written_for_the_user
 from megatron_rl.observe.configurations import keep_configuration
 from megatron_rl.observe.console import Console, SilentConsole
 from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.observe.run_files import METRICS_FILE, SAMPLES_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
@@ -30,6 +32,9 @@ from megatron_rl.training.stop import StopRequest
 from megatron_rl.training.stop_tokens import model_directories, stop_tokens_of
 from megatron_rl.weights.companions import FOLDER as COMPANIONS
 from megatron_rl.weights.companions import keep_companions, kept_companions
+
+#: Verbs that add to a run.
+TRAINING = ("train", "sft")
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,9 @@ def open_session(
         lock = RunLock(config.run_dir, console.note) if main and _writes(config, verb) else None
         together(groups.world, lambda: check_key(config) if main and verb != "sft" else None)
         together(groups.world, lambda: lock.acquire() if lock else None)
+        together(
+            groups.world, lambda: _check_writable(config) if main and verb in TRAINING else None
+        )
         if lock is not None:
             undo.callback(lock.release)
         yield Session(
@@ -187,7 +195,18 @@ def _writes(config: Config, verb: str) -> bool:
     """Whether a verb writes in the run directory: the runs themselves, and engines other than the
     built-in one; weights for servers come and go there.
     """
-    return verb in ("train", "sft") or config.rollout.engine != "builtin"
+    return verb in TRAINING or config.rollout.engine != "builtin"
+
+
+def _check_writable(config: Config) -> None:
+    """What a run that goes on adds to can be written: said now, not at its first checkpoint."""
+    for name in ("checkpoints", METRICS_FILE, SAMPLES_FILE):
+        path = config.run_dir / name
+        if config.checkpoint.resume != "never" and path.exists() and not os.access(path, os.W_OK):
+            raise UserError(
+                f"{path} is read-only; expected to add to it; give the right to write there, or "
+                "set run_dir"
+            )
 
 
 def _synchronise() -> None:

@@ -127,6 +127,26 @@ def test_a_file_of_the_run_that_cannot_be_written_is_one_line(tmp_path):
     assert "\n" not in str(told.value) and "make room, or set run_dir" in str(told.value)
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_what_is_read_only_in_a_run_is_said_before_its_model_is_built(tmp_path, name, monkeypatch):
+    from megatron_rl.training import session
+
+    place = tmp_path / name
+    place.write_text("") if "." in name else place.mkdir()
+    access = os.access  # root may write everything
+    refused = {place: False}
+    monkeypatch.setattr(os, "access", lambda path, mode: refused.get(path, access(path, mode)))
+    with pytest.raises(UserError) as told:
+        session._check_writable(run_config(tmp_path))
+    assert str(told.value) == (
+        f"{place} is read-only; expected to add to it; give the right to write there, "
+        "or set run_dir"
+    )
+    session._check_writable(run_config(tmp_path, checkpoint={"resume": "never"}))
+    refused.clear()
+    session._check_writable(run_config(tmp_path))
+
+
 def test_a_page_that_cannot_be_written_does_not_fail_the_run(tmp_path, capsys):
     cpu_device()
     from megatron_rl.observe.console import Console
