@@ -93,6 +93,9 @@ def _engine(rollout: RolloutConfig) -> str:
     if engine_of(rollout).servers:
         which = ", ".join(servers.urls) or f"{servers.start} started with {servers.python}"
         which = f" servers: {which}"
+        # An option of vLLM and SGLang alike: what executes code is never left unsaid.
+        if any(word.startswith("--trust-remote-code") for word in servers.options):
+            which += ", which execute code of the model's directory (--trust-remote-code)"
     steps = "one step" if rollout.lag == 1 else f"{rollout.lag} steps"
     ahead = f", answers {steps} ahead" if rollout.lag else ""
     return f"{rollout.engine}{which}{ahead}"

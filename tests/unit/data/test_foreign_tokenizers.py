@@ -1,6 +1,7 @@
 """Tokenizers of others: with code of their own, or with tokens the model has no row for."""
 
 import ast
+import contextlib
 import json
 from pathlib import Path
 
@@ -89,6 +90,27 @@ def test_the_header_names_what_executes_code():
     assert found["sandbox"] == "seccomp, Landlock 7, no root rights"
 
 
+#: What executes a directory's code, or asks whether it may.
+EXECUTING = ("from_pretrained", "from_config", "pipeline", "load_dataset", "snapshot_download")
+
+
+@pytest.mark.parametrize("kind", ["own", "qwen3_moe", None])
+def test_a_configuration_with_code_is_not_asked_about_either(tmp_path, monkeypatch, kind):
+    """Where the tokenizer has no class, transformers looks at config.json."""
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(text))
+    hugging_face.save_tokenizer(tmp_path)
+    path, marker = tmp_path / "tokenizer_config.json", tmp_path / "marker"
+    settings = json.loads(path.read_text())
+    del settings["tokenizer_class"]
+    path.write_text(json.dumps(settings))
+    config = {"auto_map": {"AutoConfig": "own_code.OwnConfig"}, "model_type": kind}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own_code.py").write_text(CODE.format(marker=str(marker)))
+    with contextlib.suppress(UserError):  # no class, or one that transformers has
+        load_tokenizer(TokenizerConfig(kind="huggingface", path=tmp_path))
+    assert not marker.exists()
+
+
 def test_nothing_leaves_it_to_transformers_to_ask():
     """Every call says whether code is executed, in the package, the tools and the tests."""
     calls, silent = 0, []
@@ -98,7 +120,7 @@ def test_nothing_leaves_it_to_transformers_to_ask():
                 if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                     continue
                 owner = getattr(node.func.value, "id", None)
-                if node.func.attr == "from_pretrained" and owner != "GenerationConfig":
+                if node.func.attr in EXECUTING and owner not in ("GenerationConfig", "self"):
                     calls += 1
                     said = {keyword.arg for keyword in node.keywords}
                     silent += [] if "trust_remote_code" in said else [f"{path}:{node.lineno}"]

@@ -16,6 +16,11 @@ from tests.support.tiny import cpu_device
             {"servers": {"start": 2, "python": "venv/bin/python"}, "lag": 1},
             "vllm servers: 2 started with venv/bin/python, answers one step ahead",
         ),
+        (
+            {"servers": {"start": 1, "python": "py", "options": ["--trust-remote-code"]}},
+            "vllm servers: 1 started with py, which execute code of the model's directory "
+            "(--trust-remote-code)",
+        ),
     ],
 )
 def test_engine(rollout, text):
