@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Protocol
+from typing import Any, Iterator, Mapping, Protocol
 
 from megatron_rl.config.reward import PART, TAKEN
-from megatron_rl.errors import UserError, printable
+from megatron_rl.errors import RunFailed, UserError, printable
+from megatron_rl.files import reason as reason_of
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,17 @@ def require(record: Mapping[str, Any], key: str, verifier: str) -> Any:
             f"add {key!r} to every line of the data set or set reward.name to another verifier"
         )
     return record[key]
+
+
+@contextlib.contextmanager
+def started(what: str) -> Iterator[None]:
+    """In the block an OSError (a full disk, too many files or processes) becomes `RunFailed`: the
+    machine's fault, and neither the answer's nor the verifier's.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{what} could not be started ({reason_of(error)}); expected room for temporary files, "
+            "and processes and open files left; mend it and run the same command to continue"
+        ) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any, Iterable, Mapping
 
-from megatron_rl.rewards.base import Reward, make_reward
+from megatron_rl.rewards.base import Reward, make_reward, started
 from megatron_rl.rewards.code_record import read_problem
 from megatron_rl.rewards.fences import begins_with_fence, fenced_blocks, loose_blocks
 from megatron_rl.rewards.sandbox import Job, Limits, run_program
@@ -24,7 +24,7 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     """1.0 if the program passes every test inside the sandbox, else 0.0; well formed: it compiles.
 
     Raises ``UserError`` if the record lacks tests or their entry point, or where the sandbox cannot
-    be had.
+    be had; ``RunFailed`` where the machine has no room for it.
     """
     problem = read_problem(record)
     if not completion.strip():
@@ -37,7 +37,8 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     prompt = prompt if isinstance(prompt, str) else ""
     programs = build_programs(prompt, completion, problem.entry_point)
     job = Job(programs, problem.entry_point, problem.tests, problem.cases, prompt)
-    outcome = run_program(job, Limits())
+    with started("the code sandbox"):
+        outcome = run_program(job, Limits())
     return make_reward(outcome.passed, outcome.compiled, outcome.reason)
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.rewards.base import started
 
 #: For a worker to start: imports may come from a busy disk; seconds.
 _START_S = 300.0
@@ -46,7 +47,8 @@ class WorkerPool:
         """The reply of a worker, a verdict of its own words, "late" or "killed".
 
         A worker that something else has ended (the machine was out of memory) is no verdict: the
-        line is asked once more. ``UserError`` where a worker cannot start.
+        line is asked once more. ``UserError`` where a worker cannot start, ``RunFailed`` where the
+        machine has no room for one.
         """
         reply = self._ask_once(line)
         return self._ask_once(line) if reply == "killed" else reply
@@ -77,19 +79,16 @@ class WorkerPool:
         return self._start()
 
     def _start(self) -> subprocess.Popen:
-        worker = subprocess.Popen(
-            # Run as a script, it would import the math.py beside it, not the standard library's.
-            [
-                sys.executable,
-                "-c",
-                f"import runpy; runpy.run_path({str(self._script)!r}, run_name='__main__')",
-                str(self._cpu_s),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        # Run as a script, it would import the math.py beside it, not the standard library's.
+        code = f"import runpy; runpy.run_path({str(self._script)!r}, run_name='__main__')"
+        with started(self._script.stem):
+            worker = subprocess.Popen(
+                [sys.executable, "-c", code, str(self._cpu_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         ready = _read_line(worker, time.monotonic() + _START_S)
         if ready != "ready":
             _end(worker)

@@ -123,7 +123,7 @@ def _reward(judge: Judge, record: Mapping[str, Any], text: str) -> Reward:
 def _raise_first(calls: Sequence[tuple[Future[Reward], Judge, Prompt]]) -> None:
     for future, judge, prompt in calls:
         error = future.exception() if future.done() else None
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, RunFailed)):
             raise error
         if error is not None:
             raise RunFailed(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.rewards import VERIFIERS
 from megatron_rl.rewards.code import MAX_CHARACTERS, build_programs
 
@@ -185,3 +185,16 @@ def test_humaneval():
         assert right.value == 1.0, (record["task_id"], right.reason)
         wrong = VERIFIERS["code"](record, "    return None\n")
         assert wrong.value == 0.0, record["task_id"]
+
+
+def test_a_full_disk_is_not_the_answers_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(RunFailed) as told:
+        VERIFIERS["code"](RECORD, WHOLE)
+    said = str(told.value)
+    assert said.startswith("the code sandbox could not be started (No such file or directory: ")
+    assert f"{tmp_path}/gone/" in said and "\n" not in said
+    assert said.endswith(
+        "expected room for temporary files, and processes and open files left; mend it and run the "
+        "same command to continue"
+    )

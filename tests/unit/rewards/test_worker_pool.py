@@ -1,5 +1,6 @@
 """Workers side by side, what ends them, and that a busy machine changes no verdict."""
 
+import errno
 import os
 import signal
 import threading
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from megatron_rl.errors import RunFailed
 from megatron_rl.rewards import math as math_room
 from megatron_rl.rewards.math import MathVerifier
 
@@ -127,3 +129,16 @@ def test_what_the_machine_kills_is_compared_by_another_child():
     thread.join()
     assert results == [1.0]
     assert children(verify) != [first]
+
+
+def test_a_machine_without_room_for_a_worker_is_one_line(monkeypatch):
+    def too_many(*words, **settings):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("megatron_rl.rewards.worker_pool.subprocess.Popen", too_many)
+    with pytest.raises(RunFailed) as told:
+        judge(MathVerifier())
+    assert str(told.value) == (
+        "math_worker could not be started (Too many open files); expected room for temporary "
+        "files, and processes and open files left; mend it and run the same command to continue"
+    )

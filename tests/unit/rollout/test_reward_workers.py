@@ -133,6 +133,8 @@ def failing(kind):
             return require(record, "answer", "mine")
         if kind == "raises":
             raise KeyError("key")
+        if kind == "machine":
+            raise RunFailed("no room for a sandbox")
         return 1.0 if kind == "returns" else Reward(float("nan"))
 
     mine = [["bad"], ["good"]][dist.get_rank()]
@@ -148,13 +150,14 @@ def failing(kind):
         ("returns", RunFailed, "the verifier 'mine' raised TypeError it returned float, not a "),
         ("nan", RunFailed, "the verifier 'mine' raised ValueError reward nan; "),
         ("record", UserError, "record with problem; the verifier 'mine' expects 'answer'; "),
+        ("machine", RunFailed, "no room for a sandbox"),
     ],
 )
 def test_a_verifier_that_fails_is_one_error_on_all_ranks(kind, error, message):
     (one, here), (other, there) = run_on_ranks(2, failing, kind)
     assert one is other is error
     assert here == there and here.startswith(message)
-    if error is RunFailed:
+    if error is RunFailed and kind != "machine":
         assert "on an answer to problem 7 (from 0); expected" in here
 
 
