@@ -3,12 +3,13 @@ time left."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TextIO
 
+from megatron_rl.errors import RunFailed
+from megatron_rl.files import reason
 from megatron_rl.observe.metric_table import split_part
 
 _Format = Callable[[float], str]
@@ -98,6 +99,9 @@ class SilentConsole:
         """Name what is going on now, such as ``phase("rollout", 128, 256)``; only the progress
         display shows it."""
 
+    def confirm(self) -> None:
+        """For verbs whose result is what they show. RunFailed: some of it could not be written."""
+
     def __enter__(self) -> SilentConsole:
         return self
 
@@ -119,7 +123,7 @@ class Console(SilentConsole):
     ) -> None:
         """total_steps: None where the verb has no steps; start_step: steps done before (resume);
         stream: stdout."""
-        stream = _Steady(sys.stdout if stream is None else stream)
+        self._stream = stream = _Steady(sys.stdout if stream is None else stream)
         self._total = total_steps
         rich = kind == "rich" or (kind == "auto" and stream.isatty())
         self._display: _PlainDisplay | _RichDisplay
@@ -154,6 +158,14 @@ class Console(SilentConsole):
         count = "" if done is None else f" {done}" if total is None else f" {done}/{total}"
         self._display.phase(name + count)
 
+    def confirm(self) -> None:
+        failure = self._stream.failure
+        if failure is not None:
+            raise RunFailed(
+                f"the result could not be shown in full ({reason(failure)}); expected room for "
+                "it; make room and give the command again"
+            )
+
     def __enter__(self) -> Console:
         self._display.start()
         return self
@@ -168,17 +180,24 @@ class _Steady:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.failure: OSError | None = None  #: the first, but for readers that have gone
 
     def write(self, text: str) -> int:
         """The stream's, or nothing."""
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """The stream's, or nothing."""
-        with contextlib.suppress(OSError):
-            self._stream.flush()
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            self.failure = self.failure or error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

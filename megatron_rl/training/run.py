@@ -129,6 +129,7 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
         with contextlib.closing(engine):
             evaluate_problems(session, engine, problems, sums)
         session.console.eval(step, session.reduce(sums))
+        session.console.confirm()
 
 
 def generate(
@@ -148,6 +149,7 @@ def generate(
         with contextlib.closing(engine):
             for group in engine.generate(mine, settings):
                 session.console.note(f"{group.prompt.text}{group.completions[0].text}")
+        session.console.confirm()
 
 
 def _held_out(data: RunData) -> list[Prompt]:

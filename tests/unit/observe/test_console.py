@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from megatron_rl.errors import RunFailed
 from megatron_rl.observe.console import Console, SilentConsole, eval_line, step_line
 
 METRICS = {
@@ -126,3 +127,28 @@ def test_a_log_that_cannot_be_written_ends_nothing(kind, capsys):
             console.warn("disk full")
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
     assert ("warning: disk full" in capsys.readouterr().err) == (kind == "plain")
+
+
+def test_a_result_that_could_not_be_shown_is_a_failure_where_it_is_asked():
+    """A run goes on without its log; ``generate`` and ``evaluate`` have nothing else."""
+    with open("/dev/full", "w") as full:
+        console = Console("plain", "generate", stream=full)
+        console.note("an answer")
+        with pytest.raises(RunFailed) as told:
+            console.confirm()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
+    assert str(told.value) == (
+        "the result could not be shown in full (No space left on device); expected room for it; "
+        "make room and give the command again"
+    )
+    fine = Console("plain", "generate", stream=io.StringIO())
+    fine.note("an answer")
+    fine.confirm()
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does
+    pipe = open(writing, "w")
+    console = Console("plain", "generate", stream=pipe)
+    console.note("an answer")
+    console.confirm()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # so that it can be closed
+    pipe.close()
