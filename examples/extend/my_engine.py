@@ -27,7 +27,8 @@ class TransformersEngine(WholeAnswers):
         if self._model is None:
             parts, directory = self._parts, self._parts.config.run_dir / "my_engine"
             export_model(parts.chunks, parts.groups, parts.config.model, directory, replace=True)
-            self._model = AutoModelForCausalLM.from_pretrained(directory).to(parts.device).eval()
+            model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+            self._model = model.to(parts.device).eval()
         return [RolloutGroup(prompt, self._answers(prompt, settings)) for prompt in prompts]
 
     def _answers(self, prompt, settings):
