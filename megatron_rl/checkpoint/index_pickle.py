@@ -65,11 +65,15 @@ class Record:
         self.fields: dict[str, Any] = {}
 
     def fill(self, state: Any) -> None:
-        """What unpickling the object with this state sets. Refused: more, or something else."""
+        """What unpickling the object with this state sets. Refused: more, or something else; again,
+        for what has been a key meanwhile would be another one.
+        """
         if self.kind == "TensorProperties":
             state = _properties(state)
-        if type(state) is not dict or not state.keys() <= self._names:
+        if type(state) is not dict or not state.keys() <= self._names or self.fields:
             raise Refused(f"attributes that a {self.kind} does not have")
+        if self.kind == "MetadataIndex":
+            _check_key(state)
         self.fields.update(state)
 
 
@@ -95,6 +99,13 @@ def _properties(state: Any) -> dict[str, Any]:
         if not right(value):
             raise Refused(f"properties of a tensor with a {name} that is none")
     return dict(zip(_PROPERTIES, state))
+
+
+def _check_key(state: dict[str, Any]) -> None:
+    """Of a MetadataIndex, whose hash torch computes when its pickle sets an item by it."""
+    right = type(state.get("fqn")) is str and type(state.get("offset")) in (Size, type(None))
+    if not right or type(state.get("index")) not in (int, type(None)):
+        raise Refused("a key of a shard that is none")
 
 
 def _size(numbers: Any = ()) -> Size:
@@ -197,7 +208,8 @@ class _Unpickler(pickle._Unpickler):
         if type(self.stack[-1]) is not dict or len(pairs) % 2:
             raise Refused("sets items of what is no dict")
         for key, value in zip(pairs[::2], pairs[1::2]):
-            if not (type(key) is str or isinstance(key, Record)):
+            place = isinstance(key, Record) and key.kind == "MetadataIndex" and key.fields
+            if not (type(key) is str or place):
                 raise Refused("a key that is no text")
             self.stack[-1][key] = value
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,27 @@ def check_index(directory: Path) -> None:
     """
     path = directory / INDEX
     try:
-        index = read_index(read_bounded(path, MOST_BYTES))
-        objects = _checked(index, _sizes(directory))
+        data = read_bounded(path, MOST_BYTES)
+        objects = _checked(read_index(data), _sizes(directory))
     except FileNotFoundError:
         raise Damaged(f"{path} is missing; expected it in a checkpoint") from None
     except OSError as error:
         raise _unsafe(path, str(error.strerror)) from error
     except Refused as error:
         raise _unsafe(path, str(error)) from error
+    _check_unpickled(path, data)
     for stored in objects:
         _check_object(directory / stored["relative_path"], stored["offset"], stored["length"])
+
+
+def _check_unpickled(path: Path, data: bytes) -> None:
+    """What is known to be safe is read as torch will: it may be damaged in ways that the reader
+    here, which is written in Python, does not mind (a frame that is cut short).
+    """
+    try:
+        pickle.loads(data)
+    except Exception as error:  # noqa: BLE001 - a damaged pickle raises anything
+        raise _unsafe(path, f"a damaged pickle ({type(error).__name__})") from error
 
 
 def _unsafe(path: Path, reason: str) -> Damaged:

@@ -303,6 +303,33 @@ def test_a_key_whose_hash_takes_for_ever_is_not_hashed(tmp_path):
         check_index(tmp_path)
 
 
+def test_the_hash_of_a_key_is_that_of_a_name_and_a_size(tmp_path):
+    """torch hashes a key when its pickle sets the item, whatever becomes of the key later, and
+    wherever the dict is.
+    """
+    new = METADATA + b"MetadataIndex\n)\x81"
+    slow = b"}(X\x06\x00\x00\x00offset" + pickle.dumps(nested(60), 2)[2:-1] + b"u"
+    good = b"}(X\x03\x00\x00\x00fqnX\x01\x00\x00\x00wu"
+    reasons = {
+        new + slow + b"b": "a key of a shard that is none",
+        new + good + b"b" + good + b"b": "attributes that a MetadataIndex does not have",
+        b"}" + new + b"K\x01s": "a key that is no text",
+        b"}" + METADATA + b"StorageMeta\n)\x81" + b"K\x01s": "a key that is no text",
+    }
+    for stored, reason in reasons.items():
+        (tmp_path / ".metadata").write_bytes(b"\x80\x04" + stored + b".")
+        with pytest.raises(Damaged, match=f"read safely: {reason}; expected"):
+            check_index(tmp_path)
+
+
+def test_what_torch_cannot_read_is_one_line(tmp_path, monkeypatch):
+    """Whatever it is that the reader here has not minded."""
+    index_of(tmp_path)
+    monkeypatch.setattr("pickle.loads", lambda data: [][1])
+    with pytest.raises(Damaged, match="read safely: a damaged pickle .IndexError.; expected"):
+        check_index(tmp_path)
+
+
 def test_an_index_that_is_none_is_one_line(tmp_path):
     with pytest.raises(Damaged, match=".metadata is missing; expected it in a checkpoint"):
         check_index(tmp_path)
