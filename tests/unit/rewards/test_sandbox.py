@@ -269,24 +269,60 @@ def decide(code: bytes, architecture: int, number: int, arguments: tuple[int, ..
             return operand == 0x7FFF0000
 
 
+WAITING = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None, use_errno=True)
+def refused(call, *arguments):
+    ctypes.set_errno(0)
+    return call(*arguments) == -1 and ctypes.get_errno() == 1
+def f(x):
+    memory = mmap.mmap(-1, 4096)
+    place = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    size = ctypes.c_size_t(4096)
+    return [
+        refused(libc.open, os.__file__.encode(), os.O_DIRECT),
+        refused(libc.syscall, {"x86_64": 324, "aarch64": 283}[os.uname().machine], 1, 0, 0),
+        *(refused(libc.madvise, place, size, advice) for advice in (3, 21, 22)),
+        refused(libc.madvise, place, size, mmap.MADV_DONTNEED),
+    ]
+"""
+
+
+def test_no_call_waits_for_the_machine_in_the_programs_place():
+    # Such a wait is no sleep: it would be ended by the limit for a machine that is stuck only.
+    assert run(WAITING, "assert f(0) == [True] * 5 + [False]") == Outcome(
+        True, True, "all tests passed"
+    )
+
+
 @pytest.mark.parametrize(
-    ("machine", "architecture", "openat", "allowed", "refused"),
+    ("machine", "architecture", "openat", "madvise", "direct", "allowed", "refused"),
     [
-        # read, write, mmap, exit_group | socket, clone, fork, execve, kill, unlink, ptrace, clone3
-        ("x86_64", 0xC000003E, 257, (0, 1, 9, 231), (41, 56, 57, 59, 62, 87, 101, 435)),
-        # read, write, mmap, exit_group | socket, clone, execve, kill, unlinkat, ptrace, clone3
-        ("aarch64", 0xC00000B7, 56, (63, 64, 222, 94), (198, 220, 221, 129, 35, 117, 435)),
+        # read, write, mmap, exit_group
+        # | socket, clone, fork, execve, kill, unlink, ptrace, clone3, membarrier
+        (
+            *("x86_64", 0xC000003E, 257, 28, 0x4000),
+            *((0, 1, 9, 231), (41, 56, 57, 59, 62, 87, 101, 435, 324)),
+        ),
+        # | socket, clone, execve, kill, unlinkat, ptrace, clone3, membarrier
+        (
+            *("aarch64", 0xC00000B7, 56, 233, 0x10000),
+            *((63, 64, 222, 94), (198, 220, 221, 129, 35, 117, 435, 283)),
+        ),
     ],
 )
-def test_filter(machine, architecture, openat, allowed, refused):
+def test_filter(machine, architecture, openat, madvise, direct, allowed, refused):
     code = build_filter(machine)
     assert all(decide(code, architecture, number) for number in allowed)
     assert not any(decide(code, architecture, number) for number in refused)
     assert not any(decide(code, 0x40000003, number) for number in allowed)  # 32-bit calls
     assert not any(decide(code, architecture, 0x40000000 | number) for number in allowed)  # x32
     assert decide(code, architecture, openat, (0, 0, os.O_RDONLY | os.O_CLOEXEC))
-    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE):
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE, direct):
         assert not decide(code, architecture, openat, (0, 0, flags))
+    # MADV_DONTNEED, _FREE, _HUGEPAGE | _NORMAL, _WILLNEED, _PAGEOUT, _POPULATE_READ
+    assert all(decide(code, architecture, madvise, (0, 0, advice)) for advice in (4, 8, 14))
+    assert not any(decide(code, architecture, madvise, (0, 0, a)) for a in (0, 3, 21, 22))
 
 
 LIMITED = """
