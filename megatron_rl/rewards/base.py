@@ -66,3 +66,12 @@ def require(record: Mapping[str, Any], key: str, verifier: str) -> Any:
             f"add {key!r} to every line of the data set or set reward.name to another verifier"
         )
     return record[key]
+
+
+def prompt_texts(value: Any) -> list[str]:
+    """The texts of a prompt: text, or chat messages."""
+    if isinstance(value, str):
+        return [value]
+    messages = value if isinstance(value, list) else []
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    return [text for text in contents if isinstance(text, str)]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any, Iterable, Mapping
 
-from megatron_rl.rewards.base import Reward, make_reward
-from megatron_rl.rewards.code_record import read_problem
+from megatron_rl.rewards.base import Reward, make_reward, prompt_texts
+from megatron_rl.rewards.code_record import is_python, prompt_sources, read_problem
 from megatron_rl.rewards.fences import begins_with_fence, fenced_blocks, loose_blocks
 from megatron_rl.rewards.sandbox import Job, Limits, run_program
 
@@ -36,7 +36,9 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     prompt = record.get("prompt") if problem.entry_point else ""
     prompt = prompt if isinstance(prompt, str) else ""
     programs = build_programs(prompt, completion, problem.entry_point)
-    job = Job(programs, problem.entry_point, problem.tests, problem.cases, prompt)
+    shown = prompt or "\n\n".join(prompt_texts(record.get("prompt") or record.get("messages")))
+    own = "\n".join(prompt_sources(shown))
+    job = Job(programs, problem.entry_point, problem.tests, problem.cases, own)
     outcome = run_program(job, Limits())
     return make_reward(outcome.passed, outcome.compiled, outcome.reason)
 
@@ -64,8 +66,13 @@ def _program(prompt: str, code: str, entry_point: str) -> str:
     if name is None:
         return prompt + code
     method = entry_point.rpartition("().")[2]
-    starts = [found.start() for key in (name, method) if (found := _definition(key).search(prompt))]
-    return prompt[: min(starts)] + "\n" + code if starts else code
+    head = re.compile("|".join(_definition(key).pattern for key in (name, method)), re.MULTILINE)
+    for source in prompt_sources(prompt):
+        if (found := head.search(source)) is not None:
+            before = source[: found.start()] + "\n"
+            # A decorator may be the last line of it; of a prompt in words it is no Python.
+            return before + code if is_python(before + "def f(): pass") else code
+    return code
 
 
 def _from_fences(completion: str, entry_point: str) -> list[str]:

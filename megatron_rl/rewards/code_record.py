@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import warnings
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any, Mapping
 
 from megatron_rl.errors import UserError, one_line
 from megatron_rl.rewards.base import require
+from megatron_rl.rewards.fences import fenced_blocks
 
 _REMEDY = "correct the data set"
 
@@ -63,6 +66,33 @@ def check_code_record(record: Mapping[str, Any]) -> None:
             f"tests that do not compile ({one_line(error)[:120]}); the verifier 'code' expects "
             f"Python source; {_REMEDY}"
         ) from error
+
+
+def prompt_sources(prompt: str) -> list[str]:
+    """The Python of a prompt: all of it, or the fenced blocks of a text that has some; what breaks
+    off behind the head of a function is completed there.
+    """
+    if "```" not in prompt and "~~~" not in prompt or _completed(prompt) is not None:
+        return [prompt]
+    blocks = [_completed(block.text) for block in fenced_blocks(prompt) if block.is_python]
+    return [block for block in blocks if block is not None] or [prompt]
+
+
+def _completed(text: str) -> str | None:
+    ends = ("", "\n    pass\n", "\n        pass\n")
+    return next((text + end for end in ends if is_python(text + end)), None)
+
+
+@functools.lru_cache(maxsize=256)
+def is_python(text: str) -> bool:
+    """Whether it can be read as Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _input_output(record: Mapping[str, Any]) -> Mapping[str, Any]:

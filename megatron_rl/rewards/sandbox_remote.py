@@ -28,6 +28,7 @@ _ERRORS = {
     and not name.endswith("Group")
 }
 _TYPES = {name: made for name, made in _BUILTINS.items() if isinstance(made, type)}
+_SHOWN = ("__doc__", "__name__", "__qualname__")  # the other special ones are of this process
 _COPIED = (dict, list, tuple, set, frozenset, int, float, str)  # their subclasses go as these
 
 
@@ -214,30 +215,36 @@ class Program:
 
 
 class Remote:
-    """Stands for a function, class or object of the program: it can be called, asked for its
-    attributes, and iterated. It is equal to nothing and neither true nor false, so that no test
-    passes because of what it is.
-    """
+    # Stands for a function, class or object of the program: it can be called, asked for its
+    # attributes, and iterated. It is equal to nothing and neither true nor false, so that no test
+    # passes because of what it is. No docstring: that is asked for as well.
 
-    __slots__ = ("_program", "_place")
+    __slots__ = ("__program", "__place")
     __hash__ = None
 
     def __init__(self, program: Program, place: str | int) -> None:
-        self._program, self._place = program, place
+        self.__program, self.__place = program, place
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._program.call(self._place, arguments, named)
+        return self.__program.call(self.__place, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name not in _SHOWN:
             raise AttributeError(name)
-        return self._program.value("get", self._place, name)
+        return self.__program.value("get", self.__place, name)
 
     def __iter__(self) -> Remote:
-        return self._program.value("iter", self._place)
+        return self.__program.value("iter", self.__place)
 
     def __next__(self) -> Any:
-        return self._program.value("next", self._place)
+        return self.__program.value("next", self.__place)
+
+    @property
+    def __doc__(self) -> Any:
+        return self.__getattr__("__doc__")
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError("an object of the program is copied; expected a plain value")
 
     def __eq__(self, other: object) -> bool:
         raise TypeError("an object of the program is compared; expected a plain value")
@@ -250,7 +257,7 @@ class Remote:
 
 
 def _target(remote: Remote) -> dict:
-    place = object.__getattribute__(remote, "_place")
+    place = object.__getattribute__(remote, "_Remote__place")
     return {"object" if type(place) is int else "name": place}
 
 

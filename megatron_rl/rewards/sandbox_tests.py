@@ -1,0 +1,163 @@
+"""What the judge of a program runs: the tests of a record, in all the forms that they may have.
+
+The names that tests use are theirs, the prompt's, or modules; all others are the program's
+(``sandbox_remote.py``). What would pass without having run is an error. Standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import sys
+import types
+from typing import Any
+
+from megatron_rl.rewards.sandbox_remote import Program, Remote
+
+_VARIADIC = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
+_LATER = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
+_NOT_RUN = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+
+
+def run_tests(program: Program, entry_point: str, prompt: str, tests: str) -> None:
+    """Executes the tests; then their ``check``, functions ``test_*``, and classes."""
+    program.ask("execute")
+    module = types.ModuleType("tests")
+    sys.modules["tests"] = module
+    names = module.__dict__
+    code = compile(tests, "tests", "exec", dont_inherit=True)
+    owner, _, method = entry_point.rpartition("().")
+    own = {method, owner or "Solution"}
+    unknown = _names(code) - vars(builtins).keys() - (_define_prompt(names, prompt) - own)
+    modules = _modules(tests, unknown - own)
+    names.update({name: Remote(program, name) for name in unknown - modules.keys()})
+    names.update(modules)
+    names.pop("check", None)
+    entry = Remote(program, entry_point)
+    names.update({"candidate": entry, method: entry})
+    exec(code, names)
+    check = names.get("check")
+    if check is not None and type(check) is not Remote:  # the program's may be called so
+        _done(check(entry))
+    for name, test in list(names.items()):
+        if name.startswith("test_") and _is_test(name, test, 0):
+            _done(test())
+    _run_classes(module)
+
+
+def _define_prompt(names: dict, prompt: str) -> set[str]:
+    """What the prompt itself defines is the judge's own: a program cannot replace a helper that the
+    tests rely on. The names, also of functions and classes that could not be made.
+    """
+    names["__builtins__"] = builtins
+    tree = _parse_prompt(prompt)
+    futures = [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module == "__future__"]
+    # One by one: behind an import of what is not there, helpers are still defined.
+    for statement in tree.body:
+        part = ast.Module([*futures, statement], [])
+        try:
+            exec(compile(part, "prompt", "exec", dont_inherit=True), names)
+        # A prompt may be a sentence that happens to be an expression.
+        except (Exception, SystemExit):  # noqa: BLE001
+            pass
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {*names, *(s.name for s in tree.body if isinstance(s, definitions))}
+
+
+def _parse_prompt(prompt: str) -> ast.Module:
+    for end in ("", "\n    pass\n", "\n        pass\n"):
+        try:
+            return ast.parse(prompt + end)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # it breaks off behind the head of a function, or it is no Python
+    return ast.Module([], [])
+
+
+def _modules(tests: str, unknown: set[str]) -> dict[str, types.ModuleType]:
+    """Modules of the standard library that tests use and do not import, as `math` in
+    `math.isclose(...)`: the program's own `math` would say what it likes.
+    """
+    nodes = list(ast.walk(ast.parse(tests)))
+    owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    uses = [node for node in nodes if isinstance(node, ast.Name)]
+    otherwise = {node.id for node in uses if id(node) not in owners}
+    wanted = ({node.id for node in uses} - otherwise) & unknown & sys.stdlib_module_names
+    return {name: importlib.import_module(name) for name in wanted}
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """All names that a piece of code, with the functions in it, may look up globally."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _is_test(name: str, test: Any, given: int) -> bool:
+    """Whether it is a function of no more arguments than are ``given``; what takes others is called
+    by tests. Of a wrapper, the function inside counts; where that is not known it is a test.
+    """
+    if type(test) is not types.FunctionType:
+        return False
+    test = _unwrapped(test)
+    code = test.__code__
+    required = code.co_argcount - len(test.__defaults__ or ()) - given
+    required += code.co_kwonlyargcount - len(test.__kwdefaults__ or {})
+    wraps = test.__closure__ is not None and name != test.__name__
+    return required <= 0 and (not code.co_flags & _VARIADIC or wraps)
+
+
+def _unwrapped(test: types.FunctionType) -> types.FunctionType:
+    while type(inner := getattr(test, "__wrapped__", None)) is types.FunctionType:
+        test = inner
+    return test
+
+
+def _done(result: Any) -> None:
+    """AssertionError if a test that returned this has not run."""
+    if type(result) in _NOT_RUN:
+        raise AssertionError(f"a test is a {type(result).__name__}: it does not run")
+
+
+def _run_classes(module: types.ModuleType) -> None:
+    """``unittest`` classes; others "Test..." as pytest does, without fixtures."""
+    made = [each for each in vars(module).values() if isinstance(each, type)]
+    unittest = sys.modules.get("unittest")
+    cases = [each for each in made if unittest is not None and issubclass(each, unittest.TestCase)]
+    for each in dict.fromkeys(made):
+        own = each.__name__.startswith("Test") and each.__module__ == module.__name__
+        if own and each.__init__ is object.__init__ and not any(issubclass(c, each) for c in cases):
+            _run_class(each)
+    if cases:
+        _run_unittest(unittest, module, cases)
+
+
+def _run_class(made: type) -> None:
+    methods = {name: getattr(made, name) for name in dir(made) if name.startswith("test_")}
+    tests = [method for name, method in methods.items() if _is_test(name, method, 1)]
+    prepare = getattr(made, "setup_method", None)
+    if tests and hasattr(made, "setup_class"):
+        made.setup_class()
+    for test in tests:
+        instance = made()
+        if prepare is not None:
+            prepare(*(instance, test)[: prepare.__code__.co_argcount])
+        _done(test(instance))
+
+
+def _run_unittest(unittest: Any, module: types.ModuleType, cases: list[type]) -> None:
+    loader = unittest.defaultTestLoader
+    for case in cases:
+        for test in (getattr(case, name) for name in loader.getTestCaseNames(case)):
+            if type(test) is types.FunctionType and _unwrapped(test).__code__.co_flags & _LATER:
+                raise AssertionError(
+                    f"{test.__name__} is a coroutine or generator: it does not run"
+                )
+    suite = loader.loadTestsFromModule(module)
+    if not suite.countTestCases():
+        return
+    result = unittest.TestResult()
+    suite.run(result)
+    if result.testsRun == len(result.skipped) or not result.wasSuccessful():
+        bad = result.errors + result.failures
+        why = bad[0][1].strip().rpartition("\n")[2] if bad else "no test has run"
+        raise AssertionError(why)
