@@ -11,6 +11,7 @@ of its classes, text]; "callback" asks for a function that was an argument.
 from __future__ import annotations
 
 import builtins
+import functools
 import os
 import sys
 import types
@@ -139,7 +140,7 @@ class Server:
 
     def _resolve(self, tag: str, content: Any) -> Any:
         if tag == "builtin":
-            return getattr(builtins, content)
+            return functools.reduce(getattr, content.split("."), builtins)
         return self._callback(content) if tag == "callback" else self._find(content)
 
     def _callback(self, place: int) -> Callable:

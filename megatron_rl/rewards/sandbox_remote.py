@@ -192,8 +192,7 @@ class Program:
         """Arguments that are no plain values."""
         if type(value) is Remote:
             return _target(value)
-        name = getattr(value, "__name__", None)
-        if type(name) is str and _BUILTINS.get(name) is value:
+        if (name := _builtin_name(value)) is not None:
             return {"builtin": name}
         for copied in _COPIED:
             if isinstance(value, copied):
@@ -259,6 +258,19 @@ class Remote:
 def _target(remote: Remote) -> dict:
     place = object.__getattribute__(remote, "_Remote__place")
     return {"object" if type(place) is int else "name": place}
+
+
+def _builtin_name(value: Any) -> str | None:
+    """Of what the program has as well: "len", "str.upper". As functions of this process they could
+    look into it: ``str.format`` reads any attribute.
+    """
+    name, owner = getattr(value, "__name__", None), getattr(value, "__objclass__", None)
+    if type(name) is not str:
+        return None
+    if owner is None:
+        return name if _BUILTINS.get(name) is value else None
+    known = type(owner) is type and _TYPES.get(owner.__name__) is owner
+    return f"{owner.__name__}.{name}" if known and vars(owner).get(name) is value else None
 
 
 def write_back(old: Any, new: Any) -> None:

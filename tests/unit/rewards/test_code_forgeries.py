@@ -158,6 +158,20 @@ def test_no_weakness_of_tests_is_used(program, tests):
     assert not run_program(job, LIMITS).passed
 
 
+def test_a_function_of_a_builtin_class_shows_nothing_of_the_judge():
+    shown = "{0._Remote__program} {0.__init__.__globals__[os].environ}"
+    program = TAKEN_OVER + (
+        "number = wire.receive(q)[0]\n"
+        f"wire.send(a, [number, 'callback', 0, [{shown!r}, {{'object': 0}}], {{'dict': []}}])\n"
+        "wire.send(a, [number, 'value', wire.receive(q)[2], None])"
+    )
+    outcome = run_program(Job([program], "f", "assert 'Program' not in f(str.format)"), LIMITS)
+    assert outcome.reason == "answered with no plain values: IndexError: list index out of range"
+    tests = "assert f(str.upper, 'a') == 'A' and f(str.format, '{}', 2) == '2'"
+    tests += "\nassert f(dict.get, {1: 2}, 1) == 2 and f(max, 1, 2) == 2"
+    assert run_program(Job(["def f(g, *x): return g(*x)"], "f", tests), LIMITS).passed
+
+
 @pytest.mark.parametrize(
     "action",
     [
