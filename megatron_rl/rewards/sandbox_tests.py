@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
+import symtable
 import sys
 import types
 from typing import Any
@@ -26,17 +27,18 @@ def run_tests(program: Program, entry_point: str, prompt: str, tests: str) -> No
     module = types.ModuleType("tests")
     sys.modules["tests"] = module
     names = module.__dict__
-    code = compile(tests, "tests", "exec", dont_inherit=True)
+    table = symtable.symtable(tests, "tests", "exec")
     owner, _, method = entry_point.rpartition("().")
     own = {method, owner or "Solution"}
-    unknown = _names(code) - vars(builtins).keys() - (_define_prompt(names, prompt) - own)
+    known = vars(builtins).keys() | _define_prompt(names, prompt) | _bound(table)
+    unknown = _used(table) - (known - own)
     modules = _modules(tests, unknown - own)
     names.update({name: Remote(program, name) for name in unknown - modules.keys()})
     names.update(modules)
     names.pop("check", None)
     entry = Remote(program, entry_point)
     names.update({"candidate": entry, method: entry})
-    exec(code, names)
+    exec(compile(tests, "tests", "exec", dont_inherit=True), names)
     check = names.get("check")
     if check is not None and type(check) is not Remote:  # the program's may be called so
         _done(check(entry))
@@ -74,22 +76,27 @@ def _parse_prompt(prompt: str) -> ast.Module:
     return ast.Module([], [])
 
 
+def _bound(table: symtable.SymbolTable) -> set[str]:
+    """What tests bind themselves, be it where it is missing: `try: ok`, `except NameError: ...`."""
+    return {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+
+
+def _used(table: symtable.SymbolTable) -> set[str]:
+    """All names that tests, with the functions in them, may look up globally."""
+    outermost = table.get_type() == "module"
+    found = (s for s in table.get_symbols() if (s.is_referenced() if outermost else s.is_global()))
+    return {s.get_name() for s in found}.union(*map(_used, table.get_children()))
+
+
 def _modules(tests: str, unknown: set[str]) -> dict[str, types.ModuleType]:
     """Modules of the standard library that tests use and do not import, as `math` in
     `math.isclose(...)`: the program's own `math` would say what it likes.
     """
     nodes = list(ast.walk(ast.parse(tests)))
     owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
-    uses = [node for node in nodes if isinstance(node, ast.Name)]
-    otherwise = {node.id for node in uses if id(node) not in owners}
-    wanted = ({node.id for node in uses} - otherwise) & unknown & sys.stdlib_module_names
+    otherwise = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in owners}
+    wanted = (unknown - otherwise) & sys.stdlib_module_names
     return {name: importlib.import_module(name) for name in wanted}
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """All names that a piece of code, with the functions in it, may look up globally."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
 
 
 def _is_test(name: str, test: Any, given: int) -> bool:

@@ -98,6 +98,15 @@ def test_a_helper_of_the_prompt_is_not_the_programs(prompt):
         assert value("assert ok(f(2))", "def f(x): return 4", prompt) == 1.0
 
 
+def test_what_tests_define_where_it_is_missing_is_not_the_programs():
+    tests = "try: ok\nexcept NameError:\n def ok(x): return x == 4\nassert ok(f(2))"
+    assert value(tests, FORGED) == 0.0
+    assert value(tests, "def f(x): return 4") == 1.0
+    runner = "class T:\n def test_a(self): assert f(1) == 2\nT().test_a()\n"
+    runner += "for name in list(globals()):\n if name.startswith('test_'): globals()[name]()"
+    assert value(runner, RIGHT) == 1.0  # the name of a method is no name of the program's
+
+
 def test_a_module_that_tests_do_not_import_is_not_the_programs():
     forged = "class math:\n    isclose = lambda *a: True\n" + WRONG
     assert value("assert math.isclose(f(1), 2)", forged) == 0.0
