@@ -242,14 +242,17 @@ class Remote:
     def __doc__(self) -> Any:
         return self.__getattr__("__doc__")
 
+    # For good: a test that catches the TypeError has not seen what it compares.
     def __reduce_ex__(self, protocol: int) -> NoReturn:
-        raise TypeError("an object of the program is copied; expected a plain value")
+        self.__program.stop(TypeError("an object of the program is copied; expected a plain value"))
 
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("an object of the program is compared; expected a plain value")
+    def __eq__(self, other: object) -> NoReturn:
+        what = "an object of the program is compared; expected a plain value"
+        self.__program.stop(TypeError(what))
 
-    def __bool__(self) -> bool:
-        raise TypeError("an object of the program as a condition; expected a plain value")
+    def __bool__(self) -> NoReturn:
+        what = "an object of the program as a condition; expected a plain value"
+        self.__program.stop(TypeError(what))
 
     def __repr__(self) -> str:
         return "<object of the program>"

@@ -136,6 +136,11 @@ def test_no_forgery_earns_a_reward(program):
         ("class f:\n def __init__(s, x): pass", "assert f(1) != 2"),
         ("class f:\n def __init__(s, x): pass", "assert f(1)"),
         ("class f:\n def __init__(s, x): pass", "assert not f(1)"),
+        (
+            "class f:\n def __init__(s, x): pass",
+            "r = f(1)\ntry: assert r == 2\nexcept TypeError: pass",
+        ),
+        ("class f:\n def __init__(s, x): pass", "r = f(1)\ntry: assert r\nexcept TypeError: pass"),
         ("def f(x): return 1", "def test_f(): assert f(1) == 2"),
         ("def f(x): return 1", "class T:\n def test(self): assert f(1) == 2"),
         ("f = 0", ""),
