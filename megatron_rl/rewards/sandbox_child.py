@@ -10,6 +10,7 @@ of its classes, text]; "callback" asks for a function that was an argument.
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import functools
 import os
@@ -81,15 +82,21 @@ class Server:
                 view = view[os.write(descriptor, view) :]
             os.lseek(descriptor, 0, os.SEEK_SET)
         sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
-        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stdout = sys.__stdout__ = printed = open(1, "w", encoding="utf-8", closefd=False)
         try:
             self._execute("__main__")
         except SystemExit as leaving:
             if leaving.code not in (None, 0):
                 raise
-        sys.stdout.flush()
-        length = os.lseek(1, 0, os.SEEK_END)
-        return [os.pread(1, length, 0).decode("utf-8", "replace")]
+        # As an interpreter ends: what writes then, and files of the program that hold text back.
+        atexit._run_exitfuncs()
+        for file in (sys.stdout, printed):
+            if not file.closed:
+                file.flush()
+        if (module := sys.modules.pop("__main__", None)) is not None:
+            vars(module).clear()
+        length = os.lseek(self._files[1], 0, os.SEEK_END)
+        return [os.pread(self._files[1], length, 0).decode("utf-8", "replace")]
 
     def _execute(self, name: str) -> dict[str, Any]:
         module = types.ModuleType(name)

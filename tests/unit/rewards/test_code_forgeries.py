@@ -313,6 +313,15 @@ TABLE = {"inputs": ["2\n3 4\n", ["1", "5"]], "outputs": ["7\n", "5"]}
             1.0,
         ),
         (TABLE, "n, *x = map(int, open(0).read().split())\nprint(sum(x))", 1.0),
+        (TABLE, SUM + "\nimport sys; sys.stdout.close()", 1.0),
+        (TABLE, SUM.replace("print(", "open(1, 'w').write('%d' % "), 1.0),
+        (TABLE, "out = open(1, 'w')\n" + SUM.replace("print(", "out.write('%d' % "), 1.0),
+        (
+            TABLE,
+            "import atexit, io, sys\nsys.stdout = text = io.StringIO()\n"
+            f"atexit.register(lambda: sys.__stdout__.write(text.getvalue()))\n{SUM}",
+            1.0,
+        ),
         (TABLE, SUM + "\nprint(7)", 0.0),
         (TABLE, "print(7)", 0.0),
         (TABLE, SUM + "\nraise SystemExit(1)", 0.0),
