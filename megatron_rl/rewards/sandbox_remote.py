@@ -150,7 +150,8 @@ class Program:
         except AssertionError as error:  # of a test: the program shall not be able to catch it
             self.stop(error)
         except Exception as error:  # noqa: BLE001 the program's, like that of any function it calls
-            reply = ["error", type(error).__name__, clean(str(error), 1000)]
+            nearest = next(c for c in type(error).__mro__ if c.__module__ == "builtins")
+            reply = ["error", nearest.__name__, clean(str(error), 1000)]
         try:
             send(self._requests, [number, *reply])
         except OSError:

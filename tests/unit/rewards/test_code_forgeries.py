@@ -261,6 +261,10 @@ HONEST = {
         "def f(g, x): return [g(y) for y in x]",
         "assert f(lambda y: y * 2, [1, 2]) == [2, 4]",
     ),
+    "callback, its exception": (
+        "def f(g):\n try: g()\n except ValueError as e: return str(e)",
+        "class E(ValueError): pass\ndef g(): raise E('bad')\nassert f(g) == 'bad'",
+    ),
     "callback that calls": (
         "def f(g): return g() + 1 if g else 1",
         "assert f(lambda: f(None)) == 2",
