@@ -16,12 +16,16 @@ import functools
 import os
 import sys
 import types
+from operator import delitem, getitem, setitem
 from typing import Any, Callable
 
 from megatron_rl.rewards.sandbox_wire import pack, receive, send, unpack
 
 _MAX_TEXT = 1000
 _PLAIN_BASES = (bool, int, float, complex, str, bytes, bytearray, dict, list, tuple, set, frozenset)
+_APPLIED = {function.__name__: function for function in (delattr, len, setattr)}
+_APPLIED |= {function.__name__: function for function in (delitem, getitem, setitem)}
+_APPLIED["str"] = str
 
 
 class Server:
@@ -115,6 +119,10 @@ class Server:
     def do_get(self, target: str | int, name: str) -> list:
         return [self._pack(getattr(self._find(target), name))]
 
+    def do_apply(self, name: str, target: Any, arguments: Any) -> list:
+        function = _APPLIED[name]
+        return [self._pack(function(self._unpack(target), *self._unpack(arguments)))]
+
     def do_iter(self, target: str | int) -> list:
         return [self._refer(iter(self._find(target)))]
 
@@ -148,6 +156,8 @@ class Server:
     def _resolve(self, tag: str, content: Any) -> Any:
         if tag == "builtin":
             return functools.reduce(getattr, content.split("."), builtins)
+        if tag == "thing":
+            return object()
         return self._callback(content) if tag == "callback" else self._find(content)
 
     def _callback(self, place: int) -> Callable:

@@ -11,7 +11,7 @@ import builtins
 import os
 import signal
 import time
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 from megatron_rl.rewards.sandbox_wire import BROKEN, pack, receive, send, unpack
 
@@ -68,6 +68,8 @@ class Program:
             send(self._requests, [number, verb, *content])
         except OSError:
             self._ended()
+        except ValueError as error:
+            self.stop(error)
         while True:
             kind, parts = self._receive(number)
             if kind == "value":
@@ -82,7 +84,7 @@ class Program:
         """
         self.calls += 1
         result, changed = self._checked(
-            self.ask("call", target, self.pack(list(arguments)), self.pack(named)), 2
+            self.ask("call", target, self.argument(list(arguments)), self.argument(named)), 2
         )
         if result is None and changed is not None:
             if type(changed) is not list or len(changed) != 2:
@@ -94,6 +96,13 @@ class Program:
     def value(self, verb: str, *content: Any) -> Any:
         """The one value of a reply."""
         return self._checked(self.ask(verb, *content), 1)[0]
+
+    def argument(self, value: Any) -> Any:
+        """Packed. What cannot be is no error that a test may expect of the program."""
+        try:
+            return self.pack(value)
+        except (TypeError, ValueError) as error:
+            self.stop(error)
 
     def pack(self, value: Any) -> Any:
         return pack(value, self._refer)
@@ -198,6 +207,8 @@ class Program:
         for copied in _COPIED:
             if isinstance(value, copied):
                 return self.pack(copied(value))
+        if type(value) is object:
+            return {"thing": None}
         if isinstance(value, type) or not callable(value):
             raise TypeError(
                 f"an argument of type {type(value).__name__}; expected plain values or functions"
@@ -214,16 +225,36 @@ class Program:
         raise ValueError(f"a value of type {tag[:20]!r}")
 
 
+def _applied(name: str) -> Callable:
+    """What Python does to an object by a method of its class: the program does it."""
+
+    def apply(remote: Remote, *arguments: Any) -> Any:
+        program = object.__getattribute__(remote, "_Remote__program")
+        return program.value("apply", name, _target(remote), program.argument(list(arguments)))
+
+    return apply
+
+
+def _refusal(what: str) -> Callable:
+    """For good: a test that expects a TypeError shall hear of the program's only."""
+
+    def refuse(remote: Remote, *_: Any) -> NoReturn:
+        program = object.__getattribute__(remote, "_Remote__program")
+        program.stop(TypeError(f"an object of the program {what}; expected a plain value"))
+
+    return refuse
+
+
 class Remote:
-    # Stands for a function, class or object of the program: it can be called, asked for its
-    # attributes, and iterated. It is equal to nothing and neither true nor false, so that no test
-    # passes because of what it is. No docstring: that is asked for as well.
+    # Stands for a function, class or object of the program: it can be called, iterated, asked for
+    # its attributes, items, length and text. It is equal to nothing and neither true nor false, so
+    # that no test passes because of what it is. No docstring: that is asked for as well.
 
     __slots__ = ("__program", "__place")
-    __hash__ = None
 
     def __init__(self, program: Program, place: str | int) -> None:
-        self.__program, self.__place = program, place
+        object.__setattr__(self, "_Remote__program", program)
+        object.__setattr__(self, "_Remote__place", place)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.__program.call(self.__place, arguments, named)
@@ -243,17 +274,13 @@ class Remote:
     def __doc__(self) -> Any:
         return self.__getattr__("__doc__")
 
-    # For good: a test that catches the TypeError has not seen what it compares.
-    def __reduce_ex__(self, protocol: int) -> NoReturn:
-        self.__program.stop(TypeError("an object of the program is copied; expected a plain value"))
-
-    def __eq__(self, other: object) -> NoReturn:
-        what = "an object of the program is compared; expected a plain value"
-        self.__program.stop(TypeError(what))
-
-    def __bool__(self) -> NoReturn:
-        what = "an object of the program as a condition; expected a plain value"
-        self.__program.stop(TypeError(what))
+    __reduce_ex__ = _refusal("is copied")
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _refusal("is compared")
+    __bool__ = _refusal("as a condition")
+    __hash__ = _refusal("is hashed")
+    __setattr__, __delattr__ = _applied("setattr"), _applied("delattr")
+    __getitem__, __setitem__ = _applied("getitem"), _applied("setitem")
+    __delitem__, __len__, __str__ = _applied("delitem"), _applied("len"), _applied("str")
 
     def __repr__(self) -> str:
         return "<object of the program>"

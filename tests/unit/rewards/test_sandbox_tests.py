@@ -150,3 +150,53 @@ def test_the_beginning_of_a_function_in_the_prompt(prompt, completion):
     assert (
         value("assert f(4) == 2", f"```python\ndef f(x): return {completion}\n```", prompt) == 1.0
     )
+
+
+POINT = "class P:\n def __init__(s, x): s.x = x\ndef f(x): return P(x)\n"
+LISTED = """
+class S:
+    def __init__(s): s.x = [1, 2, 3]
+    def __len__(s): return len(s.x)
+    def __getitem__(s, i): return s.x[i]
+    def __setitem__(s, i, v): s.x[i] = v
+    def __delitem__(s, i): del s.x[i]
+    def __str__(s): return f"S{s.x}"
+def f(): return S()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (POINT, "p = f(1)\np.x = [5]\nassert p.x == [5]\ndel p.x\nassert not hasattr(p, 'x')"),
+        ("def f(x): f.calls += 1", "f.calls = 0\nf(1)\nf(1)\nassert f.calls == 2"),
+        (LISTED, "s = f()\ns[0] = 5\nassert s[0] == 5 and len(s) == 3 and str(s) == 'S[5, 2, 3]'"),
+        (LISTED, "s = f()\ndel s[0]\nassert 2 in s and list(s) == [2, 3] == [*reversed(s)][::-1]"),
+        ("def f(): yield 1", "assert list(f()) == [1]"),
+        ("def f(x): return x + 1", "try: f(object())\nexcept TypeError: ok = 1\nassert ok"),
+    ],
+)
+def test_what_python_does_to_objects(program, tests):
+    assert value(tests, program) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "statement"),
+    [
+        ("AttributeError", "p.x = 5"),
+        ("AttributeError", "del p.x"),
+        ("TypeError", "p[0] = 5"),
+        ("TypeError", "len(p)"),
+        ("TypeError", "p < p"),
+        ("TypeError", "hash(p)"),
+        ("TypeError", "f(object())"),
+        ("TypeError", "f(Foo())"),
+        ("ValueError", "f(deep)"),
+        ("ValueError", "f('x' * 17 * 2**20)"),
+    ],
+)
+def test_an_error_that_the_judge_raises_is_none_that_a_test_expects(error, statement):
+    tests = "deep = []\nfor _ in range(200): deep = [deep]\nclass Foo: pass\n"
+    tests += f"p = f(1)\ntry: {statement}\nexcept {error}: ok = 1\nassert ok"
+    program = POINT + "P.__setitem__ = P.__lt__ = lambda *a: True\nP.__len__ = lambda s: 1"
+    assert value(tests, program) == 0.0
