@@ -71,7 +71,8 @@ def _reason(error: BaseException) -> str:
         if isinstance(error, Stopped):
             text = str(error)
         return clean(text.rstrip(": "), _MAX_REASON)
-    except ValueError:  # an integer of too many digits in it
+    # An integer of too many digits in it, or an object of the program, which is asked for its text.
+    except BaseException:  # noqa: BLE001
         return type(error).__name__
 
 

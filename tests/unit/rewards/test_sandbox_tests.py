@@ -200,3 +200,11 @@ def test_an_error_that_the_judge_raises_is_none_that_a_test_expects(error, state
     tests += f"p = f(1)\ntry: {statement}\nexcept {error}: ok = 1\nassert ok"
     program = POINT + "P.__setitem__ = P.__lt__ = lambda *a: True\nP.__len__ = lambda s: 1"
     assert value(tests, program) == 0.0
+
+
+@pytest.mark.parametrize("text", ["os._exit(0)", "1 / 0", "'all tests passed'"])
+def test_the_text_of_an_object_in_a_message_changes_no_verdict(text):
+    program = f"import os\nclass A:\n def __str__(s): return {text}\ndef f(x): return A()"
+    record = {"tests": "assert 0 == 1, f(1)", "entry_point": "f"}
+    reward = VERIFIERS["code"](record, program)
+    assert reward.value == 0.0 and reward.reason.startswith("AssertionError")
