@@ -11,7 +11,12 @@ import re
 from typing import Any, Iterable, Mapping
 
 from megatron_rl.rewards.base import Reward, make_reward, prompt_texts
-from megatron_rl.rewards.code_record import is_python, prompt_sources, read_problem
+from megatron_rl.rewards.code_record import (
+    is_python,
+    prompt_definitions,
+    prompt_sources,
+    read_problem,
+)
 from megatron_rl.rewards.fences import begins_with_fence, fenced_blocks, loose_blocks
 from megatron_rl.rewards.sandbox import Job, Limits, run_program
 
@@ -37,7 +42,7 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     prompt = prompt if isinstance(prompt, str) else ""
     programs = build_programs(prompt, completion, problem.entry_point)
     shown = prompt or "\n\n".join(prompt_texts(record.get("prompt") or record.get("messages")))
-    own = "\n".join(prompt_sources(shown))
+    own = prompt_definitions(shown)
     job = Job(programs, problem.entry_point, problem.tests, problem.cases, own)
     outcome = run_program(job, Limits())
     return make_reward(outcome.passed, outcome.compiled, outcome.reason)

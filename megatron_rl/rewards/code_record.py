@@ -23,6 +23,10 @@ from megatron_rl.rewards.base import require
 from megatron_rl.rewards.fences import fenced_blocks
 
 _REMEDY = "correct the data set"
+_DEFINING = (
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom),
+    *(ast.Assign, ast.AnnAssign),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,16 @@ def prompt_sources(prompt: str) -> list[str]:
         return [prompt]
     blocks = [_completed(block.text) for block in fenced_blocks(prompt) if block.is_python]
     return [block for block in blocks if block is not None] or [prompt]
+
+
+def prompt_definitions(prompt: str) -> str:
+    """What a prompt defines, for the tests: of fenced blocks no example that does something."""
+    sources = prompt_sources(prompt)
+    if sources == [prompt]:
+        return prompt
+    statements = [statement for source in sources for statement in ast.parse(source).body]
+    kept = [statement for statement in statements if isinstance(statement, _DEFINING)]
+    return ast.unparse(ast.Module(kept, []))
 
 
 def _completed(text: str) -> str | None:

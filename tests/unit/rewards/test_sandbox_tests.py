@@ -88,7 +88,8 @@ FORGED = "def ok(x): return True\n" + WRONG
         f"import not_there\n{HELPER}",
         f"@not_there\n{HELPER}",  # it cannot be made, and is not the program's either
         f"Given\n```python\n{HELPER}```\nwrite f.",
-        f"So\n```python\nassert f(2) == 4\n```\nwith\n```py\n{HELPER}def f(x):\n    # here\n```\n",
+        "So\n```python\nassert f(2) == 4\nwhile True: pass\n```\n"
+        f"with\n```py\n{HELPER}def f(x):\n    # here\n```\n",
         [{"role": "user", "content": f"Given\n```python\n{HELPER}```\nwrite f."}],
     ],
 )
