@@ -41,11 +41,19 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     prompt = record.get("prompt") if problem.entry_point else ""
     prompt = prompt if isinstance(prompt, str) else ""
     programs = build_programs(prompt, completion, problem.entry_point)
-    shown = prompt or "\n\n".join(prompt_texts(record.get("prompt") or record.get("messages")))
-    own = prompt_definitions(shown)
+    own = prompt_definitions(prompt or _said_to_model(record))
     job = Job(programs, problem.entry_point, problem.tests, problem.cases, own)
     outcome = run_program(job, Limits())
     return make_reward(outcome.passed, outcome.compiled, outcome.reason)
+
+
+def _said_to_model(record: Mapping[str, Any]) -> str:
+    """Of chat messages; none of its own, for the tests rely on what is defined there."""
+    messages = record.get("prompt") or record.get("messages")
+    if not isinstance(messages, list):
+        return ""
+    given = [m for m in messages if isinstance(m, Mapping) and m.get("role") != "assistant"]
+    return "\n\n".join(prompt_texts(given))
 
 
 def build_programs(prompt: str, completion: str, entry_point: str) -> list[str]:

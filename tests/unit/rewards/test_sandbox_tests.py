@@ -28,10 +28,16 @@ FORMS = {
     "default": "def test_a(n=1): assert f(n) == n + 1",
     "class": "class TestF:\n def test_a(self): assert f(1) == 2",
     "class, inherited": "class B:\n def test_a(self): assert f(1) == 2\nclass TestF(B): pass",
+    "class, method of it": "class TestF:\n @classmethod\n def test_a(c): assert f(1) == 2",
+    "class, function": "class TestF:\n @staticmethod\n def test_a(): assert f(1) == 2",
+    "unittest, unknown": WRAPPERS + UNIT + "@bare\n async def test_a(self): assert f(1) == 2",
     "unittest, coroutine": UNIT + "async def test_a(self): assert f(1) == 2",
     "unittest, generator": UNIT + "def test_a(self):\n  yield\n  assert f(1) == 2",
     "unittest, wrapped": WRAPPERS + UNIT + "@deco\n async def test_a(self): assert f(1) == 2",
 }
+
+
+RUN = {form for form in FORMS if "async" not in FORMS[form] and "yield" not in FORMS[form]}
 
 
 def value(tests, program, prompt="", entry_point="f"):
@@ -44,7 +50,7 @@ def test_no_test_is_passed_over(tests):
     assert value("f(1)\n" + tests, WRONG) == 0.0
 
 
-@pytest.mark.parametrize("tests", ["wrapped", "wrapped, unknown", "default", "class"])
+@pytest.mark.parametrize("tests", sorted(RUN))
 def test_right_programs_pass_what_runs(tests):
     assert value(FORMS[tests], RIGHT) == 1.0
 
@@ -97,6 +103,12 @@ def test_a_helper_of_the_prompt_is_not_the_programs(prompt):
     assert value("assert ok(f(2))", FORGED, prompt) == 0.0
     if "@" not in prompt:
         assert value("assert ok(f(2))", "def f(x): return 4", prompt) == 1.0
+
+
+def test_what_the_model_has_said_before_is_no_helper():
+    message = {"role": "assistant", "content": "```python\ndef ok(x): return True\n```"}
+    assert value("assert ok(f(2))", WRONG, [message]) == 0.0
+    assert value("assert ok(f(2))", WRONG, [dict(message, role="user")]) == 1.0
 
 
 def test_what_tests_define_where_it_is_missing_is_not_the_programs():
