@@ -176,6 +176,22 @@ def test_a_stuck_machine_is_not_waited_for_without_end():
     assert outcome == Outcome(False, True, "stopped after 1 s, kept from running")
 
 
+def test_signals_that_the_trainer_ignores_or_blocks_are_the_sandboxs_own():
+    ends = GOOD + "import os\ndef f(x): os._exit(0)"
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        outcome = run(ends, "try: f(1)\nexcept Exception: pass")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert outcome == Outcome(False, True, "ended before its tests were done")
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXCPU})
+    try:
+        outcome = run("while True: pass")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert outcome == Outcome(False, True, "stopped after 1 s of processor time")
+
+
 def test_memory_is_limited():
     assert run(GOOD + "x = bytearray(300 * 2**20)").reason == "MemoryError"
     assert run(GOOD + "x = bytearray(100 * 2**20)").passed
