@@ -23,6 +23,7 @@ from megatron_rl.rewards.sandbox import Job, Limits, run_program
 #: Longest completion that is run, characters.
 MAX_CHARACTERS = 100_000
 _MOST_READINGS = 8
+_FUTURE = re.compile(r"^from __future__ import [\w, ]+\n", re.MULTILINE)
 
 
 def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
@@ -82,9 +83,11 @@ def _program(prompt: str, code: str, entry_point: str) -> str:
     head = re.compile("|".join(_definition(key).pattern for key in (name, method)), re.MULTILINE)
     for source in prompt_sources(prompt):
         if (found := head.search(source)) is not None:
-            before = source[: found.start()] + "\n"
+            # Imports of what is to come stand at the beginning of a program.
+            before = "".join(_FUTURE.findall(code)) + source[: found.start()] + "\n"
             # A decorator may be the last line of it; of a prompt in words it is no Python.
-            return before + code if is_python(before + "def f(): pass") else code
+            follows = is_python(before + "def f(): pass")
+            return before + _FUTURE.sub("\n", code) if follows else code
     return code
 
 
