@@ -33,6 +33,7 @@ getpid 39 172, getppid 110 173, gettid 186 178
 getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, exit 60 93, exit_group 231 94
 """
 _FLAGS_ARGUMENT = {"open": 1, "openat": 2}
+_FUTEX_PRIVATE = 0x80  # among the threads of one process
 # MADV_DONTNEED, MADV_FREE, MADV_HUGEPAGE: what memory allocators ask for
 _ADVICE = (4, 8, 14)
 # Machine -> (AUDIT_ARCH constant of its 64-bit ABI, column of the table above, number of kill,
@@ -82,6 +83,14 @@ def build_filter(machine: str, opens: bool = True, may_kill: int = 0) -> bytes:
                 (_IF_EQUAL, 0, 4, number),
                 (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * _FLAGS_ARGUMENT[name]),
                 (_IF_ANY_BIT, 1, 0, _WRITING_FLAGS | direct),
+                (_RETURN, 0, 0, _ALLOW),
+                (_RETURN, 0, 0, _REFUSE),
+            ]
+        elif name == "futex":  # another process may wait on the page of a file that both can read
+            code += [
+                (_IF_EQUAL, 0, 4, number),
+                (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * 1),
+                (_IF_ANY_BIT, 0, 1, _FUTEX_PRIVATE),
                 (_RETURN, 0, 0, _ALLOW),
                 (_RETURN, 0, 0, _REFUSE),
             ]

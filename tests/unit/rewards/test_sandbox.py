@@ -304,6 +304,21 @@ def f(x):
 """
 
 
+def test_two_programs_cannot_wake_each_other():
+    program = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+def f(operation):
+    page = libc.mmap(None, 4096, mmap.PROT_READ, mmap.MAP_SHARED, os.open(os.__file__, 0), 0)
+    number = {"x86_64": 202, "aarch64": 98}[os.uname().machine]
+    ctypes.set_errno(0)
+    return libc.syscall(number, ctypes.c_void_p(page), operation, 1, 0, 0, 0), ctypes.get_errno()
+"""
+    # FUTEX_WAKE of what other processes wait for; of this process's threads
+    assert run(program, "assert [f(1), f(0x81)] == [(-1, 1), (0, 0)]").passed
+
+
 def test_no_call_waits_for_the_machine_in_the_programs_place():
     # Such a wait is no sleep: it would be ended by the limit for a machine that is stuck only.
     assert run(WAITING, "assert f(0) == [True] * 5 + [False]") == Outcome(
@@ -338,6 +353,11 @@ def test_filter(machine, architecture, openat, madvise, direct, allowed, refused
         assert not decide(code, architecture, openat, (0, 0, flags))
     # MADV_DONTNEED, _FREE, _HUGEPAGE | _NORMAL, _WILLNEED, _PAGEOUT, _POPULATE_READ
     assert all(decide(code, architecture, madvise, (0, 0, advice)) for advice in (4, 8, 14))
+    futex = {0xC000003E: 202, 0xC00000B7: 98}[architecture]
+    assert decide(code, architecture, futex, (0, 0x80)) and decide(
+        code, architecture, futex, (0, 0x189)
+    )
+    assert not any(decide(code, architecture, futex, (0, operation)) for operation in (0, 1, 0x109))
     assert not any(decide(code, architecture, madvise, (0, 0, a)) for a in (0, 3, 21, 22))
 
 
