@@ -70,6 +70,15 @@ def require(record: Mapping[str, Any], key: str, verifier: str) -> Any:
     return record[key]
 
 
+def prompt_texts(value: Any) -> list[str]:
+    """The texts of a prompt: text, or chat messages."""
+    if isinstance(value, str):
+        return [value]
+    messages = value if isinstance(value, list) else []
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    return [text for text in contents if isinstance(text, str)]
+
+
 @contextlib.contextmanager
 def started(what: str) -> Iterator[None]:
     """In the block an OSError (a full disk, too many files or processes) becomes `RunFailed`: the

@@ -10,14 +10,20 @@ from __future__ import annotations
 import re
 from typing import Any, Iterable, Mapping
 
-from megatron_rl.rewards.base import Reward, make_reward, started
-from megatron_rl.rewards.code_record import read_problem
+from megatron_rl.rewards.base import Reward, make_reward, prompt_texts, started
+from megatron_rl.rewards.code_record import (
+    is_python,
+    prompt_definitions,
+    prompt_sources,
+    read_problem,
+)
 from megatron_rl.rewards.fences import begins_with_fence, fenced_blocks, loose_blocks
 from megatron_rl.rewards.sandbox import Job, Limits, run_program
 
 #: Longest completion that is run, characters.
 MAX_CHARACTERS = 100_000
 _MOST_READINGS = 8
+_FUTURE = re.compile(r"^from __future__ import [\w, ]+\n", re.MULTILINE)
 
 
 def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
@@ -36,10 +42,20 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     prompt = record.get("prompt") if problem.entry_point else ""
     prompt = prompt if isinstance(prompt, str) else ""
     programs = build_programs(prompt, completion, problem.entry_point)
-    job = Job(programs, problem.entry_point, problem.tests, problem.cases, prompt)
+    own = prompt_definitions(prompt or _said_to_model(record))
+    job = Job(programs, problem.entry_point, problem.tests, problem.cases, own)
     with started("the code sandbox"):
         outcome = run_program(job, Limits())
     return make_reward(outcome.passed, outcome.compiled, outcome.reason)
+
+
+def _said_to_model(record: Mapping[str, Any]) -> str:
+    """Of chat messages; none of its own, for the tests rely on what is defined there."""
+    messages = record.get("prompt") or record.get("messages")
+    if not isinstance(messages, list):
+        return ""
+    given = [m for m in messages if isinstance(m, Mapping) and m.get("role") != "assistant"]
+    return "\n\n".join(prompt_texts(given))
 
 
 def build_programs(prompt: str, completion: str, entry_point: str) -> list[str]:
@@ -65,8 +81,15 @@ def _program(prompt: str, code: str, entry_point: str) -> str:
     if name is None:
         return prompt + code
     method = entry_point.rpartition("().")[2]
-    starts = [found.start() for key in (name, method) if (found := _definition(key).search(prompt))]
-    return prompt[: min(starts)] + "\n" + code if starts else code
+    head = re.compile("|".join(_definition(key).pattern for key in (name, method)), re.MULTILINE)
+    for source in prompt_sources(prompt):
+        if (found := head.search(source)) is not None:
+            # Imports of what is to come stand at the beginning of a program.
+            before = "".join(_FUTURE.findall(code)) + source[: found.start()] + "\n"
+            # A decorator may be the last line of it; of a prompt in words it is no Python.
+            follows = is_python(before + "def f(): pass")
+            return before + _FUTURE.sub("\n", code) if follows else code
+    return code
 
 
 def _from_fences(completion: str, entry_point: str) -> list[str]:

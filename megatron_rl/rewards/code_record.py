@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import warnings
 from dataclasses import dataclass
@@ -18,8 +20,13 @@ from typing import Any, Mapping
 
 from megatron_rl.errors import UserError, one_line
 from megatron_rl.rewards.base import require
+from megatron_rl.rewards.fences import fenced_blocks
 
 _REMEDY = "correct the data set"
+_DEFINING = (
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom),
+    *(ast.Assign, ast.AnnAssign),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,43 @@ def check_code_record(record: Mapping[str, Any]) -> None:
             f"tests that do not compile ({one_line(error)[:120]}); the verifier 'code' expects "
             f"Python source; {_REMEDY}"
         ) from error
+
+
+def prompt_sources(prompt: str) -> list[str]:
+    """The Python of a prompt: all of it, or the fenced blocks of a text that has some; what breaks
+    off behind the head of a function is completed there.
+    """
+    if "```" not in prompt and "~~~" not in prompt or _completed(prompt) is not None:
+        return [prompt]
+    blocks = [_completed(block.text) for block in fenced_blocks(prompt) if block.is_python]
+    return [block for block in blocks if block is not None] or [prompt]
+
+
+def prompt_definitions(prompt: str) -> str:
+    """What a prompt defines, for the tests: of fenced blocks no example that does something."""
+    sources = prompt_sources(prompt)
+    if sources == [prompt]:
+        return prompt
+    statements = [statement for source in sources for statement in ast.parse(source).body]
+    kept = [statement for statement in statements if isinstance(statement, _DEFINING)]
+    return ast.unparse(ast.Module(kept, []))
+
+
+def _completed(text: str) -> str | None:
+    ends = ("", "\n    pass\n", "\n        pass\n")
+    return next((text + end for end in ends if is_python(text + end)), None)
+
+
+@functools.lru_cache(maxsize=256)
+def is_python(text: str) -> bool:
+    """Whether it can be read as Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _input_output(record: Mapping[str, Any]) -> Mapping[str, Any]:

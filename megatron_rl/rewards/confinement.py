@@ -14,14 +14,16 @@ import sys
 
 # System calls a computing Python program needs: name, number on x86-64 and on ARM64 ("-": none).
 # All others fail with EPERM; open and openat do if they ask for more than reading. ftruncate works
-# on what is open for writing: the two files in memory that are a program's input and output.
+# on what is open for writing: the two files in memory that are a program's input and output. None
+# may wait for the machine again and again: that time is not held against a program (membarrier;
+# reading past the cache of files; madvise that empties it).
 _CALLS = """
 read 0 63, readv 19 65, pread64 17 67, write 1 64, writev 20 66, close 3 57, lseek 8 62
 open 2 -, openat 257 56, getdents64 217 61, getcwd 79 17, dup 32 23, dup2 33 -, dup3 292 24
 pipe2 293 59, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, statx 332 291, access 21 -
 faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, ftruncate 77 46
 mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214
-futex 202 98, set_robust_list 273 99, rseq 334 293, membarrier 324 283, restart_syscall 219 128
+futex 202 98, set_robust_list 273 99, rseq 334 293, restart_syscall 219 128
 rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132
 poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, sched_yield 24 124, wait4 61 260
 clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -
@@ -31,8 +33,12 @@ getpid 39 172, getppid 110 173, gettid 186 178
 getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, exit 60 93, exit_group 231 94
 """
 _FLAGS_ARGUMENT = {"open": 1, "openat": 2}
-# Machine -> (AUDIT_ARCH constant of its 64-bit ABI, column of the table above, number of kill)
-_MACHINES = {"x86_64": (0xC000003E, 1, 62), "aarch64": (0xC00000B7, 2, 129)}
+_FUTEX_PRIVATE = 0x80  # among the threads of one process
+# MADV_DONTNEED, MADV_FREE, MADV_HUGEPAGE: what memory allocators ask for
+_ADVICE = (4, 8, 14)
+# Machine -> (AUDIT_ARCH constant of its 64-bit ABI, column of the table above, number of kill,
+# O_DIRECT)
+_MACHINES = {"x86_64": (0xC000003E, 1, 62, 0x4000), "aarch64": (0xC00000B7, 2, 129, 0x10000)}
 
 # O_WRONLY | O_RDWR, O_CREAT, O_TRUNC, O_APPEND, O_TMPFILE
 _WRITING_FLAGS = 0x3 | 0x40 | 0x200 | 0x400 | 0x400000
@@ -61,7 +67,7 @@ def build_filter(machine: str, opens: bool = True, may_kill: int = 0) -> bytes:
 
     ``opens``: files may be opened for reading. ``may_kill``: the one process it may signal, if any.
     """
-    architecture, column, kill = _MACHINES[machine]
+    architecture, column, kill, direct = _MACHINES[machine]
     code = [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
         (_IF_EQUAL, 1, 0, architecture),
@@ -77,9 +83,25 @@ def build_filter(machine: str, opens: bool = True, may_kill: int = 0) -> bytes:
             code += [
                 (_IF_EQUAL, 0, 4, number),
                 (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * _FLAGS_ARGUMENT[name]),
-                (_IF_ANY_BIT, 1, 0, _WRITING_FLAGS),
+                (_IF_ANY_BIT, 1, 0, _WRITING_FLAGS | direct),
                 (_RETURN, 0, 0, _ALLOW),
                 (_RETURN, 0, 0, _REFUSE),
+            ]
+        elif name == "futex":  # another process may wait on the page of a file that both can read
+            code += [
+                (_IF_EQUAL, 0, 4, number),
+                (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * 1),
+                (_IF_ANY_BIT, 0, 1, _FUTEX_PRIVATE),
+                (_RETURN, 0, 0, _ALLOW),
+                (_RETURN, 0, 0, _REFUSE),
+            ]
+        elif name == "madvise":
+            code += [
+                (_IF_EQUAL, 0, 3 + len(_ADVICE), number),
+                (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * 2),
+                *((_IF_EQUAL, len(_ADVICE) - place, 0, a) for place, a in enumerate(_ADVICE)),
+                (_RETURN, 0, 0, _REFUSE),
+                (_RETURN, 0, 0, _ALLOW),
             ]
         else:
             code += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]

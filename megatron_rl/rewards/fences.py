@@ -6,6 +6,7 @@ stands in a block of Markdown is read as Markdown again.
 
 from __future__ import annotations
 
+import bisect
 import re
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ _OPENING = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _PYTHON = frozenset(("", "py", "python", "python2", "python3"))
 _MARKDOWN = frozenset(("markdown", "md"))
 _MOST_ENDS = 7
+_MOST_BEHIND = 64  # fences behind the end of a block that are looked at for another end of it
 #: Blocks of a text that are looked at: a model may repeat a fence for as long as it is let.
 MAX_BLOCKS = 64
 
@@ -45,12 +47,13 @@ def fenced_blocks(text: str) -> list[Block]:
 
 def _blocks(text: str) -> list[Block]:
     lines = text.split("\n")
+    fences = [n for n, line in enumerate(lines) if _OPENING.fullmatch(line.rstrip()) is not None]
     found, place = [], 0
     while place < len(lines):
         opening = _opening(lines[place])
         place += 1
         if opening is not None:
-            ends = _ends(lines, place, opening)
+            ends = _ends(lines, fences, place, opening)
             found.append((opening, place, ends))
             place = ends[0] + 1
     blocks = []
@@ -61,10 +64,15 @@ def _blocks(text: str) -> list[Block]:
     return blocks
 
 
-def _ends(lines: list[str], start: int, opening: re.Match[str]) -> list[int]:
+def _ends(lines: list[str], fences: list[int], start: int, opening: re.Match[str]) -> list[int]:
     """Lines that can end a block that begins at line ``start``, the one that does so first."""
     ends: list[int] = []
-    for number in range(start, len(lines)):
+    behind = 0
+    for place in range(bisect.bisect_left(fences, start), len(fences)):
+        number = fences[place]
+        behind += bool(ends)
+        if behind > _MOST_BEHIND:
+            break
         if _closes(lines[number], opening):
             ends.append(number)
         elif ends and _opens_another(lines[number]):

@@ -16,7 +16,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rewards.answers.algebra import Tree
 from megatron_rl.rewards.answers.compare import MAX_ANSWER_CHARACTERS, is_restated, is_same_answer
 from megatron_rl.rewards.answers.extract import extract_answer, last_boxed
-from megatron_rl.rewards.base import Reward, make_reward, require
+from megatron_rl.rewards.base import Reward, make_reward, prompt_texts, require
 from megatron_rl.rewards.worker_pool import WorkerPool
 
 #: Only this much of the end of a problem is searched for the answer's text, characters.
@@ -53,7 +53,8 @@ class MathVerifier:
             reason = f"answer of {len(answer)} characters, more than are read"
             return make_reward(False, True, reason)
         if is_same_answer(expected, answer, self._ask_worker):
-            problem = [text for key in _PROBLEM_KEYS for text in _texts(record.get(key))]
+            texts = [text for key in _PROBLEM_KEYS for text in prompt_texts(record.get(key))]
+            problem = [text[-MAX_PROBLEM_CHARACTERS:] for text in texts]
             if is_restated(expected, answer, problem):
                 return make_reward(False, True, f"answer {answer!a} restates the problem"[:300])
             return make_reward(True, True, "solved")
@@ -95,13 +96,3 @@ def reference_answer(answer: Any) -> str:
             "empty answer; the verifier 'math' expects a reference answer; correct the data set"
         )
     return text
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts of a prompt: text, or chat messages."""
-    if isinstance(value, str):
-        return [value[-MAX_PROBLEM_CHARACTERS:]]
-    if not isinstance(value, list):
-        return []
-    contents = [message.get("content") for message in value if isinstance(message, Mapping)]
-    return [text[-MAX_PROBLEM_CHARACTERS:] for text in contents if isinstance(text, str)]

@@ -10,16 +10,22 @@ of its classes, text]; "callback" asks for a function that was an argument.
 
 from __future__ import annotations
 
+import atexit
 import builtins
+import functools
 import os
 import sys
 import types
+from operator import delitem, getitem, setitem
 from typing import Any, Callable
 
 from megatron_rl.rewards.sandbox_wire import pack, receive, send, unpack
 
 _MAX_TEXT = 1000
 _PLAIN_BASES = (bool, int, float, complex, str, bytes, bytearray, dict, list, tuple, set, frozenset)
+_APPLIED = {function.__name__: function for function in (delattr, len, setattr)}
+_APPLIED |= {function.__name__: function for function in (delitem, getitem, setitem)}
+_APPLIED["str"] = str
 
 
 class Server:
@@ -80,15 +86,21 @@ class Server:
                 view = view[os.write(descriptor, view) :]
             os.lseek(descriptor, 0, os.SEEK_SET)
         sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
-        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stdout = sys.__stdout__ = printed = open(1, "w", encoding="utf-8", closefd=False)
         try:
             self._execute("__main__")
         except SystemExit as leaving:
             if leaving.code not in (None, 0):
                 raise
-        sys.stdout.flush()
-        length = os.lseek(1, 0, os.SEEK_END)
-        return [os.pread(1, length, 0).decode("utf-8", "replace")]
+        # As an interpreter ends: what writes then, and files of the program that hold text back.
+        atexit._run_exitfuncs()
+        for file in (sys.stdout, printed):
+            if not file.closed:
+                file.flush()
+        if (module := sys.modules.pop("__main__", None)) is not None:
+            vars(module).clear()
+        length = os.lseek(self._files[1], 0, os.SEEK_END)
+        return [os.pread(self._files[1], length, 0).decode("utf-8", "replace")]
 
     def _execute(self, name: str) -> dict[str, Any]:
         module = types.ModuleType(name)
@@ -106,6 +118,10 @@ class Server:
 
     def do_get(self, target: str | int, name: str) -> list:
         return [self._pack(getattr(self._find(target), name))]
+
+    def do_apply(self, name: str, target: Any, arguments: Any) -> list:
+        function = _APPLIED[name]
+        return [self._pack(function(self._unpack(target), *self._unpack(arguments)))]
 
     def do_iter(self, target: str | int) -> list:
         return [self._refer(iter(self._find(target)))]
@@ -139,7 +155,9 @@ class Server:
 
     def _resolve(self, tag: str, content: Any) -> Any:
         if tag == "builtin":
-            return getattr(builtins, content)
+            return functools.reduce(getattr, content.split("."), builtins)
+        if tag == "thing":
+            return object()
         return self._callback(content) if tag == "callback" else self._find(content)
 
     def _callback(self, place: int) -> Callable:

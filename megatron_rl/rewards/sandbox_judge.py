@@ -7,16 +7,14 @@ Writes lines to the trainer's pipe: "ready PID HELD", "compiled", and "passed", 
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import signal
-import sys
-import types
 from typing import Any
 
 from megatron_rl.rewards import confinement
 from megatron_rl.rewards.sandbox_remote import Killed, Program, Remote, Stopped, clean
+from megatron_rl.rewards.sandbox_tests import run_tests
 
 _MAX_REASON = 200
 
@@ -73,7 +71,8 @@ def _reason(error: BaseException) -> str:
         if isinstance(error, Stopped):
             text = str(error)
         return clean(text.rstrip(": "), _MAX_REASON)
-    except ValueError:  # an integer of too many digits in it
+    # An integer of too many digits in it, or an object of the program, which is asked for its text.
+    except BaseException:  # noqa: BLE001
         return type(error).__name__
 
 
@@ -101,69 +100,3 @@ def _listed(value: Any) -> Any:
 def _lines(text: str) -> list[str]:
     """Without white space at both ends of each line, and without empty lines at the end."""
     return [line.strip() for line in text.rstrip().split("\n")]
-
-
-def run_tests(program: Program, entry_point: str, prompt: str, tests: str) -> None:
-    """Executes the tests; then their ``check``, functions ``test_*`` and ``unittest`` classes."""
-    program.ask("execute")
-    module = types.ModuleType("tests")
-    sys.modules["tests"] = module
-    names = module.__dict__
-    _define_prompt(names, prompt)
-    owner, _, method = entry_point.rpartition("().")
-    entry = Remote(program, entry_point)
-    code = compile(tests, "tests", "exec", dont_inherit=True)
-    own = {method, owner or "Solution"}
-    for name in _names(code) - vars(builtins).keys() - (names.keys() - own):
-        names[name] = Remote(program, name)
-    names.pop("check", None)
-    names.update({"candidate": entry, method: entry})
-    exec(code, names)
-    check = names.get("check")
-    if check is not None:
-        check(entry)
-    for name, test in list(names.items()):
-        if name.startswith("test_") and type(test) is types.FunctionType and _argumentless(test):
-            test()
-    if "unittest" in sys.modules:
-        _run_unittest(module)
-
-
-def _define_prompt(names: dict, prompt: str) -> None:
-    """What the prompt itself defines is the judge's own: a program cannot replace a helper that the
-    tests rely on.
-    """
-    for end in ("", "\n    pass\n", "\n        pass\n"):
-        try:
-            code = compile(prompt + end, "prompt", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue  # it breaks off behind the head of a function, or it is no Python
-        try:
-            exec(code, names)
-        except Exception:  # noqa: BLE001 a prompt may be a sentence that happens to be an expression
-            pass
-        return
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """All names that a piece of code, with the functions in it, may look up globally."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
-
-
-def _argumentless(test: types.FunctionType) -> bool:
-    code = test.__code__
-    return code.co_argcount + code.co_kwonlyargcount == 0 and not code.co_flags & 0x0C
-
-
-def _run_unittest(module: types.ModuleType) -> None:
-    unittest = sys.modules["unittest"]
-    suite = unittest.defaultTestLoader.loadTestsFromModule(module)
-    if not suite.countTestCases():
-        return
-    result = unittest.TestResult()
-    suite.run(result)
-    if result.testsRun == len(result.skipped) or not result.wasSuccessful():
-        bad = result.errors + result.failures
-        why = bad[0][1].strip().rpartition("\n")[2] if bad else "no test has run"
-        raise AssertionError(why)

@@ -11,7 +11,7 @@ import builtins
 import os
 import signal
 import time
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 from megatron_rl.rewards.sandbox_wire import BROKEN, pack, receive, send, unpack
 
@@ -28,6 +28,7 @@ _ERRORS = {
     and not name.endswith("Group")
 }
 _TYPES = {name: made for name, made in _BUILTINS.items() if isinstance(made, type)}
+_SHOWN = ("__doc__", "__name__", "__qualname__")  # the other special ones are of this process
 _COPIED = (dict, list, tuple, set, frozenset, int, float, str)  # their subclasses go as these
 
 
@@ -67,6 +68,8 @@ class Program:
             send(self._requests, [number, verb, *content])
         except OSError:
             self._ended()
+        except ValueError as error:
+            self.stop(error)
         while True:
             kind, parts = self._receive(number)
             if kind == "value":
@@ -81,7 +84,7 @@ class Program:
         """
         self.calls += 1
         result, changed = self._checked(
-            self.ask("call", target, self.pack(list(arguments)), self.pack(named)), 2
+            self.ask("call", target, self.argument(list(arguments)), self.argument(named)), 2
         )
         if result is None and changed is not None:
             if type(changed) is not list or len(changed) != 2:
@@ -93,6 +96,13 @@ class Program:
     def value(self, verb: str, *content: Any) -> Any:
         """The one value of a reply."""
         return self._checked(self.ask(verb, *content), 1)[0]
+
+    def argument(self, value: Any) -> Any:
+        """Packed. What cannot be is no error that a test may expect of the program."""
+        try:
+            return self.pack(value)
+        except (TypeError, ValueError) as error:
+            self.stop(error)
 
     def pack(self, value: Any) -> Any:
         return pack(value, self._refer)
@@ -149,7 +159,8 @@ class Program:
         except AssertionError as error:  # of a test: the program shall not be able to catch it
             self.stop(error)
         except Exception as error:  # noqa: BLE001 the program's, like that of any function it calls
-            reply = ["error", type(error).__name__, clean(str(error), 1000)]
+            nearest = next(c for c in type(error).__mro__ if c.__module__ == "builtins")
+            reply = ["error", nearest.__name__, clean(str(error), 1000)]
         try:
             send(self._requests, [number, *reply])
         except OSError:
@@ -191,12 +202,13 @@ class Program:
         """Arguments that are no plain values."""
         if type(value) is Remote:
             return _target(value)
-        name = getattr(value, "__name__", None)
-        if type(name) is str and _BUILTINS.get(name) is value:
+        if (name := _builtin_name(value)) is not None:
             return {"builtin": name}
         for copied in _COPIED:
             if isinstance(value, copied):
                 return self.pack(copied(value))
+        if type(value) is object:
+            return {"thing": None}
         if isinstance(value, type) or not callable(value):
             raise TypeError(
                 f"an argument of type {type(value).__name__}; expected plain values or functions"
@@ -213,45 +225,83 @@ class Program:
         raise ValueError(f"a value of type {tag[:20]!r}")
 
 
-class Remote:
-    """Stands for a function, class or object of the program: it can be called, asked for its
-    attributes, and iterated. It is equal to nothing and neither true nor false, so that no test
-    passes because of what it is.
-    """
+def _applied(name: str) -> Callable:
+    """What Python does to an object by a method of its class: the program does it."""
 
-    __slots__ = ("_program", "_place")
-    __hash__ = None
+    def apply(remote: Remote, *arguments: Any) -> Any:
+        program = object.__getattribute__(remote, "_Remote__program")
+        return program.value("apply", name, _target(remote), program.argument(list(arguments)))
+
+    return apply
+
+
+def _refusal(what: str) -> Callable:
+    """For good: a test that expects a TypeError shall hear of the program's only."""
+
+    def refuse(remote: Remote, *_: Any) -> NoReturn:
+        program = object.__getattribute__(remote, "_Remote__program")
+        program.stop(TypeError(f"an object of the program {what}; expected a plain value"))
+
+    return refuse
+
+
+class Remote:
+    # Stands for a function, class or object of the program: it can be called, iterated, asked for
+    # its attributes, items, length and text. It is equal to nothing and neither true nor false, so
+    # that no test passes because of what it is. No docstring: that is asked for as well.
+
+    __slots__ = ("__program", "__place")
 
     def __init__(self, program: Program, place: str | int) -> None:
-        self._program, self._place = program, place
+        object.__setattr__(self, "_Remote__program", program)
+        object.__setattr__(self, "_Remote__place", place)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._program.call(self._place, arguments, named)
+        return self.__program.call(self.__place, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name not in _SHOWN:
             raise AttributeError(name)
-        return self._program.value("get", self._place, name)
+        return self.__program.value("get", self.__place, name)
 
     def __iter__(self) -> Remote:
-        return self._program.value("iter", self._place)
+        return self.__program.value("iter", self.__place)
 
     def __next__(self) -> Any:
-        return self._program.value("next", self._place)
+        return self.__program.value("next", self.__place)
 
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("an object of the program is compared; expected a plain value")
+    @property
+    def __doc__(self) -> Any:
+        return self.__getattr__("__doc__")
 
-    def __bool__(self) -> bool:
-        raise TypeError("an object of the program as a condition; expected a plain value")
+    __reduce_ex__ = _refusal("is copied")
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _refusal("is compared")
+    __bool__ = _refusal("as a condition")
+    __hash__ = _refusal("is hashed")
+    __setattr__, __delattr__ = _applied("setattr"), _applied("delattr")
+    __getitem__, __setitem__ = _applied("getitem"), _applied("setitem")
+    __delitem__, __len__, __str__ = _applied("delitem"), _applied("len"), _applied("str")
 
     def __repr__(self) -> str:
         return "<object of the program>"
 
 
 def _target(remote: Remote) -> dict:
-    place = object.__getattribute__(remote, "_place")
+    place = object.__getattribute__(remote, "_Remote__place")
     return {"object" if type(place) is int else "name": place}
+
+
+def _builtin_name(value: Any) -> str | None:
+    """Of what the program has as well: "len", "str.upper". As functions of this process they could
+    look into it: ``str.format`` reads any attribute.
+    """
+    name, owner = getattr(value, "__name__", None), getattr(value, "__objclass__", None)
+    if type(name) is not str:
+        return None
+    if owner is None:
+        return name if _BUILTINS.get(name) is value else None
+    known = type(owner) is type and _TYPES.get(owner.__name__) is owner
+    return f"{owner.__name__}.{name}" if known and vars(owner).get(name) is value else None
 
 
 def write_back(old: Any, new: Any) -> None:

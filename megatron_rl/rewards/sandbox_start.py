@@ -8,6 +8,7 @@ have, and judges (``sandbox_judge.py``). Two pipes are all they share.
 """
 
 import os
+import signal
 import sys
 import types
 
@@ -34,6 +35,7 @@ _MAX_PRINTED = 16 * 2**20  # and of the input, bytes
 
 
 def main() -> None:
+    _default_signals()
     verdict, cpu_s, memory_mib, parent = map(int, sys.argv[1:5])
     most = _MAX_PRINTED if sys.argv[5] == "run" else 0
     request_read, request_write = os.pipe()
@@ -58,6 +60,15 @@ def main() -> None:
     os.close(answer_write)
     program = Program(request_write, answer_read, child)
     sandbox_judge.main(verdict, program, cpu_s, memory_mib, parent)
+
+
+def _default_signals() -> None:
+    """What the trainer ignores or blocks is inherited. Without SIGCHLD no child could be waited
+    for, nor its end be told from an error.
+    """
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _empty_handed(requests: int, answers: int, prints: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import RunFailed, UserError
-from megatron_rl.rewards import VERIFIERS
+from megatron_rl.rewards import VERIFIERS, fences
 from megatron_rl.rewards.code import MAX_CHARACTERS, build_programs
 
 HUMANEVAL = Path(__file__).parents[4] / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
@@ -125,6 +125,16 @@ def test_reading_is_quick_whatever_is_read(line):
     start = time.process_time()
     assert len(build_programs("", text, "f")) <= 8
     assert time.process_time() - start < 10  # a scan of the whole for each block takes minutes
+
+
+@pytest.mark.parametrize("rest", ["\n", "```\n"])
+def test_few_lines_are_looked_at_for_the_end_of_a_block(rest, monkeypatch):
+    looked = []
+    closes = fences._closes
+    monkeypatch.setattr(fences, "_closes", lambda *a: looked.append(a) or closes(*a))
+    blocks = "".join(f"{' ' * deep}````\n{' ' * deep}````\n" for deep in range(0, 200, 4))
+    fences.fenced_blocks(blocks + rest * 10_000)  # none of which ends a block of four
+    assert len(looked) <= 100_000  # not 10,000 for each of 50 blocks
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,11 @@ def test_no_forgery_earns_a_reward(program):
         ("class f:\n def __init__(s, x): pass", "assert f(1) != 2"),
         ("class f:\n def __init__(s, x): pass", "assert f(1)"),
         ("class f:\n def __init__(s, x): pass", "assert not f(1)"),
+        (
+            "class f:\n def __init__(s, x): pass",
+            "r = f(1)\ntry: assert r == 2\nexcept TypeError: pass",
+        ),
+        ("class f:\n def __init__(s, x): pass", "r = f(1)\ntry: assert r\nexcept TypeError: pass"),
         ("def f(x): return 1", "def test_f(): assert f(1) == 2"),
         ("def f(x): return 1", "class T:\n def test(self): assert f(1) == 2"),
         ("f = 0", ""),
@@ -158,6 +163,20 @@ def test_no_forgery_earns_a_reward(program):
 def test_no_weakness_of_tests_is_used(program, tests):
     job = Job([program], "f", tests, (), "def helper(x):\n    return 10 * x\n\ndef f(x):\n")
     assert not run_program(job, LIMITS).passed
+
+
+def test_a_function_of_a_builtin_class_shows_nothing_of_the_judge():
+    shown = "{0._Remote__program} {0.__init__.__globals__[os].environ}"
+    program = TAKEN_OVER + (
+        "number = wire.receive(q)[0]\n"
+        f"wire.send(a, [number, 'callback', 0, [{shown!r}, {{'object': 0}}], {{'dict': []}}])\n"
+        "wire.send(a, [number, 'value', wire.receive(q)[2], None])"
+    )
+    outcome = run_program(Job([program], "f", "assert 'Program' not in f(str.format)"), LIMITS)
+    assert outcome.reason == "answered with no plain values: IndexError: list index out of range"
+    tests = "assert f(str.upper, 'a') == 'A' and f(str.format, '{}', 2) == '2'"
+    tests += "\nassert f(dict.get, {1: 2}, 1) == 2 and f(max, 1, 2) == 2"
+    assert run_program(Job(["def f(g, *x): return g(*x)"], "f", tests), LIMITS).passed
 
 
 @pytest.mark.parametrize(
@@ -244,6 +263,10 @@ HONEST = {
         "def f(g, x): return [g(y) for y in x]",
         "assert f(lambda y: y * 2, [1, 2]) == [2, 4]",
     ),
+    "callback, its exception": (
+        "def f(g):\n try: g()\n except ValueError as e: return str(e)",
+        "class E(ValueError): pass\ndef g(): raise E('bad')\nassert f(g) == 'bad'",
+    ),
     "callback that calls": (
         "def f(g): return g() + 1 if g else 1",
         "assert f(lambda: f(None)) == 2",
@@ -296,6 +319,15 @@ TABLE = {"inputs": ["2\n3 4\n", ["1", "5"]], "outputs": ["7\n", "5"]}
             1.0,
         ),
         (TABLE, "n, *x = map(int, open(0).read().split())\nprint(sum(x))", 1.0),
+        (TABLE, SUM + "\nimport sys; sys.stdout.close()", 1.0),
+        (TABLE, SUM.replace("print(", "open(1, 'w').write('%d' % "), 1.0),
+        (TABLE, "out = open(1, 'w')\n" + SUM.replace("print(", "out.write('%d' % "), 1.0),
+        (
+            TABLE,
+            "import atexit, io, sys\nsys.stdout = text = io.StringIO()\n"
+            f"atexit.register(lambda: sys.__stdout__.write(text.getvalue()))\n{SUM}",
+            1.0,
+        ),
         (TABLE, SUM + "\nprint(7)", 0.0),
         (TABLE, "print(7)", 0.0),
         (TABLE, SUM + "\nraise SystemExit(1)", 0.0),

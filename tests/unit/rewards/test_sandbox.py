@@ -176,6 +176,22 @@ def test_a_stuck_machine_is_not_waited_for_without_end():
     assert outcome == Outcome(False, True, "stopped after 1 s, kept from running")
 
 
+def test_signals_that_the_trainer_ignores_or_blocks_are_the_sandboxs_own():
+    ends = GOOD + "import os\ndef f(x): os._exit(0)"
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        outcome = run(ends, "try: f(1)\nexcept Exception: pass")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert outcome == Outcome(False, True, "ended before its tests were done")
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXCPU})
+    try:
+        outcome = run("while True: pass")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert outcome == Outcome(False, True, "stopped after 1 s of processor time")
+
+
 def test_memory_is_limited():
     assert run(GOOD + "x = bytearray(300 * 2**20)").reason == "MemoryError"
     assert run(GOOD + "x = bytearray(100 * 2**20)").passed
@@ -269,24 +285,80 @@ def decide(code: bytes, architecture: int, number: int, arguments: tuple[int, ..
             return operand == 0x7FFF0000
 
 
+WAITING = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None, use_errno=True)
+def refused(call, *arguments):
+    ctypes.set_errno(0)
+    return call(*arguments) == -1 and ctypes.get_errno() == 1
+def f(x):
+    memory = mmap.mmap(-1, 4096)
+    place = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    size = ctypes.c_size_t(4096)
+    return [
+        refused(libc.open, os.__file__.encode(), os.O_DIRECT),
+        refused(libc.syscall, {"x86_64": 324, "aarch64": 283}[os.uname().machine], 1, 0, 0),
+        *(refused(libc.madvise, place, size, advice) for advice in (3, 21, 22)),
+        refused(libc.madvise, place, size, mmap.MADV_DONTNEED),
+    ]
+"""
+
+
+def test_two_programs_cannot_wake_each_other():
+    program = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+def f(operation):
+    page = libc.mmap(None, 4096, mmap.PROT_READ, mmap.MAP_SHARED, os.open(os.__file__, 0), 0)
+    number = {"x86_64": 202, "aarch64": 98}[os.uname().machine]
+    ctypes.set_errno(0)
+    return libc.syscall(number, ctypes.c_void_p(page), operation, 1, 0, 0, 0), ctypes.get_errno()
+"""
+    # FUTEX_WAKE of what other processes wait for; of this process's threads
+    assert run(program, "assert [f(1), f(0x81)] == [(-1, 1), (0, 0)]").passed
+
+
+def test_no_call_waits_for_the_machine_in_the_programs_place():
+    # Such a wait is no sleep: it would be ended by the limit for a machine that is stuck only.
+    assert run(WAITING, "assert f(0) == [True] * 5 + [False]") == Outcome(
+        True, True, "all tests passed"
+    )
+
+
 @pytest.mark.parametrize(
-    ("machine", "architecture", "openat", "allowed", "refused"),
+    ("machine", "architecture", "openat", "madvise", "direct", "allowed", "refused"),
     [
-        # read, write, mmap, exit_group | socket, clone, fork, execve, kill, unlink, ptrace, clone3
-        ("x86_64", 0xC000003E, 257, (0, 1, 9, 231), (41, 56, 57, 59, 62, 87, 101, 435)),
-        # read, write, mmap, exit_group | socket, clone, execve, kill, unlinkat, ptrace, clone3
-        ("aarch64", 0xC00000B7, 56, (63, 64, 222, 94), (198, 220, 221, 129, 35, 117, 435)),
+        # read, write, mmap, exit_group
+        # | socket, clone, fork, execve, kill, unlink, ptrace, clone3, membarrier
+        (
+            *("x86_64", 0xC000003E, 257, 28, 0x4000),
+            *((0, 1, 9, 231), (41, 56, 57, 59, 62, 87, 101, 435, 324)),
+        ),
+        # | socket, clone, execve, kill, unlinkat, ptrace, clone3, membarrier
+        (
+            *("aarch64", 0xC00000B7, 56, 233, 0x10000),
+            *((63, 64, 222, 94), (198, 220, 221, 129, 35, 117, 435, 283)),
+        ),
     ],
 )
-def test_filter(machine, architecture, openat, allowed, refused):
+def test_filter(machine, architecture, openat, madvise, direct, allowed, refused):
     code = build_filter(machine)
     assert all(decide(code, architecture, number) for number in allowed)
     assert not any(decide(code, architecture, number) for number in refused)
     assert not any(decide(code, 0x40000003, number) for number in allowed)  # 32-bit calls
     assert not any(decide(code, architecture, 0x40000000 | number) for number in allowed)  # x32
     assert decide(code, architecture, openat, (0, 0, os.O_RDONLY | os.O_CLOEXEC))
-    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE):
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE, direct):
         assert not decide(code, architecture, openat, (0, 0, flags))
+    # MADV_DONTNEED, _FREE, _HUGEPAGE | _NORMAL, _WILLNEED, _PAGEOUT, _POPULATE_READ
+    assert all(decide(code, architecture, madvise, (0, 0, advice)) for advice in (4, 8, 14))
+    futex = {0xC000003E: 202, 0xC00000B7: 98}[architecture]
+    assert decide(code, architecture, futex, (0, 0x80)) and decide(
+        code, architecture, futex, (0, 0x189)
+    )
+    assert not any(decide(code, architecture, futex, (0, operation)) for operation in (0, 1, 0x109))
+    assert not any(decide(code, architecture, madvise, (0, 0, a)) for a in (0, 3, 21, 22))
 
 
 LIMITED = """
