@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from megatron_rl.config.json_text import read_json_object
-from megatron_rl.errors import Stopped, UserError
+from megatron_rl.errors import Stopped, UserError, printable
 
 #: Largest tokenizer.json or vocab.json, bytes; the largest known ones have 35 million.
 MOST_BYTES = 256 << 20
@@ -41,6 +41,24 @@ def check_tokenizer_files(folder: Path, tokenizer_json: Path) -> None:
             raise UserError(
                 f"{tokenizer_json} is not the file of a Hugging Face fast tokenizer; expected a "
                 "JSON object with the key 'model'; correct data.tokenizer.path"
+            )
+        _check_merges(tokenizer_json, content["model"])
+
+
+def _check_merges(path: Path, model: dict[str, Any]) -> None:
+    """With ``continuing_subword_prefix``, tokenizers 0.23 cuts as many bytes off what a merge adds,
+    whatever they are: half a character in its message, and the process is aborted.
+    """
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return
+    for number, merge in enumerate(merges):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        added = parts[-1] if isinstance(parts, list) and parts else None
+        if not isinstance(added, str) or not added.startswith(prefix):
+            raise UserError(
+                f"{path} has continuing_subword_prefix {printable(repr(prefix), 40)} and a merge "
+                f"(number {number}) whose second part does not begin with it; {_REMEDY}"
             )
 
 

@@ -11,7 +11,7 @@ from megatron_rl.config.schema import Config, TokenizerConfig
 from megatron_rl.data.run_data import encode_files
 from megatron_rl.data.tokenizers import check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
-from tests.support import hugging_face
+from tests.support import chat_tokenizers, hugging_face
 from tests.support.runs import ROOT
 
 CODE = """\
@@ -184,3 +184,20 @@ def test_the_run_says_whose_rows_they_are(tmp_path):
             encode_files(Config(data=data, **sections), "generate", {})
     with pytest.raises(UserError, match=f"set model.vocab_size to {ROWS + 1} or more"):
         encode_files(Config(data=data, model={"vocab_size": ROWS}), "generate", {})
+
+
+@pytest.mark.parametrize("merges", [["a \u2581"], [["a", "\u2581"]], [[]], [7]])
+def test_a_prefix_that_merges_lack_is_refused(tmp_path, merges):
+    """tokenizers 0.23 ends the process over half of a character that it cut off."""
+    folder = chat_tokenizers.save_mistral(tmp_path)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"] |= {"continuing_subword_prefix": "\0", "merges": merges}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
+    assert str(error.value) == (
+        f"{path} has continuing_subword_prefix '\\x00' and a merge (number 0) whose second part "
+        "does not begin with it; expected the files of a Hugging Face tokenizer; correct "
+        "data.tokenizer.path"
+    )
