@@ -84,6 +84,25 @@ class VerifierEntry(Entry):
     machine_check: str | Callable[[], Any] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptimizerEntry(Entry):
+    """An optimizer: ``(parameter groups[, settings]) -> torch.optim.Optimizer``."""
+
+    #: Megatron makes it by itself, and can share its state out over the data-parallel ranks
+    #: (``parallel.distributed_optimizer``)
+    of_megatron: bool = False
+    #: right where a rank holds slices of matrices, or some of a layer's experts: it acts on each
+    #: element by itself, or on the whole ``matrices`` of its groups
+    split_weights: bool = False
+    #: tensors of its state for a weight that is a matrix of a layer; others are taken to have 2
+    matrix_moments: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerEntry(Entry):
+    """A logger: ``(run[, settings])`` -> an object with ``log(step, metrics)`` and ``close()``."""
+
+
 def load(code: str) -> Any:
     """The object of ``module:object``."""
     module, _, name = code.partition(":")

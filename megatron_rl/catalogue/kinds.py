@@ -14,10 +14,14 @@ from megatron_rl.catalogue.entry import (
     CorrectionEntry,
     EngineEntry,
     Entry,
+    LoggerEntry,
     LossEntry,
+    OptimizerEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.loggers import LOGGERS as LOGGER_ROWS
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
+from megatron_rl.catalogue.optimizers import OPTIMIZERS as OPTIMIZER_ROWS
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
 
@@ -34,7 +38,8 @@ class Kind(Generic[Row]):
     rows: tuple[Row, ...]
     arguments: tuple[str, ...]  #: of the function, without its settings
     decorator: str  #: an example of what declares a user's own
-    #: what the arguments make has these methods; (): the thing is called for its result
+    #: what the arguments make has these methods, whose arguments are checked where they are given:
+    #: "close()"; (): the thing is called for its result
     methods: tuple[str, ...] = ()
 
     @property
@@ -98,6 +103,24 @@ ENGINES = Kind(
     "@engine()",
     methods=("generate", "begin", "weights_changed", "metrics", "close"),
 )
+OPTIMIZERS = Kind(
+    "optimizer",
+    "optimizer.name",
+    OptimizerEntry,
+    OPTIMIZER_ROWS,
+    ("params",),
+    "@optimizer()",
+    methods=("step()",),
+)
+LOGGERS = Kind(
+    "logger",
+    "observe.loggers",
+    LoggerEntry,
+    LOGGER_ROWS,
+    ("run",),
+    "@logger()",
+    methods=("log(step, metrics)", "close()"),
+)
 
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind] = {
@@ -106,4 +129,6 @@ KINDS: dict[str, Kind] = {
     "corrections": CORRECTIONS,
     "rewards": VERIFIERS,
     "engines": ENGINES,
+    "optimizers": OPTIMIZERS,
+    "loggers": LOGGERS,
 }

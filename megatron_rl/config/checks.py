@@ -21,6 +21,8 @@ from megatron_rl.config.checks_layout import (
 from megatron_rl.config.checks_model import MODEL_RULES
 from megatron_rl.config.checks_rollout import ROLLOUT_RULES
 from megatron_rl.config.layout import data_parallel_size, ranks_wanted
+from megatron_rl.config.loggers import chosen_loggers
+from megatron_rl.config.optimizer import OPTIMIZER_RULES
 from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
@@ -39,6 +41,11 @@ def answers_leave_room_for_prompts(config: Config) -> None:
 def verifiers_are_known(config: Config) -> None:
     """``reward.name``, or each of ``reward.parts``, is a verifier, with settings of it."""
     chosen_verifiers(config.reward)
+
+
+def loggers_are_known(config: Config) -> None:
+    """Those of ``observe`` are loggers, each once, with settings of it."""
+    chosen_loggers(config.observe)
 
 
 def groups_have_several_answers(config: Config) -> None:
@@ -153,12 +160,20 @@ def best_checkpoints_are_evaluated(config: Config) -> None:
 VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "train": (
         *ALGORITHM_RULES,
+        *OPTIMIZER_RULES,
+        loggers_are_known,
         verifiers_are_known,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
     ),
-    "sft": (verifiers_are_known, answers_leave_room_for_prompts, best_checkpoints_are_evaluated),
+    "sft": (
+        *OPTIMIZER_RULES,
+        loggers_are_known,
+        verifiers_are_known,
+        answers_leave_room_for_prompts,
+        best_checkpoints_are_evaluated,
+    ),
     "evaluate": (verifiers_are_known, answers_leave_room_for_prompts),
     "generate": (answers_leave_room_for_prompts,),
     "convert": (),

@@ -53,6 +53,7 @@ ON_RESUME: dict[str, Kind] = {
     "algorithm": "said",
     "algorithm.trace_store": "silent",
     "optimizer": "said",
+    "optimizer.name": "refused",  # its state is another
     "train": "said",
     "evaluate": "said",
     **{f"checkpoint.{name}": "silent" for name in _CHECKPOINT},

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron_rl.config.schema_observe import ObserveConfig
 from megatron_rl.config.schema_reward import RewardConfig
 from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.config.section import Section
@@ -280,8 +281,12 @@ class AlgorithmConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Adam with decoupled weight decay, and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: str = "adam"
+    """The optimizer: a name of `megatron-rl list optimizers`, or one of your own, ./my.py:thing."""
+    settings: dict[str, Any] = {}
+    """Settings of the optimizer that differ from its defaults."""
     lr: float = Field(3e-4, gt=0.0)
     """Peak learning rate.
 
@@ -296,11 +301,11 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0.0)
     """Decoupled weight decay; not on biases and norms."""
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    """Decay of the mean of the gradients, per step."""
+    """Of an optimizer with such a setting (adam, muon): decay of the mean of the gradients."""
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    """Decay of the mean of their squares, per step."""
+    """Of such an optimizer: decay of the mean of their squares, per step."""
     epsilon: float = Field(1e-8, gt=0.0)
-    """Added to the root of the mean square before dividing."""
+    """Of such an optimizer: added to the root of the mean square before dividing."""
     clip_grad: float = Field(1.0, ge=0.0)
     """Clip the global gradient norm to this; 0: off."""
 
@@ -350,19 +355,6 @@ class CheckpointConfig(Section):
     on with them, at the same place where they are as many, else with a new epoch."""
 
 
-class ObserveConfig(Section):
-    """What is shown and written."""
-
-    console: Literal["auto", "rich", "plain"] = "auto"
-    """auto: a progress display on a terminal, plain lines otherwise."""
-    samples: int = Field(4, ge=0)
-    """Completions a step written to samples.jsonl."""
-    tensorboard: bool = True
-    """Write TensorBoard events into the run directory."""
-    wandb: str | None = None
-    """Weights & Biases project; needs the extra `wandb`."""
-
-
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -385,7 +377,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """The policy loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Adam and its learning rate."""
+    """The optimizer and its learning rate."""
     train: TrainConfig = TrainConfig()
     """Length of the run."""
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -16,6 +16,7 @@ from megatron_rl.checkpoint.identity import architecture_of, check_architecture
 from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, read_state
 from megatron_rl.config.algorithm import advantages_of, correction_of, loss_of
 from megatron_rl.config.on_resume import Change, kind_of, shown
+from megatron_rl.config.optimizer import optimizer_of
 from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.rollout import engine_of
 from megatron_rl.config.schema import Config
@@ -49,7 +50,8 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
     """SHA-256 of the file of each thing that the configuration names and that is a user's own, by
     the reference.
     """
-    rows = [one.row for one in chosen_verifiers(config.reward)] + [engine_of(config.rollout)]
+    rows = [one.row for one in chosen_verifiers(config.reward)]
+    rows += [engine_of(config.rollout), optimizer_of(config.optimizer)]
     if verb == "train":
         algorithm = config.algorithm
         rows += [loss_of(algorithm), advantages_of(algorithm), correction_of(algorithm)]

@@ -7,6 +7,7 @@ from typing import Mapping
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
+from megatron_rl.config.optimizer import optimizer_text
 from megatron_rl.config.reward import reward_text
 from megatron_rl.config.rollout import engine_of
 from megatron_rl.config.schema import (
@@ -115,7 +116,7 @@ def _model(model: ModelConfig) -> str:
 
 
 def _optimizer(optimizer: OptimizerConfig) -> str:
-    parts = [f"Adam, learning rate {optimizer.lr:g}"]
+    parts = [f"{optimizer_text(optimizer)}, learning rate {optimizer.lr:g}"]
     if optimizer.warmup_steps:
         parts.append(f"{optimizer.warmup_steps} optimizer steps of warm-up")
     if optimizer.schedule != "constant":

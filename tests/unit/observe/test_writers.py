@@ -10,6 +10,8 @@ import types
 
 import pytest
 
+from megatron_rl.config.loggers import chosen_loggers
+from megatron_rl.config.schema_observe import ObserveConfig
 from megatron_rl.errors import UserError
 from megatron_rl.observe.append_file import AppendFile
 from megatron_rl.observe.run_files import drop_after, last_evaluated, read_jsonl, to_json_line
@@ -18,9 +20,8 @@ from megatron_rl.observe.writers import RunWriter
 
 def _open(run_dir, resume_step=None, tensorboard=False, wandb=None, said=None):
     warn = [].append if said is None else said.append
-    return RunWriter(
-        run_dir, tensorboard=tensorboard, wandb=wandb, resume_step=resume_step, warn=warn
-    )
+    loggers = chosen_loggers(ObserveConfig(tensorboard=tensorboard, wandb=wandb))
+    return RunWriter(run_dir, loggers=loggers, resume_step=resume_step, warn=warn)
 
 
 def _refuse(constant):
