@@ -33,7 +33,7 @@ def strange_state(optimizer: torch.optim.Optimizer) -> str | None:
                     fits = fits and isinstance(name, str) and name != MAIN_WEIGHT
                 if not fits:
                     found = list(value.shape) if isinstance(value, torch.Tensor) else value
-                    return f"{name!r} of a parameter {list(parameter.shape)} is {found}"
+                    return f"{name!r} {found} for a parameter {list(parameter.shape)}"
     return None
 
 

@@ -80,7 +80,7 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
         "prompts": "text as it stands (data.chat auto)",
         "step": "8 problems x 4 answers of 12 tokens at most, 2 mini-batches x 1 epoch",
         "algorithm": "rspo, group_norm advantages, router shift with floor 0.8",
-        "optimizer": "Adam, learning rate 0.001",
+        "optimizer": "adam, learning rate 0.001",
         "router trace": "20 bytes a token over all pipeline stages; at most 6.25 KiB of device "
         "memory on a rank, for sequences of 20 tokens",
     }
