@@ -1,5 +1,5 @@
-"""What a loss, reward, advantage estimator, sampler correction, rollout engine, optimizer or logger of
-a user's own imports.
+"""What a loss, reward, advantage estimator, sampler correction, rollout engine, optimizer or
+logger of a user's own imports.
 
 No torch. ``LossInputs``, ``LossOutputs`` and ``SamplerWeights`` are in ``megatron_rl.algorithms``,
 ``EngineParts`` and ``WholeAnswers`` in ``megatron_rl.rollout.engine``.

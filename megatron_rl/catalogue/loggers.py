@@ -24,7 +24,7 @@ LOGGERS: tuple[LoggerEntry, ...] = (
     LoggerEntry(
         name="wandb",
         summary="a Weights & Biases run, which resuming continues; needs the extra wandb",
-        code="megatron_rl.observe.wandb:WandB",
+        code="megatron_rl.observe.wandb_run:WandB",
         settings=WandbSettings,
     ),
 )

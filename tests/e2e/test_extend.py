@@ -1,7 +1,8 @@
 """The folder of a user who has the wheel installed and not this repository, with a loss, rewards,
-advantages and a rollout engine of its own.
+advantages, a rollout engine, an optimizer and a logger of its own.
 """
 
+import json
 import shutil
 
 import pytest
@@ -70,3 +71,24 @@ def test_its_engine_gives_the_answers_of_the_built_in_one(done):
         assert builtin["step"] == own["step"]
         for name in names:
             assert own[name] == pytest.approx(builtin[name], rel=1e-3, abs=1e-5), name
+
+
+def test_its_logger_gets_each_step(done):
+    _, mine = done
+    head, *lines = (mine / "runs/extend/steps.csv").read_text().splitlines()
+    assert head == "step,loss,reward/mean,grad_norm"
+    rows = records(mine / "runs/extend/metrics.jsonl")
+    assert [line.split(",") for line in lines] == [
+        [str(row["step"]), *(str(row.get(name, "")) for name in head.split(",")[1:])]
+        for row in rows
+    ]
+    assert len(lines) == 3
+
+
+def test_its_optimizer_trains(done):
+    results, mine = done
+    assert "Lion, beta2 0.98, learning rate 0.0001" in results["train"].out
+    state = json.loads((mine / "runs/extend/checkpoints/step_3/state.json").read_text())
+    assert "./my_optimizer.py:Lion" in state["identity"]["code"]
+    manifest = json.loads((mine / "runs/extend/checkpoints/step_3/manifest.json").read_text())
+    assert manifest["step"] == 3
