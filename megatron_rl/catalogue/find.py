@@ -169,7 +169,9 @@ def _check_signature(kind: Kind, row: Entry, place: str) -> None:
         calls = {label_of(row.name): (row.own, made_of)}
         for method in methods:
             name, bracket, arguments = method.rstrip(")").partition("(")
-            found = _method(row.own, name, place, f"a {kind.noun}, with {', '.join(methods)}")
+            found = _method(
+                row.own, name, place, f"the methods of {kind.noun}s: {', '.join(methods)}"
+            )
             if bracket:
                 calls[name] = (found, ("self", *arguments.replace(",", " ").split()))
     for name, (function, arguments) in calls.items():

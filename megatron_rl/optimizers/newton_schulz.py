@@ -27,15 +27,14 @@ def orthogonalise(
     Returns:
         [..., m, n] in the dtype of ``matrices``.
     """
-    if matrices.dim() == 2 or matrices.numel() <= _AT_A_TIME:
-        return _iterate(matrices, steps, dtype)
-    stack = matrices.flatten(0, -3)
-    size = max(1, _AT_A_TIME // stack[0].numel())
+    stack = matrices.reshape(-1, *matrices.shape[-2:])
+    size = max(1, _AT_A_TIME // max(1, stack[0].numel()))
     parts = [_iterate(part, steps, dtype) for part in stack.split(size)]
     return torch.cat(parts).view_as(matrices)
 
 
 def _iterate(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same of [k, m, n]."""
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.float()
@@ -45,5 +44,7 @@ def _iterate(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Te
     x = x.mT if tall else x  # the smaller square products
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        # A product and a sum in one call are rounded once.
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)

@@ -171,3 +171,20 @@ def test_the_learning_rate_is_the_schedules():
         assert rates == {LR}
         assert {group["lr"] for group in policy.optimizer.param_groups} == {0.25}
         assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+def test_in_bf16_a_matrix_steps_as_by_the_muon_of_torch():
+    """Which rounds to bf16 in other places, and has another floor under the norm."""
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    with build(precision="bf16") as policy:
+        before, after = steps(policy)
+        weight, index = before[name].clone(), list(before).index(name)
+        theirs = torch.optim.Muon(
+            [weight], lr=LR, weight_decay=DECAY, momentum=BETA, adjust_lr_fn="match_rms_adamw"
+        )
+        for number in (0, 1):
+            weight.grad = gradient_of(weight, 1000 * number + index)
+            theirs.step()
+        moved = (weight - before[name]).norm()
+        assert (after[name] - weight).norm() / moved < 0.03
