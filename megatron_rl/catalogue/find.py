@@ -166,12 +166,11 @@ def _check_signature(kind: Kind, row: Entry, place: str) -> None:
     if inspect.isclass(row.own):
         methods = kind.methods or (f"__call__({', '.join(kind.arguments)})",)
         made_of = (*kind.arguments, *settings) if kind.methods else settings
+        a_noun = f"{'an' if kind.noun[0] in 'aeiou' else 'a'} {kind.noun}"
         calls = {label_of(row.name): (row.own, made_of)}
         for method in methods:
             name, bracket, arguments = method.rstrip(")").partition("(")
-            found = _method(
-                row.own, name, place, f"the methods of {kind.noun}s: {', '.join(methods)}"
-            )
+            found = _method(row.own, name, place, f"{a_noun}, with {', '.join(methods)}")
             if bracket:
                 calls[name] = (found, ("self", *arguments.replace(",", " ").split()))
     for name, (function, arguments) in calls.items():

@@ -175,7 +175,7 @@ def test_settings_of_ones_own(own, tmp_path):
         (["tensorbord"], "observe.loggers.0.name is 'tensorbord' (did you mean tensorboard?)"),
         (
             ["OWN:NoClose"],
-            "a class without close; expected the methods of loggers: log(step, metrics), close()",
+            "a class without close; expected a logger, with log(step, metrics), close()",
         ),
         (["OWN:OneArgument"], "log(self, metrics); expected log(self, step, metrics)"),
         (["OWN:Listd"], "own.py has no Listd (did you mean Listed?)"),

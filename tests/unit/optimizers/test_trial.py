@@ -105,7 +105,7 @@ def own(tmp_path):
         ("Reserved", "keeps 'param' [4, 6] for a parameter [4, 6]"),
         ("none", "is of type int; expected a torch.optim.Optimizer"),
         ("others", "has other parameters in its param_groups than it was given"),
-        ("NoStep", "a class without step; expected the methods of optimizers: step()"),
+        ("NoStep", "a class without step; expected an optimizer, with step()"),
         ("Two", "expected Two(params)"),
     ],
 )
