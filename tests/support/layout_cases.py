@@ -189,7 +189,10 @@ ROUTER_LOSSES = (
     Case("CP2 TP2, aux and z loss", 4, {**CP2, **TP2}, AUX, one_per_pack=True),
 )
 MUON = {"name": "muon"}
+#: Of torch, element by element. Its default, since `layout_config` gives Adam another epsilon.
+SGD = {"name": "torch.optim:SGD", "lr": 1.0, "epsilon": 1e-8}
 OTHER_OPTIMIZERS = (
+    Case("TP2 EP2, SGD of torch", 2, {**TP2, **EP2}, optimizer=SGD),
     Case("TP2, muon", 2, TP2, GATED, optimizer=MUON),
     Case("DP2, muon", 2, {}, optimizer=MUON),
     Case("EP2, muon", 2, EP2, optimizer={**MUON, "settings": {"routers": True}}),
