@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_rl.catalogue.blame import blame
 from megatron_rl.catalogue.loggers import WandbSettings
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_whole
@@ -20,18 +21,19 @@ class WandB:
     """
 
     def __init__(self, run: LoggedRun, settings: WandbSettings) -> None:
-        """UserError: W&B is not installed."""
+        """UserError: W&B is not installed, or does not begin a run."""
         module = _import_wandb()
         id_file = run.directory / ID_FILE
         if run.resume_step is None or not id_file.is_file():
             write_whole(id_file, uuid.uuid4().hex[:12])
         run_id = id_file.read_text(encoding="utf-8").strip()
-        self._run = module.init(
-            project=settings.project, id=run_id, dir=str(run.directory), resume="allow"
-        )
-        # W&B refuses an internal step that goes back, as it does on resume; our own step is the
-        # axis instead.
-        self._run.define_metric("*", step_metric="step")
+        with blame("the logger 'wandb'", "see to the connection and the key, or leave it out"):
+            self._run = module.init(
+                project=settings.project, id=run_id, dir=str(run.directory), resume="allow"
+            )
+            # W&B refuses an internal step that goes back, as it does on resume; our own step is the
+            # axis instead.
+            self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `loggers.Logger`."""

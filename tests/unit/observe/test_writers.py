@@ -183,6 +183,15 @@ def test_wandb_missing_is_a_user_error(tmp_path, monkeypatch):
         _open(tmp_path, wandb="project")
 
 
+def test_a_wandb_that_does_not_begin_is_one_line(tmp_path, monkeypatch):
+    fake = _FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "init", lambda **_: (_ for _ in ()).throw(TimeoutError("no\nanswer")))
+    with pytest.raises(UserError, match="the logger 'wandb' raised TimeoutError no answer .*key"):
+        _open(tmp_path, wandb="project")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MiB."""
