@@ -106,16 +106,16 @@ def _import_file(place: str, path: Path) -> ModuleType:
             f"{place}, and {path} is no file; expected a Python file, relative to the working "
             "directory; correct the path"
         )
-    spec = importlib.util.spec_from_loader(
-        name, importlib.machinery.SourceFileLoader(name, str(path))
-    )
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None, "a file loader has a spec"
     module = importlib.util.module_from_spec(spec)
     _look_also_in(str(path.parent))
     sys.modules[name] = module  # first: dataclasses and pydantic look their module up
     complete = False
     try:
         with blame(f"{place}: importing {path.name}", "correct the file"):
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         complete = True
     finally:
         if not complete:

@@ -154,6 +154,11 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
 class _Unpickler(pickle._Unpickler):
     """Knows the steps of ``_STEPS`` alone."""
 
+    # What the base class has and typeshed leaves out.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)
         if key in _RECORDS:

@@ -133,6 +133,7 @@ def _check_tensor(name: str, entry: Any, shards: dict, most_bytes: int) -> None:
         _expect(inside, f"a chunk within {name}", begin)
         stored = shards.get((name, begin))
         _expect(stored is not None, f"where the chunk of {name} is stored", begin)
+        assert stored is not None
         _expect(math.prod(sizes) * width <= stored["length"], f"a chunk of {name}", sizes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Mapping, get_origin
+from typing import Any, Iterator, Mapping, TypeGuard, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -34,7 +34,7 @@ def leaf_values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield key, value
 
 
-def is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     """Whether a field of this type is a section of the tree."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 

@@ -43,7 +43,7 @@ from megatron_rl.weights.writer import (
 
 Item = TypeVar("Item")
 #: Shows how far an iteration over so many items is.
-Progress = Callable[[Iterable[Item], int, str], Iterator[Item]]
+Progress = Callable[[Iterable[Item], int, str], Iterable[Item]]
 
 
 def to_megatron(
@@ -63,6 +63,7 @@ def to_megatron(
             for it. RunFailed: the result is not the source.
     """
     source = config.model.hf_path
+    assert source is not None, "what is converted"
     with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
         sizes = together(world, lambda: HuggingFaceTensors(source).num_bytes)
