@@ -85,8 +85,8 @@ def _merge(runs: dict[str, Run], shared: Path) -> tuple[Run, list[Plot]]:
 
 
 def _table(runs: dict[str, Run]) -> str:
-    names = ("Run", "Loss", "Router shift", "Learning rate", "Steps", "pass@1", "mean@k")
-    names += ("Largest gradient norm", "Largest KL", "Least mean gamma")
+    names = ["Run", "Loss", "Router shift", "Learning rate", "Steps", "pass@1", "mean@k"]
+    names += ["Largest gradient norm", "Largest KL", "Least mean gamma"]
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(_row(label, run) for label, run in runs.items())
     return (

@@ -16,7 +16,7 @@ import os
 import resource
 import signal
 import sys
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 _MEMORY_BYTES = 2 * 2**30
 _DIGITS = 50
@@ -92,7 +92,7 @@ def equal(expected: list, answer: list) -> bool:
     return agreed > 0
 
 
-def build(tree: list):
+def build(tree: list[Any]) -> Any:
     """The expression of SymPy that a tree describes."""
     import sympy
 

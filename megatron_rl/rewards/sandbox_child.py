@@ -22,8 +22,12 @@ from typing import Any, Callable
 from megatron_rl.rewards.sandbox_wire import pack, receive, send, unpack
 
 _MAX_TEXT = 1000
-_PLAIN_BASES = (bool, int, float, complex, str, bytes, bytearray, dict, list, tuple, set, frozenset)
-_APPLIED = {function.__name__: function for function in (delattr, len, setattr)}
+_PLAIN_BASES: tuple[type[Any], ...] = (
+    bool, int, float, complex, str, bytes, bytearray, dict, list, tuple, set, frozenset,
+)  # fmt: skip
+_APPLIED: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (delattr, len, setattr)
+}
 _APPLIED |= {function.__name__: function for function in (delitem, getitem, setitem)}
 _APPLIED["str"] = str
 
@@ -66,7 +70,8 @@ class Server:
             send(self._answers, [number, "error", *describe(error)])
 
     def do_load(self, programs: list[str], entry_point: str) -> list:
-        builtins.exit = builtins.quit = sys.exit  # of the module site, which is not there
+        names: Any = builtins
+        names.exit = names.quit = sys.exit  # of the module site, which is not there
         self._code, self._entry_point = compile_first(programs), entry_point
         return []
 
@@ -85,8 +90,10 @@ class Server:
             while view:
                 view = view[os.write(descriptor, view) :]
             os.lseek(descriptor, 0, os.SEEK_SET)
-        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
-        sys.stdout = sys.__stdout__ = printed = open(1, "w", encoding="utf-8", closefd=False)
+        own: Any = sys  # whose __stdin__ and __stdout__ are final to a type checker
+        own.stdin = own.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
+        printed = open(1, "w", encoding="utf-8", closefd=False)
+        own.stdout = own.__stdout__ = printed
         try:
             self._execute("__main__")
         except SystemExit as leaving:
@@ -105,6 +112,7 @@ class Server:
     def _execute(self, name: str) -> dict[str, Any]:
         module = types.ModuleType(name)
         sys.modules[name] = module
+        assert self._code is not None, "do_load comes first"
         exec(self._code, module.__dict__)
         return module.__dict__
 
@@ -142,8 +150,9 @@ class Server:
         return pack(value, self._refer)
 
     def _refer(self, value: Any) -> Any:
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return {"builtin": value.__name__}
+        name = value.__name__ if isinstance(value, type) else ""
+        if name and getattr(builtins, name, None) is value:
+            return {"builtin": name}
         for base in _PLAIN_BASES:  # such as a Counter, a named tuple or a member of an IntEnum
             if isinstance(value, base):
                 return self._pack(base(value))

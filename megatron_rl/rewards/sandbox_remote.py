@@ -29,7 +29,8 @@ _ERRORS = {
 }
 _TYPES = {name: made for name, made in _BUILTINS.items() if isinstance(made, type)}
 _SHOWN = ("__doc__", "__name__", "__qualname__")  # the other special ones are of this process
-_COPIED = (dict, list, tuple, set, frozenset, int, float, str)  # their subclasses go as these
+#: Their subclasses go as these.
+_COPIED: tuple[type[Any], ...] = (dict, list, tuple, set, frozenset, int, float, str)
 
 
 class Stopped(BaseException):
@@ -140,9 +141,9 @@ class Program:
             self.stop(Stopped(f"{name}: {text}".strip(": ")))
         for word in classes[:20]:
             if word in _ERRORS:
-                error = _ERRORS[word](text) if text else _ERRORS[word]()
-                error.of_program = f"{name}: {text}"  # what a report says
-                raise error
+                raised: Any = _ERRORS[word](text) if text else _ERRORS[word]()
+                raised.of_program = f"{name}: {text}"  # what a report says
+                raise raised
         raise RuntimeError(f"{name}: {text}")
 
     def _serve(self, number: str, parts: list) -> None:

@@ -33,9 +33,9 @@ BROKEN = (
 
 _ENCODE = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 _DECODE = json.JSONDecoder(parse_constant=float).decode  # a new NaN for each: none is another
-_SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
-_NAMES = {made: name for name, made in _SEQUENCES.items()}
-_BYTES = {"bytes": bytes, "bytearray": bytearray}
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_NAMES: dict[type[Any], str] = {made: name for name, made in _SEQUENCES.items()}
+_BYTES: dict[str, type[bytes] | type[bytearray]] = {"bytes": bytes, "bytearray": bytearray}
 _PLAIN = (type(None), bool, str, float)
 
 #: Called with a value that is not plain: its one-key object.

@@ -98,6 +98,7 @@ class WorkerPool:
 
 def _exchange(worker: subprocess.Popen, line: str, seconds: float) -> str:
     """Sends a line, returns the reply; "" if the worker died or took longer."""
+    assert worker.stdin is not None, "a pipe"
     try:
         worker.stdin.write(line.encode() + b"\n")
         worker.stdin.flush()
@@ -107,6 +108,7 @@ def _exchange(worker: subprocess.Popen, line: str, seconds: float) -> str:
 
 
 def _read_line(worker: subprocess.Popen, deadline: float) -> str:
+    assert worker.stdout is not None, "a pipe"
     poll = select.poll()
     poll.register(worker.stdout, select.POLLIN)
     data = b""
@@ -129,5 +131,6 @@ def _end(worker: subprocess.Popen) -> None:
     except ProcessLookupError:
         pass  # it had ended and been reaped
     worker.wait()
+    assert worker.stdin is not None and worker.stdout is not None, "pipes"
     worker.stdin.close()
     worker.stdout.close()
