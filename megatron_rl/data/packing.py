@@ -180,6 +180,7 @@ def _build_routes(
     start = 0
     for sample in samples:
         routed = sample.routed_experts
+        assert routed is not None, "all samples of a pack with routes have them"
         columns = [routed.layers.index(layer) for layer in routing.layers]
         chosen = routed.ids[:, columns]
         ids[start : start + len(chosen)] = chosen
@@ -229,6 +230,7 @@ def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
         raise ValueError(f"sample {index}: the sampler sent a token to one expert twice")
 
 
-def id_type(num_experts: int) -> np.dtype:
+def id_type(num_experts: int) -> type[np.integer]:
     """The smallest integer type that holds the ids 0..num_experts-1, as NumPy names it."""
-    return {1: np.uint8, 2: np.int16, 4: np.int32}[expert_id_bytes(num_experts)]
+    types: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int16, 4: np.int32}
+    return types[expert_id_bytes(num_experts)]

@@ -172,7 +172,9 @@ def _load(
     overlong: Literal["refuse", "skip"],
 ) -> DataSet[Item]:
     """The items of a file's problems, by a function that gives one and its tokens."""
-    items, skipped, kinds = [], [], Counter()
+    items: list[Item] = []
+    skipped: list[tuple[int, int]] = []
+    kinds: Counter[type] = Counter()
     for problem in file.problems:
         where = place(file.path, problem.index)
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from megatron_rl.data.prompts import DataSet, load_prompts, load_samples
 from megatron_rl.data.rendering import Rendering
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
-from megatron_rl.records import Prompt, Sample
+from megatron_rl.records import Prompt
 from megatron_rl.rewards.chosen import check_machine, record_check
 
 #: Data sets that a verb reads where they are given.
@@ -34,7 +34,7 @@ class RunData:
     """What a run works on."""
 
     rendering: Rendering
-    train: DataSet[Prompt] | DataSet[Sample] | None  #: samples for ``sft``
+    train: DataSet[Any] | None  #: samples for ``sft``, prompts for ``train``
     eval: DataSet[Prompt] | None
     #: what the verifiers found of this machine, for a header
     machine: Mapping[str, str] = field(default_factory=dict)
@@ -94,7 +94,8 @@ def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> Ru
     weights = config.checkpoint.init_from or config.model.hf_path
     check_vocabulary(tokenizer, config.model.vocab_size, weights)
     rendering, overlong = Rendering(tokenizer, config.data.chat), config.data.overlong
-    train = held_out = None
+    train: DataSet[Any] | None = None
+    held_out: DataSet[Prompt] | None = None
     if "train" in files and verb == "sft":
         longest = config.model.max_sequence_length
         train = load_samples(files["train"], rendering, longest, overlong)

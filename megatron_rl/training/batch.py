@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch.distributed import ProcessGroup
 
@@ -58,7 +59,7 @@ def to_device(
     else:
         layout = packed_layout(pack.lengths, pack.num_tokens, device)
 
-    def tensor(array):
+    def tensor(array: np.ndarray | None) -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
 
     return PackTensors(

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from megatron_rl.catalogue.entry import Entry
 from megatron_rl.catalogue.find import code_digest
 from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
@@ -50,7 +51,7 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
     """SHA-256 of the file of each thing that the configuration names and that is a user's own, by
     the reference.
     """
-    rows = [one.row for one in chosen_verifiers(config.reward)]
+    rows: list[Entry | None] = [one.row for one in chosen_verifiers(config.reward)]
     rows += [engine_of(config.rollout), optimizer_of(config.optimizer)]
     if verb == "train":
         algorithm = config.algorithm

@@ -55,6 +55,7 @@ def stop_text(stop_tokens: Mapping[int, str]) -> str:
 
 def sft_facts(config: Config, data: RunData) -> dict[str, str]:
     """The data of supervised fine-tuning."""
+    assert data.train is not None, "what the verb reads"
     return {
         "data": f"{len(data.train):,} samples ({config.data.train}), "
         + _held_out(config, data, "held-out problems"),
@@ -66,6 +67,7 @@ def sft_facts(config: Config, data: RunData) -> dict[str, str]:
 
 def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str]:
     """The data, the algorithm and the size of a step of reinforcement learning."""
+    assert data.train is not None, "what the verb reads"
     rollout, algorithm, problems = config.rollout, config.algorithm, data.train.items
     facts = {
         "data": f"{len(problems):,} problems ({config.data.train}), "

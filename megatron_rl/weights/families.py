@@ -65,7 +65,9 @@ def _attention(parameter: str = "weight") -> dict[str, Rule]:
     return {f"self_attention.linear_qkv.{parameter}": Rule("qkv", parts)}
 
 
-def _mlp(ours: str, theirs: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")):
+def _mlp(
+    ours: str, theirs: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, Rule]:
     """A SwiGLU MLP: two matrices of ours, three of theirs."""
     gate, up, down = (f"{theirs}.{name}.weight" for name in names)
     return {
@@ -137,6 +139,7 @@ def rule_of(name: str, family: str) -> Rule:
             f"the model's weight {name} has no counterpart in Hugging Face's {family}; expected a "
             "model that the family describes; see megatron_rl/weights/README.md"
         )
+    assert layer is not None, "no rule is for a name without one"
     number = "" if expert is None else expert[0]
     parts = (f"model.layers.{layer[1]}.{part.format(expert=number)}" for part in rule.parts)
     return Rule(rule.join, tuple(parts))

@@ -15,7 +15,7 @@ from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.parameters import ParameterView, weight_views
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.families import join, rule_of
+from megatron_rl.weights.families import Rule, join, rule_of
 from megatron_rl.weights.left_over import refuse_left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 
@@ -68,7 +68,9 @@ def _fill(
     return used
 
 
-def _local(view: ParameterView, rule, source: HuggingFaceTensors, model: ModelConfig):
+def _local(
+    view: ParameterView, rule: Rule, source: HuggingFaceTensors, model: ModelConfig
+) -> torch.Tensor:
     """This rank's slice of a weight."""
     parts = [source.get(name) for name in rule.parts]
     found = sum(part.numel() for part in parts)
