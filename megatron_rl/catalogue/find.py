@@ -159,7 +159,7 @@ def _row(kind: Kind[Row], thing: Any, place: str) -> Row:
     return row
 
 
-def _check_signature(kind: Kind, row: Entry, place: str) -> None:
+def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:
     """The thing can be called with what a run gives it, and so can what it makes."""
     settings = () if row.settings is None else ("settings",)
     calls = {label_of(row.name): (row.own, (*kind.arguments, *settings))}

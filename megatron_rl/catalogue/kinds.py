@@ -123,7 +123,7 @@ LOGGERS = Kind(
 )
 
 #: By the word that `megatron-rl list` takes.
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind[Any]] = {
     "losses": LOSSES,
     "advantages": ADVANTAGES,
     "corrections": CORRECTIONS,

@@ -53,7 +53,7 @@ class Refused(Exception):
     """The pickle is none of an index; it says why on one line."""
 
 
-class Size(tuple):
+class Size(tuple[Any, ...]):
     """A torch.Size: numbers from 0."""
 
 
@@ -158,6 +158,8 @@ class _Unpickler(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    _unframer: Any
 
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)

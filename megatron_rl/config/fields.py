@@ -8,7 +8,8 @@ from typing import Any, Iterator, Mapping, TypeGuard, get_origin
 from pydantic.fields import FieldInfo
 
 from megatron_rl.catalogue.describe import alternatives
-from megatron_rl.config.schema import Config, Section
+from megatron_rl.config.schema import Config
+from megatron_rl.config.section import Section
 
 
 def leaf_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:

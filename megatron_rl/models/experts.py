@@ -99,7 +99,10 @@ class GroupedExperts(MegatronModule):
         return grouped_mm(inner, self.linear_fc2.weight, offsets), None
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Shards of the global [E, 2F, D] and [E, D, F] under the keys of Megatron's other expert
         modules.
@@ -142,7 +145,7 @@ def _shard(
 
 
 def _gated_shards(
-    key: str, experts: GroupedExperts, sharded_offsets: tuple
+    key: str, experts: GroupedExperts, sharded_offsets: tuple[Any, ...]
 ) -> ShardedTensorFactory:
     """Gate and up are each split over the tensor-parallel ranks, so a rank holds two slices of the
     global axis.

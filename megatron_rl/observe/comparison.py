@@ -124,6 +124,6 @@ def _sampled_gain(run: Run) -> str:
     return f"{mean_at_k(run)} {gain}" if gain else ""
 
 
-def _extreme(run: Run, name: str, choose: Callable) -> str:
+def _extreme(run: Run, name: str, choose: Callable[..., Any]) -> str:
     values = run.series(name)[1]
     return f"{choose(values):.3g}" if values else ""

@@ -65,7 +65,7 @@ def compare(lines: BinaryIO, replies: TextIO, cpu_s: float) -> None:
         replies.write(f"{verdict}\n")
 
 
-def equal(expected: list, answer: list) -> bool:
+def equal(expected: list[Any], answer: list[Any]) -> bool:
     """Whether two trees are the same, or have the same value to 40 digits wherever both are real.
 
     With the imaginary unit in one of them, complex values count too.

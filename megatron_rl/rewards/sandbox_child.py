@@ -63,24 +63,24 @@ class Server:
         self._number = outer
         self._send(number, reply)
 
-    def _send(self, number: str, reply: list) -> None:
+    def _send(self, number: str, reply: list[Any]) -> None:
         try:
             send(self._answers, [number, *reply])
         except ValueError as error:
             send(self._answers, [number, "error", *describe(error)])
 
-    def do_load(self, programs: list[str], entry_point: str) -> list:
+    def do_load(self, programs: list[str], entry_point: str) -> list[Any]:
         names: Any = builtins
         names.exit = names.quit = sys.exit  # of the module site, which is not there
         self._code, self._entry_point = compile_first(programs), entry_point
         return []
 
-    def do_execute(self) -> list:
+    def do_execute(self) -> list[Any]:
         """Not as __main__: what stands under that guard does not run."""
         self._names = self._execute("program")
         return []
 
-    def do_run(self, text: str) -> list:
+    def do_run(self, text: str) -> list[Any]:
         """Executes the program with ``text`` as its input: what it printed."""
         for descriptor, content in ((0, text.encode("utf-8", "surrogatepass")), (1, b"")):
             os.dup2(self._files[descriptor], descriptor)
@@ -116,7 +116,7 @@ class Server:
         exec(self._code, module.__dict__)
         return module.__dict__
 
-    def do_call(self, target: str | int, arguments: Any, named: Any) -> list:
+    def do_call(self, target: str | int, arguments: Any, named: Any) -> list[Any]:
         function = self._find(target)
         values, keywords = self._unpack(arguments), self._unpack(named)
         result = function(*values, **keywords)
@@ -124,17 +124,17 @@ class Server:
         changed = None if result is not None else self._pack([list(values), keywords])
         return [self._pack(result), changed]
 
-    def do_get(self, target: str | int, name: str) -> list:
+    def do_get(self, target: str | int, name: str) -> list[Any]:
         return [self._pack(getattr(self._find(target), name))]
 
-    def do_apply(self, name: str, target: Any, arguments: Any) -> list:
+    def do_apply(self, name: str, target: Any, arguments: Any) -> list[Any]:
         function = _APPLIED[name]
         return [self._pack(function(self._unpack(target), *self._unpack(arguments)))]
 
-    def do_iter(self, target: str | int) -> list:
+    def do_iter(self, target: str | int) -> list[Any]:
         return [self._refer(iter(self._find(target)))]
 
-    def do_next(self, target: int) -> list:
+    def do_next(self, target: int) -> list[Any]:
         return [self._pack(next(self._find(target)))]
 
     def _find(self, target: str | int) -> Any:
@@ -169,7 +169,7 @@ class Server:
             return object()
         return self._callback(content) if tag == "callback" else self._find(content)
 
-    def _callback(self, place: int) -> Callable:
+    def _callback(self, place: int) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             number = self._number
             send(
@@ -198,7 +198,7 @@ def compile_first(programs: list[str]) -> types.CodeType:
     raise errors[min(1, len(errors) - 1)]
 
 
-def find(names: dict, entry_point: str) -> Any:
+def find(names: dict[Any, Any], entry_point: str) -> Any:
     """The function to test. Of a method, one that makes a new instance for each call."""
     owner, _, method = entry_point.rpartition("().")
     if not owner and method in names:

@@ -15,8 +15,8 @@ from megatron_rl.config.schema import (
     Config,
     ModelConfig,
     OptimizerConfig,
-    RolloutConfig,
 )
+from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.data.run_data import RunData
 from megatron_rl.training.session import Session
 from megatron_rl.training.trace_memory import longest_sequence, trace_fact

@@ -69,7 +69,7 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
 
 def sampled_routes(
     policy: Policy, chunk: int, pack: PackTensors
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[None]:
     """Inside, the chunk's routers take the sampler's experts, where the pack has them (R3)."""
     if pack.routes is None or policy.replay is None:
         return contextlib.nullcontext()

@@ -56,7 +56,7 @@ def forward_compared(
 
 def _replayed(
     policy: Policy, chunk: int, trace: RouterTrace | None
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[None]:
     if policy.replay is None:
         return contextlib.nullcontext()
     assert trace is not None, "a policy that replays has traces"

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, TypeVar
+from typing import Any, Callable, Iterable, Iterator, TypeVar
 
 from megatron_rl.checkpoint.directory import find_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
@@ -47,7 +47,7 @@ Progress = Callable[[Iterable[Item], int, str], Iterable[Item]]
 
 
 def to_megatron(
-    config: Config, target: Path, launch: Launch, progress: Progress, verified: bool
+    config: Config, target: Path, launch: Launch, progress: Progress[Any], verified: bool
 ) -> None:
     """Convert ``config.model.hf_path`` to a checkpoint in the new directory ``target``.
 
@@ -99,7 +99,7 @@ def to_hugging_face(
     target: Path,
     config: Config,
     launch: Launch,
-    progress: Progress,
+    progress: Progress[Any],
     *,
     like: Path | None,
     shard_bytes: int = SHARD_BYTES,

@@ -5,7 +5,7 @@ of errors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ def load_hf_weights(
     groups: Groups,
     model: ModelConfig,
     directory: Path,
-    progress: Callable[[list, int, str], Iterable] = lambda views, *_: views,
+    progress: Callable[[list[Any], int, str], Iterable[Any]] = lambda views, *_: views,
 ) -> None:
     """Fill this rank's chunks (bare GPTModels), in their own dtype. A collective over all ranks.
 
@@ -53,7 +53,7 @@ def _fill(
     groups: Groups,
     model: ModelConfig,
     directory: Path,
-    progress: Callable[[list, int, str], Iterable],
+    progress: Callable[[list[Any], int, str], Iterable[Any]],
 ) -> set[str]:
     """Fill the chunks; names of the tensors that were used."""
     family = read_model_type(directory)

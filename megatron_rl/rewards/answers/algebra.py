@@ -12,13 +12,14 @@ Up to three letters side by side are a product; a longer run is one name, and no
 
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence, TypeAlias
 
 from megatron_rl.rewards.answers.tokens import Token, Unreadable, number_value
 
 MAX_DEPTH = 24
 
-Tree = tuple
+#: A tuple of a kind and, by the kind, texts or trees.
+Tree: TypeAlias = "tuple[Any, ...]"
 
 
 FUNCTIONS = {

@@ -146,7 +146,7 @@ _FAMILIES = {
 
 def _functions(tree: Tree) -> frozenset[str]:
     """Families of the functions in it: an answer that names one has left it to be worked out."""
-    found = set()
+    found: set[str] = set()
     for node in walk(tree):
         if node[0] == "fn" and node[1] != "ln":
             found.add(_FAMILIES.get(node[1], node[1]))

@@ -67,7 +67,7 @@ class ServerEngine:
         #: The steps ahead, and an evaluation.
         self._threads = ThreadPoolExecutor(self._lag + 1, "rollout servers")
         self._begun = 0  #: how often: what was asked for first is answered first
-        self._asking: list[Future] = []  #: answers that are being asked for in the background
+        self._asking: list[Future[Any]] = []  #: answers that are being asked for in the background
 
     @property
     def version(self) -> int:

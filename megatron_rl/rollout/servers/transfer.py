@@ -126,7 +126,7 @@ class TransferChannel:
 
     def send(self, entries: Sequence[Entry], payload: torch.Tensor) -> Callable[[], None]:
         """See `Channel`."""
-        taken: Future = self._threads.submit(self._ask, self._api.updating(entries), _nothing)
+        taken: Future[Any] = self._threads.submit(self._ask, self._api.updating(entries), _nothing)
         sent = _beside(self._link.broadcast, payload)
 
         def wait() -> None:
