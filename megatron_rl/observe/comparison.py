@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.observe.page import write_figures, write_page

@@ -240,7 +240,7 @@ def _refusal(what: str) -> Callable[..., Any]:
     """For good: a test that expects a TypeError shall hear of the program's only."""
 
     def refuse(remote: Remote, *_: Any) -> NoReturn:
-        program = object.__getattribute__(remote, "_Remote__program")
+        program: Program = object.__getattribute__(remote, "_Remote__program")
         program.stop(TypeError(f"an object of the program {what}; expected a plain value"))
 
     return refuse
@@ -272,7 +272,7 @@ class Remote:
         return self.__program.value("next", self.__place)
 
     @property
-    def __doc__(self) -> Any:
+    def __doc__(self) -> Any:  # type: ignore[override]  # typeshed has a text that can be set
         return self.__getattr__("__doc__")
 
     __reduce_ex__ = _refusal("is copied")

@@ -137,7 +137,7 @@ def same_algebra(expected: Tree, answer: Tree, judge: Judge) -> bool:
     return not _differ(expected, answer) and judge(expected, answer)
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, str] = {
     **dict.fromkeys(("sin", "cos", "tan", "cot", "sec", "csc"), "angle"),
     **dict.fromkeys(("asin", "acos", "atan"), "inverse"),
     **dict.fromkeys(("sinh", "cosh", "tanh"), "hyperbola"),
