@@ -30,7 +30,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl": ["**/README.md"]},
+    package_data={"megatron_rl": ["**/README.md", "py.typed"]},
     install_requires=[
         "torch>=2.9",  # grouped_mm on any device
         "megatron-core>=0.16.1,<0.20",
@@ -54,7 +54,10 @@ setup(
         "vllm": ["vllm>=0.32"],  # better in an environment of its own: rollout.servers.python
         "wandb": ["wandb>=0.18"],
         "docs": ["pdoc>=15", "linkchecker>=10.5"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "trl>=0.20"],
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "trl>=0.20"),
+            *("ruff>=0.9", "mypy>=2", "types-psutil", "types-PyYAML"),
+        ],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
     classifiers=[

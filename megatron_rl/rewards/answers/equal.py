@@ -149,7 +149,8 @@ def _functions(tree: Tree) -> frozenset[str]:
     found: set[str] = set()
     for node in walk(tree):
         if node[0] == "fn" and node[1] != "ln":
-            found.add(_FAMILIES.get(node[1], node[1]))
+            name: str = node[1]
+            found.add(_FAMILIES.get(name, name))
         elif node[0] in ("log", "fn"):
             found.add("log")
     return frozenset(found)
