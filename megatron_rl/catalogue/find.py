@@ -169,10 +169,10 @@ def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:
         a_noun = f"{'an' if kind.noun[0] in 'aeiou' else 'a'} {kind.noun}"
         calls = {label_of(row.name): (row.own, made_of)}
         for method in methods:
-            name, bracket, arguments = method.rstrip(")").partition("(")
+            name, bracket, listed = method.rstrip(")").partition("(")
             found = _method(row.own, name, place, f"{a_noun}, with {', '.join(methods)}")
             if bracket:
-                calls[name] = (found, ("self", *arguments.replace(",", " ").split()))
+                calls[name] = (found, ("self", *listed.replace(",", " ").split()))
     for name, (function, arguments) in calls.items():
         try:
             signature = inspect.signature(function)
