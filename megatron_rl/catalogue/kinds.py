@@ -17,9 +17,12 @@ from megatron_rl.catalogue.entry import (
     LossEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.families import FAMILIES as FAMILY_ROWS
+from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
+from megatron_rl.families.common.family import Family
 
 Row = TypeVar("Row", bound=Entry)
 
@@ -36,6 +39,8 @@ class Kind(Generic[Row]):
     decorator: str  #: an example of what declares a user's own
     #: what the arguments make has these methods; (): the thing is called for its result
     methods: tuple[str, ...] = ()
+    #: its class, where it is no function: has ``mistake()``, and the class of the row ``of(thing)``
+    instance: type | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,6 +103,9 @@ ENGINES = Kind(
     "@engine()",
     methods=("generate", "begin", "weights_changed", "metrics", "close"),
 )
+FAMILIES = Kind(
+    "Hugging Face family", "model.family", FamilyEntry, FAMILY_ROWS, (), "", instance=Family
+)
 
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind] = {
@@ -106,4 +114,5 @@ KINDS: dict[str, Kind] = {
     "corrections": CORRECTIONS,
     "rewards": VERIFIERS,
     "engines": ENGINES,
+    "families": FAMILIES,
 }

@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_rl.catalogue.describe import type_and_bounds
 from megatron_rl.catalogue.entry import EngineEntry, Entry, LossEntry, VerifierEntry
+from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import Kind
 
@@ -39,6 +40,9 @@ def _traits(row: Entry) -> list[str]:
     if isinstance(row, EngineEntry):
         beside = "beside training" if row.beside_training else "in turns with training"
         return [f"{beside}, {'with' if row.routes else 'without'} the experts of its tokens"]
+    if isinstance(row, FamilyEntry):
+        family = row.load()
+        return [f"model_type {family.model_type}, {family.architecture} of transformers"]
     if not isinstance(row, LossEntry):
         return []
     traits = [f"over {row.denominator}", f"router shift {row.router_shift}"]
