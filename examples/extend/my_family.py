@@ -16,7 +16,8 @@ def write(model):
     """The keys of config.json that say what a model is, beyond those that families share."""
     values = qwen3_moe.write(model)
     del values["num_local_experts"]
-    return {**values, "n_experts": values.pop("num_experts")}
+    values["n_experts"] = values.pop("num_experts")
+    return values
 
 
 FAMILY = replace(

@@ -44,7 +44,7 @@ TOP: Mapping[str, Rule] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """A Hugging Face family. Readers and writers are inverse: an export is written only where what
     is read of it again is the model.
@@ -84,7 +84,7 @@ class Family:
             if not isinstance(getattr(self, name), Mapping):
                 return f"its {name} is {getattr(self, name)!r}; expected a mapping"
         if set(self.weights) != set(TOP):
-            return f"its weights are of {', '.join(self.weights)}; expected {', '.join(TOP)}"
+            return f"its weights are {', '.join(self.weights) or 'none'}; expected {', '.join(TOP)}"
         return _wrong_call(self) or _wrong_rule({**self.weights, **self.layer_weights})
 
 

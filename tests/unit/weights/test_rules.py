@@ -1,13 +1,19 @@
 """Rules of the families: names, and joins against tensors put together by hand."""
 
+import re
+
 import pytest
 import torch
 
+from megatron_rl.config.hf_config import fields_of_values
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.config.weight_names import layer_weights
 from megatron_rl.errors import UserError
 from megatron_rl.families import FAMILIES as ROWS
 from megatron_rl.families.common.family import Rule
 from megatron_rl.weights.rules import join, rule_of, split
+from tests.support import hugging_face
+from tests.support.tiny import build_tiny, tiny_config
 
 FAMILIES = {row.model_type: row for row in ROWS}
 
@@ -75,6 +81,26 @@ def test_a_copy_is_split_along_its_axis():
     rule = Rule("copy", ("w",))
     assert join(rule, [weight], MODEL, 0, 1, 2).tolist() == [[3.0, 4.0, 5.0]]
     assert join(rule, [weight.T], MODEL, 1, 0, 2).tolist() == [[0.0], [1.0], [2.0]]
+
+
+@pytest.mark.parametrize("variant", hugging_face.VARIANTS)
+def test_the_names_of_weights_are_those_of_the_model_that_is_built(variant):
+    import transformers
+
+    family, options = hugging_face.VARIANTS[variant]
+    values = getattr(transformers, f"{family}Config")(**options).to_dict()
+    config = tiny_config(model={"init_std": 0.02, **fields_of_values(values)})
+    groups, _, chunks = build_tiny(config)
+    from megatron_rl.models.parameters import weight_views
+
+    found = {view.name for view in weight_views(chunks, groups)}
+    within = {
+        re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", name.split(".", 3)[3])
+        for name in found
+        if name.startswith("decoder.layers.")
+    }
+    named = layer_weights(config.model)
+    assert within == set(named) and len(named) == len(set(named))
 
 
 def test_every_part_of_a_family_is_named_once():
