@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Annotated
 
-from megatron_rl.extend import Rule
 from megatron_rl.families import qwen3_moe
+from megatron_rl.families.common.family import Rule
 from megatron_rl.families.common.keys import Count, Spelled
 
 
