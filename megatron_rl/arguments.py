@@ -24,7 +24,7 @@ VERBS = {
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
-    "list": "show the losses, advantages, corrections, rewards or families that a config can name",
+    "list": f"show what a config can name: {', '.join(KINDS)}",
     "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 
