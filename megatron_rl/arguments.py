@@ -11,8 +11,7 @@ from typing import NoReturn, Sequence
 
 from megatron_rl import __version__
 from megatron_rl.catalogue.kinds import KINDS
-from megatron_rl.config.hf_file import shown
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, shown
 from megatron_rl.paths import local_path
 
 #: Verb -> what it does, as the help shows it.
@@ -25,7 +24,7 @@ VERBS = {
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
-    "list": "show the losses, rewards, optimizers, loggers... that a config can name",
+    "list": f"show what a config can name: {', '.join(KINDS)}",
     "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 
@@ -194,7 +193,8 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         type=partial(_path, "SOURCE"),
-        help="a Hugging Face model, a run, or a checkpoint",
+        help="a Hugging Face model, a run, or a checkpoint; of a family of your own: "
+        "--model.family ./my_family.py:FAMILY",
     )
     parser.add_argument(
         "target", metavar="TARGET", type=partial(_path, "TARGET"), help="a new directory"

@@ -26,6 +26,7 @@ from megatron_rl.config.checks import (
     input_files,
     verifiers_are_known,
 )
+from megatron_rl.config.checks_model import family_is_known
 from megatron_rl.config.estimate import (
     GIB,
     count_parameters,
@@ -36,7 +37,7 @@ from megatron_rl.config.estimate import (
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
@@ -186,7 +187,10 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
         if args.like is not None:
             raise UserError("--like goes with the way to Hugging Face; expected it left out here")
     config = load_config(None, overrides)
-    check_config(config, launch.world_size, "convert")
+    family_is_known(config)
+    model = config.model if from_hf else ModelConfig()  # that of a run is with its checkpoint
+    checked = config.model_copy(update={"model": model})
+    check_config(checked, launch.world_size, "convert")
     allow_descriptors(launch.world_size)
     from megatron_rl.device.select import select_device
 

@@ -19,11 +19,14 @@ from megatron_rl.catalogue.entry import (
     OptimizerEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.families import FAMILIES as FAMILY_ROWS
+from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.loggers import LOGGERS as LOGGER_ROWS
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
 from megatron_rl.catalogue.optimizers import OPTIMIZERS as OPTIMIZER_ROWS
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
+from megatron_rl.families.common.family import Family
 
 Row = TypeVar("Row", bound=Entry)
 
@@ -41,6 +44,8 @@ class Kind(Generic[Row]):
     #: what the arguments make has these methods, whose arguments are checked where they are given:
     #: "close()"; (): the thing is called for its result
     methods: tuple[str, ...] = ()
+    #: its class, where it is no function: has ``mistake()``, and the class of the row ``of(thing)``
+    instance: type | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,6 +126,9 @@ LOGGERS = Kind(
     "@logger()",
     methods=("log(step, metrics)", "close()"),
 )
+FAMILIES = Kind(
+    "Hugging Face family", "model.family", FamilyEntry, FAMILY_ROWS, (), "", instance=Family
+)
 
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind] = {
@@ -131,4 +139,5 @@ KINDS: dict[str, Kind] = {
     "engines": ENGINES,
     "optimizers": OPTIMIZERS,
     "loggers": LOGGERS,
+    "families": FAMILIES,
 }

@@ -15,6 +15,7 @@ from megatron_rl.catalogue.entry import (
     OptimizerEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import Kind
 
@@ -49,6 +50,9 @@ def _traits(row: Entry) -> list[str]:
         layouts = "any layout" if row.split_weights else "without tensor and expert parallelism"
         sharded = "with" if row.of_megatron else "without"
         return [f"{layouts}, {sharded} parallel.distributed_optimizer"]
+    if isinstance(row, FamilyEntry):
+        family = row.load()
+        return [f"model_type {family.model_type}, {family.architecture} of transformers"]
     if not isinstance(row, LossEntry):
         return []
     traits = [f"over {row.denominator}", f"router shift {row.router_shift}"]

@@ -22,11 +22,10 @@ from megatron_rl.catalogue.describe import choices, expectation
 from megatron_rl.catalogue.nearest import did_you_mean
 from megatron_rl.config.fields import is_dict, is_path, is_text, leaf_fields
 from megatron_rl.config.hf_config import read_hf_config
-from megatron_rl.config.hf_file import shown
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config
 from megatron_rl.config.yaml_text import dump_yaml, is_name, parse_value, read_yaml
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, shown
 from megatron_rl.paths import as_written, local_path
 
 
@@ -209,7 +208,8 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
         fields, origin = MODEL_PRESETS[entry.value], f"preset {entry.value}"
     else:
         (name,) = named
-        fields, origin = _read_hugging_face(name, entry), entry.value
+        family = values.get("model.family", _Value(None, "")).value
+        fields, origin = _read_hugging_face(name, entry, family), entry.value
     found = {f"model.{name}": _Value(value, origin) for name, value in fields.items()}
     if "model.hf_path" in named and "data.tokenizer.path" not in values:
         found["data.tokenizer.kind"] = _Value("huggingface", origin)
@@ -227,7 +227,7 @@ def _learning_rate(values: dict[str, _Value], purpose: str) -> dict[str, _Value]
     return {"optimizer.lr": _Value(LEARNING_RATES[purpose], f"the default of {purpose}")}
 
 
-def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:
+def _read_hugging_face(name: str, entry: _Value, family: Any) -> dict[str, Any]:
     """The fields that ``model.hf_path`` or ``model.hf_config`` determines."""
     path, place = Path(entry.value), _place(name, entry.origin)
     if name == "model.hf_path" and not os.path.isdir(path):
@@ -242,7 +242,7 @@ def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:
             f"{place}: {file} does not exist; expected a Hugging Face config.json"
             f"{'' if name == 'model.hf_path' else ' or its directory'}; correct the path"
         )
-    return read_hf_config(path)
+    return read_hf_config(path, family if isinstance(family, str) else None)
 
 
 def _entries(name: str, values: dict[str, _Value], keys: _Keys) -> dict[str, Any]:

@@ -23,7 +23,7 @@ router_scaling_factor vocab_size rope_base yarn qk_norm qk_norm_scope kv_lora_ra
 qk_nope_head_dim qk_rope_head_dim v_head_dim qkv_bias norm_epsilon tie_embeddings dtype
 """.split()
 _TRAINING_OF_THE_MODEL = """
-preset hf_path hf_config aux_loss_coeff z_loss_coeff expert_bias_update_rate freeze_router
+preset hf_path hf_config family aux_loss_coeff z_loss_coeff expert_bias_update_rate freeze_router
 max_sequence_length init_std transformer_engine
 """.split()
 _DATA = """

@@ -45,6 +45,9 @@ class ModelConfig(Section):
     weights start a new run, its tokenizer is used where data.tokenizer.path is null."""
     hf_config: Path | None = None
     """A Hugging Face config.json (or its directory): the architecture alone."""
+    family: str | None = None
+    """How config.json and tensors are read and written: a Hugging Face family by name, or your own,
+    ./my_family.py:FAMILY; null: the one of config.json's model_type."""
     num_layers: int = Field(4, ge=1, le=10_000)
     """Transformer layers, over all pipeline stages."""
     hidden_size: int = Field(128, ge=1)

@@ -10,7 +10,8 @@ import hashlib
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from megatron_rl.catalogue.find import code_digest
+from megatron_rl.catalogue.find import code_digest, find
+from megatron_rl.catalogue.kinds import FAMILIES
 from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
 from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, read_state
@@ -55,6 +56,8 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
     if verb == "train":
         algorithm = config.algorithm
         rows += [loss_of(algorithm), advantages_of(algorithm), correction_of(algorithm)]
+    if config.model.family is not None:
+        rows.append(find(FAMILIES, config.model.family))
     digests = {row.name: code_digest(row) for row in rows if row is not None}
     return {name: digest for name, digest in digests.items() if digest is not None}
 
