@@ -25,7 +25,7 @@ VERBS = {
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
-    "list": "show the losses, advantages, corrections or rewards that a config can name",
+    "list": "show the losses, advantages, corrections, rewards or sources that a config can name",
     "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 

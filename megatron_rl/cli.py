@@ -24,6 +24,7 @@ from megatron_rl.config.checks import (
     answers_leave_room_for_prompts,
     check_config,
     input_files,
+    prompts_have_one_form,
     verifiers_are_known,
 )
 from megatron_rl.config.estimate import (
@@ -239,6 +240,7 @@ def _start(args: argparse.Namespace, config: Config) -> None:
 def _show_data(config: Config, purpose: str, examples: int) -> None:
     """Print the data sets as the model of ``purpose`` will see them."""
     verifiers_are_known(config)
+    prompts_have_one_form(config)
     answers_leave_room_for_prompts(config)
     if examples < 0:
         raise UserError(f"--examples is {examples}; expected at least 0")

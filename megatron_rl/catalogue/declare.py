@@ -11,6 +11,7 @@ from megatron_rl.catalogue.entry import (
     EngineEntry,
     Entry,
     LossEntry,
+    SourceEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.settings import Settings
@@ -98,6 +99,13 @@ def engine(
     """
     traits = {"beside_training": beside_training, "routes": routes}
     return lambda thing: _attach(thing, EngineEntry, settings, paper=paper, **traits)
+
+
+def source(*, settings: type[Settings] | None = None) -> Callable[[Thing], Thing]:
+    """Declare a data source, ``([settings]) -> iterable of records``: mappings of JSON values, the
+    same in every call and on every rank. One without settings needs no decorator.
+    """
+    return lambda thing: _attach(thing, SourceEntry, settings)
 
 
 def row_of(thing: Any, kind: type[Entry]) -> Entry:

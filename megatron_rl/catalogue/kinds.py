@@ -15,10 +15,12 @@ from megatron_rl.catalogue.entry import (
     EngineEntry,
     Entry,
     LossEntry,
+    SourceEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
 from megatron_rl.catalogue.settings import Settings
+from megatron_rl.catalogue.sources import SOURCES as SOURCE_ROWS
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
 
 Row = TypeVar("Row", bound=Entry)
@@ -98,6 +100,14 @@ ENGINES = Kind(
     "@engine()",
     methods=("generate", "begin", "weights_changed", "metrics", "close"),
 )
+SOURCES = Kind(
+    "data source",
+    "data.train",
+    SourceEntry,
+    SOURCE_ROWS,
+    (),
+    "@source()",
+)
 
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind] = {
@@ -106,4 +116,5 @@ KINDS: dict[str, Kind] = {
     "corrections": CORRECTIONS,
     "rewards": VERIFIERS,
     "engines": ENGINES,
+    "sources": SOURCES,
 }

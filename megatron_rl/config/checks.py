@@ -20,9 +20,11 @@ from megatron_rl.config.checks_layout import (
 )
 from megatron_rl.config.checks_model import MODEL_RULES
 from megatron_rl.config.checks_rollout import ROLLOUT_RULES
+from megatron_rl.config.data import chosen_sources, files_of, parts_of
 from megatron_rl.config.layout import data_parallel_size, ranks_wanted
 from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.schema import Config
+from megatron_rl.config.template import check_template
 from megatron_rl.errors import UserError
 
 
@@ -87,7 +89,37 @@ def learning_rate_decays(config: Config) -> None:
         )
 
 
-#: Files a verb cannot do without.
+def data_is_found(config: Config) -> None:
+    """The data sets are of a known form: sources of a user's own and settings are checked."""
+    chosen_sources(config.data, "train")
+    chosen_sources(config.data, "eval")
+
+
+def prompts_have_one_form(config: Config) -> None:
+    """A prompt is a column or a template; a message of the system needs a chat template."""
+    data = config.data
+    if data.template is not None and data.prompt_key != "prompt":
+        raise UserError(
+            f"data.template is given beside data.prompt_key {data.prompt_key}; expected one of "
+            "them: where the prompt is, or how it is made; leave one out"
+        )
+    parts = {**parts_of(data, "train"), **parts_of(data, "eval")}
+    systems = {"data": data.system} | {field: part.system for field, part in parts.items()}
+    for field, system in systems.items():
+        if system is not None and data.chat in ("plain", "rendered"):
+            raise UserError(
+                f"{field}.system is given with data.chat {data.chat}, under which there are no "
+                "messages; expected auto or template; set data.chat"
+            )
+    for field, template in {
+        "data": data.template,
+        **{f: p.template for f, p in parts.items()},
+    }.items():
+        if template is not None:
+            check_template(template, f"{field}.template")
+
+
+#: What a verb cannot do without.
 NEEDED_FILES: dict[str, tuple[str, ...]] = {
     "train": ("data.tokenizer.path", "data.train"),
     "sft": ("data.tokenizer.path", "data.train"),
@@ -98,11 +130,13 @@ NEEDED_FILES: dict[str, tuple[str, ...]] = {
 
 
 def input_files(config: Config) -> dict[str, Path | None]:
-    """Every path a run reads, by the name of its field."""
+    """Every file or directory a run reads, by the name of its field."""
     return {
         "data.tokenizer.path": config.data.tokenizer.path,
-        "data.train": config.data.train,
-        "data.eval": config.data.eval,
+        **{
+            f"data.{split}": None for split in ("train", "eval") if not parts_of(config.data, split)
+        },
+        **files_of(config.data),
         "checkpoint.init_from": config.checkpoint.init_from,
     }
 
@@ -111,13 +145,15 @@ def files_exist(config: Config, verb: str) -> None:
     """The files a verb reads are named and there; run_dir, if there, is a directory."""
     files = input_files(config)
     for name in NEEDED_FILES[verb]:
-        if files[name] is None:
+        if name in files and files[name] is None:
             raise UserError(
                 f"{name} is not given; expected a path, which {verb} needs; set --{name}"
             )
     evaluates = ("data.eval",) if verb in ("train", "sft") else ()
-    for name in (*NEEDED_FILES[verb], *evaluates, "checkpoint.init_from"):
-        path = files[name]
+    read = (*NEEDED_FILES[verb], *evaluates, "checkpoint.init_from")
+    for name, path in files.items():
+        if not any(name == of or name.startswith(f"{of}.") for of in read):
+            continue
         if path is not None and not os.path.exists(path):
             raise UserError(
                 f"{name}: {path} does not exist; expected a path from the current directory "
@@ -154,13 +190,26 @@ VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "train": (
         *ALGORITHM_RULES,
         verifiers_are_known,
+        data_is_found,
+        prompts_have_one_form,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
     ),
-    "sft": (verifiers_are_known, answers_leave_room_for_prompts, best_checkpoints_are_evaluated),
-    "evaluate": (verifiers_are_known, answers_leave_room_for_prompts),
-    "generate": (answers_leave_room_for_prompts,),
+    "sft": (
+        verifiers_are_known,
+        data_is_found,
+        prompts_have_one_form,
+        answers_leave_room_for_prompts,
+        best_checkpoints_are_evaluated,
+    ),
+    "evaluate": (
+        verifiers_are_known,
+        data_is_found,
+        prompts_have_one_form,
+        answers_leave_room_for_prompts,
+    ),
+    "generate": (prompts_have_one_form, answers_leave_room_for_prompts),
     "convert": (),
 }
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron_rl.config.schema_data import DataConfig
 from megatron_rl.config.schema_reward import RewardConfig
 from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.config.section import Section
@@ -173,48 +174,6 @@ class DeviceConfig(Section):
     heartbeat_file: Path | None = None
     """What the first rank of each machine touches every few seconds while no rank of that machine
     is silent: for a liveness probe; null: none."""
-
-
-class TokenizerConfig(Section):
-    """The tokenizer."""
-
-    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
-    """sentencepiece: a .model file; huggingface: a directory, or a tokenizer.json."""
-    path: Path | None = None
-    """The file or directory."""
-    trust_remote_code: bool = False
-    """huggingface: execute the Python code that a directory's tokenizer brings along; false: a
-    tokenizer that needs code of its own is refused."""
-
-
-class DataConfig(Section):
-    """Prompts and the packing of sequences."""
-
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """The tokenizer."""
-    train: Path | None = None
-    """JSONL file of training problems, one object a line."""
-    eval: Path | None = None
-    """JSONL file of held-out problems; null: no evaluation."""
-    prompt_key: str = "prompt"
-    """Key of the prompt: a string, or a list of chat messages."""
-    chat: Literal["auto", "template", "plain", "rendered"] = "auto"
-    """auto: chat messages by the tokenizer's template, text as it stands; template: text too, as
-    one message of the user; plain: text alone, chats are refused; rendered: text in which the
-    template's control tokens stand already, nothing is added. In the others they are text."""
-    last_turn: Literal["refuse", "reference"] = "refuse"
-    """Chats whose last message is the assistant's. reference: it is kept out of the prompt and
-    stands for a completion (sft) or ``answer`` (train, evaluate) that the record lacks."""
-    overlong: Literal["refuse", "skip"] = "refuse"
-    """Lines that are too long for model.max_sequence_length; skip: leave them out, counted."""
-    completion_key: str = "completion"
-    """Key of the reference answer (supervised fine-tuning)."""
-    shuffle: bool = True
-    """Draw the problems of each epoch in a seeded random order."""
-    pack_tokens: int = Field(4096, ge=8)
-    """Most tokens of a pack (micro-batch); no sequence may be longer."""
-    pack_multiple: int = Field(64, ge=1)
-    """Packs are as short as the batch allows, rounded up to this many tokens."""
 
 
 class RouterShiftConfig(Section):

@@ -40,7 +40,8 @@ def preview(
         yield f"{split}: {items.path}, {lengths_text(items)}"
         for item in items.items[:count]:
             yield ""
-            yield from _example(item, tokenizer, max_new_tokens)
+            place = items.named(item.index) if isinstance(item, Prompt) else ""
+            yield from _example(item, place, tokenizer, max_new_tokens)
 
 
 def lengths_text(data: DataSet) -> str:
@@ -64,12 +65,14 @@ def _range(lengths: Sequence[int]) -> str:
     return f"{ordered[0]:,} to {ordered[-1]:,} tokens ({quantiles})"
 
 
-def _example(item: Prompt | Sample, tokenizer: Tokenizer, longest: int) -> Iterator[str]:
+def _example(
+    item: Prompt | Sample, place: str, tokenizer: Tokenizer, longest: int
+) -> Iterator[str]:
     ids = item.tokens.tolist()
     if isinstance(item, Prompt):
         start = len(ids)
         trained = f"trained on: the answers sampled to it, of up to {longest} tokens"
-        yield f"line {item.index + 1}: a prompt of {start} tokens; {trained}"
+        yield f"{place}: a prompt of {start} tokens; {trained}"
     else:
         start = item.prompt_length
         yield f"a prompt of {start} tokens; trained on: the {len(ids) - start} after it, marked *"

@@ -5,14 +5,14 @@ uses the network.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, Sequence
 
 from megatron_rl.data.chat_template import ChatTemplate
 from megatron_rl.data.tokenizer_files import check_tokenizer_files, ids_of, understood
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_rl.config.schema import TokenizerConfig
+    from megatron_rl.config.schema_data import TokenizerConfig
     from megatron_rl.data.problems import PromptText
 
 #: Stands in a decoded text for every id past the tokenizer's vocabulary (a model may have more rows
@@ -65,9 +65,13 @@ class Tokenizer(Protocol):
     def find_control(self, text: str) -> str | None:
         """The first text of a control token in a text."""
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode_prompt(
+        self, prompt: PromptText, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Ids a completion is to follow: with the beginning-of-sequence token, chat messages
         through the template. What the user wrote stays text.
+
+        ``variables``: more of the template's, such as tools.
         """
 
 
@@ -139,7 +143,9 @@ class SentencePieceTokenizer:
     def find_control(self, text: str) -> str | None:
         return next((piece for piece in self._control.values() if piece in text), None)
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode_prompt(
+        self, prompt: PromptText, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         if not isinstance(prompt, str):
             raise UserError(
                 "a prompt of chat messages; "
@@ -214,11 +220,13 @@ class HuggingFaceTokenizer:
         found = self._template.control.search(text)
         return None if found is None else found[0]
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode_prompt(
+        self, prompt: PromptText, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Begun as the tokenizer itself begins a text, but never ended; chat by its template."""
         if not isinstance(prompt, str):
             # it writes its own special tokens
-            return self._within(self._template.encode(prompt))
+            return self._within(self._template.encode(prompt, variables))
         ids = self._begun(prompt)
         return self._within(ids[: len(ids) - self._num_ends])
 

@@ -14,6 +14,7 @@ from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step
+from megatron_rl.config.data import data_text
 from megatron_rl.config.reward import reward_text
 from megatron_rl.config.schema import Config
 from megatron_rl.data.run_data import RunData
@@ -46,13 +47,13 @@ MakeTask = Callable[[Session, Policy, Engine], Task]
 def train(config: Config, data: RunData) -> None:
     """Reinforcement learning from ``data.train``, evaluated on ``data.eval`` where it is given."""
     problems, held_out = data.train.items, _held_out(data)
-    identity = run_identity(config, "train", problems, held_out)
+    identity = run_identity(config, "train", problems, held_out, data.train.parts)
     check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
         if keeps_trace(config.algorithm):
             check_trace_fits(session, longest_sequence(config, problems))
-        return Reinforce(session, policy, engine, problems, held_out, identity)
+        return Reinforce(session, policy, engine, problems, held_out, identity, data.train.parts)
 
     updates = config.train.steps * updates_per_step(config.algorithm)
     facts = train_facts(config, data, read_launch().world_size)
@@ -62,11 +63,11 @@ def train(config: Config, data: RunData) -> None:
 def sft(config: Config, data: RunData) -> None:
     """Supervised fine-tuning on the prompts and answers of ``data.train``."""
     samples, held_out = data.train.items, _held_out(data)
-    identity = run_identity(config, "sft", samples, held_out)
+    identity = run_identity(config, "sft", samples, held_out, data.train.parts)
     check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
-        return Supervised(session, policy, engine, samples, held_out, identity)
+        return Supervised(session, policy, engine, samples, held_out, identity, data.train.parts)
 
     facts = sft_facts(config, data)
     _run(config, "sft", data, facts, config.train.steps, make_task)
@@ -121,7 +122,8 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
     with open_session(config, "evaluate", None, data.tokenizer) as session:
         engine, weights, step = _load_engine(session, base)
         what = (
-            f"{len(problems):,} problems ({config.data.eval}), reward {reward_text(config.reward)}"
+            f"{len(problems):,} problems ({data_text(config.data.eval)}), "
+            f"reward {reward_text(config.reward)}"
         )
         facts = {"weights": weights, "data": what, **data.facts()}
         session.console.header({**run_facts(session, data.machine), **facts})

@@ -1,5 +1,7 @@
 """Every row says of its thing what is so, and can be listed."""
 
+import json
+
 import pytest
 
 from megatron_rl.algorithms.trial import check_advantages, check_correction, check_loss, traits_of
@@ -36,7 +38,7 @@ def test_every_row_has_its_code_and_is_listed(kind):
         for name, field in ({} if row.settings is None else row.settings.model_fields).items():
             assert field.description, f"{row.name}: {name} is not documented"
             (line,) = [one for one in listed(kind, [row.name]) if one.strip().startswith(name)]
-            assert f"{name}: {field.default}" in line
+            assert f"{name}: {json.dumps(field.default)}" in line
     for row in kind.rows:
         for check in ("check", "machine_check"):
             assert getattr(row, check, None) is None or callable(load_check(getattr(row, check)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data import chat_template
 from megatron_rl.data.tokenizers import load_tokenizer
 from megatron_rl.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data.tokenizers import check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
 from tools.data.train_tokenizer import train_tokenizer
