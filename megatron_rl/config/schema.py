@@ -279,7 +279,7 @@ class EvaluateConfig(Section):
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
     problems: int | None = Field(None, ge=1)
-    """Use the first n problems; null: all."""
+    """Use the first n problems, of several data sets as many of each; null: all."""
     samples: int = Field(4, ge=0)
     """Sampled answers k a problem for mean@k, at rollout.temperature; 0: only greedy pass@1."""
 

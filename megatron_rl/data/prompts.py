@@ -61,6 +61,22 @@ class DataSet(Generic[Item]):
         place = self.place(index)
         return place.removeprefix(f"{self.path}, ")
 
+    def cut(self, most: int | None) -> DataSet[Item]:
+        """The first ``most`` items; of several parts as many of each, as far as they have them."""
+        if most is None or most >= len(self):
+            return self
+        sizes = [0] * len(self.parts)
+        while sum(sizes) < most:
+            for number, part in enumerate(self.parts):
+                if sum(sizes) < most and sizes[number] < part.size:
+                    sizes[number] += 1
+        items, start = [], 0
+        for part, size in zip(self.parts, sizes):
+            items += self.items[start : start + size]
+            start += part.size
+        parts = (replace(part, size=size) for part, size in zip(self.parts, sizes))
+        return replace(self, items=items, parts=tuple(parts))
+
     def shares(self) -> dict[str, float]:
         """The share of the draws that each of several parts has; {} of one."""
         whole = sum(part.weight for part in self.parts)

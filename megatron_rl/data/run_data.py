@@ -112,7 +112,7 @@ def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> Ru
         train = load_prompts(files["train"], rendering, prompt_room(config), overlong)
     if "eval" in files:
         held_out = load_prompts(files["eval"], rendering, prompt_room(config), overlong)
-        held_out = replace(held_out, items=held_out.items[: config.evaluate.problems])
+        held_out = held_out.cut(config.evaluate.problems)
     return RunData(rendering, train, held_out)
 
 

@@ -8,6 +8,7 @@ import pytest
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
 from megatron_rl.data.mixture import MixedSource, source_of
+from megatron_rl.data.preview import preview
 from megatron_rl.data.prompts import DataPart, PromptSource
 from megatron_rl.data.run_data import encode_files, read_files
 from megatron_rl.errors import UserError
@@ -170,3 +171,29 @@ def test_rewards_and_shares_of_each(tmp_path, qwen):
         "data": {},
         "share": {"a": (0.0, 0.0), "own": (0.0, 0.0)},
     }
+
+
+def test_the_preview_shows_each_part(tmp_path, qwen):
+    lines = list(preview(read(tmp_path, qwen), [2], 64, 1))
+    assert lines[2] == "mixture: 0.75 a (2), 0.25 own (3)"
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert lines[4:8] == [
+        f"data.train: {first}, {second}, 5 problems, prompts of 1 to 2 tokens "
+        "(50%: 2, 90%: 2, 99%: 2)",
+        "",
+        "a, 0.75 of the draws: 2 problems, prompts of 1 to 1 tokens (50%: 1, 90%: 1, 99%: 1)",
+        "",
+    ]
+    shown = [line for line in lines if ": a prompt of" in line]
+    assert [line.partition(": a")[0] for line in shown] == [f"{first}, line 1", f"{second}, line 1"]
+    assert "  | 33" in lines
+
+
+@pytest.mark.parametrize(
+    ("most", "texts"),
+    [(None, "1 2 33 44 55"), (9, "1 2 33 44 55"), (4, "1 2 33 44"), (3, "1 2 33"), (1, "1")],
+)
+def test_the_first_of_each(tmp_path, qwen, most, texts):
+    found = read(tmp_path, qwen).train.cut(most)
+    assert " ".join(prompt.text for prompt in found.items) == texts
+    assert sum(part.size for part in found.parts) == len(found)
