@@ -34,9 +34,15 @@ def read_parquet(path: Path, settings: ColumnsSettings) -> Iterator[dict[str, An
     with contextlib.closing(file):
         columns = chosen_columns(str(path), file.schema_arrow.names, settings)
         most = max(MOST_BYTES, MOST_TIMES * os.path.getsize(path))
-        yield from records_of(
-            str(path), file.iter_batches(ROWS, columns=columns, use_threads=False), most
-        )
+        batches, rows = file.iter_batches(ROWS, columns=columns, use_threads=False), 0
+        for record in records_of(str(path), batches, most):
+            rows += 1
+            yield record
+        if rows != file.metadata.num_rows:
+            raise UserError(
+                f"{path}: {rows:,} rows in it; expected the {file.metadata.num_rows:,} that it "
+                "says it has; it is damaged: replace it"
+            )
 
 
 def chosen_columns(name: str, found: list[str], settings: ColumnsSettings) -> list[str]:

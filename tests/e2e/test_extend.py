@@ -1,7 +1,8 @@
 """The folder of a user who has the wheel installed and not this repository, with a loss, rewards,
-advantages and a rollout engine of its own.
+advantages, data and a rollout engine of its own.
 """
 
+import random
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ def done(folder, tmp_path_factory):
     commands = {
         "list": ["list", "losses", "./my_loss.py:my_loss"],
         "mistake": ["check", "run.yaml", "--algorithm.settings.clp", "0.1"],
+        "data": ["data", "run.yaml", "--examples", "1"],
         "train": ["train", "run.yaml", *cpu],
         "engine": [
             *("train", "run.yaml", *cpu, "--run_dir", "runs/engine"),
@@ -70,3 +72,19 @@ def test_its_engine_gives_the_answers_of_the_built_in_one(done):
         assert builtin["step"] == own["step"]
         for name in names:
             assert own[name] == pytest.approx(builtin[name], rel=1e-3, abs=1e-5), name
+
+
+def test_its_data_is_mixed_in_and_shown(done):
+    results, mine = done
+    assert results["data"].code == 0, results["data"].err
+    assert "mixture: 0.75 train (" in results["data"].out
+    assert "0.25 sums (100)" in results["data"].out
+    assert "my_source.py:sums, record 1: a prompt of" in results["data"].out
+    numbers = random.Random(1)
+    first, second = numbers.randint(1, 20), numbers.randint(1, 20)
+    assert f"  | <s>{first} {second}={first + second}:\n" in results["data"].out
+    for row in records(mine / "runs/extend/metrics.jsonl"):
+        if "loss" in row:
+            assert row["share/train"] == 0.75 and row["share/sums"] == 0.25
+            whole = 0.75 * row["data/train"] + 0.25 * row["data/sums"]
+            assert row["reward/mean"] == pytest.approx(whole)
