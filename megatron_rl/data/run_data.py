@@ -121,6 +121,14 @@ def prompt_room(config: Config) -> int:
     return config.model.max_sequence_length - config.rollout.max_new_tokens
 
 
+def prompts_in(config: Config, rendering: Rendering, path: Path) -> DataSet[Prompt]:
+    """The prompts of a data set of the command line, which is named and read as data.train is, with
+    the columns of the configuration. ``UserError``: as of data sets.
+    """
+    sources = chosen_sources(config.data.model_copy(update={"train": path}), "train")
+    return load_prompts(read_sources(sources), rendering, prompt_room(config), config.data.overlong)
+
+
 def given_prompts(config: Config, rendering: Rendering, texts: Sequence[str]) -> list[Prompt]:
     """Prompts of the command line, rendered as those of a data set; JSON text of a chat is a chat.
 

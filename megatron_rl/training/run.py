@@ -26,6 +26,7 @@ from megatron_rl.observe.report import summary, write_report
 from megatron_rl.observe.run_files import METRICS_FILE
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import Engine, sampling_settings
+from megatron_rl.training.answers import answer, check_output
 from megatron_rl.training.checkpoints import load_newest
 from megatron_rl.training.continuation import check_continuation, run_identity
 from megatron_rl.training.engines import build_engine
@@ -141,16 +142,22 @@ def generate(
     *,
     greedy: bool = False,
     base: bool = False,
+    samples: int = 1,
+    output: Path | None = None,
 ) -> None:
-    """Print an answer to each problem, of the weights that `evaluate` takes."""
+    """Answers to each problem, of the weights that `evaluate` takes: printed, or written to
+    ``output`` as JSON lines.
+    """
     _check_weights(config, base)
+    if output is not None:
+        check_output(output)
     with open_session(config, "generate", None, data.tokenizer) as session:
         engine, _, _ = _load_engine(session, base)
-        settings = sampling_settings(config.rollout, samples=1, greedy=greedy, seed=config.seed)
-        mine = problems if session.groups.data.rank() == 0 else []
+        settings = sampling_settings(
+            config.rollout, samples=samples, greedy=greedy, seed=config.seed
+        )
         with contextlib.closing(engine):
-            for group in engine.generate(mine, settings):
-                session.console.note(f"{group.prompt.text}{group.completions[0].text}")
+            answer(session, engine, problems, settings, output)
         session.console.confirm()
 
 
