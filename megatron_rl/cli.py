@@ -25,6 +25,7 @@ from megatron_rl.config.checks import (
     check_config,
     input_files,
     prompts_have_one_form,
+    template_variables_are_free,
     verifiers_are_known,
 )
 from megatron_rl.config.estimate import (
@@ -270,6 +271,7 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
     """Print the data sets as the model of ``purpose`` will see them."""
     verifiers_are_known(config)
     prompts_have_one_form(config)
+    template_variables_are_free(config)
     answers_leave_room_for_prompts(config)
     if examples < 0:
         raise UserError(f"--examples is {examples}; expected at least 0")
@@ -280,7 +282,7 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
     from megatron_rl.training.stop_tokens import stop_tokens_of
 
     data = encode_files(config, purpose, read_files(config, purpose))
-    stops = list(stop_tokens_of(config, data.tokenizer.eos_id))
+    stops = stop_tokens_of(config, data.tokenizer)
     longest = config.rollout.max_new_tokens
     for line in preview(data, stops, longest, examples):
         print(line)

@@ -95,6 +95,30 @@ def data_is_found(config: Config) -> None:
     chosen_sources(config.data, "eval")
 
 
+#: Arguments of transformers' apply_chat_template that are not the template's.
+_NO_VARIABLES = frozenset(
+    "conversation messages chat_template add_generation_prompt continue_final_message tokenize "
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs".split()
+)
+
+
+def template_variables_are_free(config: Config) -> None:
+    """``data.chat_template_kwargs`` sets what the template leaves open, and there is a template."""
+    data = config.data
+    taken = next((name for name in data.chat_template_kwargs if name in _NO_VARIABLES), None)
+    if taken is not None:
+        raise UserError(
+            f"data.chat_template_kwargs sets {taken}, which is given by the program; expected a "
+            "variable of the template, such as enable_thinking; leave it out"
+        )
+    if data.chat_template_kwargs and data.chat in ("plain", "rendered"):
+        raise UserError(
+            f"data.chat_template_kwargs is given with data.chat {data.chat}, which uses no "
+            "template; expected auto or template; set data.chat, or leave it out"
+        )
+
+
 def prompts_have_one_form(config: Config) -> None:
     """A prompt is a column or a template; a message of the system needs a chat template."""
     data = config.data
@@ -192,6 +216,7 @@ VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
         verifiers_are_known,
         data_is_found,
         prompts_have_one_form,
+        template_variables_are_free,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
@@ -200,6 +225,7 @@ VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
         verifiers_are_known,
         data_is_found,
         prompts_have_one_form,
+        template_variables_are_free,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
     ),
@@ -207,9 +233,14 @@ VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
         verifiers_are_known,
         data_is_found,
         prompts_have_one_form,
+        template_variables_are_free,
         answers_leave_room_for_prompts,
     ),
-    "generate": (prompts_have_one_form, answers_leave_room_for_prompts),
+    "generate": (
+        prompts_have_one_form,
+        template_variables_are_free,
+        answers_leave_room_for_prompts,
+    ),
     "convert": (),
 }
 

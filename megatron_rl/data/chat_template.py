@@ -49,10 +49,11 @@ class ChatTemplate:
         """Ids of a conversation that the assistant is to answer; ``variables``: more of the
         template's, such as ``tools`` and ``enable_thinking``.
 
-        ``UserError``: there is no template; it refuses the messages, leaves one of them out, or
-        rewrites what is no plain text to the tokenizer.
+        ``UserError``: there is no template; it does not know a variable, refuses the messages,
+        leaves one of them out, or rewrites what is no plain text to the tokenizer.
         """
         variables = dict(variables or {})
+        self._check_used(variables)
         text = self._render(messages, variables)
         self._check_shown(messages, text)
         if not any(self.control.search(part) for part in _texts([*messages, variables])):
@@ -88,6 +89,17 @@ class ChatTemplate:
                 "or the template"
             )
         return text
+
+    def _check_used(self, variables: Mapping[str, Any]) -> None:
+        """To a template that does not name it a variable makes no difference."""
+        source = str(self._tokenizer.chat_template or "")
+        unused = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", source)]
+        if source and unused:
+            key = "data.tools_key" if unused[0] == "tools" else "data.chat_template_kwargs"
+            raise UserError(
+                f"the template of {self._path} does not use {printable(repr(unused[0]), 60)}; "
+                f"expected a variable that it knows; correct {key}, or the template"
+            )
 
     def _check_shown(self, messages: Sequence[Message], text: str) -> None:
         for number, message in enumerate(messages, start=1):

@@ -5,7 +5,7 @@ their tokens.
 from __future__ import annotations
 
 import textwrap
-from typing import Iterator, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,15 +23,17 @@ _WIDTH = 100
 
 
 def preview(
-    data: RunData, stop_ids: Sequence[int], max_new_tokens: int, count: int
+    data: RunData, stop_tokens: Mapping[int, str], max_new_tokens: int, count: int
 ) -> Iterator[str]:
     """Lines about the data sets of a run, with the first ``count`` examples of each, and of each
     part of a mixture.
 
-    ``stop_ids``: tokens that end an answer; ``max_new_tokens``: its longest.
+    ``stop_tokens``: those that end an answer, each with what names it; ``max_new_tokens``: its
+    longest.
     """
     tokenizer = data.tokenizer
-    yield f"an answer ends with: {' or '.join(_token(tokenizer, i) for i in stop_ids)}"
+    stops = (f"{_token(tokenizer, token)} ({place})" for token, place in stop_tokens.items())
+    yield f"an answer ends with: {' or '.join(stops)}"
     for name, text in data.facts().items():
         yield f"{name}: {text}"
     for split, items in (("data.train", data.train), ("data.eval", data.eval)):

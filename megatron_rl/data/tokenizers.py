@@ -62,6 +62,9 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> str:
         """The text of one id, with the space that it begins with."""
 
+    def token(self, text: str) -> int | None:
+        """The one token whose text this is; None: it is none, or several."""
+
     def find_control(self, text: str) -> str | None:
         """The first text of a control token in a text."""
 
@@ -140,6 +143,11 @@ class SentencePieceTokenizer:
         known = 0 <= token < self.vocab_size
         return self._processor.id_to_piece(token).replace(_SPACE, " ") if known else REPLACEMENT
 
+    def token(self, text: str) -> int | None:
+        piece = text.replace(" ", _SPACE)
+        found = self._processor.piece_to_id(piece)
+        return found if self._processor.id_to_piece(found) == piece else None
+
     def find_control(self, text: str) -> str | None:
         return next((piece for piece in self._control.values() if piece in text), None)
 
@@ -215,6 +223,10 @@ class HuggingFaceTokenizer:
         starts = (self._tokenizer.convert_ids_to_tokens(token) or "").startswith(_SPACE)
         text = self.show([token])
         return " " + text.removeprefix(" ") if starts else text
+
+    def token(self, text: str) -> int | None:
+        ids = self._ids(text, add_special_tokens=False, split_special_tokens=False)
+        return ids[0] if len(ids) == 1 and self.piece(ids[0]) == text else None
 
     def find_control(self, text: str) -> str | None:
         found = self._template.control.search(text)

@@ -23,6 +23,8 @@ def done(folder, tmp_path_factory):
         "mistake": ["check", "run.yaml", "--algorithm.settings.clp", "0.1"],
         "data": ["data", "run.yaml", "--examples", "1"],
         "train": ["train", "run.yaml", *cpu],
+        "begun": ["train", "run.yaml", *cpu, "--run_dir", "runs/again", "--train.steps", "2"],
+        "resumed": ["train", "run.yaml", *cpu, "--run_dir", "runs/again"],
         "engine": [
             *("train", "run.yaml", *cpu, "--run_dir", "runs/engine"),
             *("--rollout.engine", "./my_engine.py:TransformersEngine"),
@@ -88,3 +90,16 @@ def test_its_data_is_mixed_in_and_shown(done):
             assert row["share/train"] == 0.75 and row["share/sums"] == 0.25
             whole = 0.75 * row["data/train"] + 0.25 * row["data/sums"]
             assert row["reward/mean"] == pytest.approx(whole)
+
+
+def test_its_mixture_is_resumed_to_the_bit(done):
+    results, mine = done
+    assert results["begun"].code == results["resumed"].code == 0, results["resumed"].err
+    (whole, again) = (
+        [row for row in records(mine / "runs" / name / "metrics.jsonl") if "loss" in row]
+        for name in ("extend", "again")
+    )
+    assert [row["step"] for row in again] == [1, 2, 3]
+    for one, other in zip(whole, again, strict=True):
+        for name in ("loss", "grad_norm", "reward/mean", "data/train", "data/sums", "tokens/step"):
+            assert one[name] == other[name], name

@@ -210,7 +210,7 @@ def test_data_shows_what_the_model_sees(run_yaml, capsys):
     assert main(["data", run_yaml, "--for", "sft", "--examples", "1"]) == 0
     ids = {"<s>": 2, "</s>": 3}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "an answer ends with: 3:'</s>'"
+    assert lines[0] == "an answer ends with: 3:'</s>' (tokenizer)"
     assert lines[1] == "prompts: text as it stands (data.chat auto)"
     assert lines[3] == (
         "data.train: train.jsonl, 1 samples, prompts of 7 to 7 tokens (50%: 7, 90%: 7, 99%: 7), "

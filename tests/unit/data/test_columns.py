@@ -106,6 +106,14 @@ def test_tools_of_a_record(tmp_path):
             r"data.train.0.system is given with data.chat rendered",
         ),
         ({"eval": [{"path": "a", "template": "}"}]}, r"data.eval.0.template is '}', with a single"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            r"data.chat_template_kwargs sets tokenize, which is given by the program",
+        ),
+        (
+            {"chat_template_kwargs": {"a": 1}, "chat": "plain"},
+            r"data.chat_template_kwargs is given with data.chat plain, which uses no template",
+        ),
         ({"train": []}, r"data.train is an empty list; expected one data set or more"),
         ({"train": "./mine.py:thing"}, r"data.train is 'mine.py:thing', and .*mine.py is no file"),
     ],

@@ -174,7 +174,7 @@ def test_rewards_and_shares_of_each(tmp_path, qwen):
 
 
 def test_the_preview_shows_each_part(tmp_path, qwen):
-    lines = list(preview(read(tmp_path, qwen), [2], 64, 1))
+    lines = list(preview(read(tmp_path, qwen), {2: "tokenizer"}, 64, 1))
     assert lines[2] == "mixture: 0.75 a (2), 0.25 own (3)"
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     assert lines[4:8] == [
