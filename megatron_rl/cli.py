@@ -24,10 +24,9 @@ from megatron_rl.config.checks import (
     answers_leave_room_for_prompts,
     check_config,
     input_files,
-    prompts_have_one_form,
-    template_variables_are_free,
     verifiers_are_known,
 )
+from megatron_rl.config.checks_data import PROMPT_RULES
 from megatron_rl.config.estimate import (
     GIB,
     count_parameters,
@@ -270,8 +269,8 @@ def _check_generate(args: argparse.Namespace) -> None:
 def _show_data(config: Config, purpose: str, examples: int) -> None:
     """Print the data sets as the model of ``purpose`` will see them."""
     verifiers_are_known(config)
-    prompts_have_one_form(config)
-    template_variables_are_free(config)
+    for rule in PROMPT_RULES:
+        rule(config)
     answers_leave_room_for_prompts(config)
     if examples < 0:
         raise UserError(f"--examples is {examples}; expected at least 0")

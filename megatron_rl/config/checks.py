@@ -3,7 +3,7 @@
 Each raises UserError("found; expected; remedy"). ``check_config`` runs the rules a verb needs.
 Types and bounds of single fields are in ``schema.py``, rules of the architecture in
 ``checks_model.py``, of the parallel layout in ``checks_layout.py``, of the loss in
-``checks_algorithm.py``, of training and files here.
+``checks_algorithm.py``, of data in ``checks_data.py``, of training and files here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from megatron_rl.config.checks_algorithm import ALGORITHM_RULES
+from megatron_rl.config.checks_data import PROMPT_RULES, data_is_found
 from megatron_rl.config.checks_layout import (
     LAYOUT_RULES,
     layout_fits_world,
@@ -20,11 +21,10 @@ from megatron_rl.config.checks_layout import (
 )
 from megatron_rl.config.checks_model import MODEL_RULES
 from megatron_rl.config.checks_rollout import ROLLOUT_RULES
-from megatron_rl.config.data import chosen_sources, files_of, parts_of
+from megatron_rl.config.data import files_of, parts_of
 from megatron_rl.config.layout import data_parallel_size, ranks_wanted
 from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.schema import Config
-from megatron_rl.config.template import check_template
 from megatron_rl.errors import UserError
 
 
@@ -87,60 +87,6 @@ def learning_rate_decays(config: Config) -> None:
             f"optimizer.min_lr {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}; "
             "expected at most that; lower optimizer.min_lr"
         )
-
-
-def data_is_found(config: Config) -> None:
-    """The data sets are of a known form: sources of a user's own and settings are checked."""
-    chosen_sources(config.data, "train")
-    chosen_sources(config.data, "eval")
-
-
-#: Arguments of transformers' apply_chat_template that are not the template's.
-_NO_VARIABLES = frozenset(
-    "conversation messages chat_template add_generation_prompt continue_final_message tokenize "
-    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
-    "tokenizer_kwargs".split()
-)
-
-
-def template_variables_are_free(config: Config) -> None:
-    """``data.chat_template_kwargs`` sets what the template leaves open, and there is a template."""
-    data = config.data
-    taken = next((name for name in data.chat_template_kwargs if name in _NO_VARIABLES), None)
-    if taken is not None:
-        raise UserError(
-            f"data.chat_template_kwargs sets {taken}, which is given by the program; expected a "
-            "variable of the template, such as enable_thinking; leave it out"
-        )
-    if data.chat_template_kwargs and data.chat in ("plain", "rendered"):
-        raise UserError(
-            f"data.chat_template_kwargs is given with data.chat {data.chat}, which uses no "
-            "template; expected auto or template; set data.chat, or leave it out"
-        )
-
-
-def prompts_have_one_form(config: Config) -> None:
-    """A prompt is a column or a template; a message of the system needs a chat template."""
-    data = config.data
-    if data.template is not None and data.prompt_key != "prompt":
-        raise UserError(
-            f"data.template is given beside data.prompt_key {data.prompt_key}; expected one of "
-            "them: where the prompt is, or how it is made; leave one out"
-        )
-    parts = {**parts_of(data, "train"), **parts_of(data, "eval")}
-    systems = {"data": data.system} | {field: part.system for field, part in parts.items()}
-    for field, system in systems.items():
-        if system is not None and data.chat in ("plain", "rendered"):
-            raise UserError(
-                f"{field}.system is given with data.chat {data.chat}, under which there are no "
-                "messages; expected auto or template; set data.chat"
-            )
-    for field, template in {
-        "data": data.template,
-        **{f: p.template for f, p in parts.items()},
-    }.items():
-        if template is not None:
-            check_template(template, f"{field}.template")
 
 
 #: What a verb cannot do without.
@@ -215,8 +161,7 @@ VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
         *ALGORITHM_RULES,
         verifiers_are_known,
         data_is_found,
-        prompts_have_one_form,
-        template_variables_are_free,
+        *PROMPT_RULES,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
@@ -224,21 +169,18 @@ VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "sft": (
         verifiers_are_known,
         data_is_found,
-        prompts_have_one_form,
-        template_variables_are_free,
+        *PROMPT_RULES,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
     ),
     "evaluate": (
         verifiers_are_known,
         data_is_found,
-        prompts_have_one_form,
-        template_variables_are_free,
+        *PROMPT_RULES,
         answers_leave_room_for_prompts,
     ),
     "generate": (
-        prompts_have_one_form,
-        template_variables_are_free,
+        *PROMPT_RULES,
         answers_leave_room_for_prompts,
     ),
     "convert": (),
