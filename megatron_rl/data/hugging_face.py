@@ -47,7 +47,11 @@ def read_hub(path: Path, settings: HubSettings) -> Iterator[dict[str, Any]]:
     datasets = need("datasets", str(path))
     with understood(str(path), "a dataset in reach (offline: one in the cache)"):
         dataset = datasets.load_dataset(
-            found["name"], settings.subset, revision=found["revision"], split=found["split"]
+            found["name"],
+            settings.subset,
+            revision=found["revision"],
+            split=found["split"],
+            trust_remote_code=False,  # a version that knows scripts would ask
         )
     if found["split"] is None and len(dataset) == 1:
         (dataset,) = dataset.values()

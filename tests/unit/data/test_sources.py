@@ -142,7 +142,7 @@ def test_a_saved_dataset_and_its_splits(tmp_path):
 def test_a_dataset_by_name(tmp_path, monkeypatch):
     import datasets
 
-    asked = []
+    asked, no_code = [], {"trust_remote_code": False}
 
     def load_dataset(*words, **options):
         asked.append((words, options))
@@ -153,8 +153,8 @@ def test_a_dataset_by_name(tmp_path, monkeypatch):
     assert records_of("hf:openai/gsm8k@v1.0/train[:3]", settings={"subset": "main"}) == RECORDS
     assert records_of("hf:openai/gsm8k") == RECORDS
     assert asked == [
-        (("openai/gsm8k", "main"), {"revision": "v1.0", "split": "train[:3]"}),
-        (("openai/gsm8k", None), {"revision": None, "split": None}),
+        (("openai/gsm8k", "main"), {"revision": "v1.0", "split": "train[:3]", **no_code}),
+        (("openai/gsm8k", None), {"revision": None, "split": None, **no_code}),
     ]
     with pytest.raises(UserError, match=r"^hf:gsm8k is no name of a dataset; expected hf:ORG"):
         records_of("hf:gsm8k")
