@@ -19,7 +19,7 @@ VERBS = {
     "train": "reinforcement learning on data.train",
     "sft": "supervised fine-tuning on data.train",
     "evaluate": "measure the model on data.eval",
-    "generate": "answer the prompts given with --prompt",
+    "generate": "answer the prompts given with --prompt, or of a file",
     "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
@@ -31,6 +31,7 @@ VERBS = {
 #: Flags that are no fields of the config: those with a value, and those without.
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
 OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
+OWN_FLAGS |= {"--prompts", "--samples", "--output"}
 OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat"}
 
 _CONFIG_HELP = (
@@ -158,6 +159,26 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TEXT",
         help="a prompt, or a list of chat messages in JSON; may be given again",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=partial(_path, "--prompts"),
+        metavar="FILE",
+        help="prompts of a data set in place of --prompt: named, and its columns chosen, as those "
+        "of data.train",
+    )
+    parser.add_argument(
+        "--samples",
+        type=partial(_whole, "--samples"),
+        default=1,
+        metavar="N",
+        help="answers to each prompt; default: 1",
+    )
+    parser.add_argument(
+        "--output",
+        type=partial(_path, "--output"),
+        metavar="FILE",
+        help="a new file for the answers, a JSON object each; default: they are printed",
     )
     parser.add_argument(
         "--chat",

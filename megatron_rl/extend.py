@@ -1,5 +1,5 @@
-"""What a loss, reward, advantage estimator, sampler correction, rollout engine, optimizer, logger
-or Hugging Face family of a user's own imports.
+"""What a loss, reward, advantage estimator, sampler correction, rollout engine, data source,
+optimizer, logger or Hugging Face family of a user's own imports.
 
 No torch. ``LossInputs``, ``LossOutputs`` and ``SamplerWeights`` are in ``megatron_rl.algorithms``,
 ``EngineParts`` and ``WholeAnswers`` in ``megatron_rl.rollout.engine``.
@@ -12,6 +12,7 @@ from megatron_rl.catalogue.declare import (
     logger,
     loss,
     optimizer,
+    source,
     verifier,
 )
 from megatron_rl.catalogue.settings import Settings
@@ -32,5 +33,6 @@ __all__ = [
     "loss",
     "optimizer",
     "require",
+    "source",
     "verifier",
 ]

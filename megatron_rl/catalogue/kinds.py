@@ -17,6 +17,7 @@ from megatron_rl.catalogue.entry import (
     LoggerEntry,
     LossEntry,
     OptimizerEntry,
+    SourceEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.families import FAMILIES as FAMILY_ROWS
@@ -25,6 +26,7 @@ from megatron_rl.catalogue.loggers import LOGGERS as LOGGER_ROWS
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
 from megatron_rl.catalogue.optimizers import OPTIMIZERS as OPTIMIZER_ROWS
 from megatron_rl.catalogue.settings import Settings
+from megatron_rl.catalogue.sources import SOURCES as SOURCE_ROWS
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
 from megatron_rl.families.common.family import Family
 
@@ -129,6 +131,14 @@ LOGGERS = Kind(
 FAMILIES = Kind(
     "Hugging Face family", "model.family", FamilyEntry, FAMILY_ROWS, (), "", instance=Family
 )
+SOURCES = Kind(
+    "data source",
+    "data.train",
+    SourceEntry,
+    SOURCE_ROWS,
+    (),
+    "@source()",
+)
 
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind] = {
@@ -140,4 +150,5 @@ KINDS: dict[str, Kind] = {
     "optimizers": OPTIMIZERS,
     "loggers": LOGGERS,
     "families": FAMILIES,
+    "sources": SOURCES,
 }

@@ -13,6 +13,7 @@ from megatron_rl.catalogue.entry import (
     Entry,
     LossEntry,
     OptimizerEntry,
+    SourceEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.families import FamilyEntry
@@ -53,6 +54,9 @@ def _traits(row: Entry) -> list[str]:
     if isinstance(row, FamilyEntry):
         family = row.load()
         return [f"model_type {family.model_type}, {family.architecture} of transformers"]
+    if isinstance(row, SourceEntry):
+        files = f"files called {', '.join(f'*{ending}' for ending in row.endings)}"
+        return [files] * bool(row.endings) + [f"needs {row.needs}"] * bool(row.needs)
     if not isinstance(row, LossEntry):
         return []
     traits = [f"over {row.denominator}", f"router shift {row.router_shift}"]
