@@ -13,6 +13,7 @@ from megatron_rl.catalogue.entry import (
     LoggerEntry,
     LossEntry,
     OptimizerEntry,
+    SourceEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.settings import Settings
@@ -128,6 +129,13 @@ def logger(*, settings: type[Settings] | None = None) -> Callable[[Thing], Thing
     ``close()``, as a class has. One without settings needs no decorator.
     """
     return lambda thing: _attach(thing, LoggerEntry, settings)
+
+
+def source(*, settings: type[Settings] | None = None) -> Callable[[Thing], Thing]:
+    """Declare a data source, ``([settings]) -> iterable of records``: mappings of JSON values, the
+    same in every call and on every rank. One without settings needs no decorator.
+    """
+    return lambda thing: _attach(thing, SourceEntry, settings)
 
 
 def row_of(thing: Any, kind: type[Entry]) -> Entry:

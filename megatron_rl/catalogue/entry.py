@@ -103,6 +103,17 @@ class LoggerEntry(Entry):
     """A logger: ``(run[, settings])`` -> an object with ``log(step, metrics)`` and ``close()``."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceEntry(Entry):
+    """Where records come from: ``(path[, settings])`` for a row of this package, ``([settings])``
+    for a user's own; each call gives the records, mappings of JSON values, in the same order.
+    """
+
+    endings: tuple[str, ...] = ()  #: of the names of files that are read so
+    unit: str = "record"  #: what a record is called in messages: "line 7 of ..."
+    needs: str = ""  #: the library that reads it, where it is none of Python's
+
+
 def load(code: str) -> Any:
     """The object of ``module:object``."""
     module, _, name = code.partition(":")

@@ -58,8 +58,7 @@ def find(kind: Kind[Row], name: str, field: str | None = None) -> Row:
         raise UserError(f"{place}; expected the thing's name at the end: {name.rstrip(':')}:thing")
     module = _import(field or kind.field, place, source)
     thing = _object(module, attribute, place)
-    row = _row(kind, thing, place)
-    _check_signature(kind, row, place)
+    row = _row(kind, thing, place) if kind.instance is None else _of_instance(kind, thing, place)
     file = getattr(module, "__file__", None)
     return dataclasses.replace(row, name=name, file=Path(file) if file else None)
 
@@ -156,7 +155,20 @@ def _row(kind: Kind[Row], thing: Any, place: str) -> Row:
         ) from error
     if not isinstance(row, kind.row):
         raise UserError(f"{place}, which is declared as another kind; expected a {kind.noun}")
+    _check_signature(kind, row, place)
     return row
+
+
+def _of_instance(kind: Kind[Row], thing: Any, place: str) -> Row:
+    if not isinstance(thing, kind.instance):
+        raise UserError(
+            f"{place}, which is of type {type(thing).__name__}; expected a {kind.noun}: "
+            f"{kind.instance.__name__}(...), from megatron_rl.extend"
+        )
+    mistake = thing.mistake()
+    if mistake is not None:
+        raise UserError(f"{place}: {printable(mistake, 400)}")
+    return kind.row.of(thing)
 
 
 def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:

@@ -17,13 +17,18 @@ from megatron_rl.catalogue.entry import (
     LoggerEntry,
     LossEntry,
     OptimizerEntry,
+    SourceEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.families import FAMILIES as FAMILY_ROWS
+from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.loggers import LOGGERS as LOGGER_ROWS
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
 from megatron_rl.catalogue.optimizers import OPTIMIZERS as OPTIMIZER_ROWS
 from megatron_rl.catalogue.settings import Settings
+from megatron_rl.catalogue.sources import SOURCES as SOURCE_ROWS
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
+from megatron_rl.families.common.family import Family
 
 Row = TypeVar("Row", bound=Entry)
 
@@ -41,6 +46,8 @@ class Kind(Generic[Row]):
     #: what the arguments make has these methods, whose arguments are checked where they are given:
     #: "close()"; (): the thing is called for its result
     methods: tuple[str, ...] = ()
+    #: its class, where it is no function: has ``mistake()``, and the class of the row ``of(thing)``
+    instance: type | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,6 +128,17 @@ LOGGERS = Kind(
     "@logger()",
     methods=("log(step, metrics)", "close()"),
 )
+FAMILIES = Kind(
+    "Hugging Face family", "model.family", FamilyEntry, FAMILY_ROWS, (), "", instance=Family
+)
+SOURCES = Kind(
+    "data source",
+    "data.train",
+    SourceEntry,
+    SOURCE_ROWS,
+    (),
+    "@source()",
+)
 
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind[Any]] = {
@@ -131,4 +149,6 @@ KINDS: dict[str, Kind[Any]] = {
     "engines": ENGINES,
     "optimizers": OPTIMIZERS,
     "loggers": LOGGERS,
+    "families": FAMILIES,
+    "sources": SOURCES,
 }

@@ -13,8 +13,10 @@ from megatron_rl.catalogue.entry import (
     Entry,
     LossEntry,
     OptimizerEntry,
+    SourceEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import Kind
 
@@ -49,6 +51,12 @@ def _traits(row: Entry) -> list[str]:
         layouts = "any layout" if row.split_weights else "without tensor and expert parallelism"
         sharded = "with" if row.of_megatron else "without"
         return [f"{layouts}, {sharded} parallel.distributed_optimizer"]
+    if isinstance(row, FamilyEntry):
+        family = row.load()
+        return [f"model_type {family.model_type}, {family.architecture} of transformers"]
+    if isinstance(row, SourceEntry):
+        files = f"files called {', '.join(f'*{ending}' for ending in row.endings)}"
+        return [files] * bool(row.endings) + [f"needs {row.needs}"] * bool(row.needs)
     if not isinstance(row, LossEntry):
         return []
     traits = [f"over {row.denominator}", f"router shift {row.router_shift}"]

@@ -75,6 +75,8 @@ class RolloutConfig(Section):
 
     The tokenizer's end-of-sequence token does, and those that generation_config.json and
     config.json of the model's directory name."""
+    stop_tokens: tuple[str, ...] = ()
+    """The same by their texts, such as <|im_end|>; each is one token of the tokenizer."""
     max_batch: int = Field(512, ge=1)
     """Answers decoded at a time on a rank."""
     dynamic_sampling: bool = False

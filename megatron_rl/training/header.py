@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Mapping
 
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
+from megatron_rl.config.data import data_text
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
 from megatron_rl.config.optimizer import optimizer_text
@@ -57,7 +58,7 @@ def sft_facts(config: Config, data: RunData) -> dict[str, str]:
     """The data of supervised fine-tuning."""
     assert data.train is not None, "what the verb reads"
     return {
-        "data": f"{len(data.train):,} samples ({config.data.train}), "
+        "data": f"{len(data.train):,} samples ({data_text(config.data.train)}), "
         + _held_out(config, data, "held-out problems"),
         **data.facts(),
         "step": f"{config.train.batch_size} samples",
@@ -70,7 +71,7 @@ def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str
     assert data.train is not None, "what the verb reads"
     rollout, algorithm, problems = config.rollout, config.algorithm, data.train.items
     facts = {
-        "data": f"{len(problems):,} problems ({config.data.train}), "
+        "data": f"{len(problems):,} problems ({data_text(config.data.train)}), "
         f"{_held_out(config, data, 'held-out')}, reward {reward_text(config.reward)}",
         **data.facts(),
         "step": f"{rollout.prompts_per_step} problems x {rollout.samples_per_prompt} answers of "
@@ -88,7 +89,7 @@ def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str
 def _held_out(config: Config, data: RunData, what: str) -> str:
     if data.eval is None:
         return "no evaluation: data.eval is not given"
-    return f"{len(data.eval):,} {what} ({config.data.eval})"
+    return f"{len(data.eval):,} {what} ({data_text(config.data.eval)})"
 
 
 def _engine(rollout: RolloutConfig) -> str:

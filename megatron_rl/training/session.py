@@ -158,7 +158,7 @@ def open_session(
     config: Config, verb: str, total_steps: int | None, tokenizer: Tokenizer
 ) -> Iterator[Session]:
     """Choose the device, join the other ranks, build the groups; undo it at the end."""
-    stops = stop_tokens_of(config, tokenizer.eos_id)
+    stops = stop_tokens_of(config, tokenizer)
     launch = read_launch()
     device = select_device(config.device, launch)
     main = launch.rank == 0

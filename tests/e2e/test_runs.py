@@ -171,6 +171,33 @@ def test_generate_answers_each_prompt_as_the_run_did(folder, sft_run):
     assert done.err == ""
 
 
+def test_generate_writes_several_answers_to_each_prompt_of_a_file(folder, sft_run):
+    """Over two ranks, a few prompts at a time; the first answer is that of the prompt alone."""
+    output = folder / "answers.jsonl"
+    words = ["--prompts", "data/eval.jsonl", "--samples", "3", "--output", "answers.jsonl"]
+    more = ["--rollout.max_batch", "12", "--rollout.temperature", "2.0"]
+    done = succeed("generate", "sft.yaml", *words, *more, cwd=folder, ranks=2)
+    assert (done.out, done.err) == ("", "")
+    rows = records(output)
+    prompts = [record["prompt"] for record in records(folder / "data" / "eval.jsonl")]
+    assert [(row["index"], row["sample"]) for row in rows] == [
+        (index, number) for index in range(16) for number in range(3)
+    ]
+    assert [row["prompt"] for row in rows[::3]] == prompts
+    assert all(row["logprob"] < 0.0 and 1 <= row["tokens"] <= 12 for row in rows)
+    answers = {(row["index"], row["completion"]) for row in rows}
+    assert len(answers) > 24  # those of a prompt differ
+    alone = ["--prompt", prompts[0], "--rollout.temperature", "2.0"]
+    done = succeed("generate", "sft.yaml", *ONE_RANK, *alone, cwd=folder)
+    assert done.out == f"{prompts[0]}{rows[0]['completion']}\n"
+    again = run("generate", "sft.yaml", *ONE_RANK, *words, cwd=folder, warm=True)
+    assert again.code == 2 and len(records(output)) == 48
+    assert again.errors == [
+        "megatron-rl: error: --output answers.jsonl exists; expected a new file; name another, or "
+        "move it"
+    ]
+
+
 def test_without_held_out_problems_nothing_is_evaluated(folder, sft_run):
     words = ["--run_dir", "runs/no_eval", "--data.eval", "null", "--train.steps", "1"]
     done = succeed("train", "rl.yaml", *ONE_RANK, *words, cwd=folder)

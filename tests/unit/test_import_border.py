@@ -15,6 +15,7 @@ LEVELS = {
     # errors and records are the ground of level 0, which files and config stand on
     **dict.fromkeys(("records", "errors"), 0.0),
     "files": 0.2,
+    "families": 0.3,
     "catalogue": 0.4,
     "paths": 0.2,
     "config": 0.5,

@@ -34,7 +34,9 @@ def test_traits_of_the_losses(row):
 def test_every_row_has_its_code_and_is_listed(kind):
     lines = listed(kind)
     for row in kind.rows:
-        assert callable(row.load()) and row.name in lines and f"    {row.summary}" in lines
+        thing = row.load()
+        assert callable(thing) if kind.instance is None else isinstance(thing, kind.instance)
+        assert row.name in lines and f"    {row.summary}" in lines
         for name, field in ({} if row.settings is None else row.settings.model_fields).items():
             assert field.description, f"{row.name}: {name} is not documented"
             (line,) = [

@@ -37,9 +37,9 @@ def test_lengths(tmp_path, qwen):
 
 def test_what_was_left_out_and_why(tmp_path, qwen):
     data = run_data(tmp_path, qwen, "1", "2" * 201, "<|im_end|>", overlong="skip")
-    lines = list(preview(data, [2], 64, 0))
+    lines = list(preview(data, {2: "tokenizer"}, 64, 0))
     assert lines == [
-        "an answer ends with: 2:'<|im_end|>'",
+        "an answer ends with: 2:'<|im_end|>' (tokenizer)",
         "prompts: text as it stands without the tokenizer's chat template (data.chat auto)",
         "left out: 1 of 3 lines skipped, longer than 200 tokens: the first is line 2 with 201",
         "of the data: 1 texts that hold the text of a control token: it is text to the model",
@@ -50,13 +50,15 @@ def test_what_was_left_out_and_why(tmp_path, qwen):
 
 def test_a_long_example_shows_its_two_ends(tmp_path, qwen):
     data = run_data(tmp_path, qwen, "1" * 100 + "2" * 90)
-    text = "\n".join(preview(data, [2], 64, 1))
+    text = "\n".join(preview(data, {2: "tokenizer"}, 64, 1))
     assert "line 1: a prompt of 190 tokens; trained on: the answers sampled to it, of up" in text
     assert text.count(":'1'") == text.count(":'2'") == SHOWN_ENDS
     assert "... 70 more ..." in text
 
 
 def test_a_terminal_obeys_none_of_it(tmp_path, qwen):
-    text = "\n".join(preview(run_data(tmp_path, qwen, "a\x1b[31mb\u202ec"), [2], 64, 1))
+    text = "\n".join(
+        preview(run_data(tmp_path, qwen, "a\x1b[31mb\u202ec"), {2: "tokenizer"}, 64, 1)
+    )
     assert "\x1b" not in text and "\u202e" not in text
     assert "  | a\\x1b[31mb\\u202ec\n" in text
