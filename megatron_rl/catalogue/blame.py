@@ -45,8 +45,8 @@ def raised(error: BaseException) -> str:
         return f"SyntaxError {error.msg} ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _of_a_user(frame.filename)]
-    last = (own or frames or [None])[-1]
-    place = "" if last is None else f" ({last.filename}:{last.lineno})"
+    last = [*frames, *own][-1:]
+    place = "".join(f" ({frame.filename}:{frame.lineno})" for frame in last)
     text = one_line(error)
     return f"{text if len(text) <= 300 else text[:297] + '...'}{place}"
 

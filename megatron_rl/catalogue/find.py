@@ -58,7 +58,8 @@ def find(kind: Kind[Row], name: str, field: str | None = None) -> Row:
         raise UserError(f"{place}; expected the thing's name at the end: {name.rstrip(':')}:thing")
     module = _import(field or kind.field, place, source)
     thing = _object(module, attribute, place)
-    row = _row(kind, thing, place) if kind.instance is None else _of_instance(kind, thing, place)
+    of = kind.instance
+    row = _row(kind, thing, place) if of is None else _of_instance(kind, of, thing, place)
     file = getattr(module, "__file__", None)
     return dataclasses.replace(row, name=name, file=Path(file) if file else None)
 
@@ -159,16 +160,18 @@ def _row(kind: Kind[Row], thing: Any, place: str) -> Row:
     return row
 
 
-def _of_instance(kind: Kind[Row], thing: Any, place: str) -> Row:
-    if not isinstance(thing, kind.instance):
+def _of_instance(kind: Kind[Row], of: type[Any], thing: Any, place: str) -> Row:
+    if not isinstance(thing, of):
         raise UserError(
             f"{place}, which is of type {type(thing).__name__}; expected a {kind.noun}: "
-            f"{kind.instance.__name__}(...), from megatron_rl.extend"
+            f"{of.__name__}(...), from megatron_rl.extend"
         )
     mistake = thing.mistake()
     if mistake is not None:
         raise UserError(f"{place}: {printable(mistake, 400)}")
-    return kind.row.of(thing)
+    row: Any = kind.row  # has ``of``, as every kind with an instance
+    made: Row = row.of(thing)
+    return made
 
 
 def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:

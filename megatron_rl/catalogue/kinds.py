@@ -47,7 +47,7 @@ class Kind(Generic[Row]):
     #: "close()"; (): the thing is called for its result
     methods: tuple[str, ...] = ()
     #: its class, where it is no function: has ``mistake()``, and the class of the row ``of(thing)``
-    instance: type | None = None
+    instance: type[Any] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

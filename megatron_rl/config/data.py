@@ -137,6 +137,7 @@ def _pieces(field: str, part: DataPart) -> tuple[Piece, ...]:
             f"{did_you_mean(part.format, SOURCES.names)}; expected one of "
             f"{', '.join(SOURCES.names)}"
         )
+    row: SourceEntry | None
     if part.format is not None:
         row = find(SOURCES, part.format)
     elif _is_name(path) and text.startswith(HUB):
@@ -149,7 +150,7 @@ def _pieces(field: str, part: DataPart) -> tuple[Piece, ...]:
         row = _row_of_directory(field, path)
     else:
         row = row_of_file(path) or find(SOURCES, "jsonl")
-    if not os.path.isdir(path) or not (row is None or row.endings):
+    if row is not None and not (os.path.isdir(path) and row.endings):
         return (Piece(row, path, _settings(field, part, row)),)
     return _files_in(field, part, row)
 
@@ -177,8 +178,8 @@ def _files_in(field: str, part: DataPart, row: SourceEntry | None) -> tuple[Piec
             f"{field}: {part.path} cannot be read ({error.strerror}); expected a directory of "
             "data files; correct its rights"
         ) from error
-    rows = [(file, row_of_file(file)) for file in files if file.is_file()]
-    rows = [(file, of) for file, of in rows if of is not None and row in (None, of)]
+    known = [(file, row_of_file(file)) for file in files if file.is_file()]
+    rows = [(file, of) for file, of in known if of is not None and row in (None, of)]
     if not rows:
         endings = [end for of in SOURCES.rows if row in (None, of) for end in of.endings]
         raise UserError(

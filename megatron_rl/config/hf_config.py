@@ -87,9 +87,9 @@ def row_of(file: HuggingFaceFile, named: str | None) -> FamilyEntry:
     model_type = file.values.get("model_type")
     known = isinstance(model_type, str) and model_type in FAMILIES.names
     if named is None:
-        if not known:
-            text = isinstance(model_type, str)
-            hint = did_you_mean(model_type, FAMILIES.names) if text else ""
+        if not isinstance(model_type, str) or not known:
+            text = model_type if isinstance(model_type, str) else ""
+            hint = did_you_mean(text, FAMILIES.names)
             raise file.refuse(f"model_type {shown(model_type)} is not supported{hint}")
         return find(FAMILIES, model_type)
     row = find(FAMILIES, named)

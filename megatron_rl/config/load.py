@@ -197,7 +197,7 @@ def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
         raise UserError(
             f"{flag}: {shown(text)} is not a YAML value; expected e.g. 3, 0.7, [0, 1]"
         ) from error
-    if text_only and isinstance(value, list) and takes_parts(field):
+    if field is not None and text_only and isinstance(value, list) and takes_parts(field):
         return value
     return text if text_only and value is not None and not isinstance(value, str) else value
 

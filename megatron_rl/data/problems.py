@@ -96,7 +96,8 @@ def read_sources(
             missing or no text; a record that ``check_record`` refuses. The place is named.
     """
     problems: list[Problem] = []
-    parts, places, notes = [], Places(), Counter()
+    parts, places = [], Places()
+    notes: Counter[str] = Counter()
     for source in sources:
         first = len(problems)
         for record in records_of_source(source, places, first):

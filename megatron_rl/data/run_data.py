@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from megatron_rl.config.data import chosen_sources
+from megatron_rl.config.data import Split, chosen_sources
 from megatron_rl.config.schema import Config
 from megatron_rl.data.problems import ProblemFile, parse_prompt, read_sources
 from megatron_rl.data.prompts import DataSet, load_prompts, load_samples
@@ -22,7 +22,7 @@ from megatron_rl.records import Prompt
 from megatron_rl.rewards.chosen import check_machine, record_check
 
 #: Data sets that a verb reads where they are given.
-SPLITS = {
+SPLITS: dict[str, tuple[Split, ...]] = {
     "train": ("train", "eval"),
     "sft": ("train", "eval"),
     "evaluate": ("eval",),
@@ -63,7 +63,7 @@ class RunData:
         return facts | ({"of the data": "; ".join(notes)} if notes else {})
 
 
-def _mixture(data: DataSet) -> str:
+def _mixture(data: DataSet[Any]) -> str:
     """``0.7 math (7,000), 0.3 code (12,000)``: share of the draws, and problems."""
     shares = data.shares()
     return ", ".join(f"{shares[p.label]:.3g} {p.label} ({p.size:,})" for p in data.parts)
@@ -75,7 +75,7 @@ def read_files(config: Config, verb: str, missing: bool = False) -> dict[str, Pr
     ``missing``: leave out those that are not there, in place of refusing them. ``UserError``: as
     in ``read_sources``.
     """
-    files = {}
+    files: dict[str, ProblemFile] = {}
     for split in SPLITS[verb]:
         sources = chosen_sources(config.data, split)
         if not sources or (missing and any(not source.is_there for source in sources)):
@@ -104,7 +104,8 @@ def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> Ru
     check_vocabulary(tokenizer, config.model.vocab_size, weights)
     overlong = config.data.overlong
     rendering = Rendering(tokenizer, config.data.chat, config.data.chat_template_kwargs)
-    train = held_out = None
+    train: DataSet[Any] | None = None
+    held_out: DataSet[Prompt] | None = None
     if "train" in files and verb == "sft":
         longest = config.model.max_sequence_length
         train = load_samples(files["train"], rendering, longest, overlong)

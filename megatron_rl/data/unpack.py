@@ -47,7 +47,7 @@ def opened(path: Path, expected: str) -> Iterator[BinaryIO]:
             yield file
             return
         most = max(MOST_BYTES, MOST_TIMES * os.fstat(file.fileno()).st_size)
-        packed = gzip.GzipFile(fileobj=file) if ending == ".gz" else _zstandard(file, path)
+        packed: Any = gzip.GzipFile(fileobj=file) if ending == ".gz" else _zstandard(file, path)
         with contextlib.closing(packed), io.BufferedReader(_Unpacked(packed, most)) as unpacked:
             yield unpacked
 

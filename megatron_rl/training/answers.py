@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -63,7 +64,7 @@ def answer(
             for number in range(len(some))
             for row in everyone[number % data.size()][number // data.size()]
         ]
-        together(session.groups.world, lambda rows=rows: write(rows))
+        together(session.groups.world, partial(write, rows))
 
 
 def rows_of(group: RolloutGroup) -> list[Row]:
@@ -85,16 +86,20 @@ def rows_of(group: RolloutGroup) -> list[Row]:
 
 
 def _writer(session: Session, output: Path | None) -> Callable[[Sequence[Row]], None]:
+    if output is not None:
+        return partial(_append, session, output)
+
     def show(rows: Sequence[Row]) -> None:
         for row in rows:
             session.console.note(f"{row['prompt']}{row['completion']}")
 
-    def append(rows: Sequence[Row]) -> None:
-        if not session.is_main:
-            return
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        with written_for_the_user(f"--output {output}", "make room, or name another file"):
-            with output.open("a", encoding="utf-8") as file:
-                file.write(text)
+    return show
 
-    return show if output is None else append
+
+def _append(session: Session, output: Path, rows: Sequence[Row]) -> None:
+    if not session.is_main:
+        return
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with written_for_the_user(f"--output {output}", "make room, or name another file"):
+        with output.open("a", encoding="utf-8") as file:
+            file.write(text)

@@ -48,14 +48,14 @@ MakeTask = Callable[[Session, Policy, Engine], Task]
 def train(config: Config, data: RunData) -> None:
     """Reinforcement learning from ``data.train``, evaluated on ``data.eval`` where it is given."""
     assert data.train is not None, "what the verb reads"
-    problems, held_out = data.train.items, _held_out(data)
-    identity = run_identity(config, "train", problems, held_out, data.train.parts)
+    problems, parts, held_out = data.train.items, data.train.parts, _held_out(data)
+    identity = run_identity(config, "train", problems, held_out, parts)
     check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
         if keeps_trace(config.algorithm):
             check_trace_fits(session, longest_sequence(config, problems))
-        return Reinforce(session, policy, engine, problems, held_out, identity, data.train.parts)
+        return Reinforce(session, policy, engine, problems, held_out, identity, parts)
 
     updates = config.train.steps * updates_per_step(config.algorithm)
     facts = train_facts(config, data, read_launch().world_size)
@@ -65,12 +65,12 @@ def train(config: Config, data: RunData) -> None:
 def sft(config: Config, data: RunData) -> None:
     """Supervised fine-tuning on the prompts and answers of ``data.train``."""
     assert data.train is not None, "what the verb reads"
-    samples, held_out = data.train.items, _held_out(data)
-    identity = run_identity(config, "sft", samples, held_out, data.train.parts)
+    samples, parts, held_out = data.train.items, data.train.parts, _held_out(data)
+    identity = run_identity(config, "sft", samples, held_out, parts)
     check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
-        return Supervised(session, policy, engine, samples, held_out, identity, data.train.parts)
+        return Supervised(session, policy, engine, samples, held_out, identity, parts)
 
     facts = sft_facts(config, data)
     _run(config, "sft", data, facts, config.train.steps, make_task)

@@ -37,6 +37,7 @@ def rule_of(name: str, family: Family) -> Rule:
             f"the model's weight {name} has no counterpart in Hugging Face's {family.model_type}; "
             "expected a model that the family describes; see megatron_rl/families/README.md"
         )
+    assert layer is not None, "a rule of a layer"
     begin, number = family.layer_name.format(layer=layer[1]), "" if expert is None else expert[0]
     return Rule(rule.join, tuple(begin + part.format(expert=number) for part in rule.parts))
 
