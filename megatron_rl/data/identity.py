@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any, Mapping, Sequence
 
+import numpy as np
+
 from megatron_rl.records import Prompt, Sample
 
 
@@ -19,8 +21,7 @@ def identity_of(items: Sequence[Prompt | Sample]) -> dict[str, Any]:
     tokens, records = hashlib.sha256(), hashlib.sha256()
     for item in items:
         ids = item.tokens.astype("<i8")
-        start = len(ids) if isinstance(item, Prompt) else item.prompt_length
-        tokens.update(f"{start} {len(ids)} ".encode() + ids.tobytes())
+        tokens.update(f"{_trained(item)} {len(ids)} ".encode() + ids.tobytes())
         if isinstance(item, Prompt):
             text = json.dumps(item.record, sort_keys=True)  # ASCII: a lone surrogate is no obstacle
             records.update(f"{item.index} {text}\n".encode())
@@ -28,6 +29,16 @@ def identity_of(items: Sequence[Prompt | Sample]) -> dict[str, Any]:
     if not items or isinstance(items[0], Prompt):
         found["records"] = records.hexdigest()
     return found
+
+
+def _trained(item: Prompt | Sample) -> str:
+    """Where the trained tokens begin, then where they end, begin again and so on: ``5``, where all
+    behind the first 5 are.
+    """
+    if isinstance(item, Prompt):
+        return str(len(item.tokens))
+    changes = np.flatnonzero(np.diff(item.written, prepend=False)).tolist()
+    return " ".join(map(str, changes or [len(item.tokens)]))
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -87,7 +87,7 @@ class Reinforce:
         sums.add_all(rollout_metrics(sampled))
         sums.add_parts("reward", part_sums(sampled))
         self._add_lag(sampled, sums)
-        lengths = [len(answer.tokens) for scored in sampled for answer in scored.group.completions]
+        lengths = [answer.num_written for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
         if session.counts_once:

@@ -113,11 +113,10 @@ def rollout_batch(case: Case) -> list[Sample]:
         prompt, answer = int(rng.integers(1, 8)), int(rng.integers(1, 17))
         prompt += max(0, 13 - prompt - answer) if case.one_per_pack else 0
         samples.append(
-            Sample(
-                tokens=rng.integers(0, vocab_size, prompt + answer),
-                prompt_length=prompt,
+            Sample.of(
+                *np.split(rng.integers(0, vocab_size, prompt + answer), [prompt]),
                 advantage=float(rng.normal() + 0.4),
-                rollout_logprobs=-rng.random(answer, dtype=np.float32),
+                logprobs=-rng.random(answer, dtype=np.float32),
             )
         )
     return samples

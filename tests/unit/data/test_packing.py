@@ -18,7 +18,8 @@ from megatron_rl.records import RoutedExperts, Sample
 
 def sample(tokens, prompt_length, advantage=1.0, logprobs=None):
     values = None if logprobs is None else np.array(logprobs, dtype=np.float32)
-    return Sample(np.array(tokens, dtype=np.int64), prompt_length, advantage, values)
+    prompt, answer = np.split(np.array(tokens), [prompt_length])
+    return Sample.of(prompt, answer, advantage, values)
 
 
 def test_one_pack_by_hand():
@@ -133,9 +134,9 @@ def test_nothing_is_lost(samples, pack_tokens, extra):
             assert (pack.sequence_ids[row] == number).all()
             assert (pack.advantages[row] == item.advantage).all()
             # what the mask points at is the completion, with its log-probabilities
-            completion = item.tokens[item.prompt_length :].tolist()
-            assert pack.targets[row][trained].tolist() == completion
-            assert pack.rollout_logprobs[row][trained].tolist() == item.rollout_logprobs.tolist()
+            assert pack.targets[row][trained].tolist() == item.tokens[item.written].tolist()
+            logprobs = item.rollout_logprobs[item.written].tolist()
+            assert pack.rollout_logprobs[row][trained].tolist() == logprobs
         assert pack.mask.sum() == np.count_nonzero(pack.rollout_logprobs)
         rest = slice(starts[-1], None)
         assert (pack.sequence_ids[rest] == len(pack.lengths)).all()
@@ -151,12 +152,9 @@ def test_mistakes():
         plan_packs([4, 5], 4)
     with pytest.raises(ValueError, match="2 packs are needed, num_packs is 1"):
         pack_samples([sample([1, 2, 3], 1)] * 2, 4, 1, vocab_size=9)
-    for prompt_length in (0, 3):
-        with pytest.raises(ValueError, match="both parts"):
-            pack_samples([sample([1, 2, 3], prompt_length)], 4, vocab_size=9)
     with pytest.raises(ValueError, match="sample 1 has no rollout"):
         pack_samples([sample([1, 2], 1, logprobs=[0]), sample([1, 2], 1)], 4, vocab_size=9)
-    with pytest.raises(ValueError, match="1 rollout log-probabilities for 2 tokens"):
+    with pytest.raises(ValueError, match="2 rollout log-probabilities for 3 tokens"):
         pack_samples([sample([1, 2, 3], 1, logprobs=[0])], 4, vocab_size=9)
 
 
@@ -177,7 +175,7 @@ ROUTING = Routing(layers=(5, 2), top_k=2, num_experts=8)
 def routed(tokens, ids, layers=(2, 3, 5)):
     """A sample of a prompt of one token, with experts ids[token][layer]."""
     experts = RoutedExperts(np.array(ids, dtype=np.uint8), layers)
-    return Sample(np.array(tokens), 1, routed_experts=experts)
+    return Sample.of(tokens[:1], tokens[1:], routed_experts=experts)
 
 
 def test_routes_of_a_pack_by_hand():
@@ -225,7 +223,8 @@ def test_an_empty_pack_has_routes_and_without_routing_there_are_none():
     [
         (sample([1, 2], 1), "sample 0 has no experts of the sampler$"),
         (routed([1, 2], [[[0, 1]]], (2,)), r"no experts of the sampler in layers \[5\]"),
-        (routed([1, 2, 3], [[[0, 1]] * 3]), r"shape \(1, 3, 2\); expected \(2, 3, 2\)"),
+        (routed([1, 2, 3], [[[0, 1]] * 3]), "experts are of 1 tokens; expected 2"),
+        (routed([1, 2], [[[0, 1]] * 3] * 3), r"shape \(3, 3, 2\); expected \(1, 3, 2\)"),
         (routed([1, 2], [[[0]] * 3]), r"shape \(1, 3, 1\); expected \(1, 3, 2\)"),
         (routed([1, 2], [[[0, 8]] * 3]), "experts are 0 to 8; expected 0 to 7"),
         (routed([1, 2], [[[3, 3]] * 3]), "sent a token to one expert twice"),

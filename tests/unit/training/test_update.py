@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +69,7 @@ def alone(policy, sample):
         logits = forward_row(policy.chunks[0], tokens, layout).squeeze(0)
     logits = logits / policy.config.rollout.temperature
     logprobs = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
-    return logprobs[sample.prompt_length - 1 :]
+    return logprobs[torch.from_numpy(sample.trained)]
 
 
 def close(found, expected, tolerance=1e-6):
@@ -215,7 +216,7 @@ def test_supervised_accuracy_counts_targets_that_are_the_likeliest_token():
             return forward_row(policy.chunks[0], row.tokens, row.layout)[0].argmax(-1)
 
         for sample in samples:
-            places = range(sample.prompt_length, len(sample.tokens))
+            places = np.flatnonzero(sample.written)
             for place in places[::2]:
                 sample.tokens[place] = likeliest(sample)[place - 1]
             predicted = likeliest(sample).numpy()
