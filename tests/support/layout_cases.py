@@ -24,6 +24,7 @@ class Case:
     algorithm: Mapping[str, Any] = field(default_factory=dict)  #: other than plain rspo
     device: str = "cpu"  #: or cuda
     seed: int = 0  #: of the initial weights and of the rollout batch
+    turns: bool = False  #: the policy wrote the sequences in turns, and some tokens of no turn
 
 
 SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}

@@ -119,7 +119,24 @@ def rollout_batch(case: Case) -> list[Sample]:
                 logprobs=-rng.random(answer, dtype=np.float32),
             )
         )
-    return samples
+    return [in_turns(n, sample) for n, sample in enumerate(samples)] if case.turns else samples
+
+
+def in_turns(number: int, sample: Sample) -> Sample:
+    """The sample with another mask: turns of one to four tokens with others' text between them.
+
+    Every eighth has nothing that the policy wrote, and every eighth begins with the policy's words.
+    """
+    rng = np.random.default_rng(100 + number)
+    length = len(sample.tokens)
+    ends = np.cumsum(rng.integers(1, 5, length))
+    written = np.searchsorted(ends, np.arange(length), side="right") % 2 == (number % 8 == 1)
+    written = ~written if number % 8 != 2 else np.zeros(length, dtype=bool)
+    written[0] = number % 8 == 1
+    logprobs = np.where(written, -rng.random(length, dtype=np.float32), np.nan)
+    return dataclasses.replace(
+        sample, written=written, rollout_logprobs=logprobs.astype(np.float32)
+    )
 
 
 def run_case(case: Case) -> Run:
