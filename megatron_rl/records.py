@@ -72,6 +72,13 @@ class Completion:
     last_version: int | None = None
     #: bool [N], the tokens that the policy wrote; the others' ``logprobs`` mean nothing; None: all
     written: np.ndarray | None = None
+    #: of several turns, what the policy wrote in the last; None: there is one, see ``text``
+    last_text: str | None = None
+
+    @property
+    def judged_text(self) -> str:
+        """What a verifier judges: the last turn."""
+        return self.text if self.last_text is None else self.last_text
 
     @property
     def num_written(self) -> int:
