@@ -1,11 +1,18 @@
-"""What a loss, reward, advantage estimator, sampler correction or rollout engine of a user's own
-imports.
+"""What a loss, reward, advantage estimator, sampler correction, rollout engine or environment of a
+user's own imports.
 
 No torch. ``LossInputs``, ``LossOutputs`` and ``SamplerWeights`` are in ``megatron_rl.algorithms``,
 ``EngineParts`` and ``WholeAnswers`` in ``megatron_rl.rollout.engine``.
 """
 
-from megatron_rl.catalogue.declare import advantages, correction, engine, loss, verifier
+from megatron_rl.catalogue.declare import (
+    advantages,
+    correction,
+    engine,
+    environment,
+    loss,
+    verifier,
+)
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.base import Reward, require
@@ -17,6 +24,7 @@ __all__ = [
     "advantages",
     "correction",
     "engine",
+    "environment",
     "loss",
     "require",
     "verifier",

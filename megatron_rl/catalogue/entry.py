@@ -84,6 +84,13 @@ class VerifierEntry(Entry):
     machine_check: str | Callable[[], Any] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentEntry(Entry):
+    """What replies to the policy: ``(record, turns[, settings]) -> text or None``, a function, or a
+    class that is made once, of the settings it has, and then called so.
+    """
+
+
 def load(code: str) -> Any:
     """The object of ``module:object``."""
     module, _, name = code.partition(":")

@@ -14,9 +14,11 @@ from megatron_rl.catalogue.entry import (
     CorrectionEntry,
     EngineEntry,
     Entry,
+    EnvironmentEntry,
     LossEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.environments import ENVIRONMENTS as ENVIRONMENT_ROWS
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
@@ -99,6 +101,15 @@ ENGINES = Kind(
     methods=("generate", "begin", "weights_changed", "metrics", "close"),
 )
 
+ENVIRONMENTS = Kind(
+    "environment",
+    "rollout.environment",
+    EnvironmentEntry,
+    ENVIRONMENT_ROWS,
+    ("record", "turns"),
+    "@environment()",
+)
+
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind] = {
     "losses": LOSSES,
@@ -106,4 +117,5 @@ KINDS: dict[str, Kind] = {
     "corrections": CORRECTIONS,
     "rewards": VERIFIERS,
     "engines": ENGINES,
+    "environments": ENVIRONMENTS,
 }

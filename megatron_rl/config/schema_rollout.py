@@ -75,6 +75,13 @@ class RolloutConfig(Section):
 
     The tokenizer's end-of-sequence token does, and those that generation_config.json and
     config.json of the model's directory name."""
+    environment: str | None = None
+    """What replies to answers, which then go on: one of your own, ./my_tool.py:my_tool; null:
+    nothing, an answer is all."""
+    environment_settings: dict[str, Any] = {}
+    """Settings of the environment that differ from its defaults."""
+    max_turns: int = Field(4, ge=1)
+    """With an environment: most answers of a conversation, each of max_new_tokens at most."""
     max_batch: int = Field(512, ge=1)
     """Answers decoded at a time on a rank."""
     dynamic_sampling: bool = False

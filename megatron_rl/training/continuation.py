@@ -17,7 +17,7 @@ from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, re
 from megatron_rl.config.algorithm import advantages_of, correction_of, loss_of
 from megatron_rl.config.on_resume import Change, kind_of, shown
 from megatron_rl.config.reward import chosen_verifiers
-from megatron_rl.config.rollout import engine_of
+from megatron_rl.config.rollout import engine_of, environment_of
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
 from megatron_rl.errors import UserError
@@ -50,6 +50,7 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
     the reference.
     """
     rows = [one.row for one in chosen_verifiers(config.reward)] + [engine_of(config.rollout)]
+    rows.append(environment_of(config.rollout))
     if verb == "train":
         algorithm = config.algorithm
         rows += [loss_of(algorithm), advantages_of(algorithm), correction_of(algorithm)]
