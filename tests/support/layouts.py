@@ -451,7 +451,9 @@ def compare(found: Run, expected: Run) -> Difference:
         **{kind: max(rows.values(), default=0.0) for kind, rows in errors.items()},
         replicas=found.replica_difference,
         worst=worst[1],
-        smallest_gamma=float(min((v.min() for v in expected.gamma.values()), default=1.0)),
+        smallest_gamma=float(
+            min((v.min(initial=1.0) for v in expected.gamma.values()), default=1.0)
+        ),
     )
 
 
