@@ -86,6 +86,14 @@ class Completion:
         return len(self.tokens) if self.written is None else int(self.written.sum())
 
     @property
+    def longest_turn(self) -> int:
+        """Most tokens that the policy wrote one behind the other."""
+        if self.written is None:
+            return len(self.tokens)
+        changes = np.flatnonzero(np.diff(self.written.astype(np.int8), prepend=0, append=0))
+        return int((changes[1::2] - changes[::2]).max(initial=0))
+
+    @property
     def written_logprobs(self) -> np.ndarray:
         """Log-probabilities of the tokens that the policy wrote, float32 [num_written]."""
         return self.logprobs if self.written is None else self.logprobs[self.written]

@@ -45,7 +45,7 @@ def shape_overlong(
         replace(
             scored,
             rewards=tuple(
-                shaped(reward, answer.num_written)
+                shaped(reward, answer.longest_turn)
                 for reward, answer in zip(scored.rewards, scored.group.completions, strict=True)
             ),
         )

@@ -6,7 +6,13 @@ import pytest
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rewards.base import Reward
-from megatron_rl.rollout.collect import ScoredGroup, rollout_metrics, sample_rows, to_samples
+from megatron_rl.rollout.collect import (
+    ScoredGroup,
+    rollout_metrics,
+    sample_rows,
+    shape_overlong,
+    to_samples,
+)
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.turns import join_turns
 
@@ -74,6 +80,10 @@ def test_metrics_and_sample_lines_count_what_the_policy_wrote():
         ["a", " tool ", "b"],
     )
     group = scored(two, answer([5], [-1], "c"))
+    # 2 tokens at most in one turn; the last 2 of 3 are overlong
+    (shaped,) = shape_overlong([group], longest=3, buffer=2, penalty=1.0)
+    assert [reward.value for reward in shaped.rewards] == [0.5, 1.0]
+    assert [one.longest_turn for one in group.group.completions] == [2, 1]
     metrics = rollout_metrics([group])
     assert metrics["response/length_mean"] == (4.0, 2.0)
     assert metrics["response/finished_fraction"] == (1.0, 2.0)
