@@ -28,7 +28,7 @@ def done(folder, tmp_path_factory):
         "turns": [
             *("train", "run.yaml", *cpu, "--run_dir", "runs/turns", "--rollout.max_turns", "2"),
             *("--rollout.environment", "./my_environment.py:ask_again"),
-            *("--rollout.environment_settings.word", "9", "--observe.samples", "64"),
+            *("--rollout.environment_settings.word", "+", "--observe.samples", "64"),
             *("--algorithm.routing_replay", "r3"),
         ],
     }
@@ -87,7 +87,7 @@ def test_its_environment_asks_again(done):
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert all(row["grad_norm"] > 0.0 for row in steps)
     samples = records(mine / "runs/turns/samples.jsonl")
-    asked = [row for row in samples if f"9{row['prompt']}" in row["completion"]]
+    asked = [row for row in samples if f"+{row['prompt']}" in row["completion"]]
     assert 3 < len(asked) < len(samples)
     for row in samples:  # what the environment says is no token of the policy's
         assert row["tokens"] <= (32 if row in asked else 16)
