@@ -1,12 +1,17 @@
 """The preview of a data set: lengths by hand, long examples, and what a terminal must not obey."""
 
 import json
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.preview import SHOWN_ENDS, lengths_text, preview
-from megatron_rl.data.run_data import load_run_data
+from megatron_rl.data.prompts import DataSet
+from megatron_rl.data.run_data import RunData, load_run_data
+from megatron_rl.records import Sample
 from tests.support.chat_tokenizers import save_qwen
 
 
@@ -60,3 +65,25 @@ def test_a_terminal_obeys_none_of_it(tmp_path, qwen):
     text = "\n".join(preview(run_data(tmp_path, qwen, "a\x1b[31mb\u202ec"), [2], 64, 1))
     assert "\x1b" not in text and "\u202e" not in text
     assert "  | a\\x1b[31mb\\u202ec\n" in text
+
+
+def test_the_trained_tokens_of_a_sample_are_marked_wherever_they_stand(tmp_path, qwen):
+    rendering = run_data(tmp_path, qwen, "a").rendering
+    ids = np.array(rendering.tokenizer.encode("1234"))
+    assert len(ids) == 4
+    masks = [False, False, True, True], [False, True, False, True], [True, False, True, False]
+    samples = [Sample(ids, np.array(mask)) for mask in masks]
+    data = DataSet(Path("x.jsonl"), samples, 3, 9, (), Counter(), Counter())
+    shown = "\n".join(preview(RunData(rendering, data, None), [2], 64, 3)).splitlines()
+    assert any("x.jsonl, 3 samples, prompts of 2 to 2 tokens" in line for line in shown)
+    assert [line for line in shown if "trained on" in line] == [
+        "a prompt of 2 tokens; trained on: the 2 after it, marked *",
+        "a sample of 4 tokens; trained on: the 2 marked *",
+        "a sample of 4 tokens; trained on: the 1 marked *",  # nothing predicts the first
+    ]
+    words = [line.split() for line in shown if ":'1'" in line]
+    assert [[word[0] == "*" for word in line] for line in words] == [
+        [False, False, True, True],
+        [False, True, False, True],
+        [False, False, True, False],
+    ]
