@@ -79,7 +79,9 @@ def sampled_routes(
         for layer in policy.capture.layers_of(chunk)
     }
     known = pack.routes_known
-    return policy.replay.routes(chunk, routes, None if known is None else known.to(device))
+    return policy.replay.routes(
+        chunk, routes, None if known is None else known.to(device, non_blocking=True)
+    )
 
 
 def score_reference(policy: Policy, scored: Sequence[ScoredPack]) -> list[ScoredPack]:

@@ -228,6 +228,18 @@ def test_supervised_accuracy_counts_targets_that_are_the_likeliest_token():
     assert metrics["accuracy"] == pytest.approx(hits / count, abs=1e-6)
 
 
+def test_the_supervised_loss_is_the_mean_over_the_tokens_of_all_turns():
+    samples = rollout_batch(dataclasses.replace(CASE, turns=True))[:8]
+    masks = ["".join(".w"[int(word)] for word in sample.written) for sample in samples]
+    assert any("w." in mask.strip(".") for mask in masks) and any("w" not in mask for mask in masks)
+    with trainer() as (policy, pack):
+        values = torch.cat([alone(policy, sample) for sample in samples])
+        (packs,) = pack(samples)
+        metrics = supervised(policy, packs)
+    assert len(values) == sum(mask[1:].count("w") for mask in masks)
+    assert metrics["loss"] == pytest.approx(-float(values.mean()), rel=2e-5)
+
+
 def supervised(policy, packs):
     from megatron_rl.observe.metrics import MetricSums
     from megatron_rl.training.update import supervised_update
