@@ -54,7 +54,17 @@ setup(
         "vllm": ["vllm>=0.32"],  # better in an environment of its own: rollout.servers.python
         "wandb": ["wandb>=0.18"],
         "docs": ["pdoc>=15", "linkchecker>=10.5"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "trl>=0.20"],
+        # Parquet, files packed with Zstandard, Hugging Face datasets
+        "data": ["pyarrow>=15", "datasets>=4"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "trl>=0.20",
+            "pyarrow>=15",
+            "datasets>=4",
+        ],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
     classifiers=[

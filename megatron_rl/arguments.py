@@ -11,8 +11,7 @@ from typing import NoReturn, Sequence
 
 from megatron_rl import __version__
 from megatron_rl.catalogue.kinds import KINDS
-from megatron_rl.config.hf_file import shown
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, shown
 from megatron_rl.paths import local_path
 
 #: Verb -> what it does, as the help shows it.
@@ -20,18 +19,19 @@ VERBS = {
     "train": "reinforcement learning on data.train",
     "sft": "supervised fine-tuning on data.train",
     "evaluate": "measure the model on data.eval",
-    "generate": "answer the prompts given with --prompt",
+    "generate": "answer the prompts given with --prompt, or of a file",
     "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
     "report": "write report.html of a finished or running run; compare several",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
-    "list": "show the losses, advantages, corrections or rewards that a config can name",
+    "list": f"show what a config can name: {', '.join(KINDS)}",
     "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 
 #: Flags that are no fields of the config: those with a value, and those without.
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
 OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
+OWN_FLAGS |= {"--prompts", "--samples", "--output"}
 OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat"}
 
 _CONFIG_HELP = (
@@ -161,6 +161,26 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="a prompt, or a list of chat messages in JSON; may be given again",
     )
     parser.add_argument(
+        "--prompts",
+        type=partial(_path, "--prompts"),
+        metavar="FILE",
+        help="prompts of a data set in place of --prompt: named, and its columns chosen, as those "
+        "of data.train",
+    )
+    parser.add_argument(
+        "--samples",
+        type=partial(_whole, "--samples"),
+        default=1,
+        metavar="N",
+        help="answers to each prompt; default: 1",
+    )
+    parser.add_argument(
+        "--output",
+        type=partial(_path, "--output"),
+        metavar="FILE",
+        help="a new file for the answers, a JSON object each; default: they are printed",
+    )
+    parser.add_argument(
         "--chat",
         action="store_true",
         help="each prompt is a message of the user, for the tokenizer's chat template",
@@ -194,7 +214,8 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         type=partial(_path, "SOURCE"),
-        help="a Hugging Face model, a run, or a checkpoint",
+        help="a Hugging Face model, a run, or a checkpoint; of a family of your own: "
+        "--model.family ./my_family.py:FAMILY",
     )
     parser.add_argument(
         "target", metavar="TARGET", type=partial(_path, "TARGET"), help="a new directory"

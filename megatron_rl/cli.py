@@ -26,6 +26,8 @@ from megatron_rl.config.checks import (
     input_files,
     verifiers_are_known,
 )
+from megatron_rl.config.checks_data import PROMPT_RULES
+from megatron_rl.config.checks_model import family_is_known
 from megatron_rl.config.estimate import (
     GIB,
     count_parameters,
@@ -36,7 +38,7 @@ from megatron_rl.config.estimate import (
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
@@ -132,8 +134,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "check":
         _show_check(config, args.world_size, args.purpose)
         return
-    if args.verb == "generate" and not args.prompt:
-        raise UserError("generate: no prompt given; expected at least one --prompt TEXT")
+    if args.verb == "generate":
+        _check_generate(args)
     check_config(config, read_launch().world_size, args.verb)
     _start(args, config)
 
@@ -186,7 +188,10 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
         if args.like is not None:
             raise UserError("--like goes with the way to Hugging Face; expected it left out here")
     config = load_config(None, overrides)
-    check_config(config, launch.world_size, "convert")
+    family_is_known(config)
+    model = config.model if from_hf else ModelConfig()  # that of a run is with its checkpoint
+    checked = config.model_copy(update={"model": model})
+    check_config(checked, launch.world_size, "convert")
     allow_descriptors(launch.world_size)
     from megatron_rl.device.select import select_device
 
@@ -214,12 +219,18 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _start(args: argparse.Namespace, config: Config) -> None:
     """Read the data, prepare the device, import the training and hand over."""
-    from megatron_rl.data.run_data import given_prompts, load_run_data
+    from megatron_rl.data.run_data import given_prompts, load_run_data, prompts_in
 
     allow_descriptors(read_launch().world_size)
     data = load_run_data(config, args.verb)
     if args.verb == "generate":
-        problems = given_prompts(config, data.rendering, args.prompt)
+        if args.prompt:
+            problems = given_prompts(config, data.rendering, args.prompt)
+        else:
+            found = prompts_in(config, data.rendering, args.prompts)
+            problems = found.items
+            if found.skipped and read_launch().rank == 0:
+                print(f"megatron-rl: {found.skips()}", file=sys.stderr)
     from megatron_rl.device.select import select_device
 
     # First, because Megatron-Core adapts to torch while it is imported.
@@ -233,12 +244,37 @@ def _start(args: argparse.Namespace, config: Config) -> None:
     elif args.verb == "evaluate":
         run.evaluate(config, data, base=args.base)
     else:
-        run.generate(config, data, problems, greedy=args.greedy, base=args.base)
+        run.generate(
+            config,
+            data,
+            problems,
+            greedy=args.greedy,
+            base=args.base,
+            samples=args.samples,
+            output=args.output,
+        )
+
+
+def _check_generate(args: argparse.Namespace) -> None:
+    if bool(args.prompt) == bool(args.prompts):
+        found = "both --prompt and --prompts" if args.prompt else "no prompt"
+        raise UserError(
+            f"generate: {found} given; expected at least one --prompt TEXT, or --prompts FILE"
+        )
+    if args.samples < 1:
+        raise UserError(f"--samples is {args.samples}; expected at least 1")
+    if args.greedy and args.samples > 1:
+        raise UserError(
+            f"--samples {args.samples} with --greedy, by which all answers to a prompt are the "
+            "same; expected one of them; leave one out"
+        )
 
 
 def _show_data(config: Config, purpose: str, examples: int) -> None:
     """Print the data sets as the model of ``purpose`` will see them."""
     verifiers_are_known(config)
+    for rule in PROMPT_RULES:
+        rule(config)
     answers_leave_room_for_prompts(config)
     if examples < 0:
         raise UserError(f"--examples is {examples}; expected at least 0")
@@ -249,7 +285,7 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
     from megatron_rl.training.stop_tokens import stop_tokens_of
 
     data = encode_files(config, purpose, read_files(config, purpose))
-    stops = list(stop_tokens_of(config, data.tokenizer.eos_id))
+    stops = stop_tokens_of(config, data.tokenizer)
     longest = config.rollout.max_new_tokens
     for line in preview(data, stops, longest, examples):
         print(line)

@@ -28,3 +28,9 @@ def printable(text: str, most: int = 200) -> str:
 def one_line(error: BaseException) -> str:
     """The kind of an error and what it says, on one line."""
     return " ".join(f"{type(error).__name__} {error}".split())
+
+
+def shown(value: object) -> str:
+    """A value for a message; the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,5 +1,5 @@
-"""What a loss, reward, advantage estimator, sampler correction, rollout engine or environment of a
-user's own imports.
+"""What a loss, reward, advantage estimator, sampler correction, rollout engine, environment,
+data source, optimizer, logger or Hugging Face family of a user's own imports.
 
 No torch. ``LossInputs``, ``LossOutputs`` and ``SamplerWeights`` are in ``megatron_rl.algorithms``,
 ``EngineParts`` and ``WholeAnswers`` in ``megatron_rl.rollout.engine``.
@@ -10,22 +10,31 @@ from megatron_rl.catalogue.declare import (
     correction,
     engine,
     environment,
+    logger,
     loss,
+    optimizer,
+    source,
     verifier,
 )
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.errors import UserError
+from megatron_rl.families.common.family import Family, Rule
 from megatron_rl.rewards.base import Reward, require
 
 __all__ = [
+    "Family",
     "Reward",
+    "Rule",
     "Settings",
     "UserError",
     "advantages",
     "correction",
     "engine",
     "environment",
+    "logger",
     "loss",
+    "optimizer",
     "require",
+    "source",
     "verifier",
 ]

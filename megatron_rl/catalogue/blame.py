@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 import traceback
+from pathlib import Path
 from types import TracebackType
 
 from megatron_rl.errors import RunFailed, Stopped, UserError, one_line
+
+#: Where Python's own modules and ours are.
+_NOT_OF_USERS = (sysconfig.get_path("stdlib"), os.path.dirname(os.path.dirname(__file__)))
 
 
 class blame:
@@ -32,10 +38,18 @@ class blame:
 
 
 def raised(error: BaseException) -> str:
-    """``ValueError no such thing (my_loss.py:12)``: an error and the line that raised it."""
+    """``ValueError no such thing (my_loss.py:12)``: an error and the line that raised it, or led to
+    it where a library raised it.
+    """
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"SyntaxError {error.msg} ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    own = [frame for frame in frames if _of_a_user(frame.filename)]
+    last = (own or frames or [None])[-1]
+    place = "" if last is None else f" ({last.filename}:{last.lineno})"
     text = one_line(error)
     return f"{text if len(text) <= 300 else text[:297] + '...'}{place}"
+
+
+def _of_a_user(file: str) -> bool:
+    return "site-packages" not in Path(file).parts and not file.startswith(_NOT_OF_USERS)

@@ -11,7 +11,10 @@ from megatron_rl.catalogue.entry import (
     EngineEntry,
     Entry,
     EnvironmentEntry,
+    LoggerEntry,
     LossEntry,
+    OptimizerEntry,
+    SourceEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.settings import Settings
@@ -109,6 +112,41 @@ def environment(
     needs no decorator.
     """
     return lambda thing: _attach(thing, EnvironmentEntry, settings, paper=paper)
+
+
+def optimizer(
+    *, settings: type[Settings] | None = None, split_weights: bool = False, paper: str = ""
+) -> Callable[[Thing], Thing]:
+    """Declare an optimizer, ``(params[, settings]) -> torch.optim.Optimizer``: a class, or a
+    function that makes one. One with the defaults below needs no decorator.
+
+    ``params`` are groups as torch's optimizers take them. The run sets ``lr`` and ``weight_decay``
+    of each before every step. ``group["matrices"]`` holds for each parameter the matrices of layers
+    in it (``megatron_rl.optimizers.matrices.Matrix``), () for norms, biases, embeddings.
+
+    Args:
+        settings: the class of its settings.
+        split_weights: right where a rank holds slices of matrices, or some of a layer's experts:
+            it acts on each element by itself, or on ``group["matrices"]``. False: a run with such a
+            layout is refused.
+        paper: where the definition is from.
+    """
+    traits = {"split_weights": split_weights}
+    return lambda thing: _attach(thing, OptimizerEntry, settings, paper=paper, **traits)
+
+
+def logger(*, settings: type[Settings] | None = None) -> Callable[[Thing], Thing]:
+    """Declare a logger, ``(run[, settings])`` -> an object with ``log(step, metrics)`` and
+    ``close()``, as a class has. One without settings needs no decorator.
+    """
+    return lambda thing: _attach(thing, LoggerEntry, settings)
+
+
+def source(*, settings: type[Settings] | None = None) -> Callable[[Thing], Thing]:
+    """Declare a data source, ``([settings]) -> iterable of records``: mappings of JSON values, the
+    same in every call and on every rank. One without settings needs no decorator.
+    """
+    return lambda thing: _attach(thing, SourceEntry, settings)
 
 
 def row_of(thing: Any, kind: type[Entry]) -> Entry:

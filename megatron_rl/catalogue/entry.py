@@ -91,6 +91,36 @@ class EnvironmentEntry(Entry):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptimizerEntry(Entry):
+    """An optimizer: ``(parameter groups[, settings]) -> torch.optim.Optimizer``."""
+
+    #: Megatron makes it by itself, and can share its state out over the data-parallel ranks
+    #: (``parallel.distributed_optimizer``)
+    of_megatron: bool = False
+    #: right where a rank holds slices of matrices, or some of a layer's experts: it acts on each
+    #: element by itself, or on the whole ``matrices`` of its groups
+    split_weights: bool = False
+    #: tensors of its state for a weight that is a matrix of a layer; others are taken to have 2
+    matrix_moments: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerEntry(Entry):
+    """A logger: ``(run[, settings])`` -> an object with ``log(step, metrics)`` and ``close()``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEntry(Entry):
+    """Where records come from: ``(path[, settings])`` for a row of this package, ``([settings])``
+    for a user's own; each call gives the records, mappings of JSON values, in the same order.
+    """
+
+    endings: tuple[str, ...] = ()  #: of the names of files that are read so
+    unit: str = "record"  #: what a record is called in messages: "line 7 of ..."
+    needs: str = ""  #: the library that reads it, where it is none of Python's
+
+
 def load(code: str) -> Any:
     """The object of ``module:object``."""
     module, _, name = code.partition(":")

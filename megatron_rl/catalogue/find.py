@@ -59,8 +59,7 @@ def find(kind: Kind[Row], name: str, field: str | None = None) -> Row:
         raise UserError(f"{place}; expected the thing's name at the end: {name.rstrip(':')}:thing")
     module = _import(field or kind.field, place, source)
     thing = _object(module, attribute, place)
-    row = _row(kind, thing, place)
-    _check_signature(kind, row, place)
+    row = _row(kind, thing, place) if kind.instance is None else _of_instance(kind, thing, place)
     file = getattr(module, "__file__", None)
     return dataclasses.replace(row, name=name, file=Path(file) if file else None)
 
@@ -157,34 +156,36 @@ def _row(kind: Kind[Row], thing: Any, place: str) -> Row:
         ) from error
     if not isinstance(row, kind.row):
         raise UserError(f"{place}, which is declared as another kind; expected a {kind.noun}")
+    _check_signature(kind, row, place)
     return row
 
 
+def _of_instance(kind: Kind[Row], thing: Any, place: str) -> Row:
+    if not isinstance(thing, kind.instance):
+        raise UserError(
+            f"{place}, which is of type {type(thing).__name__}; expected a {kind.noun}: "
+            f"{kind.instance.__name__}(...), from megatron_rl.extend"
+        )
+    mistake = thing.mistake()
+    if mistake is not None:
+        raise UserError(f"{place}: {printable(mistake, 400)}")
+    return kind.row.of(thing)
+
+
 def _check_signature(kind: Kind, row: Entry, place: str) -> None:
-    """The thing can be called with what a run gives it."""
+    """The thing can be called with what a run gives it, and so can what it makes."""
     settings = () if row.settings is None else ("settings",)
     calls = {label_of(row.name): (row.own, (*kind.arguments, *settings))}
-    if inspect.isclass(row.own) and kind.methods:
-        missing = [name for name in kind.methods if not callable(getattr(row.own, name, None))]
-        if missing:
-            raise UserError(
-                f"{place}, a class without {missing[0]}; expected a {kind.noun}, with "
-                f"{', '.join(kind.methods)}"
-            )
-    elif inspect.isclass(row.own):
-        # Not getattr: a class itself can be called, and that is found too.
-        judge = next(
-            (vars(base)["__call__"] for base in row.own.__mro__ if "__call__" in vars(base)), None
-        )
-        if judge is None:
-            raise UserError(
-                f"{place}, a class without __call__; expected __call__(self, "
-                f"{', '.join(kind.arguments)})"
-            )
-        calls = {
-            label_of(row.name): (row.own, settings),
-            "__call__": (judge, ("self", *kind.arguments)),
-        }
+    if inspect.isclass(row.own):
+        methods = kind.methods or (f"__call__({', '.join(kind.arguments)})",)
+        made_of = (*kind.arguments, *settings) if kind.methods else settings
+        a_noun = f"{'an' if kind.noun[0] in 'aeiou' else 'a'} {kind.noun}"
+        calls = {label_of(row.name): (row.own, made_of)}
+        for method in methods:
+            name, bracket, arguments = method.rstrip(")").partition("(")
+            found = _method(row.own, name, place, f"{a_noun}, with {', '.join(methods)}")
+            if bracket:
+                calls[name] = (found, ("self", *arguments.replace(",", " ").split()))
     for name, (function, arguments) in calls.items():
         try:
             signature = inspect.signature(function)
@@ -198,3 +199,11 @@ def _check_signature(kind: Kind, row: Entry, place: str) -> None:
                 f"{place}, which is {name}{signature}; expected {name}({', '.join(arguments)})"
                 f"{hint}"
             ) from error
+
+
+def _method(own: type, name: str, place: str, expected: str) -> Any:
+    # Not getattr: a class itself can be called, and that is found too.
+    found = next((vars(base)[name] for base in own.__mro__ if name in vars(base)), None)
+    if not callable(found):
+        raise UserError(f"{place}, a class without {name}; expected {expected}")
+    return found

@@ -15,13 +15,22 @@ from megatron_rl.catalogue.entry import (
     EngineEntry,
     Entry,
     EnvironmentEntry,
+    LoggerEntry,
     LossEntry,
+    OptimizerEntry,
+    SourceEntry,
     VerifierEntry,
 )
 from megatron_rl.catalogue.environments import ENVIRONMENTS as ENVIRONMENT_ROWS
+from megatron_rl.catalogue.families import FAMILIES as FAMILY_ROWS
+from megatron_rl.catalogue.families import FamilyEntry
+from megatron_rl.catalogue.loggers import LOGGERS as LOGGER_ROWS
 from megatron_rl.catalogue.losses import LOSSES as LOSS_ROWS
+from megatron_rl.catalogue.optimizers import OPTIMIZERS as OPTIMIZER_ROWS
 from megatron_rl.catalogue.settings import Settings
+from megatron_rl.catalogue.sources import SOURCES as SOURCE_ROWS
 from megatron_rl.catalogue.verifiers import VERIFIERS as VERIFIER_ROWS
+from megatron_rl.families.common.family import Family
 
 Row = TypeVar("Row", bound=Entry)
 
@@ -36,8 +45,11 @@ class Kind(Generic[Row]):
     rows: tuple[Row, ...]
     arguments: tuple[str, ...]  #: of the function, without its settings
     decorator: str  #: an example of what declares a user's own
-    #: what the arguments make has these methods; (): the thing is called for its result
+    #: what the arguments make has these methods, whose arguments are checked where they are given:
+    #: "close()"; (): the thing is called for its result
     methods: tuple[str, ...] = ()
+    #: its class, where it is no function: has ``mistake()``, and the class of the row ``of(thing)``
+    instance: type | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +112,35 @@ ENGINES = Kind(
     "@engine()",
     methods=("generate", "begin", "weights_changed", "metrics", "close"),
 )
+OPTIMIZERS = Kind(
+    "optimizer",
+    "optimizer.name",
+    OptimizerEntry,
+    OPTIMIZER_ROWS,
+    ("params",),
+    "@optimizer()",
+    methods=("step()",),
+)
+LOGGERS = Kind(
+    "logger",
+    "observe.loggers",
+    LoggerEntry,
+    LOGGER_ROWS,
+    ("run",),
+    "@logger()",
+    methods=("log(step, metrics)", "close()"),
+)
+FAMILIES = Kind(
+    "Hugging Face family", "model.family", FamilyEntry, FAMILY_ROWS, (), "", instance=Family
+)
+SOURCES = Kind(
+    "data source",
+    "data.train",
+    SourceEntry,
+    SOURCE_ROWS,
+    (),
+    "@source()",
+)
 
 ENVIRONMENTS = Kind(
     "environment",
@@ -118,4 +159,8 @@ KINDS: dict[str, Kind] = {
     "rewards": VERIFIERS,
     "engines": ENGINES,
     "environments": ENVIRONMENTS,
+    "optimizers": OPTIMIZERS,
+    "loggers": LOGGERS,
+    "families": FAMILIES,
+    "sources": SOURCES,
 }

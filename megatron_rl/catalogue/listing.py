@@ -8,7 +8,15 @@ from typing import Any, Sequence
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_rl.catalogue.describe import type_and_bounds
-from megatron_rl.catalogue.entry import EngineEntry, Entry, LossEntry, VerifierEntry
+from megatron_rl.catalogue.entry import (
+    EngineEntry,
+    Entry,
+    LossEntry,
+    OptimizerEntry,
+    SourceEntry,
+    VerifierEntry,
+)
+from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import Kind
 
@@ -39,6 +47,16 @@ def _traits(row: Entry) -> list[str]:
     if isinstance(row, EngineEntry):
         beside = "beside training" if row.beside_training else "in turns with training"
         return [f"{beside}, {'with' if row.routes else 'without'} the experts of its tokens"]
+    if isinstance(row, OptimizerEntry):
+        layouts = "any layout" if row.split_weights else "without tensor and expert parallelism"
+        sharded = "with" if row.of_megatron else "without"
+        return [f"{layouts}, {sharded} parallel.distributed_optimizer"]
+    if isinstance(row, FamilyEntry):
+        family = row.load()
+        return [f"model_type {family.model_type}, {family.architecture} of transformers"]
+    if isinstance(row, SourceEntry):
+        files = f"files called {', '.join(f'*{ending}' for ending in row.endings)}"
+        return [files] * bool(row.endings) + [f"needs {row.needs}"] * bool(row.needs)
     if not isinstance(row, LossEntry):
         return []
     traits = [f"over {row.denominator}", f"router shift {row.router_shift}"]

@@ -14,6 +14,7 @@ NOT_ARCHITECTURE = {
     "preset",
     "hf_path",
     "hf_config",
+    "family",
     "max_sequence_length",
     "aux_loss_coeff",
     "z_loss_coeff",

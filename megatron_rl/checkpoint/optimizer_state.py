@@ -1,10 +1,12 @@
-"""Adam's state as shards of the model's own tensors, for Megatron's plain or distributed optimizer.
+"""An optimizer's state as shards of the model's own tensors, for Megatron's plain or distributed
+optimizer.
 
-Every parameter has up to three tensors of its own shape, stored under the parameter's key:
-``exp_avg``, ``exp_avg_sq`` and, where the model is not fp32, the fp32 main weight ``param``. So the
-state can be read at another layout, with another number of chained optimizers, and by the other
-kind of optimizer. The number of updates is one integer, the same for all parameters. Learning rate,
-betas and weight decay are not stored: they come from the configuration.
+Every parameter has tensors of its own shape, stored under the parameter's key: of Adam ``exp_avg``
+and ``exp_avg_sq``, of another optimizer what it keeps (``optimizers/state.py``), and where the
+model is not fp32 the fp32 main weight ``param``. So the state can be read at another layout, with
+another number of chained optimizers, and by the distributed optimizer or without it. The number of
+updates is one integer, the same for all parameters. Learning rate, betas and weight decay are not
+stored: they come from the configuration.
 
 The ``state_dict``, ``sharded_state_dict`` and ``load_state_dict`` of Megatron's optimizers are not
 used. With torch's Adam (no Transformer Engine, no Apex; Megatron 0.16.1 and 0.19.2) the distributed
@@ -29,15 +31,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import (
-    ChainedOptimizer,
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    MegatronOptimizer,
-)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed import ProcessGroup
 
 from megatron_rl.checkpoint.together import together
+from megatron_rl.optimizers import state as any_state
+from megatron_rl.optimizers.members import main_parameters, members
 
 PREFIX = "optimizer.state"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,7 +49,7 @@ def optimizer_shards(
     """The optimizer's state as shards, to be written or (``loading``) read into.
 
     Args:
-        optimizer: what ``get_megatron_optimizer`` made; Adam.
+        optimizer: what ``get_megatron_optimizer`` made, or has been put in its place.
         model_shards: ``sharded_state_dict`` of all the model chunks; its tensors are the parameters
             themselves.
         loading: the shards need not hold the state's values. When False, and with the distributed
@@ -65,7 +64,7 @@ def optimizer_shards(
         if isinstance(shard, (ShardedTensor, ShardedTensorFactory))
     }
     shards = {}
-    for number, member in enumerate(_members(optimizer)):
+    for number, member in enumerate(members(optimizer)):
         _prime(member.optimizer)
         if isinstance(member, DistributedOptimizer):
             shards[str(number)] = _distributed_shards(member, model_shards, loading)
@@ -85,7 +84,7 @@ def restore_optimizer(
         loaded: the tensors in the structure of the shards.
         step: updates made so far.
     """
-    for number, member in enumerate(_members(optimizer)):
+    for number, member in enumerate(members(optimizer)):
         state = loaded.get(str(number), {})
         if isinstance(member, DistributedOptimizer):
             _restore_distributed(member, state)
@@ -96,23 +95,15 @@ def restore_optimizer(
 
 def optimizer_step(optimizer: MegatronOptimizer, world: ProcessGroup) -> int:
     """Updates made so far; a collective, because a rank may hold no part of the state."""
-    steps = {0}
-    for member in _members(optimizer):
-        steps |= {
-            int(state["step"]) for state in member.optimizer.state.values() if "step" in state
-        }
-        steps |= {int(group["step"]) for group in member.optimizer.param_groups if "step" in group}
-    return max(together(world, lambda: max(steps)))
-
-
-def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chain, for dense and expert parameters; without empty ones."""
-    chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [member for member in chain if not getattr(member, "is_stub_optimizer", False)]
+    steps = [any_state.step_of(member.optimizer) for member in members(optimizer)]
+    return max(together(world, lambda: max(steps, default=0)))
 
 
 def _prime(adam: torch.optim.Optimizer) -> None:
     """Give Adam the state that it makes in its first step, all zero, where it has none yet."""
+    if any_state.was_replaced(adam):
+        any_state.prime(adam)
+        return
     for group in adam.param_groups:
         for parameter in group["params"]:
             state = adam.state[parameter]
@@ -125,6 +116,9 @@ def _prime(adam: torch.optim.Optimizer) -> None:
 
 def _set_step(adam: torch.optim.Optimizer, step: int) -> None:
     """Set the number of updates made so far, wherever this Adam keeps it."""
+    if any_state.was_replaced(adam):
+        any_state.set_step(adam, step)
+        return
     for group in adam.param_groups:
         if not _counts_per_parameter(adam):
             group["step"] = step
@@ -146,31 +140,17 @@ def _set_parameter_step(
         adam.state[parameter]["step"] = count
 
 
-def _plain_parameters(
-    member: MegatronOptimizer,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(parameter of the model, main parameter of the optimizer); the same where it is fp32."""
-    if isinstance(member, FP32Optimizer):
-        for group in member.optimizer.param_groups:
-            yield from ((parameter, parameter) for parameter in group["params"])
-        return
-    assert isinstance(member, Float16OptimizerWithFloat16Params), type(member)
-    for group, main_group in zip(
-        member.float16_groups, member.fp32_from_float16_groups, strict=True
-    ):
-        yield from zip(group, main_group, strict=True)
-    for group in member.fp32_from_fp32_groups:
-        yield from ((parameter, parameter) for parameter in group)
-
-
 def _plain_tensors(
     member: MegatronOptimizer,
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """(parameter of the model, its tensors of state)."""
-    for parameter, main in _plain_parameters(member):
-        tensors = {name: member.optimizer.state[main][name] for name in MOMENTS}
+    for parameter, main in main_parameters(member):
+        if any_state.was_replaced(member.optimizer):
+            tensors = any_state.state_tensors(member.optimizer, main)
+        else:
+            tensors = {name: member.optimizer.state[main][name] for name in MOMENTS}
         if main is not parameter:
-            tensors["param"] = main
+            tensors[any_state.MAIN_WEIGHT] = main
         yield parameter, tensors
 
 

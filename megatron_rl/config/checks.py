@@ -3,7 +3,7 @@
 Each raises UserError("found; expected; remedy"). ``check_config`` runs the rules a verb needs.
 Types and bounds of single fields are in ``schema.py``, rules of the architecture in
 ``checks_model.py``, of the parallel layout in ``checks_layout.py``, of the loss in
-``checks_algorithm.py``, of training and files here.
+``checks_algorithm.py``, of data in ``checks_data.py``, of training and files here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from megatron_rl.config.checks_algorithm import ALGORITHM_RULES
+from megatron_rl.config.checks_data import PROMPT_RULES, data_is_found
 from megatron_rl.config.checks_layout import (
     LAYOUT_RULES,
     layout_fits_world,
@@ -20,7 +21,10 @@ from megatron_rl.config.checks_layout import (
 )
 from megatron_rl.config.checks_model import MODEL_RULES
 from megatron_rl.config.checks_rollout import ROLLOUT_RULES
+from megatron_rl.config.data import files_of, parts_of
 from megatron_rl.config.layout import data_parallel_size, ranks_wanted
+from megatron_rl.config.loggers import chosen_loggers
+from megatron_rl.config.optimizer import OPTIMIZER_RULES
 from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
@@ -39,6 +43,11 @@ def answers_leave_room_for_prompts(config: Config) -> None:
 def verifiers_are_known(config: Config) -> None:
     """``reward.name``, or each of ``reward.parts``, is a verifier, with settings of it."""
     chosen_verifiers(config.reward)
+
+
+def loggers_are_known(config: Config) -> None:
+    """Those of ``observe`` are loggers, each once, with settings of it."""
+    chosen_loggers(config.observe)
 
 
 def groups_have_several_answers(config: Config) -> None:
@@ -87,7 +96,7 @@ def learning_rate_decays(config: Config) -> None:
         )
 
 
-#: Files a verb cannot do without.
+#: What a verb cannot do without.
 NEEDED_FILES: dict[str, tuple[str, ...]] = {
     "train": ("data.tokenizer.path", "data.train"),
     "sft": ("data.tokenizer.path", "data.train"),
@@ -98,11 +107,13 @@ NEEDED_FILES: dict[str, tuple[str, ...]] = {
 
 
 def input_files(config: Config) -> dict[str, Path | None]:
-    """Every path a run reads, by the name of its field."""
+    """Every file or directory a run reads, by the name of its field."""
     return {
         "data.tokenizer.path": config.data.tokenizer.path,
-        "data.train": config.data.train,
-        "data.eval": config.data.eval,
+        **{
+            f"data.{split}": None for split in ("train", "eval") if not parts_of(config.data, split)
+        },
+        **files_of(config.data),
         "checkpoint.init_from": config.checkpoint.init_from,
     }
 
@@ -111,13 +122,15 @@ def files_exist(config: Config, verb: str) -> None:
     """The files a verb reads are named and there; run_dir, if there, is a directory."""
     files = input_files(config)
     for name in NEEDED_FILES[verb]:
-        if files[name] is None:
+        if name in files and files[name] is None:
             raise UserError(
                 f"{name} is not given; expected a path, which {verb} needs; set --{name}"
             )
     evaluates = ("data.eval",) if verb in ("train", "sft") else ()
-    for name in (*NEEDED_FILES[verb], *evaluates, "checkpoint.init_from"):
-        path = files[name]
+    read = (*NEEDED_FILES[verb], *evaluates, "checkpoint.init_from")
+    for name, path in files.items():
+        if not any(name == of or name.startswith(f"{of}.") for of in read):
+            continue
         if path is not None and not os.path.exists(path):
             raise UserError(
                 f"{name}: {path} does not exist; expected a path from the current directory "
@@ -153,14 +166,34 @@ def best_checkpoints_are_evaluated(config: Config) -> None:
 VERB_RULES: dict[str, tuple[Callable[[Config], None], ...]] = {
     "train": (
         *ALGORITHM_RULES,
+        *OPTIMIZER_RULES,
+        loggers_are_known,
         verifiers_are_known,
+        data_is_found,
+        *PROMPT_RULES,
         groups_have_several_answers,
         answers_leave_room_for_prompts,
         best_checkpoints_are_evaluated,
     ),
-    "sft": (verifiers_are_known, answers_leave_room_for_prompts, best_checkpoints_are_evaluated),
-    "evaluate": (verifiers_are_known, answers_leave_room_for_prompts),
-    "generate": (answers_leave_room_for_prompts,),
+    "sft": (
+        *OPTIMIZER_RULES,
+        loggers_are_known,
+        verifiers_are_known,
+        data_is_found,
+        *PROMPT_RULES,
+        answers_leave_room_for_prompts,
+        best_checkpoints_are_evaluated,
+    ),
+    "evaluate": (
+        verifiers_are_known,
+        data_is_found,
+        *PROMPT_RULES,
+        answers_leave_room_for_prompts,
+    ),
+    "generate": (
+        *PROMPT_RULES,
+        answers_leave_room_for_prompts,
+    ),
     "convert": (),
 }
 

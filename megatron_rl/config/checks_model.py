@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Callable
 
+from megatron_rl.catalogue.find import find
+from megatron_rl.catalogue.kinds import FAMILIES
 from megatron_rl.config.layout import heads_of
 from megatron_rl.config.schema import Config
+from megatron_rl.config.weight_names import layer_weights
 from megatron_rl.errors import UserError
 
 
@@ -214,6 +217,26 @@ def transformer_engine_needs_cuda(config: Config) -> None:
         )
 
 
+def family_is_known(config: Config) -> None:
+    """``model.family`` is a family of ours, or a user's own that can be imported."""
+    if config.model.family is not None:
+        find(FAMILIES, config.model.family)
+
+
+def family_has_every_weight(config: Config) -> None:
+    """What a model of a user's own family is made of has a counterpart in its files."""
+    if config.model.family is None:
+        return
+    family = find(FAMILIES, config.model.family).load()
+    missing = [name for name in layer_weights(config.model) if name not in family.layer_weights]
+    if missing:
+        raise UserError(
+            f"model.family {config.model.family} has no rule for the weight {missing[0]} of a "
+            "layer; expected one for each weight of the model; add it to its layer_weights, or "
+            "correct the fields that it reads"
+        )
+
+
 MODEL_RULES: tuple[Callable[[Config], None], ...] = (
     heads_divide_hidden_size,
     head_dim_is_even,
@@ -231,4 +254,6 @@ MODEL_RULES: tuple[Callable[[Config], None], ...] = (
     shared_expert_gate_needs_expert,
     frozen_router_has_no_router_losses,
     transformer_engine_needs_cuda,
+    family_is_known,
+    family_has_every_weight,
 )

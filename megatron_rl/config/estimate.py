@@ -20,6 +20,7 @@ from megatron_rl.config.layout import (
     moe_layers,
     stage_layers,
 )
+from megatron_rl.config.optimizer import optimizer_of
 from megatron_rl.config.schema import Config, ModelConfig
 
 GIB = 2**30
@@ -164,23 +165,25 @@ def _stage_memory(config: Config, world_size: int, stage: int) -> Memory:
     """Memory of a rank of one pipeline stage.
 
     Weights: bytes of dtype a parameter. Gradients: fp32, 4 bytes a parameter. Optimizer: Adam's two
-    moments, 8 bytes, and for bf16 the fp32 main weights, 4 more; the distributed optimizer shares
-    them among the ranks with the same parameters (data-parallel x context, expert-data-parallel).
+    moments, 8 bytes (of muon 4 for experts; the other matrices are counted as Adam's), and for bf16
+    the fp32 main weights, 4 more; the distributed optimizer shares them among the ranks with the
+    same parameters (data-parallel x context, expert-data-parallel).
     """
     parallel, element = config.parallel, DTYPE_BYTES[config.model.dtype]
     dense, experts = _rank_parameters(config, stage)
-    state = 8 + (4 if element == 2 else 0)
+    main = 4 if element == 2 else 0
+    state = 8 + main
+    state_of_experts = 4 * optimizer_of(config.optimizer).matrix_moments + main
     if parallel.distributed_optimizer:
         dense_shards = data_parallel_size(parallel, world_size) * parallel.context
         expert_shards = expert_data_parallel_size(parallel, world_size)
-        held = dense / dense_shards + experts / expert_shards
     else:
-        held = dense + experts
+        dense_shards = expert_shards = 1
     last = stage == parallel.pipeline - 1
     return Memory(
         weights=(dense + experts) * element,
         gradients=(dense + experts) * 4,
-        optimizer=held * state,
+        optimizer=dense / dense_shards * state + experts / expert_shards * state_of_experts,
         activations=activation_bytes(config, stage),
         logits=logit_bytes(config) if last else 0,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Mapping, get_origin
+from typing import Any, Iterator, Mapping, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -45,8 +45,20 @@ def is_dict(field: FieldInfo) -> bool:
 
 
 def is_text(field: FieldInfo) -> bool:
-    """Whether the field takes only a string or path (or null): there ``2024`` is text."""
-    return set(alternatives(field.annotation)) - {type(None)} <= {str, Path}
+    """Whether the field takes only a string or path (or null, or parts): there ``2024`` is text."""
+    kinds = set(alternatives(field.annotation)) - {type(None)}
+    return bool(kinds & {str, Path}) and all(
+        kind in (str, Path) or _of_parts(kind) for kind in kinds
+    )
+
+
+def takes_parts(field: FieldInfo) -> bool:
+    """Whether the field takes a list of sections (``data.train``)."""
+    return any(map(_of_parts, alternatives(field.annotation)))
+
+
+def _of_parts(kind: Any) -> bool:
+    return get_origin(kind) is tuple and is_section(get_args(kind)[0])
 
 
 #: Kept as strings, because ``./python`` and ``python`` are different commands.

@@ -20,13 +20,12 @@ from pydantic.fields import FieldInfo
 
 from megatron_rl.catalogue.describe import choices, expectation
 from megatron_rl.catalogue.nearest import did_you_mean
-from megatron_rl.config.fields import is_dict, is_path, is_text, leaf_fields
+from megatron_rl.config.fields import is_dict, is_path, is_text, leaf_fields, takes_parts
 from megatron_rl.config.hf_config import read_hf_config
-from megatron_rl.config.hf_file import shown
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config
 from megatron_rl.config.yaml_text import dump_yaml, is_name, parse_value, read_yaml
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, shown
 from megatron_rl.paths import as_written, local_path
 
 
@@ -88,16 +87,33 @@ def written_values(config: Config) -> dict[str, Any]:
     for name, field in leaf_fields().items():
         *sections, last = name.split(".")
         section = reduce(dict.__getitem__, sections, data)
-        if is_path(name, field) and section[last] is not None:
+        if not is_path(name, field) or section[last] is None:
+            continue
+        if isinstance(section[last], list):
+            for part in section[last]:
+                part["path"] = as_written(part["path"])
+        else:
             section[last] = as_written(section[last])
     return data
 
 
 def _with_path(name: str, entry: _Value, keys: _Keys) -> _Value:
-    """The value; where the field takes a path, with what stands for a part of it filled in."""
-    if not isinstance(entry.value, str) or not is_path(name, keys.leaves[name]):
+    """The value; where the field takes a path, or a list of things that have one, with what stands
+    for a part of it filled in.
+    """
+    if not is_path(name, keys.leaves[name]):
         return entry
-    return entry._replace(value=local_path(_place(name, entry.origin), entry.value))
+    value, place = entry.value, _place(name, entry.origin)
+    if isinstance(value, str):
+        value = local_path(place, value)
+    elif isinstance(value, list):
+        value = [
+            {**part, "path": local_path(f"{place}.{number}.path", part["path"])}
+            if isinstance(part, dict) and isinstance(part.get("path"), str)
+            else part
+            for number, part in enumerate(value)
+        ]
+    return entry._replace(value=value)
 
 
 def _place(name: str, origin: str) -> str:
@@ -181,6 +197,8 @@ def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
         raise UserError(
             f"{flag}: {shown(text)} is not a YAML value; expected e.g. 3, 0.7, [0, 1]"
         ) from error
+    if text_only and isinstance(value, list) and takes_parts(field):
+        return value
     return text if text_only and value is not None and not isinstance(value, str) else value
 
 
@@ -209,7 +227,8 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
         fields, origin = MODEL_PRESETS[entry.value], f"preset {entry.value}"
     else:
         (name,) = named
-        fields, origin = _read_hugging_face(name, entry), entry.value
+        family = values.get("model.family", _Value(None, "")).value
+        fields, origin = _read_hugging_face(name, entry, family), entry.value
     found = {f"model.{name}": _Value(value, origin) for name, value in fields.items()}
     if "model.hf_path" in named and "data.tokenizer.path" not in values:
         found["data.tokenizer.kind"] = _Value("huggingface", origin)
@@ -227,7 +246,7 @@ def _learning_rate(values: dict[str, _Value], purpose: str) -> dict[str, _Value]
     return {"optimizer.lr": _Value(LEARNING_RATES[purpose], f"the default of {purpose}")}
 
 
-def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:
+def _read_hugging_face(name: str, entry: _Value, family: Any) -> dict[str, Any]:
     """The fields that ``model.hf_path`` or ``model.hf_config`` determines."""
     path, place = Path(entry.value), _place(name, entry.origin)
     if name == "model.hf_path" and not os.path.isdir(path):
@@ -242,7 +261,7 @@ def _read_hugging_face(name: str, entry: _Value) -> dict[str, Any]:
             f"{place}: {file} does not exist; expected a Hugging Face config.json"
             f"{'' if name == 'model.hf_path' else ' or its directory'}; correct the path"
         )
-    return read_hf_config(path)
+    return read_hf_config(path, family if isinstance(family, str) else None)
 
 
 def _entries(name: str, values: dict[str, _Value], keys: _Keys) -> dict[str, Any]:
@@ -271,15 +290,16 @@ def _validate(values: dict[str, _Value], keys: _Keys) -> Config:
 
 def _type_error(error: ValidationError, values: dict[str, _Value], keys: _Keys) -> UserError:
     """Name the first wrong value, where it stands, and what its field expects."""
-    location = [str(part) for part in error.errors()[0]["loc"]]
+    # Of a list that stands where a path or a list may: what is wrong with the list.
+    first = next((one for one in error.errors() if "tuple" in str(one["loc"])), error.errors()[0])
+    location = [str(part) for part in first["loc"] if not str(part).startswith("tuple[")]
     # pydantic appends the branch of a union and the index in a list to the field's name
     names = [".".join(location[:n]) for n in range(len(location), 0, -1)]
     name = next((n for n in names if n in keys.leaves), None)
     if name is None:  # a string that is no Unicode text
-        raise UserError(f"the config is not valid: {error.errors()[0]['msg']}") from error
+        raise UserError(f"the config is not valid: {first['msg']}") from error
     inside = location[name.count(".") + 1 :]
     if len(inside) > 1 and inside[0].isdigit():  # a key of a section in a list: reward.parts
-        first = error.errors()[0]
         place = f"{_place(name, values[name].origin)}.{'.'.join(inside)}"
         found = json.dumps(first["input"], default=str)[:200]
         return UserError(f"{place} is {found}; {first['msg']}; correct it")

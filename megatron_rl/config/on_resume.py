@@ -23,12 +23,13 @@ router_scaling_factor vocab_size rope_base yarn qk_norm qk_norm_scope kv_lora_ra
 qk_nope_head_dim qk_rope_head_dim v_head_dim qkv_bias norm_epsilon tie_embeddings dtype
 """.split()
 _TRAINING_OF_THE_MODEL = """
-preset hf_path hf_config aux_loss_coeff z_loss_coeff expert_bias_update_rate freeze_router
+preset hf_path hf_config family aux_loss_coeff z_loss_coeff expert_bias_update_rate freeze_router
 max_sequence_length init_std transformer_engine
 """.split()
 _DATA = """
 tokenizer.kind tokenizer.path tokenizer.trust_remote_code train eval prompt_key completion_key
-pack_tokens pack_multiple chat last_turn overlong
+pack_tokens pack_multiple chat last_turn overlong template system answer_key chat_template_kwargs
+tools_key
 """.split()
 _CHECKPOINT = "every asynchronous keep keep_best best_metric resume changed_data".split()
 
@@ -53,6 +54,7 @@ ON_RESUME: dict[str, Kind] = {
     "algorithm": "said",
     "algorithm.trace_store": "silent",
     "optimizer": "said",
+    "optimizer.name": "refused",  # its state is another
     "train": "said",
     "evaluate": "said",
     **{f"checkpoint.{name}": "silent" for name in _CHECKPOINT},

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron_rl.config.schema_data import DataConfig
+from megatron_rl.config.schema_observe import ObserveConfig
 from megatron_rl.config.schema_reward import RewardConfig
 from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.config.section import Section
@@ -44,6 +46,9 @@ class ModelConfig(Section):
     weights start a new run, its tokenizer is used where data.tokenizer.path is null."""
     hf_config: Path | None = None
     """A Hugging Face config.json (or its directory): the architecture alone."""
+    family: str | None = None
+    """How config.json and tensors are read and written: a Hugging Face family by name, or your own,
+    ./my_family.py:FAMILY; null: the one of config.json's model_type."""
     num_layers: int = Field(4, ge=1, le=10_000)
     """Transformer layers, over all pipeline stages."""
     hidden_size: int = Field(128, ge=1)
@@ -175,48 +180,6 @@ class DeviceConfig(Section):
     is silent: for a liveness probe; null: none."""
 
 
-class TokenizerConfig(Section):
-    """The tokenizer."""
-
-    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
-    """sentencepiece: a .model file; huggingface: a directory, or a tokenizer.json."""
-    path: Path | None = None
-    """The file or directory."""
-    trust_remote_code: bool = False
-    """huggingface: execute the Python code that a directory's tokenizer brings along; false: a
-    tokenizer that needs code of its own is refused."""
-
-
-class DataConfig(Section):
-    """Prompts and the packing of sequences."""
-
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """The tokenizer."""
-    train: Path | None = None
-    """JSONL file of training problems, one object a line."""
-    eval: Path | None = None
-    """JSONL file of held-out problems; null: no evaluation."""
-    prompt_key: str = "prompt"
-    """Key of the prompt: a string, or a list of chat messages."""
-    chat: Literal["auto", "template", "plain", "rendered"] = "auto"
-    """auto: chat messages by the tokenizer's template, text as it stands; template: text too, as
-    one message of the user; plain: text alone, chats are refused; rendered: text in which the
-    template's control tokens stand already, nothing is added. In the others they are text."""
-    last_turn: Literal["refuse", "reference"] = "refuse"
-    """Chats whose last message is the assistant's. reference: it is kept out of the prompt and
-    stands for a completion (sft) or ``answer`` (train, evaluate) that the record lacks."""
-    overlong: Literal["refuse", "skip"] = "refuse"
-    """Lines that are too long for model.max_sequence_length; skip: leave them out, counted."""
-    completion_key: str = "completion"
-    """Key of the reference answer (supervised fine-tuning)."""
-    shuffle: bool = True
-    """Draw the problems of each epoch in a seeded random order."""
-    pack_tokens: int = Field(4096, ge=8)
-    """Most tokens of a pack (micro-batch); no sequence may be longer."""
-    pack_multiple: int = Field(64, ge=1)
-    """Packs are as short as the batch allows, rounded up to this many tokens."""
-
-
 class RouterShiftConfig(Section):
     """Router shift (arXiv 2510.23027 v2, eq. 5-9)."""
 
@@ -280,8 +243,12 @@ class AlgorithmConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Adam with decoupled weight decay, and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: str = "adam"
+    """The optimizer: a name of `megatron-rl list optimizers`, or one of your own, ./my.py:thing."""
+    settings: dict[str, Any] = {}
+    """Settings of the optimizer that differ from its defaults."""
     lr: float = Field(3e-4, gt=0.0)
     """Peak learning rate.
 
@@ -296,11 +263,11 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0.0)
     """Decoupled weight decay; not on biases and norms."""
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    """Decay of the mean of the gradients, per step."""
+    """Of an optimizer with such a setting (adam, muon): decay of the mean of the gradients."""
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    """Decay of the mean of their squares, per step."""
+    """Of such an optimizer: decay of the mean of their squares, per step."""
     epsilon: float = Field(1e-8, gt=0.0)
-    """Added to the root of the mean square before dividing."""
+    """Of such an optimizer: added to the root of the mean square before dividing."""
     clip_grad: float = Field(1.0, ge=0.0)
     """Clip the global gradient norm to this; 0: off."""
 
@@ -320,7 +287,7 @@ class EvaluateConfig(Section):
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
     problems: int | None = Field(None, ge=1)
-    """Use the first n problems; null: all."""
+    """Use the first n problems, of several data sets as many of each; null: all."""
     samples: int = Field(4, ge=0)
     """Sampled answers k a problem for mean@k, at rollout.temperature; 0: only greedy pass@1."""
 
@@ -350,19 +317,6 @@ class CheckpointConfig(Section):
     on with them, at the same place where they are as many, else with a new epoch."""
 
 
-class ObserveConfig(Section):
-    """What is shown and written."""
-
-    console: Literal["auto", "rich", "plain"] = "auto"
-    """auto: a progress display on a terminal, plain lines otherwise."""
-    samples: int = Field(4, ge=0)
-    """Completions a step written to samples.jsonl."""
-    tensorboard: bool = True
-    """Write TensorBoard events into the run directory."""
-    wandb: str | None = None
-    """Weights & Biases project; needs the extra `wandb`."""
-
-
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -385,7 +339,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """The policy loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Adam and its learning rate."""
+    """The optimizer and its learning rate."""
     train: TrainConfig = TrainConfig()
     """Length of the run."""
     evaluate: EvaluateConfig = EvaluateConfig()

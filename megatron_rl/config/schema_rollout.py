@@ -75,6 +75,8 @@ class RolloutConfig(Section):
 
     The tokenizer's end-of-sequence token does, and those that generation_config.json and
     config.json of the model's directory name."""
+    stop_tokens: tuple[str, ...] = ()
+    """The same by their texts, such as <|im_end|>; each is one token of the tokenizer."""
     environment: str | None = None
     """What replies to answers, which then go on: one of your own, ./my_tool.py:my_tool; null:
     nothing, an answer is all."""

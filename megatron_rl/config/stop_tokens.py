@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping
 
 from megatron_rl.config.json_text import read_json_object
 from megatron_rl.errors import UserError
@@ -18,14 +18,14 @@ KEY = "eos_token_id"
 
 
 def stop_tokens(
-    eos_id: int, directories: Iterable[Path], more: Sequence[int], vocab_size: int
+    eos_id: int, directories: Iterable[Path], more: Mapping[int, str], vocab_size: int
 ) -> dict[int, str]:
     """Every token that ends an answer, and what names it first.
 
     Args:
         eos_id: the tokenizer's end-of-sequence token.
         directories: Hugging Face model directories; see `read_stop_ids`.
-        more: ``rollout.stop_token_ids``.
+        more: those of the configuration, each with the key that names it.
         vocab_size: rows of the model's embedding.
 
     Raises:
@@ -36,9 +36,9 @@ def stop_tokens(
         for token, file in read_stop_ids(directory).items():
             _check_in_vocabulary(token, f"{file}: {KEY}", vocab_size)
             found.setdefault(token, file.name)
-    for token in more:
-        _check_in_vocabulary(token, "rollout.stop_token_ids", vocab_size)
-        found.setdefault(token, "rollout.stop_token_ids")
+    for token, key in more.items():
+        _check_in_vocabulary(token, key, vocab_size)
+        found.setdefault(token, key)
     _check_in_vocabulary(eos_id, "the tokenizer's end-of-sequence token", vocab_size)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from megatron_rl.data.tokenizer_files import ids_of
 from megatron_rl.errors import UserError, printable
@@ -43,19 +43,24 @@ class ChatTemplate:
         self.control = re.compile("|".join(re.escape(t.content) for t in control) or "(?!)")
         self._strips = {token.content: (token.lstrip, token.rstrip) for token in control}
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation that the assistant is to answer.
+    def encode(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Ids of a conversation that the assistant is to answer; ``variables``: more of the
+        template's, such as ``tools`` and ``enable_thinking``.
 
-        ``UserError``: there is no template; it refuses the messages, leaves one of them out, or
-        rewrites what is no plain text to the tokenizer.
+        ``UserError``: there is no template; it does not know a variable, refuses the messages,
+        leaves one of them out, or rewrites what is no plain text to the tokenizer.
         """
-        text = self._render(messages)
+        variables = dict(variables or {})
+        self._check_used(variables)
+        text = self._render(messages, variables)
         self._check_shown(messages, text)
-        if not any(self.control.search(part) for part in _texts(messages)):
+        if not any(self.control.search(part) for part in _texts([*messages, variables])):
             return self._parsed(text)
-        return self._with_text_kept(messages, text)
+        return self._with_text_kept(messages, variables, text)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Message], variables: dict[str, Any]) -> str:
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"a prompt of chat messages, but {self._path} has no chat template; "
@@ -67,8 +72,14 @@ class ChatTemplate:
         own = type(self._tokenizer).apply_chat_template
         if own is not PreTrainedTokenizerBase.apply_chat_template:
             # Code of its own, which is executed already (data.tokenizer.trust_remote_code).
-            return own(self._tokenizer, list(messages), tokenize=False, add_generation_prompt=True)
-        names = dict(self._tokenizer.special_tokens_map)
+            return own(
+                self._tokenizer,
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=True,
+                **variables,
+            )
+        names = {**self._tokenizer.special_tokens_map, **variables}
         asked = json.dumps([self._tokenizer.chat_template, names, list(messages)], default=str)
         reply = _WORKERS.ask(asked)
         kind, text = ("refused", reply) if reply in ("late", "killed") else json.loads(reply)
@@ -78,6 +89,17 @@ class ChatTemplate:
                 "or the template"
             )
         return text
+
+    def _check_used(self, variables: Mapping[str, Any]) -> None:
+        """To a template that does not name it a variable makes no difference."""
+        source = str(self._tokenizer.chat_template or "")
+        unused = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", source)]
+        if source and unused:
+            key = "data.tools_key" if unused[0] == "tools" else "data.chat_template_kwargs"
+            raise UserError(
+                f"the template of {self._path} does not use {printable(repr(unused[0]), 60)}; "
+                f"expected a variable that it knows; correct {key}, or the template"
+            )
 
     def _check_shown(self, messages: Sequence[Message], text: str) -> None:
         for number, message in enumerate(messages, start=1):
@@ -102,8 +124,10 @@ class ChatTemplate:
         newline, ids = self._as_text("\n"), self._as_text("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self._as_text(text)
 
-    def _with_text_kept(self, messages: Sequence[Message], text: str) -> list[int]:
-        """Marks stand for the control tokens' texts in the messages while the template's own are
+    def _with_text_kept(
+        self, messages: Sequence[Message], variables: dict[str, Any], text: str
+    ) -> list[int]:
+        """Marks stand for the control tokens' texts in what is given while the template's own are
         found; the pieces in between are encoded as text with the texts back in their places.
         """
         kept: list[str] = []
@@ -117,7 +141,7 @@ class ChatTemplate:
             return re.sub(f"{mark}([0-9]+)z", lambda found: kept[int(found[1])], piece)
 
         marked = [_replaced(message, self.control, replace) for message in messages]
-        marked_text = self._render(marked)
+        marked_text = self._render(marked, _replaced(variables, self.control, replace))
         if restored(marked_text) == text:
             pieces = self._pieces(marked_text)
             for encode in (self._as_text, self._as_text_within):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import accumulate
 from typing import Any, Mapping, Sequence
 
 import numpy as np
 
+from megatron_rl.data.prompts import DataPart
 from megatron_rl.records import Prompt, Sample
 
 
-def identity_of(items: Sequence[Prompt | Sample]) -> dict[str, Any]:
-    """Number and SHA-256 of problems (or samples) in their order; fit for JSON.
+def identity_of(
+    items: Sequence[Prompt | Sample], parts: Sequence[DataPart] = (), first: int = 0
+) -> dict[str, Any]:
+    """Number and SHA-256 of problems (or samples) in their order; fit for JSON. Of a mixture the
+    same of each of its ``parts``, by label. ``first``: index of the first record.
 
     ``tokens`` is of what the model sees, so it depends on the lines of the file, on those that were
     left out, on the keys that are read, on tokenizer and chat template. ``records`` is of the JSON
@@ -24,10 +29,16 @@ def identity_of(items: Sequence[Prompt | Sample]) -> dict[str, Any]:
         tokens.update(f"{_trained(item)} {len(ids)} ".encode() + ids.tobytes())
         if isinstance(item, Prompt):
             text = json.dumps(item.record, sort_keys=True)  # ASCII: a lone surrogate is no obstacle
-            records.update(f"{item.index} {text}\n".encode())
+            records.update(f"{item.index - first} {text}\n".encode())
     found = {"size": len(items), "tokens": tokens.hexdigest()}
     if not items or isinstance(items[0], Prompt):
         found["records"] = records.hexdigest()
+    if len(parts) > 1:
+        ends = accumulate(part.size for part in parts)
+        found["parts"] = {
+            part.label: identity_of(items[end - part.size : end], (), part.first)
+            for part, end in zip(parts, ends)
+        }
     return found
 
 
@@ -43,6 +54,12 @@ def _trained(item: Prompt | Sample) -> str:
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """In what way two data sets differ, in a few words; None: they are the same."""
+    old, new = before.get("parts", {}), now.get("parts", {})
+    if old or new:
+        if list(old) != list(new):
+            return f"{', '.join(old) or 'one data set'} then, {', '.join(new) or 'one'} now"
+        several = {label: difference(old[label], new[label]) for label in old}
+        return "; ".join(f"{label}: {text}" for label, text in several.items() if text) or None
     if before["size"] != now["size"]:
         return f"{before['size']:,} then, {now['size']:,} now"
     if before.get("records") != now.get("records"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
 from megatron_rl.config.json_text import BadJson, parse_json
+from megatron_rl.data.unpack import opened
 from megatron_rl.errors import UserError
 
 #: Longest line that is read, bytes. A longer one is a file without line ends, or holds what no
@@ -52,19 +53,9 @@ def place(path: Path, index: int) -> str:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file without those at its end that are blank."""
-    if not path.exists():
-        raise UserError(
-            f"data set {path} does not exist; expected a JSONL file; "
-            "correct data.train or data.eval"
-        )
-    if not path.is_file():
-        raise UserError(
-            f"data set {path} is no regular file; expected a JSONL file; "
-            "correct data.train or data.eval"
-        )
     number = 0
     try:
-        with path.open("rb") as file:
+        with opened(path, "a JSONL file") as file:
             blank: list[bytes] = []
             while line := _next_line(file, path, number := number + 1):
                 if line.isspace():

@@ -5,7 +5,7 @@ their tokens.
 from __future__ import annotations
 
 import textwrap
-from typing import Iterator, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,14 +23,17 @@ _WIDTH = 100
 
 
 def preview(
-    data: RunData, stop_ids: Sequence[int], max_new_tokens: int, count: int
+    data: RunData, stop_tokens: Mapping[int, str], max_new_tokens: int, count: int
 ) -> Iterator[str]:
-    """Lines about the data sets of a run, with the first ``count`` examples of each.
+    """Lines about the data sets of a run, with the first ``count`` examples of each, and of each
+    part of a mixture.
 
-    ``stop_ids``: tokens that end an answer; ``max_new_tokens``: its longest.
+    ``stop_tokens``: those that end an answer, each with what names it; ``max_new_tokens``: its
+    longest.
     """
     tokenizer = data.tokenizer
-    yield f"an answer ends with: {' or '.join(_token(tokenizer, i) for i in stop_ids)}"
+    stops = (f"{_token(tokenizer, token)} ({place})" for token, place in stop_tokens.items())
+    yield f"an answer ends with: {' or '.join(stops)}"
     for name, text in data.facts().items():
         yield f"{name}: {text}"
     for split, items in (("data.train", data.train), ("data.eval", data.eval)):
@@ -38,19 +41,32 @@ def preview(
             continue
         yield ""
         yield f"{split}: {items.path}, {lengths_text(items)}"
-        for item in items.items[:count]:
-            yield ""
-            yield from _example(item, tokenizer, max_new_tokens)
+        shares, start = items.shares(), 0
+        for part in items.parts:
+            mine = items.items[start : start + part.size]
+            start += part.size
+            if shares:  # of a file that is cut short (evaluate.problems) nothing may be left
+                lengths = _lengths(mine) if mine else "none is used"
+                yield ""
+                yield f"{part.label}, {shares[part.label]:.3g} of the draws: {lengths}"
+            for item in mine[:count]:
+                yield ""
+                place = items.named(item.index) if isinstance(item, Prompt) else ""
+                yield from _example(item, place, tokenizer, max_new_tokens)
 
 
 def lengths_text(data: DataSet) -> str:
     """``24 problems, prompts of 9 to 14 tokens (50%: 11, 90%: 13, 99%: 14)``, and of samples the
     same of their answers.
     """
-    samples = isinstance(data.items[0], Sample)
-    answers = [int(item.written.sum()) if samples else 0 for item in data.items]
-    lengths = [len(item.tokens) - count for item, count in zip(data.items, answers, strict=True)]
-    text = f"{len(data):,} {'samples' if samples else 'problems'}, prompts of {_range(lengths)}"
+    return _lengths(data.items)
+
+
+def _lengths(items: Sequence[Prompt | Sample]) -> str:
+    samples = isinstance(items[0], Sample)
+    answers = [int(item.written.sum()) if samples else 0 for item in items]
+    lengths = [len(item.tokens) - count for item, count in zip(items, answers, strict=True)]
+    text = f"{len(items):,} {'samples' if samples else 'problems'}, prompts of {_range(lengths)}"
     if samples:
         text += f", answers of {_range(answers)}"
     return text
@@ -64,12 +80,14 @@ def _range(lengths: Sequence[int]) -> str:
     return f"{ordered[0]:,} to {ordered[-1]:,} tokens ({quantiles})"
 
 
-def _example(item: Prompt | Sample, tokenizer: Tokenizer, longest: int) -> Iterator[str]:
+def _example(
+    item: Prompt | Sample, place: str, tokenizer: Tokenizer, longest: int
+) -> Iterator[str]:
     ids = item.tokens.tolist()
     marked = np.zeros(len(ids), dtype=bool)
     if isinstance(item, Prompt):
         trained = f"trained on: the answers sampled to it, of up to {longest} tokens"
-        yield f"line {item.index + 1}: a prompt of {len(ids)} tokens; {trained}"
+        yield f"{place}: a prompt of {len(ids)} tokens; {trained}"
     else:
         marked[1:] = item.trained
         yield _trained_part(marked)

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
+from megatron_rl.config.data import ChosenSource, chosen_sources
 from megatron_rl.config.json_text import BadJson, parse_json
-from megatron_rl.config.schema import DataConfig
-from megatron_rl.data.jsonl import load_records, place
+from megatron_rl.config.schema_data import DataConfig
+from megatron_rl.config.template import fill
+from megatron_rl.data.sources import Places, records_of_source
 from megatron_rl.errors import UserError, printable
 
 #: A message of a chat: "role" and "content", both text, and what else a template may want.
@@ -33,20 +35,33 @@ _ANSWERING_ROLES = ("assistant", "model", "gpt", "bot", "chatbot", "ai")
 
 @dataclass(frozen=True)
 class Problem:
-    """One checked line of a data set."""
+    """One checked record of a data set."""
 
-    index: int  #: from 0
+    index: int  #: from 0, over all parts
     prompt: PromptText  #: contents of messages are text
     record: Mapping[str, Any]  #: what the verifier is given
     completion: str | None = None  #: the reference answer, where one was asked for
+    tools: Sequence[Any] | None = None  #: what the chat template is told of
+
+
+@dataclass(frozen=True)
+class ProblemPart:
+    """The problems of one data set of a split."""
+
+    label: str
+    weight: float
+    first: int  #: index of its first problem
+    count: int
 
 
 @dataclass(frozen=True)
 class ProblemFile:
-    """A data set file that was read."""
+    """A split that was read."""
 
-    path: Path
+    path: str  #: for people: one file's, or that of each part
     problems: list[Problem]
+    place: Places  #: where a problem of an index stands
+    parts: tuple[ProblemPart, ...]
     #: how often something was done to a line that people may want to know of -> how many lines
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -57,29 +72,45 @@ def read_problems(
     check_record: Callable[[Mapping[str, Any]], None] | None = None,
     completions: bool = False,
 ) -> ProblemFile:
-    """All lines of a JSONL file, each checked.
+    """All records of one data set, as `read_sources` gives them; ``path``: as for data.train."""
+    (source,) = chosen_sources(data.model_copy(update={"train": Path(path)}), "train")
+    return read_sources((source,), check_record, completions)
+
+
+def read_sources(
+    sources: Sequence[ChosenSource],
+    check_record: Callable[[Mapping[str, Any]], None] | None = None,
+    completions: bool = False,
+) -> ProblemFile:
+    """All records of the data sets of a split, each checked.
 
     Args:
-        path: the file.
-        data: its keys, and what is to become of chats that end with an answer.
+        sources: the data sets, with their columns, and what is to become of chats that end with an
+            answer.
         check_record: raises ``UserError`` where a record lacks what the verifier needs.
-        completions: every line has a reference answer (supervised fine-tuning).
+        completions: every record has a reference answer (supervised fine-tuning).
 
     Raises:
-        UserError: as in ``load_records``; a prompt that is missing, empty, neither text nor chat
-            messages, or a chat that ends with its own answer; a reference answer that is missing
-            or no text; a record that ``check_record`` refuses. File and line are named.
+        UserError: as in ``records_of_source``; a prompt that is missing, empty, neither text nor
+            chat messages, or a chat that ends with its own answer; a reference answer that is
+            missing or no text; a record that ``check_record`` refuses. The place is named.
     """
-    found = ProblemFile(Path(path), [])
-    for index, record in enumerate(load_records(found.path)):
-        try:
-            problem = _problem(index, record, data, completions, found.notes)
-            if check_record is not None:
-                check_record(problem.record)
-        except UserError as error:
-            raise UserError(f"{place(found.path, index)}: {error}") from error
-        found.problems.append(problem)
-    return found
+    problems: list[Problem] = []
+    parts, places, notes = [], Places(), Counter()
+    for source in sources:
+        first = len(problems)
+        for record in records_of_source(source, places, first):
+            index = len(problems)
+            try:
+                problem = _problem(index, record, source.columns, completions, notes)
+                if check_record is not None:
+                    check_record(problem.record)
+            except UserError as error:
+                raise UserError(f"{places(index)}: {error}") from error
+            problems.append(problem)
+        parts.append(ProblemPart(source.label, source.weight, first, len(problems) - first))
+    path = ", ".join(str(source.path) for source in sources)
+    return ProblemFile(path, problems, places, tuple(parts), notes)
 
 
 def parse_prompt(prompt: Any, key: str, notes: Counter[str]) -> PromptText:
@@ -108,20 +139,69 @@ def _problem(
     completions: bool,
     notes: Counter[str],
 ) -> Problem:
-    prompt = parse_prompt(_value_of(record, data.prompt_key), data.prompt_key, notes)
+    prompt, key = _prompt_of(record, data, notes)
     completion = None
     if not isinstance(prompt, str) and prompt[-1]["role"].casefold() in _ANSWERING_ROLES:
         prompt, reference = _without_answer(prompt, data)
-        key = data.completion_key if completions else "answer"
+        answer = data.completion_key if completions else "answer"
         # What the record says itself goes first; its prompt no longer holds the answer.
-        record = {key: reference, **record, data.prompt_key: prompt}
+        record = {answer: reference, **record, key: prompt}
         notes["chats that ended with the assistant's answer, taken as the reference"] += 1
+    if data.template is not None:
+        record = {"prompt": prompt, **record}  # verifiers look for the problem's text there
+    if data.system is not None:
+        prompt = _with_system(prompt, data.system, notes)
     if completions:
         completion = _value_of(record, data.completion_key)
         if not isinstance(completion, str):
             kind = type(completion).__name__
             raise UserError(f"{data.completion_key!r} is {kind}; expected text; correct the line")
-    return Problem(index, prompt, record, completion)
+    elif data.answer_key is not None:
+        record = {**record, "answer": _value_of(record, data.answer_key)}
+    tools = None if data.tools_key is None else _tools(record, data.tools_key)
+    return Problem(index, prompt, record, completion, tools)
+
+
+def _prompt_of(
+    record: Mapping[str, Any], data: DataConfig, notes: Counter[str]
+) -> tuple[PromptText, str]:
+    """The prompt, and the key it stands under."""
+    if data.template is None:
+        return parse_prompt(_value_of(record, data.prompt_key), data.prompt_key, notes), (
+            data.prompt_key
+        )
+    # as it is: a template that begins like a chat is none
+    return fill(data.template, lambda column: _value_of(record, column)), "prompt"
+
+
+def _with_system(prompt: PromptText, system: str, notes: Counter[str]) -> PromptText:
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    elif any(message["role"] == "system" for message in prompt):
+        notes["chats with a message of the system of their own, which is kept"] += 1
+        return prompt
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _tools(record: Mapping[str, Any], key: str) -> Sequence[Any] | None:
+    """The tools of a record, a list of objects or the text of one in JSON; None: it has none."""
+    tools = _value_of(record, key)
+    if isinstance(tools, str) and tools:
+        try:
+            tools = parse_json(tools)
+        except BadJson as error:
+            raise UserError(
+                f"{key!r} is text that is no JSON ({error}); expected a list of tools; correct the "
+                "line"
+            ) from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(
+            f"{key!r} is {_shown(tools)}; expected a list of tools, each a JSON schema, or null; "
+            "correct the line"
+        )
+    return tools
 
 
 def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequence[Message], str]:
@@ -141,13 +221,17 @@ def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequen
 
 
 def _value_of(record: Mapping[str, Any], key: str) -> Any:
-    if key not in record:
-        found = printable(", ".join(record)) or "no keys"
-        raise UserError(
-            f"no {key!r} among {found}; expected it in every line; "
-            "correct the line or set data.prompt_key and data.completion_key"
-        )
-    return record[key]
+    """A column; of a key with dots that is no column, what stands below one."""
+    found: Any = record
+    for part in (key,) if key in record else key.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            columns = printable(", ".join(record)) or "no keys"
+            raise UserError(
+                f"no {key!r} among {columns}; expected it in every line; "
+                "correct the line, or the key or template of the section data"
+            )
+        found = found[part]
+    return found
 
 
 def _is_chat(text: str) -> bool:

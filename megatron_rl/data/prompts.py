@@ -6,12 +6,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Callable, Generic, Literal, Mapping, Sequence, TypeVar
 
 import numpy as np
 
-from megatron_rl.data.jsonl import place
 from megatron_rl.data.problems import Problem, ProblemFile
 from megatron_rl.data.rendering import Rendering
 from megatron_rl.errors import UserError
@@ -21,14 +19,26 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class DataSet(Generic[Item]):
-    """What a run takes from a file."""
+class DataPart:
+    """The items of one data set of a split."""
 
-    path: Path
-    items: list[Item]
-    lines: int  #: of the file
+    label: str
+    weight: float
+    first: int  #: index of its first record
+    size: int  #: items, without those left out
+
+
+@dataclass(frozen=True)
+class DataSet(Generic[Item]):
+    """What a run takes from a split."""
+
+    path: str  #: for people
+    items: list[Item]  #: part by part
+    parts: tuple[DataPart, ...]
+    place: Callable[[int], str]  #: where the record of an index stands
+    lines: int  #: records of the split
     limit: int  #: most tokens of an item
-    #: lines left out because they are longer: index of the line and its tokens
+    #: records left out because they are longer: index of the record and its tokens
     skipped: tuple[tuple[int, int], ...]
     notes: Counter[str]  #: what was done to lines, and to how many
     kinds: Counter[type]  #: prompts that are text (``str``) and chats (``list``)
@@ -43,8 +53,34 @@ class DataSet(Generic[Item]):
         (first, length), *_ = self.skipped
         return (
             f"{len(self.skipped):,} of {self.lines:,} lines skipped, longer than {self.limit:,} "
-            f"tokens: the first is line {first + 1} with {length:,}"
+            f"tokens: the first is {self.named(first)} with {length:,}"
         )
+
+    def named(self, index: int) -> str:
+        """``line 3``, and of several files the file as well."""
+        place = self.place(index)
+        return place.removeprefix(f"{self.path}, ")
+
+    def cut(self, most: int | None) -> DataSet[Item]:
+        """The first ``most`` items; of several parts as many of each, as far as they have them."""
+        if most is None or most >= len(self):
+            return self
+        sizes = [0] * len(self.parts)
+        while sum(sizes) < most:
+            for number, part in enumerate(self.parts):
+                if sum(sizes) < most and sizes[number] < part.size:
+                    sizes[number] += 1
+        items, start = [], 0
+        for part, size in zip(self.parts, sizes):
+            items += self.items[start : start + size]
+            start += part.size
+        parts = (replace(part, size=size) for part, size in zip(self.parts, sizes))
+        return replace(self, items=items, parts=tuple(parts))
+
+    def shares(self) -> dict[str, float]:
+        """The share of the draws that each of several parts has; {} of one."""
+        whole = sum(part.weight for part in self.parts)
+        return {p.label: p.weight / whole for p in self.parts} if len(self.parts) > 1 else {}
 
 
 def load_prompts(
@@ -57,7 +93,7 @@ def load_prompts(
     """
 
     def prompt_of(problem: Problem) -> tuple[Prompt, int]:
-        ids, text = rendering.prompt(problem.prompt, file.notes)
+        ids, text = rendering.prompt(problem.prompt, file.notes, problem.tools)
         tokens = np.array(ids, dtype=np.int64)
         return Prompt(problem.index, tokens, text, problem.record), len(ids)
 
@@ -74,7 +110,7 @@ def load_samples(
     """
 
     def sample_of(problem: Problem) -> tuple[Sample, int]:
-        prompt, _ = rendering.prompt(problem.prompt, file.notes)
+        prompt, _ = rendering.prompt(problem.prompt, file.notes, problem.tools)
         completion = rendering.completion(problem.completion or "", file.notes)
         sample = Sample.of(np.array(prompt, dtype=np.int64), np.array(completion, dtype=np.int64))
         return sample, len(sample.tokens) if prompt else 0
@@ -101,9 +137,11 @@ class PromptSource(Generic[Item]):
     batches run across the end of an epoch. The place of the cursor is the whole state.
     """
 
-    def __init__(self, prompts: Sequence[Item], seed: int, shuffle: bool) -> None:
+    def __init__(self, prompts: Sequence[Item], seed: int, shuffle: bool, part: int = 0) -> None:
+        """part: number of the data set in a mixture; each has an order of its own."""
         if not prompts:
             raise ValueError("no prompts")
+        self._part = part
         self._prompts = tuple(prompts)
         self._seed = seed
         self._shuffle = shuffle
@@ -139,6 +177,14 @@ class PromptSource(Generic[Item]):
 
         ``UserError`` on another seed or order, and on another number without ``other_data``.
         """
+        if "parts" in state:  # of a mixture
+            if not other_data:
+                raise UserError(
+                    f"checkpoint of {len(state['parts'])} data sets in data.train, here 1; "
+                    "resuming expects the same data; restore data.train, or start a new run with "
+                    "checkpoint.init_from"
+                )
+            state = {**state["parts"][0], "size": None}  # a new epoch
         here = {"seed": self._seed, "shuffle": self._shuffle}
         if not other_data:
             here["size"] = len(self._prompts)
@@ -158,9 +204,8 @@ class PromptSource(Generic[Item]):
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
             return np.arange(len(self._prompts))
-        generator = np.random.Generator(
-            np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-        )
+        entropy = [self._seed, epoch, self._part] if self._part else [self._seed, epoch]
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
         return generator.permutation(len(self._prompts))
 
 
@@ -172,32 +217,47 @@ def _load(
     overlong: Literal["refuse", "skip"],
 ) -> DataSet[Item]:
     """The items of a file's problems, by a function that gives one and its tokens."""
-    items, skipped, kinds = [], [], Counter()
-    for problem in file.problems:
-        where = place(file.path, problem.index)
-        try:
-            item, length = item_of(problem)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        if length == 0:
-            raise UserError(
-                f"{where}: the prompt has no tokens; expected at least one; correct the line"
-            )
-        if length > limit and overlong == "refuse":
-            raise UserError(
-                f"{where}: {what} of {length} tokens; expected at most {limit}; shorten it, raise "
-                "model.max_sequence_length, or leave such lines out with data.overlong skip"
-            )
-        if length > limit:
-            skipped.append((problem.index, length))
-            continue
-        items.append(item)
-        kinds[str if isinstance(problem.prompt, str) else list] += 1
-    lines = len(file.problems)
-    data = DataSet(file.path, items, lines, limit, tuple(skipped), file.notes, kinds)
-    if not items:
+    items, skipped, kinds, parts = [], [], Counter(), []
+    for part in file.parts:
+        before = len(items)
+        for problem in file.problems[part.first : part.first + part.count]:
+            where = file.place(problem.index)
+            try:
+                item, length = item_of(problem)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            if length == 0:
+                raise UserError(
+                    f"{where}: the prompt has no tokens; expected at least one; correct the line"
+                )
+            if length > limit and overlong == "refuse":
+                raise UserError(
+                    f"{where}: {what} of {length} tokens; expected at most {limit}; shorten it, "
+                    "raise model.max_sequence_length, or leave such lines out with data.overlong "
+                    "skip"
+                )
+            if length > limit:
+                skipped.append((problem.index, length))
+                continue
+            items.append(item)
+            kinds[str if isinstance(problem.prompt, str) else list] += 1
+        parts.append(DataPart(part.label, part.weight, part.first, len(items) - before))
+    data = DataSet(
+        file.path,
+        items,
+        tuple(parts),
+        file.place,
+        len(file.problems),
+        limit,
+        tuple(skipped),
+        file.notes,
+        kinds,
+    )
+    empty = next((part.label for part in parts if not part.size), None)
+    if empty is not None:
+        of = f", so none is left of {empty}" if items else ""
         raise UserError(
-            f"{file.path}: {data.skips()}; expected at least one that fits; raise "
+            f"{file.path}: {data.skips()}{of}; expected at least one that fits; raise "
             "model.max_sequence_length"
         )
     return data

@@ -5,7 +5,7 @@ training, fine-tuning, evaluation, ``generate`` and the preview.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal, Mapping, Sequence
 
 from megatron_rl.data.problems import PromptText
 from megatron_rl.data.tokenizers import Tokenizer
@@ -21,8 +21,12 @@ class Rendering:
     ``UserError`` where the tokenizer lacks what the mode needs.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatMode) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, chat: ChatMode, variables: Mapping[str, Any] | None = None
+    ) -> None:
+        """variables: more of the chat template's (``data.chat_template_kwargs``)."""
         self.tokenizer, self.chat = tokenizer, chat
+        self._variables = dict(variables or {})
         if chat == "template" and not tokenizer.has_chat_template:
             raise UserError(
                 "data.chat is template and the tokenizer has no chat template; expected one in "
@@ -31,13 +35,21 @@ class Rendering:
         if chat == "rendered":
             tokenizer.encode("", control=True)  # refused by tokenizers that cannot
 
-    def prompt(self, prompt: PromptText, notes: Counter[str]) -> tuple[list[int], str]:
+    def prompt(
+        self, prompt: PromptText, notes: Counter[str], tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], str]:
         """Ids of a prompt, and the text that the model sees in them: with the template's control
         tokens, without a beginning-of-sequence token that the tokenizer puts before plain text.
 
         ``UserError``: a chat where text is expected, or one that the template does not take.
         """
         tokenizer = self.tokenizer
+        if tools is not None and isinstance(prompt, str) and self.chat != "template":
+            raise UserError(
+                f"a prompt of text with tools, and data.chat is {self.chat}; expected chat "
+                "messages, whose template shows tools; set data.chat template, or leave "
+                "data.tools_key out"
+            )
         if isinstance(prompt, str):
             if self.chat == "rendered":
                 ids = tokenizer.encode(prompt, control=True)
@@ -55,7 +67,8 @@ class Rendering:
                     "set data.chat auto"
                 )
             self._note_control(" ".join(message["content"] for message in prompt), notes)
-        ids = tokenizer.encode_prompt(prompt)
+        tools_given = {} if tools is None else {"tools": list(tools)}
+        ids = tokenizer.encode_prompt(prompt, {**self._variables, **tools_given})
         return ids, tokenizer.show(ids)
 
     def completion(self, text: str, notes: Counter[str]) -> list[int]:

@@ -11,8 +11,9 @@ from typing import Mapping, Sequence
 
 import numpy as np
 
+from megatron_rl.config.data import chosen_sources
 from megatron_rl.config.schema import Config
-from megatron_rl.data.problems import ProblemFile, parse_prompt, read_problems
+from megatron_rl.data.problems import ProblemFile, parse_prompt, read_sources
 from megatron_rl.data.prompts import DataSet, load_prompts, load_samples
 from megatron_rl.data.rendering import Rendering
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
@@ -56,24 +57,32 @@ class RunData:
             for note, count in data.notes.items()
         ]
         facts = {"prompts": self.rendering.facts(kinds)}
+        mixed = [name + _mixture(data) for name, data in given.items() if len(data.parts) > 1]
+        facts |= {"mixture": "; ".join(mixed)} if mixed else {}
         facts |= {"left out": "; ".join(skips)} if skips else {}
         return facts | ({"of the data": "; ".join(notes)} if notes else {})
+
+
+def _mixture(data: DataSet) -> str:
+    """``0.7 math (7,000), 0.3 code (12,000)``: share of the draws, and problems."""
+    shares = data.shares()
+    return ", ".join(f"{shares[p.label]:.3g} {p.label} ({p.size:,})" for p in data.parts)
 
 
 def read_files(config: Config, verb: str, missing: bool = False) -> dict[str, ProblemFile]:
     """The verb's data sets by split, every line checked, without the tokenizer.
 
     ``missing``: leave out those that are not there, in place of refusing them. ``UserError``: as
-    in ``read_problems``.
+    in ``read_sources``.
     """
     files = {}
     for split in SPLITS[verb]:
-        path: Path | None = getattr(config.data, split)
-        if path is None or (missing and not path.exists()):
+        sources = chosen_sources(config.data, split)
+        if not sources or (missing and any(not source.is_there for source in sources)):
             continue
         tuning = verb == "sft" and split == "train"
         check = None if tuning else record_check(config.reward)
-        files[split] = read_problems(path, config.data, check, completions=tuning)
+        files[split] = read_sources(sources, check, completions=tuning)
     return files
 
 
@@ -93,7 +102,8 @@ def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> Ru
     tokenizer = load_tokenizer(config.data.tokenizer)
     weights = config.checkpoint.init_from or config.model.hf_path
     check_vocabulary(tokenizer, config.model.vocab_size, weights)
-    rendering, overlong = Rendering(tokenizer, config.data.chat), config.data.overlong
+    overlong = config.data.overlong
+    rendering = Rendering(tokenizer, config.data.chat, config.data.chat_template_kwargs)
     train = held_out = None
     if "train" in files and verb == "sft":
         longest = config.model.max_sequence_length
@@ -102,13 +112,21 @@ def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> Ru
         train = load_prompts(files["train"], rendering, prompt_room(config), overlong)
     if "eval" in files:
         held_out = load_prompts(files["eval"], rendering, prompt_room(config), overlong)
-        held_out = replace(held_out, items=held_out.items[: config.evaluate.problems])
+        held_out = held_out.cut(config.evaluate.problems)
     return RunData(rendering, train, held_out)
 
 
 def prompt_room(config: Config) -> int:
     """Longest prompt, tokens."""
     return config.model.max_sequence_length - config.rollout.max_new_tokens
+
+
+def prompts_in(config: Config, rendering: Rendering, path: Path) -> DataSet[Prompt]:
+    """The prompts of a data set of the command line, which is named and read as data.train is, with
+    the columns of the configuration. ``UserError``: as of data sets.
+    """
+    sources = chosen_sources(config.data.model_copy(update={"train": path}), "train")
+    return load_prompts(read_sources(sources), rendering, prompt_room(config), config.data.overlong)
 
 
 def given_prompts(config: Config, rendering: Rendering, texts: Sequence[str]) -> list[Prompt]:

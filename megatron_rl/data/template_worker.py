@@ -4,7 +4,7 @@ A template is a program of whoever made the tokenizer: two nested loops run for 
 a text and a number takes all memory. So it runs in jinja2's sandbox, as transformers has it, and
 here, with limits of time, memory and output.
 
-Reads one JSON list [template, special tokens, messages] a line. Writes "ready" (or what is
+Reads one JSON list [template, variables, messages] a line. Writes "ready" (or what is
 missing), then a JSON list for each line: ["text", what was rendered] or ["refused", why]. Ends when
 its input ends. Imports nothing of this package.
 """

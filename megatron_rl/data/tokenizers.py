@@ -5,14 +5,14 @@ uses the network.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, Sequence
 
 from megatron_rl.data.chat_template import ChatTemplate
 from megatron_rl.data.tokenizer_files import check_tokenizer_files, ids_of, understood
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_rl.config.schema import TokenizerConfig
+    from megatron_rl.config.schema_data import TokenizerConfig
     from megatron_rl.data.problems import PromptText
 
 #: Stands in a decoded text for every id past the tokenizer's vocabulary (a model may have more rows
@@ -62,12 +62,19 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> str:
         """The text of one id, with the space that it begins with."""
 
+    def token(self, text: str) -> int | None:
+        """The one token whose text this is; None: it is none, or several."""
+
     def find_control(self, text: str) -> str | None:
         """The first text of a control token in a text."""
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode_prompt(
+        self, prompt: PromptText, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Ids a completion is to follow: with the beginning-of-sequence token, chat messages
         through the template. What the user wrote stays text.
+
+        ``variables``: more of the template's, such as tools.
         """
 
 
@@ -136,10 +143,17 @@ class SentencePieceTokenizer:
         known = 0 <= token < self.vocab_size
         return self._processor.id_to_piece(token).replace(_SPACE, " ") if known else REPLACEMENT
 
+    def token(self, text: str) -> int | None:
+        piece = text.replace(" ", _SPACE)
+        found = self._processor.piece_to_id(piece)
+        return found if self._processor.id_to_piece(found) == piece else None
+
     def find_control(self, text: str) -> str | None:
         return next((piece for piece in self._control.values() if piece in text), None)
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode_prompt(
+        self, prompt: PromptText, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         if not isinstance(prompt, str):
             raise UserError(
                 "a prompt of chat messages; "
@@ -210,15 +224,21 @@ class HuggingFaceTokenizer:
         text = self.show([token])
         return " " + text.removeprefix(" ") if starts else text
 
+    def token(self, text: str) -> int | None:
+        ids = self._ids(text, add_special_tokens=False, split_special_tokens=False)
+        return ids[0] if len(ids) == 1 and self.piece(ids[0]) == text else None
+
     def find_control(self, text: str) -> str | None:
         found = self._template.control.search(text)
         return None if found is None else found[0]
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode_prompt(
+        self, prompt: PromptText, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Begun as the tokenizer itself begins a text, but never ended; chat by its template."""
         if not isinstance(prompt, str):
             # it writes its own special tokens
-            return self._within(self._template.encode(prompt))
+            return self._within(self._template.encode(prompt, variables))
         ids = self._begun(prompt)
         return self._within(ids[: len(ids) - self._num_ends])
 

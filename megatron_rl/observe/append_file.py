@@ -6,7 +6,10 @@ import contextlib
 import errno
 import os
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+
+from megatron_rl.files import reason
 
 #: Most bytes of records that wait for room; beyond it the oldest are given up.
 MOST_WAITING = 64 * 2**20
@@ -51,6 +54,12 @@ class AppendFile:
             failure = failure or error
         return failure
 
+    def reopen(self) -> None:
+        """The file that stands at the path now, which has been replaced. OSError."""
+        self.close()
+        self._descriptor = _open(self.path)
+        self._end, self._torn = os.fstat(self._descriptor).st_size, False
+
     def _write(self) -> None:
         try:
             if self._torn:
@@ -80,6 +89,41 @@ class AppendFile:
         while size > self._most_waiting:
             size -= len(self._waiting.popleft())
             self.lost += 1
+
+
+class ToldFile(AppendFile):
+    """One that says it to a person when it cannot be written any more, and when it can again."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        """OSError: the file cannot be opened or made."""
+        super().__init__(path)
+        self._warn, self._failing = warn, False
+
+    def write(self, *records: bytes) -> None:
+        """`append` them."""
+        self.tell(self.append(*records))
+
+    def tell(self, failure: OSError | None) -> None:
+        """What came of writing: once when it fails, once when it does no more."""
+        if failure is not None and not self._failing:
+            self._warn(
+                f"{self.path} could not be written ({reason(failure)}); what is missing is kept "
+                "in memory and tried again with every step; make room"
+            )
+        elif failure is None and self._failing:
+            lost = f", {self.lost} old records are lost" if self.lost else ""
+            self._warn(f"{self.path} is written again{lost}")
+        self._failing = failure is not None
+
+    def finish(self) -> None:
+        """Write what waits for room, if there is some by now, close, and say what is lost."""
+        failure = self.close()
+        lost = self.waiting + self.lost
+        if lost:
+            records = f"{lost} record{'' if lost == 1 else 's'}"
+            self._warn(f"{records} of {self.path} could not be written and are lost")
+        elif failure is not None:
+            self._warn(f"{self.path} may lack its last records ({reason(failure)})")
 
 
 def _open(path: Path) -> int:

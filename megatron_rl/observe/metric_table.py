@@ -2,7 +2,8 @@
 
 Names ending in ``layer_NN`` stand for one name a layer, such as ``router/shift_mean/layer_03``: the
 transformer layer's number over all pipeline stages, from 0, at least two digits. ``PART`` stands
-for one name a part of the reward that the verifier fills, or a metric of a user's own loss.
+for one name a part of the reward that the verifier fills, a metric of a user's own loss, or a data
+set of a mixture.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Reduction = Literal["mean", "sum", "max", "min", "given"]
 
 _LAYER = re.compile(r"(?P<base>.+)/layer_(?P<layer>\d{2,})")
 _LAYER_SUFFIX = "/layer_NN"
-_PART = re.compile(r"(?P<base>reward|eval|loss)/(?P<part>[a-z][a-z0-9_]*)")
+_PART = re.compile(r"(?P<base>reward|eval|loss|data|share)/(?P<part>[a-z][a-z0-9_]*)")
 _PART_SUFFIX = "/PART"
 
 
@@ -68,6 +69,10 @@ _TABLE: tuple[Metric, ...] = (
            "Completions in the form the verifier expects, right or not."),
     Metric("reward/PART", "", "mean", _RL,
            "Any other part of the reward, mean over the completions that have it."),
+    Metric("data/PART", "", "mean", _RL,
+           "Reward of the answers to problems of one data set of a mixture."),
+    Metric("share/PART", "fraction", "mean", _RL,
+           "Problems of one data set of a mixture, of all that were drawn."),
     Metric("groups/zero_variance_fraction", "fraction", "mean", _RL,
            "Groups with equal rewards: no gradient from them."),
     Metric("groups/rounds", "rounds", "mean", _RL,

@@ -201,8 +201,8 @@ PLOTS: tuple[Plot, ...] = (
 
 
 def part_names(run: Run) -> list[str]:
-    """Metrics of the run without a row of their own, sorted: parts of the reward, and metrics of a
-    user's own loss.
+    """Metrics of the run without a row of their own, sorted: parts of the reward, metrics of a
+    user's own loss, and data sets of a mixture.
     """
     return sorted({name for record in run.records for name in record if split_part(name)})
 
@@ -210,15 +210,17 @@ def part_names(run: Run) -> list[str]:
 def part_plots(run: Run) -> tuple[Plot, ...]:
     """Plots of these; () where there are none."""
     names, plots = part_names(run), []
-    for title, text, of_loss in (
+    for title, text, bases in (
         (
             "Parts of the reward",
             "Means over sampled completions (reward) and greedy answers (eval).",
-            False,
+            ("reward/", "eval/"),
         ),
-        ("Metrics of the loss", "Those that the loss itself reports.", True),
+        ("Metrics of the loss", "Those that the loss itself reports.", ("loss/",)),
+        ("Data sets: reward", "Of the answers to problems of each.", ("data/",)),
+        ("Data sets: share", "Problems of each, of all that were drawn.", ("share/",)),
     ):
-        mine = [name for name in names if name.startswith("loss/") == of_loss]
+        mine = [name for name in names if name.startswith(bases)]
         for start in range(0, len(mine), _CURVES):
             chosen = mine[start : start + _CURVES]
             curves = tuple((name, name) for name in chosen)

@@ -196,7 +196,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _optimizer_line(config: Mapping[str, Any]) -> str:
-    names = (("lr", "lr"), ("schedule", ""), ("clip_grad", "clip"))
+    names = (("name", ""), ("lr", "lr"), ("schedule", ""), ("clip_grad", "clip"))
     return _fields(_section(config, "optimizer"), names)
 
 

@@ -12,37 +12,45 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.observe.append_file import AppendFile
+from megatron_rl.observe.append_file import ToldFile
+from megatron_rl.observe.loggers import LoggedRun
+
+TENSORBOARD_DIR = "tensorboard"
 
 
-def new_event_file(directory: Path, purge_step: int) -> tuple[AppendFile, OSError | None]:
-    """A new event file in the directory, which tells TensorBoard to forget what the older ones
-    hold from ``purge_step`` on; and why that is not written yet.
-
-    Raises:
-        UserError: TensorBoard is not installed. OSError: the file cannot be made.
+class TensorBoard:
+    """A new event file in the run directory, which tells TensorBoard to forget what the older ones
+    hold of steps that are run again.
     """
-    _import_tensorboard()
-    from tensorboard.compat.proto.event_pb2 import SessionLog
 
-    directory.mkdir(exist_ok=True)
-    parts = (f"{time.time():.6f}", socket.gethostname(), str(os.getpid()), uuid.uuid4().hex[:8])
-    file = AppendFile(directory / f"events.out.tfevents.{'.'.join(parts)}")
-    version = _record(file_version="brain.Event:2")
-    start = _record(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-    return file, file.append(version, start)
+    def __init__(self, run: LoggedRun) -> None:
+        """UserError: TensorBoard is not installed. OSError: the file cannot be made."""
+        _import_tensorboard()
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
+        directory = run.directory / TENSORBOARD_DIR
+        directory.mkdir(exist_ok=True)
+        parts = (f"{time.time():.6f}", socket.gethostname(), str(os.getpid()), uuid.uuid4().hex[:8])
+        path = directory / f"events.out.tfevents.{'.'.join(parts)}"
+        self._file = ToldFile(path, run.warn)
+        purge = 0 if run.resume_step is None else run.resume_step + 1
+        version = _record(file_version="brain.Event:2")
+        start = _record(step=purge, session_log=SessionLog(status=SessionLog.START))
+        self._file.write(version, start)
 
-def scalars(step: int, values: Mapping[str, float]) -> bytes:
-    """One record with the scalars of a step, by tag."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One record with the scalars of a step, by tag."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-    parts = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-    return _record(step=step, summary=Summary(value=parts))
+        parts = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+        self._file.write(_record(step=step, summary=Summary(value=parts)))
+
+    def close(self) -> None:
+        """See `loggers.Logger`."""
+        self._file.finish()
 
 
 def _record(**fields: Any) -> bytes:
@@ -59,6 +67,7 @@ def _import_tensorboard() -> None:
         import tensorboard.summary.writer.record_writer  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "observe.tensorboard is on but TensorBoard is not installed; expected the package "
-            "tensorboard; pip install tensorboard, or set observe.tensorboard to false"
+            "the logger tensorboard is on (observe.tensorboard) but TensorBoard is not installed; "
+            "expected the package tensorboard; pip install tensorboard, or set "
+            "observe.tensorboard to false"
         ) from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any, Sequence
 
 import numpy as np
 
+from megatron_rl.data.prompts import DataPart
 from megatron_rl.records import RolloutGroup, Sample
 from megatron_rl.rewards.base import Reward
 from megatron_rl.rewards.overlong import overlong_offset
@@ -100,6 +102,24 @@ def part_sums(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, float]]:
             for part, value in reward.parts.items():
                 values.setdefault(part, []).append(value)
     return {part: _sum_and_count(values[part]) for part in sorted(values)}
+
+
+def source_sums(
+    groups: Sequence[ScoredGroup], parts: Sequence[DataPart]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Of a mixture: ``data``, each data set's reward as (sum, completions), and ``share``, its part
+    of this rank's groups as (groups, all groups).
+    """
+    firsts = [part.first for part in parts]
+    mine: list[list[ScoredGroup]] = [[] for _ in parts]
+    for scored in groups:
+        mine[bisect_right(firsts, scored.group.prompt.index) - 1].append(scored)
+    values = [[reward.value for scored in some for reward in scored.rewards] for some in mine]
+    named = list(zip((part.label for part in parts), mine, values))
+    return {
+        "data": {label: _sum_and_count(numbers) for label, _, numbers in named if numbers},
+        "share": {label: (float(len(some)), float(len(groups))) for label, some, _ in named},
+    }
 
 
 def _sum_and_count(numbers: Any) -> tuple[float, float]:

@@ -10,16 +10,20 @@ import hashlib
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from megatron_rl.catalogue.find import code_digest
+from megatron_rl.catalogue.find import code_digest, find
+from megatron_rl.catalogue.kinds import FAMILIES
 from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
 from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, read_state
 from megatron_rl.config.algorithm import advantages_of, correction_of, loss_of
+from megatron_rl.config.data import chosen_sources, data_text
 from megatron_rl.config.on_resume import Change, kind_of, shown
+from megatron_rl.config.optimizer import optimizer_of
 from megatron_rl.config.reward import chosen_verifiers
 from megatron_rl.config.rollout import engine_of, environment_of
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
+from megatron_rl.data.prompts import DataPart
 from megatron_rl.errors import UserError
 from megatron_rl.observe.configurations import changes_since
 from megatron_rl.records import Prompt, Sample
@@ -29,14 +33,18 @@ _READ = 1 << 22
 
 
 def run_identity(
-    config: Config, verb: str, train: Sequence[Prompt | Sample], held_out: Sequence[Prompt]
+    config: Config,
+    verb: str,
+    train: Sequence[Prompt | Sample],
+    held_out: Sequence[Prompt],
+    parts: Sequence[DataPart] = (),
 ) -> dict[str, Any]:
     """What a run is of, as its checkpoints keep it: the verb, the data and a user's own code by
-    content, the reference policy by where it is from. Fit for JSON.
+    content, the reference policy by where it is from. Fit for JSON. ``parts``: of a mixture.
     """
     identity = {
         "verb": verb,
-        "train": identity_of(train),
+        "train": identity_of(train, parts),
         "eval": identity_of(held_out),
         "code": own_code(config, verb),
     }
@@ -49,11 +57,17 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
     """SHA-256 of the file of each thing that the configuration names and that is a user's own, by
     the reference.
     """
-    rows = [one.row for one in chosen_verifiers(config.reward)] + [engine_of(config.rollout)]
-    rows.append(environment_of(config.rollout))
+    rows: list[Any] = [one.row for one in chosen_verifiers(config.reward)]
+    rows += [engine_of(config.rollout), environment_of(config.rollout)]
+    rows.append(optimizer_of(config.optimizer))
+    for split in ("train", "eval"):
+        sources = chosen_sources(config.data, split)
+        rows += [piece.row for source in sources for piece in source.pieces]
     if verb == "train":
         algorithm = config.algorithm
         rows += [loss_of(algorithm), advantages_of(algorithm), correction_of(algorithm)]
+    if config.model.family is not None:
+        rows.append(find(FAMILIES, config.model.family))
     digests = {row.name: code_digest(row) for row in rows if row is not None}
     return {name: digest for name, digest in digests.items() if digest is not None}
 
@@ -119,9 +133,9 @@ def _check_data(
     other = difference(stored["train"], identity["train"]) if "train" in stored else None
     if other is not None and config.checkpoint.changed_data == "refuse":
         raise UserError(
-            f"data.train {config.data.train} does not give what {path} was trained on ({other}); "
-            "expected the same; restore file, tokenizer and keys, or go on with these with "
-            f"--checkpoint.changed_data accept, or {anew}"
+            f"data.train {data_text(config.data.train)} does not give what {path} was trained on "
+            f"({other}); expected the same; restore file, tokenizer and keys, or go on with these "
+            f"with --checkpoint.changed_data accept, or {anew}"
         )
 
 
@@ -152,7 +166,7 @@ def what_differs(
     ):
         other = difference(stored[split], identity[split])
         if other is not None:
-            path = getattr(config.data, split)
+            path = data_text(getattr(config.data, split))
             warnings.append(f"data.{split} {path} is not what it was ({other}): {meaning}")
     return notes, warnings
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Mapping
 
 from megatron_rl.config.algorithm import keeps_trace, uses_router_shift
+from megatron_rl.config.data import data_text
 from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
+from megatron_rl.config.optimizer import optimizer_text
 from megatron_rl.config.reward import reward_text
 from megatron_rl.config.rollout import engine_of
 from megatron_rl.config.schema import (
@@ -58,7 +60,7 @@ def stop_text(stop_tokens: Mapping[int, str]) -> str:
 def sft_facts(config: Config, data: RunData) -> dict[str, str]:
     """The data of supervised fine-tuning."""
     return {
-        "data": f"{len(data.train):,} samples ({config.data.train}), "
+        "data": f"{len(data.train):,} samples ({data_text(config.data.train)}), "
         + _held_out(config, data, "held-out problems"),
         **data.facts(),
         "step": f"{config.train.batch_size} samples",
@@ -70,7 +72,7 @@ def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str
     """The data, the algorithm and the size of a step of reinforcement learning."""
     rollout, algorithm, problems = config.rollout, config.algorithm, data.train.items
     facts = {
-        "data": f"{len(problems):,} problems ({config.data.train}), "
+        "data": f"{len(problems):,} problems ({data_text(config.data.train)}), "
         f"{_held_out(config, data, 'held-out')}, reward {reward_text(config.reward)}",
         **data.facts(),
         "step": f"{rollout.prompts_per_step} problems x {rollout.samples_per_prompt} answers of "
@@ -88,7 +90,7 @@ def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str
 def _held_out(config: Config, data: RunData, what: str) -> str:
     if data.eval is None:
         return "no evaluation: data.eval is not given"
-    return f"{len(data.eval):,} {what} ({config.data.eval})"
+    return f"{len(data.eval):,} {what} ({data_text(config.data.eval)})"
 
 
 def _engine(rollout: RolloutConfig) -> str:
@@ -118,7 +120,7 @@ def _model(model: ModelConfig) -> str:
 
 
 def _optimizer(optimizer: OptimizerConfig) -> str:
-    parts = [f"Adam, learning rate {optimizer.lr:g}"]
+    parts = [f"{optimizer_text(optimizer)}, learning rate {optimizer.lr:g}"]
     if optimizer.warmup_steps:
         parts.append(f"{optimizer.warmup_steps} optimizer steps of warm-up")
     if optimizer.schedule != "constant":

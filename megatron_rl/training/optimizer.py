@@ -15,8 +15,12 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.catalogue.optimizers import AdamSettings
+from megatron_rl.config.optimizer import optimizer_of, optimizer_settings
 from megatron_rl.config.schema import Config, OptimizerConfig, ParallelConfig
 from megatron_rl.device.select import Device
+from megatron_rl.optimizers.replace import replace_optimizer
+from megatron_rl.parallel.groups import Groups
 
 
 def wrap_data_parallel(
@@ -45,19 +49,26 @@ def wrap_data_parallel(
 
 
 def build_optimizer(
-    config: Config, wrapped: Sequence[DistributedDataParallel], transformer: TransformerConfig
+    config: Config,
+    wrapped: Sequence[DistributedDataParallel],
+    transformer: TransformerConfig,
+    groups: Groups,
 ) -> MegatronOptimizer:
-    """Adam with fp32 main weights; experts have an optimizer of their own inside the chain."""
-    settings = config.optimizer
+    """The optimizer of the configuration with fp32 main weights; experts have one of their own
+    inside the chain.
+    """
+    settings, row = config.optimizer, optimizer_of(config.optimizer)
+    own = optimizer_settings(settings)
+    adam = own if row.of_megatron else AdamSettings()
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
             min_lr=settings.min_lr,
             weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.epsilon,
+            adam_beta1=adam.beta1,
+            adam_beta2=adam.beta2,
+            adam_eps=adam.epsilon,
             clip_grad=settings.clip_grad,
             bf16=transformer.bf16,
             params_dtype=transformer.params_dtype,
@@ -65,6 +76,9 @@ def build_optimizer(
         ),
         list(wrapped),
     )
+    if not row.of_megatron:
+        chunks = [chunk.module for chunk in wrapped]
+        replace_optimizer(optimizer, row, own, chunks, groups, config.model)
     transformer.grad_scale_func = optimizer.scale_loss
     transformer.finalize_model_grads_func = finalize_model_grads
     return optimizer

@@ -73,7 +73,7 @@ def build_policy(
     )
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
-    optimizer = build_optimizer(config, wrapped, transformer)
+    optimizer = build_optimizer(config, wrapped, transformer, groups)
     moe = moe_layers(config.model)
     expected = [
         [layer.layer_number for layer in chunk.decoder.layers if moe[layer.layer_number - 1]]

@@ -17,7 +17,8 @@ from megatron_rl.config.algorithm import (
     uses_router_shift,
 )
 from megatron_rl.config.schema import Config
-from megatron_rl.data.prompts import PromptSource, number_occurrences
+from megatron_rl.data.mixture import source_of
+from megatron_rl.data.prompts import DataPart, number_occurrences
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.groups import Groups
@@ -28,6 +29,7 @@ from megatron_rl.rollout.collect import (
     rollout_metrics,
     sample_rows,
     shape_overlong,
+    source_sums,
     to_samples,
 )
 from megatron_rl.rollout.dynamic import collect_informative
@@ -54,12 +56,13 @@ class Reinforce:
         train_prompts: Sequence[Prompt],
         eval_prompts: Sequence[Prompt],
         identity: Mapping[str, Any],
+        parts: Sequence[DataPart] = (),
     ) -> None:
         config = session.config
         self.identity = identity
         self._session, self._policy, self._engine = session, policy, engine
-        self._source = PromptSource(train_prompts, seed=config.seed, shuffle=config.data.shuffle)
-        self._eval_prompts = eval_prompts
+        self._source = source_of(train_prompts, parts, config.seed, config.data.shuffle)
+        self._parts, self._eval_prompts = parts, eval_prompts
         self._rewards = reward_workers(session)
         self._last: Sequence[ScoredGroup] = ()
         #: Of the steps whose answers are being sampled already, the next first: where the source
@@ -86,6 +89,9 @@ class Reinforce:
         sums.add_each(self._engine.metrics())
         sums.add_all(rollout_metrics(sampled))
         sums.add_parts("reward", part_sums(sampled))
+        if len(self._parts) > 1:
+            for base, metrics in source_sums(sampled, self._parts).items():
+                sums.add_parts(base, metrics)
         self._add_lag(sampled, sums)
         lengths = [answer.num_written for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))

@@ -14,6 +14,7 @@ from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step
+from megatron_rl.config.data import data_text
 from megatron_rl.config.reward import reward_text
 from megatron_rl.config.schema import Config
 from megatron_rl.data.run_data import RunData
@@ -25,6 +26,7 @@ from megatron_rl.observe.report import summary, write_report
 from megatron_rl.observe.run_files import METRICS_FILE
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import Engine, sampling_settings
+from megatron_rl.training.answers import answer, check_output
 from megatron_rl.training.checkpoints import load_newest
 from megatron_rl.training.continuation import check_continuation, run_identity
 from megatron_rl.training.engines import build_engine
@@ -46,13 +48,13 @@ MakeTask = Callable[[Session, Policy, Engine], Task]
 def train(config: Config, data: RunData) -> None:
     """Reinforcement learning from ``data.train``, evaluated on ``data.eval`` where it is given."""
     problems, held_out = data.train.items, _held_out(data)
-    identity = run_identity(config, "train", problems, held_out)
+    identity = run_identity(config, "train", problems, held_out, data.train.parts)
     check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
         if keeps_trace(config.algorithm):
             check_trace_fits(session, longest_sequence(config, problems))
-        return Reinforce(session, policy, engine, problems, held_out, identity)
+        return Reinforce(session, policy, engine, problems, held_out, identity, data.train.parts)
 
     updates = config.train.steps * updates_per_step(config.algorithm)
     facts = train_facts(config, data, read_launch().world_size)
@@ -62,11 +64,11 @@ def train(config: Config, data: RunData) -> None:
 def sft(config: Config, data: RunData) -> None:
     """Supervised fine-tuning on the prompts and answers of ``data.train``."""
     samples, held_out = data.train.items, _held_out(data)
-    identity = run_identity(config, "sft", samples, held_out)
+    identity = run_identity(config, "sft", samples, held_out, data.train.parts)
     check_continuation(config, identity)
 
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
-        return Supervised(session, policy, engine, samples, held_out, identity)
+        return Supervised(session, policy, engine, samples, held_out, identity, data.train.parts)
 
     facts = sft_facts(config, data)
     _run(config, "sft", data, facts, config.train.steps, make_task)
@@ -121,7 +123,8 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
     with open_session(config, "evaluate", None, data.tokenizer) as session:
         engine, weights, step = _load_engine(session, base)
         what = (
-            f"{len(problems):,} problems ({config.data.eval}), reward {reward_text(config.reward)}"
+            f"{len(problems):,} problems ({data_text(config.data.eval)}), "
+            f"reward {reward_text(config.reward)}"
         )
         facts = {"weights": weights, "data": what, **data.facts()}
         session.console.header({**run_facts(session, data.machine), **facts})
@@ -139,16 +142,22 @@ def generate(
     *,
     greedy: bool = False,
     base: bool = False,
+    samples: int = 1,
+    output: Path | None = None,
 ) -> None:
-    """Print an answer to each problem, of the weights that `evaluate` takes."""
+    """Answers to each problem, of the weights that `evaluate` takes: printed, or written to
+    ``output`` as JSON lines.
+    """
     _check_weights(config, base)
+    if output is not None:
+        check_output(output)
     with open_session(config, "generate", None, data.tokenizer) as session:
         engine, _, _ = _load_engine(session, base)
-        settings = sampling_settings(config.rollout, samples=1, greedy=greedy, seed=config.seed)
-        mine = problems if session.groups.data.rank() == 0 else []
+        settings = sampling_settings(
+            config.rollout, samples=samples, greedy=greedy, seed=config.seed
+        )
         with contextlib.closing(engine):
-            for group in engine.generate(mine, settings):
-                session.console.note(f"{group.prompt.text}{group.completions[0].text}")
+            answer(session, engine, problems, settings, output)
         session.console.confirm()
 
 

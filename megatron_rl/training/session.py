@@ -13,6 +13,7 @@ import torch
 
 from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.checkpoint.together import together
+from megatron_rl.config.loggers import chosen_loggers
 from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.device.launch import Launch, read_launch
@@ -85,11 +86,10 @@ class Session:
             if not self.is_main:
                 return
             with written_for_the_user(f"run_dir {self.run_dir}", "make room, or set run_dir"):
-                observe = self.config.observe
                 writer = RunWriter(
                     self.run_dir,
-                    tensorboard=observe.tensorboard,
-                    wandb=observe.wandb,
+                    loggers=chosen_loggers(self.config.observe),
+                    config=self.config.model_dump(mode="json"),
                     resume_step=resume_step,
                     warn=self.console.warn,
                 )
@@ -158,7 +158,7 @@ def open_session(
     config: Config, verb: str, total_steps: int | None, tokenizer: Tokenizer
 ) -> Iterator[Session]:
     """Choose the device, join the other ranks, build the groups; undo it at the end."""
-    stops = stop_tokens_of(config, tokenizer.eos_id)
+    stops = stop_tokens_of(config, tokenizer)
     launch = read_launch()
     device = select_device(config.device, launch)
     main = launch.rank == 0

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from megatron_rl.config import stop_tokens
 from megatron_rl.config.schema import Config
+from megatron_rl.data.tokenizers import Tokenizer
+from megatron_rl.errors import UserError, printable
 from megatron_rl.weights.companions import kept_companions, run_of
 
 
@@ -18,7 +20,23 @@ def model_directories(config: Config) -> list[Path]:
     return [directory for directory in (hf_path, kept) if directory is not None]
 
 
-def stop_tokens_of(config: Config, eos_id: int) -> dict[int, str]:
-    """Each with what names it; ``eos_id``: of the tokenizer. UserError as `stop_tokens`."""
-    more, vocab_size = config.rollout.stop_token_ids, config.model.vocab_size
-    return stop_tokens.stop_tokens(eos_id, model_directories(config), more, vocab_size)
+def stop_tokens_of(config: Config, tokenizer: Tokenizer) -> dict[int, str]:
+    """Each with what names it. UserError as `stop_tokens`; also a text of ``rollout.stop_tokens``
+    that is no token.
+    """
+    rollout, vocab_size = config.rollout, config.model.vocab_size
+    more = {_token(tokenizer, text): "rollout.stop_tokens" for text in rollout.stop_tokens}
+    more |= dict.fromkeys(rollout.stop_token_ids, "rollout.stop_token_ids")
+    directories = model_directories(config)
+    return stop_tokens.stop_tokens(tokenizer.eos_id, directories, more, vocab_size)
+
+
+def _token(tokenizer: Tokenizer, text: str) -> int:
+    token = tokenizer.token(text)
+    if token is None:
+        raise UserError(
+            f"rollout.stop_tokens names {printable(repr(text))}, which is not one token of the "
+            "tokenizer; expected the text of one, such as <|im_end|>; correct it, or name an id "
+            "in rollout.stop_token_ids"
+        )
+    return token

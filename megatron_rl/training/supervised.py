@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-from megatron_rl.data.prompts import PromptSource
+from megatron_rl.data.mixture import source_of
+from megatron_rl.data.prompts import DataPart
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.records import Prompt, Sample
 from megatron_rl.rollout.collect import ScoredGroup, sample_rows
@@ -27,11 +28,12 @@ class Supervised:
         samples: Sequence[Sample],
         eval_prompts: Sequence[Prompt],
         identity: Mapping[str, Any],
+        parts: Sequence[DataPart] = (),
     ) -> None:
         config = session.config
         self.identity = identity
         self._session, self._policy, self._engine = session, policy, engine
-        self._source = PromptSource(samples, seed=config.seed, shuffle=config.data.shuffle)
+        self._source = source_of(samples, parts, config.seed, config.data.shuffle)
         self._eval_prompts = eval_prompts
         self._last: Sequence[ScoredGroup] = ()
 

@@ -19,13 +19,14 @@ from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.checkpoint.save import save_checkpoint
 from megatron_rl.checkpoint.together import together
-from megatron_rl.config.hf_config import read_model_type
+from megatron_rl.config.hf_config import family_of, model_type_of
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.device.launch import Launch
 from megatron_rl.device.select import Device, joined, select_device
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, shown
+from megatron_rl.families.common.family import Family
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
 from megatron_rl.weights.companions import keep_companions, kept_companions
@@ -33,7 +34,7 @@ from megatron_rl.weights.export import describe
 from megatron_rl.weights.load import load_hf_weights
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights
-from megatron_rl.weights.verify import verify
+from megatron_rl.weights.verify import refuse_unknown_to_transformers, verify
 from megatron_rl.weights.writer import (
     SHARD_BYTES,
     partial_of,
@@ -65,6 +66,8 @@ def to_megatron(
     source = config.model.hf_path
     with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
+        if verified:
+            together(world, lambda: refuse_unknown_to_transformers(model_type_of(source)))
         sizes = together(world, lambda: HuggingFaceTensors(source).num_bytes)
         together(world, lambda: _prepare(target, sizes[0]) if first else None)
         transformer = transformer_config(config.model, config.parallel, device)
@@ -111,7 +114,8 @@ def to_hugging_face(
     Args:
         source: a run's directory, its checkpoints directory, or a step_N in it.
         target: a new directory.
-        config: device and layout of the ranks that convert; its model section is not looked at.
+        config: device and layout of the ranks that convert; of its model section only ``family`` is
+            looked at, which goes before that of the run.
         launch: this process.
         progress: wraps what takes long.
         like: a model directory whose config.json and tokenizer files the result gets; None: those
@@ -123,9 +127,15 @@ def to_hugging_face(
     """
     with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
-        checkpoint, model, origin = together(world, lambda: _stored_model(source, like))[0]
-        described = together(world, lambda: describe(model, origin))[0]
-        weights = StoredWeights(checkpoint, model, described["model_type"])
+        checkpoint, model, origin = together(
+            world, lambda: _stored_model(source, like, config.model.family)
+        )[0]
+        found: list[tuple[Family, dict]] = []  # not gathered: a family holds functions
+        together(world, lambda: found.append(describe(model, origin)))
+        ((family, described),) = found
+        if verified:
+            together(world, lambda: refuse_unknown_to_transformers(described["model_type"]))
+        weights = StoredWeights(checkpoint, model, family)
         together(world, lambda: _prepare_hf(target, weights.num_bytes) if first else None)
         mine = weights.stream(launch.rank, launch.world_size)
         count = weights.num_tensors(launch.rank, launch.world_size)
@@ -195,26 +205,29 @@ def _prepare_hf(target: Path, num_bytes: int) -> None:
         )
 
 
-def _stored_model(source: Path, like: Path | None) -> tuple[Path, ModelConfig, Path | None]:
+def _stored_model(
+    source: Path, like: Path | None, named: str | None
+) -> tuple[Path, ModelConfig, Path | None]:
     """The checkpoint, its model, and the directory whose small files the result gets."""
-    if like is not None:
-        read_model_type(like)  # it has a config.json
     checkpoint = find_checkpoint(source)
     architecture = read_manifest(checkpoint).architecture
     run_dir = checkpoint.parent.parent
     config_file = run_dir / "config.yaml"
-    longest = _longest_sequence(config_file)
-    return (
-        checkpoint,
-        ModelConfig(**architecture, max_sequence_length=longest),
-        like or kept_companions(run_dir),
-    )
+    longest, family = _longest_and_family(config_file)
+    model = ModelConfig(**architecture, max_sequence_length=longest, family=named or family)
+    if like is not None:
+        family_of(like, model.family)  # it has a config.json
+    return checkpoint, model, like or kept_companions(run_dir)
 
 
-def _longest_sequence(config_file: Path) -> int:
+def _longest_and_family(config_file: Path) -> tuple[int, str | None]:
+    """What a run's config says of its model beyond the architecture that is with a checkpoint."""
     try:
         values, _ = read_yaml(config_file)
-        return values["model"]["max_sequence_length"]
+        longest, family = values["model"]["max_sequence_length"], values["model"].get("family")
+        if type(longest) is not int or longest < 2:
+            raise TypeError(f"it is {shown(longest)}")
+        return longest, family if isinstance(family, str) else None
     except (UserError, KeyError, TypeError) as error:
         raise UserError(
             f"{config_file} says no model.max_sequence_length ({error}); expected the resolved "

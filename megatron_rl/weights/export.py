@@ -8,19 +8,20 @@ from typing import Any, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config.hf_config import read_model_type
-from megatron_rl.config.hf_export import check_describes, hf_config_of
+from megatron_rl.config.hf_config import family_of, model_type_of
+from megatron_rl.config.hf_export import check_describes, describing_family
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.families.common.family import Family
 from megatron_rl.models.parameters import ParameterView, weight_views
 from megatron_rl.parallel.collectives import all_max, gather_objects
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.families import rule_of, split
+from megatron_rl.weights.rules import rule_of, split
 from megatron_rl.weights.writer import SHARD_BYTES, write_hf_directory
 
 
 @torch.no_grad()
 def stream_weights(
-    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, family: str
+    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, family: Family
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's weights as (Hugging Face name, whole tensor), in the model's dtype and device.
 
@@ -39,7 +40,7 @@ ROUND = 32
 
 @torch.no_grad()
 def gather_weights(
-    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, family: str
+    chunks: Sequence[torch.nn.Module], groups: Groups, model: ModelConfig, family: Family
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What `stream_weights` yields on all ranks, on rank 0 of the world; nothing on the others,
     which have to consume it as well.
@@ -68,7 +69,7 @@ def gather_weights(
 
 
 def _whole(
-    view: ParameterView, model: ModelConfig, family: str
+    view: ParameterView, model: ModelConfig, family: Family
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """The parts of a weight, on the rank that is to give them. A collective over its group."""
     if view.tied or view.replicas.rank() > 0:
@@ -80,14 +81,15 @@ def _whole(
     return zip(rule.parts, split(rule, whole, model), strict=True)
 
 
-def describe(model: ModelConfig, like: Path | None) -> dict[str, Any]:
-    """The config.json of the exported model: that of ``like``, which must describe the model, or
-    one that is made for it, where there is none.
+def describe(model: ModelConfig, like: Path | None) -> tuple[Family, dict[str, Any]]:
+    """The family of the exported model and its config.json: those of ``like``, which must describe
+    the model, or what is made for it, where there is none.
     """
     if like is None or not (like / "config.json").is_file():
-        return hf_config_of(model)
+        return describing_family(model)
     check_describes(like, model)
-    return {"model_type": read_model_type(like)}  # the rest is copied from there
+    # the rest is copied from there
+    return family_of(like, model.family), {"model_type": model_type_of(like)}
 
 
 def export_model(
@@ -112,10 +114,10 @@ def export_model(
     Raises:
         UserError: no family describes the model, or the target exists. OSError: writing failed.
     """
-    config = describe(model, like)
+    family, config = describe(model, like)
     write_hf_directory(
         Path(directory),
-        stream_weights(chunks, groups, model, config["model_type"]),
+        stream_weights(chunks, groups, model, family),
         config,
         groups.world,
         like=like,

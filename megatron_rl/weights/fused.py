@@ -1,5 +1,5 @@
-"""Experts as transformers 5 holds them in memory, and may store them: those of a layer in one
-tensor, gate and up above each other.
+"""Tensors that a directory may hold in another form than it is written in: the experts of a layer
+in one tensor, as transformers 5 holds them in memory, gate and up above each other.
 
 Elsewhere in this room every expert has names of its own, as transformers 4 and 5 write them unless
 told otherwise, and as vLLM reads them; here the one form is read as the other.
@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Mapping
 
 from megatron_rl.errors import UserError
-from megatron_rl.weights.families import FAMILIES
-
-#: [E, 2 F, D] and [E, D, F]. Also Mixtral's are below ``mlp`` in this form, as is its router.
-_FUSED = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(gate_up|down)_proj")
-_ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
+from megatron_rl.families.common.family import Family, Rule
 
 
 @dataclass(frozen=True)
@@ -32,16 +28,18 @@ class Place:
 
 
 def places(
-    stored: Mapping[str, tuple[int, ...]], family: str | None, directory: Path
+    stored: Mapping[str, tuple[int, ...]], family: Family | None, directory: Path
 ) -> dict[str, Place]:
     """Name of each tensor, one for every matrix of an expert -> where it is.
 
     ``stored``: shapes of the tensors of the directory. ``family`` None: names are as stored.
     Raises UserError: a fused tensor is of no such shape, or a matrix is there in both forms.
     """
+    forms = {} if family is None else _other_forms(family)
+    layer = None if family is None else _layer_pattern(family)
     found: dict[str, Place] = {}
     for name, shape in stored.items():
-        for part, place in _parts(name, shape, family, directory).items():
+        for part, place in _parts(name, shape, forms, layer, directory).items():
             if part in found:
                 both = " and as ".join(sorted({found[part].stored, place.stored}))
                 raise UserError(
@@ -51,28 +49,42 @@ def places(
     return found
 
 
+def _other_forms(family: Family) -> dict[str, Rule]:
+    """Names within a layer under which a weight may be stored otherwise -> the weight's rule."""
+    rules = family.layer_weights.values()
+    return {name: rule for rule in rules for name in rule.stored_as}
+
+
+def _layer_pattern(family: Family) -> re.Pattern[str]:
+    """Of the beginning of a layer's names."""
+    before, after = map(re.escape, family.layer_name.split("{layer}"))
+    return re.compile(rf"{before}\d+{after}")
+
+
 def _parts(
-    name: str, shape: tuple[int, ...], family: str | None, directory: Path
+    name: str,
+    shape: tuple[int, ...],
+    forms: Mapping[str, Rule],
+    layer: re.Pattern[str] | None,
+    directory: Path,
 ) -> dict[str, Place]:
-    rules = FAMILIES.get(family or "", {})
-    fused, router = _FUSED.fullmatch(name), _ROUTER.fullmatch(name)
-    if router is not None and "mlp.router.weight" in rules:
-        return {f"{router[1]}.{rules['mlp.router.weight'].parts[0]}": Place(name, shape)}
-    which = {"gate_up": "linear_fc1", "down": "linear_fc2"}[fused[2]] if fused else ""
-    rule = rules.get(f"mlp.experts.{{expert}}.{which}.weight")
-    if fused is None or rule is None:
+    begin = "" if layer is None or (found := layer.match(name)) is None else found[0]
+    rule = forms.get(name.removeprefix(begin)) if begin else None
+    if rule is None:
         return {name: Place(name, shape)}
-    halves = len(rule.parts)
-    if len(shape) != 3 or shape[1] % halves:
+    if "{expert}" not in rule.parts[0]:
+        return {begin + rule.parts[0]: Place(name, shape)}
+    count = len(rule.parts)
+    if len(shape) != 3 or shape[1] % count:
         raise UserError(
             f"{directory} holds {name} of shape {shape}; expected [experts, rows, columns]"
-            f"{' of gate and up' if halves == 2 else ''}; restore the file"
+            f"{' of gate and up' if count == 2 else ''}; restore the file"
         )
-    rows = shape[1] // halves
+    rows = shape[1] // count
     return {
-        f"{fused[1]}.{part.format(expert=expert)}": Place(
-            name, (rows, shape[2]), expert, half * rows, (half + 1) * rows
+        begin + part.format(expert=expert): Place(
+            name, (rows, shape[2]), expert, number * rows, (number + 1) * rows
         )
         for expert in range(shape[0])
-        for half, part in enumerate(rule.parts)
+        for number, part in enumerate(rule.parts)
     }

@@ -9,18 +9,19 @@ import torch
 from megatron_rl.config.layout import heads_of
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
+from megatron_rl.families.common.family import Family
 from megatron_rl.weights.source import HuggingFaceTensors
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 #: In old checkpoints; worked out again from the configuration.
 _FREQUENCIES = ".rotary_emb.inv_freq"
-_SHARED_GATE = ".mlp.shared_expert_gate.weight"
 #: Stored frequencies may be rounded to bf16, by up to 2^-8.
 _FREQUENCY_TOLERANCE = 1e-2
 _ROWS = 4096  # compared at a time
 
 
-def refuse_left_over(source: HuggingFaceTensors, used: set[str], model: ModelConfig) -> None:
+def refuse_left_over(
+    source: HuggingFaceTensors, used: set[str], model: ModelConfig, family: Family
+) -> None:
     """A tensor that nothing consumed is part of an architecture that is not ours, unless it says
     what the used ones and the configuration say already; which is looked at, not taken on trust.
 
@@ -28,7 +29,7 @@ def refuse_left_over(source: HuggingFaceTensors, used: set[str], model: ModelCon
         UserError: one is left over; a stored output layer is not the embedding that
             ``tie_embeddings`` takes in its place; stored rotary frequencies are of another base.
     """
-    left = left_over(source, used, model)
+    left = left_over(source, used, model, family)
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise UserError(
@@ -36,35 +37,47 @@ def refuse_left_over(source: HuggingFaceTensors, used: set[str], model: ModelCon
             "made of; expected none left over; the model is of another architecture than "
             "config.json says"
         )
-    if model.tie_embeddings and HEAD in source.names - used:
-        _compare_head(source)
+    head, embedding = _ends(family)
+    if model.tie_embeddings and head in source.names - used:
+        _compare_head(source, head, embedding)
     for name in sorted(source.names - used):
         if name.endswith(_FREQUENCIES) and model.yarn is None:
             _compare_frequencies(source, name, model)
 
 
-def left_over(source: HuggingFaceTensors, used: set[str], model: ModelConfig) -> list[str]:
+def left_over(
+    source: HuggingFaceTensors, used: set[str], model: ModelConfig, family: Family
+) -> list[str]:
     """Names of the tensors that are neither used nor a repetition of what is."""
-    return [name for name in sorted(source.names - used) if not _repeats(source, name, model)]
+    left = sorted(source.names - used)
+    return [name for name in left if not _repeats(source, name, model, family)]
 
 
-def _repeats(source: HuggingFaceTensors, name: str, model: ModelConfig) -> bool:
-    if name == HEAD:
+def _ends(family: Family) -> tuple[str, str]:
+    """Names of the output layer's weight and of the embedding's."""
+    names = ("output_layer.weight", "embedding.word_embeddings.weight")
+    head, embedding = (family.weights[name].parts[0] for name in names)
+    return head, embedding
+
+
+def _repeats(source: HuggingFaceTensors, name: str, model: ModelConfig, family: Family) -> bool:
+    if name == _ends(family)[0]:
         return model.tie_embeddings
-    if name.endswith(_SHARED_GATE):  # of a shared expert of width 0, which is none
+    gate = family.layer_weights.get("mlp.shared_experts.gate_weight")
+    if gate is not None and name.endswith(gate.parts[0]):  # of a shared expert of width 0
         return model.shared_expert_ffn_hidden_size is None
     return name.endswith(_FREQUENCIES) or 0 in source.shape(name)
 
 
-def _compare_head(source: HuggingFaceTensors) -> None:
-    head, embedding = source.get(HEAD), source.get(EMBEDDING)
+def _compare_head(source: HuggingFaceTensors, name: str, embedding_name: str) -> None:
+    head, embedding = source.get(name), source.get(embedding_name)
     if head.shape == embedding.shape and all(_equal_rows(head, embedding)):
         return
     raise UserError(
-        f"{source.directory} holds {HEAD}, which is not {EMBEDDING}, while the embeddings are tied "
-        "(tie_word_embeddings in config.json): one of the two would be lost; expected equal "
-        "tensors, or untied ones; set tie_word_embeddings to false in config.json to use both, or "
-        f"remove {HEAD} from the directory"
+        f"{source.directory} holds {name}, which is not {embedding_name}, while the embeddings "
+        "are tied (tie_word_embeddings in config.json): one of the two would be lost; expected "
+        "equal tensors, or untied ones; set tie_word_embeddings to false in config.json to use "
+        f"both, or remove {name} from the directory"
     )
 
 

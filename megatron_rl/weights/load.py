@@ -10,13 +10,13 @@ from typing import Callable, Iterable, Sequence
 import torch
 
 from megatron_rl.checkpoint.together import together
-from megatron_rl.config.hf_config import read_model_type
+from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.parameters import ParameterView, weight_views
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.families import join, rule_of
 from megatron_rl.weights.left_over import refuse_left_over
+from megatron_rl.weights.rules import join, rule_of
 from megatron_rl.weights.source import HuggingFaceTensors
 
 
@@ -42,8 +42,9 @@ def load_hf_weights(
 
     def look_at_the_rest() -> None:
         if groups.world.rank() == 0:
-            source = HuggingFaceTensors(directory, read_model_type(directory))
-            refuse_left_over(source, set().union(*used), model)
+            family = family_of(directory, model.family)
+            source = HuggingFaceTensors(directory, family)
+            refuse_left_over(source, set().union(*used), model, family)
 
     together(groups.world, look_at_the_rest)
 
@@ -56,7 +57,7 @@ def _fill(
     progress: Callable[[list, int, str], Iterable],
 ) -> set[str]:
     """Fill the chunks; names of the tensors that were used."""
-    family = read_model_type(directory)
+    family = family_of(directory, model.family)
     source = HuggingFaceTensors(directory, family)
     used: set[str] = set()
     views = list(weight_views(chunks, groups))

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_rl.config.hf_file import shown
 from megatron_rl.config.json_text import read_json_object
-from megatron_rl.errors import UserError, printable
+from megatron_rl.errors import UserError, printable, shown
+from megatron_rl.families.common.family import Family
 from megatron_rl.weights.fused import Place, places
 
 INDEX = "model.safetensors.index.json"
@@ -26,12 +26,12 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class HuggingFaceTensors:
     """The tensors of a directory by name. Files are mapped: only what is used is read."""
 
-    def __init__(self, directory: Path, family: str | None = None) -> None:
+    def __init__(self, directory: Path, family: Family | None = None) -> None:
         """Open the index, or the single file, and every file it names.
 
         Args:
             directory: of the model.
-            family: its model_type: experts that are stored fused have names of their own then.
+            family: of the model: what is stored in another form has the names of its rules then.
 
         Raises:
             UserError: no safetensors; a file missing, truncated or outside the directory; an index

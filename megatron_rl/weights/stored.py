@@ -10,8 +10,9 @@ import torch
 from megatron_rl.checkpoint.save import SHARDS
 from megatron_rl.checkpoint.torch_dist import StoredTensors
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.families.common.family import Family
 from megatron_rl.models.parameters import OF_THE_VOCABULARY, canonical_name
-from megatron_rl.weights.families import alone, rule_of, split
+from megatron_rl.weights.rules import alone, rule_of, split
 
 #: The experts of a layer are stored as one tensor, stacked along a first axis.
 _STACKED = ".mlp.experts.experts."
@@ -20,7 +21,7 @@ _STACKED = ".mlp.experts.experts."
 class StoredWeights:
     """The weights of a checkpoint (its optimizer's state is not looked at)."""
 
-    def __init__(self, checkpoint: Path, model: ModelConfig, family: str) -> None:
+    def __init__(self, checkpoint: Path, model: ModelConfig, family: Family) -> None:
         self._tensors = StoredTensors(checkpoint / SHARDS)
         self._model, self._family = model, family
         self.keys = sorted(k for k in self._tensors.shapes if not k.startswith("optimizer."))

@@ -11,10 +11,10 @@ import torch
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.together import together
-from megatron_rl.config.hf_config import read_model_type
+from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
-from megatron_rl.errors import RunFailed
+from megatron_rl.errors import RunFailed, UserError, shown
 from megatron_rl.models.attention import packed_layout
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.models.forward import forward_stages
@@ -27,6 +27,19 @@ from megatron_rl.weights.stored import StoredWeights
 TOKENS = 64
 #: Of the largest logit, in fp32.
 TOLERANCE = 1e-4
+
+
+def refuse_unknown_to_transformers(model_type: str | None) -> None:
+    """Before anything is converted: `verify` asks transformers. UserError: it has no such model."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"--verify asks transformers for the logits of a model_type {shown(model_type)}, "
+            "which it does not know; expected one of its own; leave --verify out, or register the "
+            "model's classes (AutoConfig.register, AutoModelForCausalLM.register) in the file of "
+            "model.family"
+        )
 
 
 def verify(
@@ -49,7 +62,7 @@ def _same_tensors(
     checkpoint: Path, directory: Path, config: Config, groups: Groups, progress: Any
 ) -> None:
     rank, ranks = groups.world.rank(), groups.world.size()
-    family = read_model_type(directory)
+    family = family_of(directory, config.model.family)
     stored = StoredWeights(checkpoint, config.model, family)
     source = HuggingFaceTensors(directory, family)
     seen, differing = set(), []
@@ -65,7 +78,7 @@ def _same_tensors(
             f"{len(wrong)} tensors of {checkpoint} are not those of {directory}, first {wrong[0]}"
         )
     compared = set().union(*(names for names, _ in everyone))
-    absent = left_over(source, compared, config.model)
+    absent = left_over(source, compared, config.model, family)
     if absent:
         raise RunFailed(f"{checkpoint} lacks {len(absent)} tensors of {directory}: {absent[0]}")
 

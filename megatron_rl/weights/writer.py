@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import UserError
 from megatron_rl.weights.companions import copy_companions
-from megatron_rl.weights.families import alone
+from megatron_rl.weights.rules import alone
 from megatron_rl.weights.source import INDEX
 
 SHARD_BYTES = 1 << 30

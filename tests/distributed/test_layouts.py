@@ -38,6 +38,8 @@ QUICK = (
     "CP2 TP2, latent attention",
     "TP2 PP2 EP2, norm over heads",
     "TP2, dense model",
+    "TP2, muon",
+    "TP2 EP2 ETP2, muon",
     "TP2 EP2, bf16",
 )
 

@@ -1,5 +1,5 @@
-"""A run goes on under another layout as it would have under its own: weights, Adam's moments and
-step, for the plain and the distributed optimizer.
+"""A run goes on under another layout as it would have under its own: weights, the optimizer's
+state and step, for the plain and the distributed optimizer.
 """
 
 from __future__ import annotations
@@ -81,18 +81,18 @@ PAIRS = {
     "TP2 PP2 EP2, sharded -> one rank": ({**TP2, **PP2, **EP2, **SHARDED}, 4, {}, 1),
     "DP2 -> DP4, sharded": ({}, 2, SHARDED, 4),
     "EP2 DP2, sharded -> EP2": ({**EP2, **SHARDED}, 4, EP2, 2),
+    "EP2 -> TP2 PP2 EP2, muon": (EP2, 2, {**TP2, **PP2, **EP2}, 4),
 }
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_next_updates_are_the_same(name, tmp_path):
     before, ranks_before, after, ranks_after = PAIRS[name]
-    expected = run_on_ranks(
-        ranks_before, train_and_save, Case(name, ranks_before, before), tmp_path, timeout_s=300.0
-    )[0]
-    found = run_on_ranks(
-        ranks_after, go_on, Case(name, ranks_after, after), tmp_path, timeout_s=300.0
-    )[0]
+    optimizer = {"name": "muon" if "muon" in name else "adam"}
+    first = Case(name, ranks_before, before, optimizer=optimizer)
+    second = Case(name, ranks_after, after, optimizer=optimizer)
+    expected = run_on_ranks(ranks_before, train_and_save, first, tmp_path, timeout_s=300.0)[0]
+    found = run_on_ranks(ranks_after, go_on, second, tmp_path, timeout_s=300.0)[0]
     assert len({update["grad_norm"] for update in expected}) == AFTER
     for number, (here, there) in enumerate(zip(found, expected, strict=True)):
         for metric, value in there.items():

@@ -1,7 +1,9 @@
 """The folder of a user who has the wheel installed and not this repository, with a loss, rewards,
-advantages, a rollout engine and an environment of its own.
+advantages, data, a rollout engine, an environment, an optimizer and a logger of its own.
 """
 
+import json
+import random
 import shutil
 
 import pytest
@@ -20,7 +22,10 @@ def done(folder, tmp_path_factory):
     commands = {
         "list": ["list", "losses", "./my_loss.py:my_loss"],
         "mistake": ["check", "run.yaml", "--algorithm.settings.clp", "0.1"],
+        "data": ["data", "run.yaml", "--examples", "1"],
         "train": ["train", "run.yaml", *cpu],
+        "begun": ["train", "run.yaml", *cpu, "--run_dir", "runs/again", "--train.steps", "2"],
+        "resumed": ["train", "run.yaml", *cpu, "--run_dir", "runs/again"],
         "engine": [
             *("train", "run.yaml", *cpu, "--run_dir", "runs/engine"),
             *("--rollout.engine", "./my_engine.py:TransformersEngine"),
@@ -91,3 +96,53 @@ def test_its_environment_asks_again(done):
     assert 3 < len(asked) < len(samples)
     for row in samples:  # what the environment says is no token of the policy's
         assert row["tokens"] <= (32 if row in asked else 16)
+
+
+def test_its_logger_gets_each_step(done):
+    _, mine = done
+    head, *lines = (mine / "runs/extend/steps.csv").read_text().splitlines()
+    assert head == "step,loss,reward/mean,grad_norm"
+    rows = records(mine / "runs/extend/metrics.jsonl")
+    assert [line.split(",") for line in lines] == [
+        [str(row["step"]), *(str(row.get(name, "")) for name in head.split(",")[1:])]
+        for row in rows
+    ]
+    assert len(lines) == 3
+
+
+def test_its_optimizer_trains(done):
+    results, mine = done
+    assert "Lion, beta2 0.98, learning rate 0.0001" in results["train"].out
+    state = json.loads((mine / "runs/extend/checkpoints/step_3/state.json").read_text())
+    assert "./my_optimizer.py:Lion" in state["identity"]["code"]
+    manifest = json.loads((mine / "runs/extend/checkpoints/step_3/manifest.json").read_text())
+    assert manifest["step"] == 3
+
+
+def test_its_data_is_mixed_in_and_shown(done):
+    results, mine = done
+    assert results["data"].code == 0, results["data"].err
+    assert "mixture: 0.75 train (" in results["data"].out
+    assert "0.25 sums (100)" in results["data"].out
+    assert "my_source.py:sums, record 1: a prompt of" in results["data"].out
+    numbers = random.Random(1)
+    first, second = numbers.randint(1, 20), numbers.randint(1, 20)
+    assert f"  | <s>{first} {second}={first + second}:\n" in results["data"].out
+    for row in records(mine / "runs/extend/metrics.jsonl"):
+        if "loss" in row:
+            assert row["share/train"] == 0.75 and row["share/sums"] == 0.25
+            whole = 0.75 * row["data/train"] + 0.25 * row["data/sums"]
+            assert row["reward/mean"] == pytest.approx(whole)
+
+
+def test_its_mixture_is_resumed_to_the_bit(done):
+    results, mine = done
+    assert results["begun"].code == results["resumed"].code == 0, results["resumed"].err
+    (whole, again) = (
+        [row for row in records(mine / "runs" / name / "metrics.jsonl") if "loss" in row]
+        for name in ("extend", "again")
+    )
+    assert [row["step"] for row in again] == [1, 2, 3]
+    for one, other in zip(whole, again, strict=True):
+        for name in ("loss", "grad_norm", "reward/mean", "data/train", "data/sums", "tokens/step"):
+            assert one[name] == other[name], name

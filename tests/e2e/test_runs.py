@@ -80,7 +80,7 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
         "prompts": "text as it stands (data.chat auto)",
         "step": "8 problems x 4 answers of 12 tokens at most, 2 mini-batches x 1 epoch",
         "algorithm": "rspo, group_norm advantages, router shift with floor 0.8",
-        "optimizer": "Adam, learning rate 0.001",
+        "optimizer": "adam, learning rate 0.001",
         "router trace": "20 bytes a token over all pipeline stages; at most 6.25 KiB of device "
         "memory on a rank, for sequences of 20 tokens",
     }
@@ -169,6 +169,33 @@ def test_generate_answers_each_prompt_as_the_run_did(folder, sft_run):
     done = succeed("generate", "sft.yaml", *ONE_RANK, "--rollout.top_k=1", *prompts, cwd=folder)
     assert done.out.splitlines() == answers and len(answers) == 4
     assert done.err == ""
+
+
+def test_generate_writes_several_answers_to_each_prompt_of_a_file(folder, sft_run):
+    """Over two ranks, a few prompts at a time; the first answer is that of the prompt alone."""
+    output = folder / "answers.jsonl"
+    words = ["--prompts", "data/eval.jsonl", "--samples", "3", "--output", "answers.jsonl"]
+    more = ["--rollout.max_batch", "12", "--rollout.temperature", "2.0"]
+    done = succeed("generate", "sft.yaml", *words, *more, cwd=folder, ranks=2)
+    assert (done.out, done.err) == ("", "")
+    rows = records(output)
+    prompts = [record["prompt"] for record in records(folder / "data" / "eval.jsonl")]
+    assert [(row["index"], row["sample"]) for row in rows] == [
+        (index, number) for index in range(16) for number in range(3)
+    ]
+    assert [row["prompt"] for row in rows[::3]] == prompts
+    assert all(row["logprob"] < 0.0 and 1 <= row["tokens"] <= 12 for row in rows)
+    answers = {(row["index"], row["completion"]) for row in rows}
+    assert len(answers) > 24  # those of a prompt differ
+    alone = ["--prompt", prompts[0], "--rollout.temperature", "2.0"]
+    done = succeed("generate", "sft.yaml", *ONE_RANK, *alone, cwd=folder)
+    assert done.out == f"{prompts[0]}{rows[0]['completion']}\n"
+    again = run("generate", "sft.yaml", *ONE_RANK, *words, cwd=folder, warm=True)
+    assert again.code == 2 and len(records(output)) == 48
+    assert again.errors == [
+        "megatron-rl: error: --output answers.jsonl exists; expected a new file; name another, or "
+        "move it"
+    ]
 
 
 def test_without_held_out_problems_nothing_is_evaluated(folder, sft_run):

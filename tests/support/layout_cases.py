@@ -23,6 +23,7 @@ class Case:
     one_per_pack: bool = False  #: the same packs under any data-parallel size
     algorithm: Mapping[str, Any] = field(default_factory=dict)  #: other than plain rspo
     device: str = "cpu"  #: or cuda
+    optimizer: Mapping[str, Any] = field(default_factory=dict)  #: other than plain adam
     seed: int = 0  #: of the initial weights and of the rollout batch
     turns: bool = False  #: the policy wrote the sequences in turns, and some tokens of no turn
 
@@ -188,6 +189,22 @@ ROUTER_LOSSES = (
     Case("CP2, aux and z loss", 2, CP2, AUX, one_per_pack=True),
     Case("CP2 TP2, aux and z loss", 4, {**CP2, **TP2}, AUX, one_per_pack=True),
 )
+MUON = {"name": "muon"}
+#: Of torch, element by element. Its default, since `layout_config` gives Adam another epsilon.
+SGD = {"name": "torch.optim:SGD", "lr": 1.0, "epsilon": 1e-8}
+OTHER_OPTIMIZERS = (
+    Case("TP2 EP2, SGD of torch", 2, {**TP2, **EP2}, optimizer=SGD),
+    Case("TP2, muon", 2, TP2, GATED, optimizer=MUON),
+    Case("DP2, muon", 2, {}, optimizer=MUON),
+    Case("EP2, muon", 2, EP2, optimizer={**MUON, "settings": {"routers": True}}),
+    Case("ETP2, muon", 2, ETP2, optimizer=MUON),
+    Case("PP2 VPP2, muon", 2, VPP2, {"tie_embeddings": True}, optimizer=MUON),
+    Case("CP2, muon", 2, CP2, optimizer=MUON),
+    Case("TP2 EP2 ETP2, muon", 4, {**TP2, **EP2, **ETP2}, optimizer=MUON),
+    Case("TP2 PP2 EP2, muon, overlapped", 4, {**TP2, **PP2, **EP2, **OVERLAPPED}, optimizer=MUON),
+    Case("TP2, muon, latent attention", 2, TP2, LATENT, optimizer=MUON),
+    Case("TP2, muon, dense model", 2, TP2, DENSE, algorithm=GMPO, optimizer=MUON),
+)
 #: In fp32, everything within `TOLERANCE` of a single process.
 CASES = (
     *LAYOUTS,
@@ -197,6 +214,7 @@ CASES = (
     *ATTENTION,
     *DENSE_MODELS,
     *ROUTER_LOSSES,
+    *OTHER_OPTIMIZERS,
 )
 #: A difference above this is an error: fp32 rounding gives about 1e-6.
 TOLERANCE = 1e-5

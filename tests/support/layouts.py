@@ -96,7 +96,13 @@ def layout_config(case: Case) -> Config:
             **case.algorithm,
         },
         # A large epsilon: Adam makes noise in gradients that are nearly zero as large as its steps.
-        optimizer={"lr": 3e-3, "epsilon": 1e-4, "clip_grad": 0.2, "weight_decay": 0.01},
+        optimizer={
+            "lr": 3e-3,
+            "epsilon": 1e-4,
+            "clip_grad": 0.2,
+            "weight_decay": 0.01,
+            **case.optimizer,
+        },
     )
 
 

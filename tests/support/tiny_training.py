@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_rl.config.optimizer import optimizer_of, optimizer_settings
 from megatron_rl.config.schema import Config
 from tests.support.tiny import build_tiny
 
@@ -93,6 +94,8 @@ def build_training(config: Config, seed: int = 1) -> TinyTraining:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    from megatron_rl.optimizers.replace import replace_optimizer
+
     distributed = config.parallel.distributed_optimizer
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
@@ -110,4 +113,8 @@ def build_training(config: Config, seed: int = 1) -> TinyTraining:
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
     optimizer = get_megatron_optimizer(settings, wrapped)
+    row = optimizer_of(config.optimizer)
+    if not row.of_megatron:
+        own = optimizer_settings(config.optimizer)
+        replace_optimizer(optimizer, row, own, chunks, groups, config.model)
     return TinyTraining(config, groups, chunks, wrapped, optimizer)

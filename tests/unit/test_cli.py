@@ -46,8 +46,8 @@ def training(monkeypatch):
     for verb in ("train", "sft"):
         setattr(module, verb, lambda config, data, verb=verb: calls.append((verb, config, data)))
     module.evaluate = lambda config, data, base: calls.append(("evaluate", config, data, base))
-    module.generate = lambda config, data, problems, greedy, base: calls.append(
-        ("generate", config, data, problems, greedy, base)
+    module.generate = lambda config, data, problems, greedy, base, samples, output: calls.append(
+        ("generate", config, data, problems, greedy, samples, output, base)
     )
     device = types.ModuleType("megatron_rl.device.select")
     device.select_device = lambda config, launch: None
@@ -80,9 +80,22 @@ def test_a_verb_gets_the_config_with_its_overrides(run_yaml, training, verb):
 def test_generate_gets_every_prompt(run_yaml, training):
     words = ["generate", run_yaml, "--prompt", "--2+2", "--rollout.top_k", "5", "--prompt=b c"]
     assert main(words) == 0
-    verb, config, _, problems, greedy, base = training[0]
-    assert (verb, config.rollout.top_k, greedy, base) == ("generate", 5, False, False)
+    verb, config, _, problems, *how = training[0]
+    assert (verb, config.rollout.top_k, *how) == ("generate", 5, False, 1, None, False)
     assert [problem.text for problem in problems] == ["--2+2", "b c"]
+
+
+def test_generate_reads_prompts_as_data_sets_are_read(run_yaml, training, capsys):
+    Path("prompts.csv").write_text("question,n\n2+2,2\n" + "3" * 300 + ",3\n3+3,4\n")
+    words = ["generate", run_yaml, "--prompts", "prompts.csv", "--data.template", "{question}="]
+    more = ["--samples", "3", "--output", "answers.jsonl", "--data.overlong", "skip"]
+    assert main([*words, *more]) == 0
+    *_, problems, greedy, samples, output, _ = training[0]
+    assert [(p.index, p.text) for p in problems] == [(0, "2+2="), (2, "3+3=")]
+    assert (greedy, samples, output) == (False, 3, Path("answers.jsonl"))
+    skipped = "1 of 3 lines skipped, longer than 192 tokens: the first is row 2 with "
+    assert skipped in capsys.readouterr().err
+    assert refusal(capsys, *words).startswith("prompts.csv, row 2: prompt of ")
 
 
 def test_the_base_model_is_asked_for_by_name(run_yaml, training):
@@ -113,7 +126,7 @@ def test_generate_greedily_and_in_chat_form(run_yaml, training, capsys):
     save_qwen(Path("qwen"))
     huggingface = ["--data.tokenizer.kind", "huggingface", "--data.tokenizer.path", "qwen"]
     assert main([*words, *huggingface, "--model.vocab_size=512"]) == 0
-    _, config, _, problems, greedy, _ = training[1]
+    _, config, _, problems, greedy, *_ = training[1]
     turn = "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n"
     assert ([problem.text for problem in problems], greedy) == ([turn], False)
     words[-1] = '[{"role": "user", "content": "2+2"}]'
@@ -197,7 +210,7 @@ def test_data_shows_what_the_model_sees(run_yaml, capsys):
     assert main(["data", run_yaml, "--for", "sft", "--examples", "1"]) == 0
     ids = {"<s>": 2, "</s>": 3}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "an answer ends with: 3:'</s>'"
+    assert lines[0] == "an answer ends with: 3:'</s>' (tokenizer)"
     assert lines[1] == "prompts: text as it stands (data.chat auto)"
     assert lines[3] == (
         "data.train: train.jsonl, 1 samples, prompts of 7 to 7 tokens (50%: 7, 90%: 7, 99%: 7), "
@@ -263,7 +276,20 @@ def test_check_for_another_verb(run_yaml, capsys):
         ),
         (
             ["generate", "run.yaml"],
-            "generate: no prompt given; expected at least one --prompt TEXT",
+            "generate: no prompt given; expected at least one --prompt TEXT, or --prompts FILE",
+        ),
+        (
+            ["generate", "run.yaml", "--prompt", "a", "--prompts", "b"],
+            "generate: both --prompt and --prompts given; expected at least one --prompt TEXT, or "
+            "--prompts FILE",
+        ),
+        (
+            ["generate", "run.yaml", "--prompt", "a", "--samples", "0"],
+            "--samples is 0; expected at least 1",
+        ),
+        (
+            ["generate", "run.yaml", "--prompt", "a", "--samples", "2", "--greedy"],
+            "--samples 2 with --greedy, by which all answers to a prompt are the same",
         ),
         (["generate", "run.yaml", "--prompt"], "argument --prompt: expected one argument"),
         (["check", "run.yaml", "--world-size", "x"], "--world-size is 'x'; expected a whole"),

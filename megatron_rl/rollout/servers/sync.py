@@ -139,7 +139,7 @@ class WeightSync:
         """All servers, and those that say that they have received the weights. A collective."""
         world, is_first = self._groups.world, self._groups.world.rank() == 0
         model = self._config.model
-        family = describe(model, model.hf_path)["model_type"]
+        family, _ = describe(model, model.hf_path)
         self._hold()
         together(world, lambda: self._join() if is_first else None)
         weights = gather_weights(self._chunks, self._groups, model, family)

@@ -1,5 +1,7 @@
 """Every row says of its thing what is so, and can be listed."""
 
+import json
+
 import pytest
 
 from megatron_rl.algorithms.trial import check_advantages, check_correction, check_loss, traits_of
@@ -32,11 +34,16 @@ def test_traits_of_the_losses(row):
 def test_every_row_has_its_code_and_is_listed(kind):
     lines = listed(kind)
     for row in kind.rows:
-        assert callable(row.load()) and row.name in lines and f"    {row.summary}" in lines
+        thing = row.load()
+        assert callable(thing) if kind.instance is None else isinstance(thing, kind.instance)
+        assert row.name in lines and f"    {row.summary}" in lines
         for name, field in ({} if row.settings is None else row.settings.model_fields).items():
             assert field.description, f"{row.name}: {name} is not documented"
-            (line,) = [one for one in listed(kind, [row.name]) if one.strip().startswith(name)]
-            assert f"{name}: {field.default}" in line
+            (line,) = [
+                one for one in listed(kind, [row.name]) if one.strip().startswith(f"{name}:")
+            ]
+            default = "(to be given)" if field.is_required() else json.dumps(field.default)
+            assert f"{name}: {default}" in line
     for row in kind.rows:
         for check in ("check", "machine_check"):
             assert getattr(row, check, None) is None or callable(load_check(getattr(row, check)))

@@ -31,6 +31,13 @@ VARIANTS = {
         }
     ),
     "frozen router": tiny_config(model={"freeze_router": True}),
+    "muon": tiny_config(optimizer={"name": "muon"}),
+    "muon in bf16": tiny_config(optimizer={"name": "muon"}, model={"dtype": "bf16"}),
+    # Others that are not ours: a count of its own for each parameter; no state at all.
+    "RMSprop in bf16": tiny_config(
+        optimizer={"name": "torch.optim:RMSprop"}, model={"dtype": "bf16"}
+    ),
+    "SGD": tiny_config(optimizer={"name": "torch.optim:SGD"}),
 }
 STATE = {"cursor": {"epoch": 1, "position": 30}, "scheduler": [0.1, None], "name": "läuft"}
 
@@ -154,13 +161,41 @@ def test_what_goes_wrong_in_the_background_is_raised_when_it_is_waited_for(failu
     background.wait()  # once
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16 distributed optimizer"])
+@pytest.mark.parametrize("name", ["fp32", "bf16 distributed optimizer", "muon in bf16"])
 def test_a_checkpoint_of_an_untrained_model_resumes(name, tmp_path):
     untrained = build_training(VARIANTS[name])
     path = save(untrained, tmp_path, step=0)
     resumed = build_training(VARIANTS[name], seed=99)
     load(resumed, path)
     assert [resumed.step(i) for i in range(2)] == [untrained.step(i) for i in range(2)]
+
+
+def test_what_muon_keeps_is_in_the_checkpoint_and_the_count_goes_on(tmp_path):
+    from megatron.core import dist_checkpointing
+
+    training = build_training(VARIANTS["muon"])
+    for number in range(3):
+        training.step(number)
+    path = save(training, tmp_path)
+    assert json.loads((path / "manifest.json").read_text())["optimizer_step"] == 3
+    stored = dist_checkpointing.load_plain_tensors(str(path / "shards"))
+    names = {key.removeprefix("optimizer.state.").partition(".")[0] for key in stored}
+    assert names >= {"momentum", "exp_avg", "exp_avg_sq"}
+    kept = [key for key in stored if key.startswith("optimizer.state.momentum.")]
+    assert kept and all(stored[key].abs().sum() > 0 for key in kept)
+    assert not any("router" in key or "embedding" in key for key in kept)
+    resumed = build_training(VARIANTS["muon"], seed=99)
+    load(resumed, path)
+    assert {group["step"] for group in resumed.optimizer.param_groups} == {3}
+
+
+def test_the_state_of_another_optimizer_is_refused_in_one_line(tmp_path):
+    training = build_training(PLAIN)
+    training.step(0)
+    path = save(training, tmp_path)
+    with pytest.raises(UserError, match="does not hold what model and optimizer need") as error:
+        load(build_training(VARIANTS["muon"]), path)
+    assert "\n" not in str(error.value)
 
 
 def test_bf16_main_weights_are_not_the_rounded_ones(tmp_path):

@@ -95,7 +95,7 @@ def test_good_ones_pass(config):
         (
             Config(rollout={"environment": TOOL.replace("ask_again", "AgainSettings")}),
             f"rollout.environment is {TOOL.replace('ask_again', 'AgainSettings')!r}, a class "
-            "without __call__; expected __call__(self, record, turns)",
+            "without __call__; expected an environment, with __call__(record, turns)",
         ),
         (lagging(mismatch="none"), "rollout.lag is 1 with algorithm.mismatch none: the answers a"),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),

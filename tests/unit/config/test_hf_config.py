@@ -279,7 +279,8 @@ def test_what_is_not_implemented_is_refused(read, tmp_path, values, changes, fou
         read(values, **changes)
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {found}")
     assert str(error.value).endswith(
-        "; expected a plain config.json of qwen3_moe, qwen2_moe, mixtral, olmoe, deepseek_v3, qwen3"
+        "; expected a plain config.json of deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe"
+        ", or one of a family of your own (model.family)"
     )
 
 

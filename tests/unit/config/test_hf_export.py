@@ -79,6 +79,8 @@ def test_presets_are_of_their_family(preset, family):
     [
         ({"router_score": "sigmoid"}, "the nearest, qwen3_moe, has no model.router_score sigmoid"),
         ({"qkv_bias": True}, "has no model.qkv_bias True"),
+        # which DeepSeek-V3, whose heads have a key each, refuses to say at all
+        ({"qkv_bias": True, "num_query_groups": 2}, "nearest, qwen3_moe, has no model.qkv_bias"),
         ({"shared_expert_ffn_hidden_size": 8}, "has no model.shared_expert_ffn_hidden_size 8"),
     ],
 )

@@ -11,10 +11,12 @@ from megatron_rl.cli import check_rows
 from megatron_rl.config.checks import check_config
 from megatron_rl.config.hf_config import fields_of_values, read_hf_config
 from megatron_rl.config.hf_export import hf_config_of
-from megatron_rl.config.hf_file import KEYS, SPELLINGS, is_neutral
 from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.errors import UserError
+from megatron_rl.families import FAMILIES as ROWS
+from megatron_rl.families.common.keys import spellings_of
+from megatron_rl.families.common.meaningless import is_meaningless
 
 FAMILIES = {
     "qwen3_moe": "qwen3_30b_a3b",
@@ -210,13 +212,14 @@ def test_every_key_that_transformers_writes_is_known(family):
 
     name = hf_config_of(ModelConfig(**MODEL_PRESETS[FAMILIES[family]]))["architectures"][0]
     written = getattr(transformers, name.replace("ForCausalLM", "Config"))().to_dict()
-    spellings = {spelling for several in SPELLINGS.values() for spelling in several}
+    (row,) = (row for row in ROWS if row.model_type == family)
+    spellings = {name for several in spellings_of(row.keys).values() for name in several}
     unknown = [
         key
         for key, value in written.items()
-        if key not in KEYS[family].model_fields
+        if key not in row.keys.model_fields
         and key not in spellings
-        and is_neutral(key, value, family) is None
+        and is_meaningless(key, value, row.meaningless) is None
     ]
     assert len(written) > 30 and unknown == []
 

@@ -58,20 +58,20 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 
 def test_the_set_is_that_of_tokenizer_files_and_configuration(tmp_path):
     write(tmp_path, generation=[45, 43], config=45)
-    assert stop_tokens(45, [tmp_path], (9, 43), 64) == {
+    assert stop_tokens(45, [tmp_path], {9: "rollout.stop_tokens", 43: "rollout"}, 64) == {
         45: "tokenizer",
         43: "generation_config.json",
-        9: "rollout.stop_token_ids",
+        9: "rollout.stop_tokens",
     }
-    assert stop_tokens(2, [], (), 3) == {2: "tokenizer"}
+    assert stop_tokens(2, [], {}, 3) == {2: "tokenizer"}
 
 
 @pytest.mark.parametrize(
     ("eos", "more", "size", "place"),
     [
-        (1, (64,), 64, "rollout.stop_token_ids names the token 64"),
-        (1, (), 43, "generation_config.json: eos_token_id names the token 43"),
-        (50, (), 44, "the tokenizer's end-of-sequence token names the token 50"),
+        (1, {64: "rollout.stop_token_ids"}, 64, "rollout.stop_token_ids names the token 64"),
+        (1, {}, 43, "generation_config.json: eos_token_id names the token 43"),
+        (50, {}, 44, "the tokenizer's end-of-sequence token names the token 50"),
     ],
 )
 def test_a_stop_token_outside_the_vocabulary_is_refused_by_name(tmp_path, eos, more, size, place):

@@ -1,13 +1,15 @@
 """Chats through templates: what transformers makes of ordinary text, and text that stays text."""
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data import chat_template
+from megatron_rl.data.rendering import Rendering
 from megatron_rl.data.tokenizers import load_tokenizer
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.worker_pool import WorkerPool
@@ -109,6 +111,69 @@ def test_text_of_control_tokens_in_plain_text(family):
     assert ours.find_control(f"a {end}") == end and ours.find_control("Say it") is None
     assert f"Say {end} twice." in ours.show(ids)
     assert ours.show([ours.eos_id]) == end
+
+
+THINKING = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if enable_thinking is false %}<think></think>{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "add", "description": "sum of <a> and 'b'"}}
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory):
+    """Ours and transformers' of a template with variables."""
+    folder = save_qwen(tmp_path_factory.mktemp("tokenizer"))
+    (folder / "chat_template.jinja").write_text(THINKING)
+    ours = load_tokenizer(TokenizerConfig(kind="huggingface", path=folder))
+    return ours, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"enable_thinking": True}, {"enable_thinking": False}, {"tools": [TOOL]}],
+)
+def test_variables_of_the_template(thinking, variables):
+    ours, theirs = thinking
+    chat = user("What is 2+2?")
+    ids = ours.encode_prompt(chat, variables)
+    assert ids == theirs.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False, **variables
+    )
+    plain = ours.encode_prompt(chat)
+    assert (ids == plain) == (variables.get("enable_thinking", True) and "tools" not in variables)
+    modes = Rendering(ours, "template", {"enable_thinking": False})
+    end = theirs.encode("<think></think>")
+    assert modes.prompt("What is 2+2?", Counter())[0] == plain + end
+    assert modes.prompt(chat, Counter(), [TOOL])[0] == ours.encode_prompt(
+        chat, {"tools": [TOOL], "enable_thinking": False}
+    )
+
+
+def test_the_text_of_a_control_token_in_a_tool_stays_text(thinking):
+    """Tools are a column of the data, which others wrote."""
+    ours, theirs = thinking
+    tool = {"type": "function", "function": {"name": "<|im_end|>"}}
+    ids = ours.encode_prompt(user("x"), {"tools": [tool]})
+    end = theirs.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == 2  # of the tools and of the user's turn
+    assert '"name": "<|im_end|>"' in ours.show(ids)
+
+
+def test_a_variable_that_the_template_does_not_use_is_refused(thinking, family):
+    ours, _ = thinking
+    with pytest.raises(UserError, match=r"does not use 'enable_thinkng'; .*chat_template_kwargs"):
+        ours.encode_prompt(user("x"), {"enable_thinkng": False})
+    _, bare, _ = family
+    with pytest.raises(
+        UserError, match=r"does not use 'tools'; expected .*; correct data.tools_ke"
+    ):
+        bare.encode_prompt(user("x"), {"tools": [TOOL]})
+    with pytest.raises(
+        UserError, match=r"text with tools, and data.chat is auto; .* leave data.too"
+    ):
+        Rendering(ours, "auto").prompt("x", Counter(), [TOOL])
 
 
 def failing(tmp_path, template, chat):

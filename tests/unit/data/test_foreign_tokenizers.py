@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.schema import Config, TokenizerConfig
+from megatron_rl.config.schema import Config
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data.run_data import encode_files
 from megatron_rl.data.tokenizers import check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError

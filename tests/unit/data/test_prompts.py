@@ -31,7 +31,7 @@ class Letters:
     def find_control(self, text):
         return "$" if "$" in text else None
 
-    def encode_prompt(self, prompt):
+    def encode_prompt(self, prompt, variables=None):
         if isinstance(prompt, str):
             return [self.bos_id, *self.encode(prompt)]
         return self.encode("".join(message["content"] for message in prompt))

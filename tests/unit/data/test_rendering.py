@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data.rendering import Rendering
 from megatron_rl.data.tokenizers import load_tokenizer
 from megatron_rl.errors import UserError

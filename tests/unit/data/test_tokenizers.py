@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data.tokenizers import check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
 from tools.data.train_tokenizer import train_tokenizer
@@ -73,6 +73,17 @@ def test_sentencepiece_shows_special_tokens(sentencepiece):
     assert pieces == ["<s>", "1", " ", "\ufffd"]
     assert (sentencepiece.find_control("a</s>"), sentencepiece.find_control("a")) == ("</s>", None)
     assert 3 not in sentencepiece.encode("12</s>")
+
+
+def test_the_one_token_of_a_text(sentencepiece, tmp_path):
+    one, two = sentencepiece.encode("12")
+    for text, token in (("1", one), ("2", two), ("</s>", 3), (" ", sentencepiece.encode(" ")[0])):
+        assert sentencepiece.token(text) == token
+    theirs = hugging_face(hugging_face_folder(tmp_path))
+    for text, token in (("one", 3), ("</s>", 2), ("go", 6)):
+        assert theirs.token(text) == token
+    for text in ("12", "x", "", "one two", "</s></s>"):
+        assert sentencepiece.token(text) is None and theirs.token(text) is None
 
 
 def test_ids_past_the_vocabulary_stay_visible(sentencepiece, tmp_path):

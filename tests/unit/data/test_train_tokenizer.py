@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data.tokenizers import load_tokenizer
 from megatron_rl.errors import UserError
 from tools.data.make_countdown import Rules, make_problems

@@ -10,6 +10,8 @@ import types
 
 import pytest
 
+from megatron_rl.config.loggers import chosen_loggers
+from megatron_rl.config.schema_observe import ObserveConfig
 from megatron_rl.errors import UserError
 from megatron_rl.observe.append_file import AppendFile
 from megatron_rl.observe.run_files import drop_after, last_evaluated, read_jsonl, to_json_line
@@ -18,9 +20,8 @@ from megatron_rl.observe.writers import RunWriter
 
 def _open(run_dir, resume_step=None, tensorboard=False, wandb=None, said=None):
     warn = [].append if said is None else said.append
-    return RunWriter(
-        run_dir, tensorboard=tensorboard, wandb=wandb, resume_step=resume_step, warn=warn
-    )
+    loggers = chosen_loggers(ObserveConfig(tensorboard=tensorboard, wandb=wandb))
+    return RunWriter(run_dir, loggers=loggers, resume_step=resume_step, warn=warn)
 
 
 def _refuse(constant):
@@ -180,6 +181,15 @@ def test_wandb_missing_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         _open(tmp_path, wandb="project")
+
+
+def test_a_wandb_that_does_not_begin_is_one_line(tmp_path, monkeypatch):
+    fake = _FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "init", lambda **_: (_ for _ in ()).throw(TimeoutError("no\nanswer")))
+    with pytest.raises(UserError, match="the logger 'wandb' raised TimeoutError no answer .*key"):
+        _open(tmp_path, wandb="project")
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.fixture

@@ -271,3 +271,22 @@ def test_changed_code_of_ones_own_is_said_and_not_refused(config, tmp_path):
     assert warnings == [f"the file of {name} is not what it was: going on with it as it is"]
     del state["identity"]["code"]  # of a version that did not keep it
     assert what_differs(own, state, identity(own)) == ([], [])
+
+
+def test_so_is_a_changed_optimizer_of_ones_own(config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\nmine = torch.optim.SGD\n")
+    own = changed(config, optimizer={"name": f"{file}:mine"})
+    for verb in ("train", "sft"):
+        assert list(identity(own, verb)["code"]) == [f"{file}:mine"]
+
+
+def test_another_optimizer_is_refused_and_another_setting_of_it_is_said(config):
+    state = state_of(config)
+    assert refusal(changed(config, optimizer={"name": "muon"}), state, identity(config)).startswith(
+        "optimizer.name was adam in the run that wrote step_2 and is muon now; expected the same; "
+    )
+    other = changed(config, optimizer={"settings": {"beta1": 0.5}})
+    check_state(other, "step_2", state, identity(other))
+    notes, _ = what_differs(other, state, identity(other))
+    assert notes == ["changed since step 2:", "  optimizer.settings.beta1 (not set) -> 0.5"]

@@ -34,10 +34,14 @@ def test_engine(rollout, text):
 @pytest.mark.parametrize(
     ("optimizer", "text"),
     [
-        ({"lr": 1e-6}, "Adam, learning rate 1e-06"),
+        ({"lr": 1e-6}, "adam, learning rate 1e-06"),
+        (
+            {"name": "muon", "settings": {"momentum": 0.9}, "lr": 0.1},
+            "muon, momentum 0.9, learning rate 0.1",
+        ),
         (
             {"lr": 2e-4, "schedule": "cosine", "min_lr": 1e-5, "warmup_steps": 20},
-            "Adam, learning rate 0.0002, 20 optimizer steps of warm-up, cosine decay to 1e-05",
+            "adam, learning rate 0.0002, 20 optimizer steps of warm-up, cosine decay to 1e-05",
         ),
     ],
 )

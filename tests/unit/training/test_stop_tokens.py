@@ -26,16 +26,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def stops(vocab_size=64, hf_path=None, init_from=None, more=()):
+class Letters:
+    """A tokenizer of a token a letter, and of one that ends a text."""
+
+    eos_id = 2
+
+    def token(self, text):
+        return ord(text) - 90 if len(text) == 1 else {"<end>": 2}.get(text)
+
+
+def stops(vocab_size=64, hf_path=None, init_from=None, more=(), texts=()):
     cpu_device()
     from megatron_rl.training.stop_tokens import stop_tokens_of
 
     config = Config(
         model={"hf_path": hf_path, "vocab_size": vocab_size},
         checkpoint={"init_from": init_from},
-        rollout={"stop_token_ids": more},
+        rollout={"stop_token_ids": more, "stop_tokens": texts},
     )
-    return stop_tokens_of(config, 2)
+    return stop_tokens_of(config, Letters())
 
 
 def test_they_come_from_the_model_and_from_the_run_it_was_trained_in(folder):
@@ -46,6 +55,25 @@ def test_they_come_from_the_model_and_from_the_run_it_was_trained_in(folder):
         assert set(stops(init_from=folder / place)) == {2, 7, 9}
     assert set(stops(init_from=folder / "other")) == {2, 3}
     assert set(stops(init_from=folder)) == {2}  # it has kept nothing: a run of an older version
+
+
+def test_ones_own_by_their_texts():
+    assert stops(texts=("a", "<end>"), more=(7, 9)) == {
+        2: "tokenizer",
+        7: "rollout.stop_token_ids",
+        9: "rollout.stop_token_ids",
+    }
+    assert stops(texts=("b",)) == {2: "tokenizer", 8: "rollout.stop_tokens"}
+    for text, words in (
+        ("ab", "rollout.stop_tokens names 'ab', which is not one token of the tokenizer; expected"),
+        ("", "rollout.stop_tokens names '', which is not one token"),
+        (
+            "\u00ff",
+            "rollout.stop_tokens names the token 165; expected ids below model.vocab_size 64",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            stops(texts=(text,))
 
 
 def test_one_outside_the_vocabulary_is_refused(folder):

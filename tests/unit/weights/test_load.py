@@ -7,12 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rl import families
 from megatron_rl.errors import UserError
 from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 from tests.support import hugging_face
 from tests.support.tiny import build_tiny, tiny_config
 
+ROWS = {row.model_type: row for row in families.FAMILIES}
+QWEN3 = ROWS["qwen3_moe"]
 FAMILIES = {
     "qwen3_moe, dense layers": "qwen3_moe",
     "qwen2_moe": "qwen2_moe",
@@ -29,7 +32,7 @@ def test_fused_experts_are_those_of_the_files_with_one_tensor_each(variant, tmp_
     single = load_file(hugging_face.save(variant, tmp_path / "single") / "model.safetensors")
     stored = load_file(fused / "model.safetensors")
     assert stored["model.layers.1.mlp.experts.gate_up_proj"].shape == (8, 64, 64)
-    source = HuggingFaceTensors(fused, FAMILIES[variant])
+    source = HuggingFaceTensors(fused, ROWS[FAMILIES[variant]])
     assert source.names == set(single)
     for name, tensor in single.items():
         assert source.shape(name) == tensor.shape and torch.equal(source.get(name), tensor), name
@@ -41,14 +44,14 @@ def test_rows_of_a_fused_tensor_by_hand(tmp_path):
     layer = "model.layers.3"
     names = {f"{layer}.mlp.experts.gate_up_proj": gate_up, f"{layer}.mlp.experts.down_proj": down}
     save_file(names, tmp_path / "model.safetensors")
-    source = HuggingFaceTensors(tmp_path, "mixtral")
+    source = HuggingFaceTensors(tmp_path, ROWS["mixtral"])
     expert = f"{layer}.block_sparse_moe.experts.1"
     assert source.get(f"{expert}.w1.weight").tolist() == [[12, 13, 14], [15, 16, 17]]
     assert source.get(f"{expert}.w3.weight").tolist() == [[18, 19, 20], [21, 22, 23]]
     assert source.get(f"{expert}.w2.weight").tolist() == [[6, 7], [8, 9], [10, 11]]
     assert len(source.names) == 6
     # a family without experts, or none named: as stored
-    assert HuggingFaceTensors(tmp_path, "qwen3").names == set(names)
+    assert HuggingFaceTensors(tmp_path, ROWS["qwen3"]).names == set(names)
     assert HuggingFaceTensors(tmp_path).names == set(names)
 
 
@@ -67,7 +70,7 @@ def test_fused_tensors_that_are_none(tensors, message, tmp_path):
     block = "model.layers.0.mlp.experts"
     save_file({f"{block}.{k}": v for k, v in tensors.items()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=message) as caught:
-        HuggingFaceTensors(tmp_path, "qwen3_moe")
+        HuggingFaceTensors(tmp_path, QWEN3)
     assert "\n" not in str(caught.value)
 
 
@@ -169,9 +172,9 @@ def frequencies(base):
 def test_stored_frequencies_are_compared(tied, tmp_path):
     right = frequencies(1e6).to(torch.bfloat16)
     model, _, _ = loaded(with_tensors(tied, tmp_path / "right", **{NAME: right}))
-    source = HuggingFaceTensors(tmp_path / "right", "qwen3_moe")
+    source = HuggingFaceTensors(tmp_path / "right", QWEN3)
     assert NAME in source.names
-    assert left_over(source, source.names - {NAME}, model) == []  # nor does --verify miss it
+    assert left_over(source, source.names - {NAME}, model, QWEN3) == []  # nor does --verify miss it
     for number, wrong in enumerate([frequencies(1e4), frequencies(1e6)[:8]]):
         other = with_tensors(tied, tmp_path / f"wrong{number}", **{NAME: wrong})
         with pytest.raises(UserError, match="inv_freq, which are not the frequencies of base 1e"):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rl.errors import UserError
+from megatron_rl.families.qwen3_moe import FAMILY
 from megatron_rl.weights.source import INDEX, HuggingFaceTensors
 
 A, B = torch.arange(6.0).view(2, 3), torch.arange(4, dtype=torch.bfloat16)
@@ -126,7 +127,7 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
 def test_a_hostile_header_is_one_line(tmp_path, header, reason):
     with_header(tmp_path / "model.safetensors", header)
     with pytest.raises(UserError, match=reason) as caught:
-        HuggingFaceTensors(tmp_path, "qwen3_moe")
+        HuggingFaceTensors(tmp_path, FAMILY)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
@@ -144,7 +145,7 @@ def test_experts_without_values_are_not_counted(tmp_path):
         tmp_path / "model.safetensors", {name: entry(shape=(10**9, 0, 4), offsets=(0, 0))}, b""
     )
     with pytest.raises(UserError, match=f"holds {name} without values, of shape .1000000000, 0"):
-        HuggingFaceTensors(tmp_path, "qwen3_moe")
+        HuggingFaceTensors(tmp_path, FAMILY)
 
 
 @pytest.mark.parametrize(

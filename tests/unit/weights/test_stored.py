@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.families.qwen3_moe import FAMILY
 from megatron_rl.weights import stored
 from megatron_rl.weights.stored import StoredWeights
 
@@ -32,7 +33,7 @@ class Counted:
 
 def test_no_stored_tensor_is_in_memory_while_the_next_is_read(monkeypatch):
     monkeypatch.setattr(stored, "StoredTensors", Counted)
-    weights = StoredWeights(Path("."), ModelConfig(vocab_size=7), "qwen3_moe")
+    weights = StoredWeights(Path("."), ModelConfig(vocab_size=7), FAMILY)
     found = dict(weights.stream())
     assert weights._tensors.when_read == [0, 0, 0]
     assert len(found) == weights.num_tensors() == 2 * 3 * 2 + 1

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 from typing import Iterator
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data import chat_template
 from megatron_rl.data.tokenizers import load_tokenizer
 from megatron_rl.rewards.worker_pool import WorkerPool

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Iterator
 
-from megatron_rl.config.schema import TokenizerConfig
+from megatron_rl.config.schema_data import TokenizerConfig
 from megatron_rl.data.tokenizers import load_tokenizer
 from tests.support.chat_tokenizers import save_llama, save_mistral, save_qwen
 from tools.fuzz.kind import Judge, Kind, Verdict, Wrong

@@ -12,6 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any, Iterator
 
+from megatron_rl.families.qwen3_moe import FAMILY
 from megatron_rl.weights.source import INDEX, HuggingFaceTensors
 from tools.fuzz.kind import Judge, Kind, Verdict, Wrong
 from tools.fuzz.mutate import as_text, changed, encoded, flipped
@@ -62,7 +63,7 @@ def judging(folder: Path) -> Iterator[Judge]:
         (single if index is None else shard).write_bytes(file)
         if index is not None:
             index_file.write_bytes(index)
-        source = HuggingFaceTensors(folder, "qwen3_moe")
+        source = HuggingFaceTensors(folder, FAMILY)
         header = _header(file)
         for name in source.names:
             tensor = source.get(name)

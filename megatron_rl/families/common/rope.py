@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Mapping
 
-from megatron_rl.config.hf_file import CommonKeys, HuggingFaceFile, Rope, given, shown
+from megatron_rl.errors import shown
+from megatron_rl.families.common.file import HuggingFaceFile, given
+from megatron_rl.families.common.keys import CommonKeys, Rope
 
 #: YaRN's numbers, all of which have to be there: their defaults differ between versions.
 _YARN_KEYS = (

@@ -1,11 +1,21 @@
 """Rules of the families: names, and joins against tensors put together by hand."""
 
+import re
+
 import pytest
 import torch
 
+from megatron_rl.config.hf_config import fields_of_values
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.config.weight_names import layer_weights
 from megatron_rl.errors import UserError
-from megatron_rl.weights.families import FAMILIES, Rule, join, rule_of, split
+from megatron_rl.families import FAMILIES as ROWS
+from megatron_rl.families.common.family import Rule
+from megatron_rl.weights.rules import join, rule_of, split
+from tests.support import hugging_face
+from tests.support.tiny import build_tiny, tiny_config
+
+FAMILIES = {row.model_type: row for row in ROWS}
 
 #: Two query groups of two heads each, one channel a head.
 MODEL = ModelConfig(
@@ -19,15 +29,15 @@ GROUPED = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
 
 
 def test_names_of_a_layer_and_of_an_expert():
-    rule = rule_of("decoder.layers.7.mlp.experts.12.linear_fc1.weight", "qwen3_moe")
+    rule = rule_of("decoder.layers.7.mlp.experts.12.linear_fc1.weight", FAMILIES["qwen3_moe"])
     block = "model.layers.7.mlp.experts.12"
     assert rule == Rule("gate_up", (f"{block}.gate_proj.weight", f"{block}.up_proj.weight"))
-    rule = rule_of("decoder.layers.0.mlp.experts.3.linear_fc2.weight", "mixtral")
+    rule = rule_of("decoder.layers.0.mlp.experts.3.linear_fc2.weight", FAMILIES["mixtral"])
     assert rule.parts == ("model.layers.0.block_sparse_moe.experts.3.w2.weight",)
-    rule = rule_of("decoder.layers.10.self_attention.linear_qkv.bias", "qwen2_moe")
+    rule = rule_of("decoder.layers.10.self_attention.linear_qkv.bias", FAMILIES["qwen2_moe"])
     parts = tuple(f"model.layers.10.self_attn.{x}_proj.bias" for x in "qkv")
     assert rule == Rule("qkv", parts)
-    assert rule_of("output_layer.weight", "olmoe").parts == ("lm_head.weight",)
+    assert rule_of("output_layer.weight", FAMILIES["olmoe"]).parts == ("lm_head.weight",)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,7 @@ def test_names_of_a_layer_and_of_an_expert():
 )
 def test_a_weight_the_family_does_not_have_is_refused(family, name):
     with pytest.raises(UserError, match=f"{name} has no counterpart in Hugging Face's {family}"):
-        rule_of(name, family)
+        rule_of(name, FAMILIES[family])
 
 
 def test_queries_keys_and_values_are_grouped():
@@ -73,7 +83,28 @@ def test_a_copy_is_split_along_its_axis():
     assert join(rule, [weight.T], MODEL, 1, 0, 2).tolist() == [[0.0], [1.0], [2.0]]
 
 
+@pytest.mark.parametrize("variant", hugging_face.VARIANTS)
+def test_the_names_of_weights_are_those_of_the_model_that_is_built(variant):
+    import transformers
+
+    family, options = hugging_face.VARIANTS[variant]
+    values = getattr(transformers, f"{family}Config")(**options).to_dict()
+    config = tiny_config(model={"init_std": 0.02, **fields_of_values(values)})
+    groups, _, chunks = build_tiny(config)
+    from megatron_rl.models.parameters import weight_views
+
+    found = {view.name for view in weight_views(chunks, groups)}
+    within = {
+        re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", name.split(".", 3)[3])
+        for name in found
+        if name.startswith("decoder.layers.")
+    }
+    named = layer_weights(config.model)
+    assert within == set(named) and len(named) == len(set(named))
+
+
 def test_every_part_of_a_family_is_named_once():
-    for family, rules in FAMILIES.items():
-        parts = [part for rule in rules.values() for part in rule.parts]
+    for family, row in FAMILIES.items():
+        rules = [*row.weights.values(), *row.layer_weights.values()]
+        parts = [part for rule in rules for part in rule.parts]
         assert len(parts) == len(set(parts)), family

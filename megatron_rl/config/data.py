@@ -1,0 +1,225 @@
+"""What follows from the section ``data``: the data sets of a split, with readers and columns."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Mapping
+
+from megatron_rl.catalogue.entry import SourceEntry
+from megatron_rl.catalogue.find import find, label_of
+from megatron_rl.catalogue.kinds import SOURCES
+from megatron_rl.catalogue.nearest import did_you_mean
+from megatron_rl.catalogue.read import read_settings
+from megatron_rl.catalogue.settings import Settings
+from megatron_rl.catalogue.sources import PACKED
+from megatron_rl.config.schema_data import DataConfig, DataPart
+from megatron_rl.errors import UserError, printable
+from megatron_rl.paths import as_written
+
+Split = Literal["train", "eval"]
+
+#: Begins the name of a dataset of the Hugging Face hub.
+HUB = "hf:"
+#: ``my_source.py:thing`` and ``my_package.my_module:thing``.
+_OWN = re.compile(r"(?:.+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
+#: Files by which a directory is known as one that a Hugging Face dataset was saved to.
+_SAVED, _SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
+#: The columns of a part that may differ from those of ``data``.
+_COLUMNS = ("prompt_key", "template", "system", "answer_key", "completion_key", "tools_key")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One thing that is read: a file, a dataset, a user's own source."""
+
+    row: SourceEntry
+    path: Path
+    settings: Settings | None
+
+
+@dataclass(frozen=True)
+class ChosenSource:
+    """One data set of a split."""
+
+    field: str  #: data.train, data.train.0
+    path: Path
+    pieces: tuple[Piece, ...]  #: in the order in which they are read
+    label: str  #: its name in metrics
+    weight: float
+    columns: DataConfig  #: ``data``, with the part's own columns
+
+    @property
+    def is_there(self) -> bool:
+        """Whether what it names exists, as far as a look can tell."""
+        return _is_name(self.path) or self.path.exists()
+
+
+def parts_of(data: DataConfig, split: Split) -> dict[str, DataPart]:
+    """The parts of a split by their fields; {}: it is not given."""
+    given: Path | tuple[DataPart, ...] | None = getattr(data, split)
+    if given is None:
+        return {}
+    if isinstance(given, Path):
+        return {f"data.{split}": DataPart(path=given)}
+    if not given:
+        raise UserError(f"data.{split} is an empty list; expected one data set or more; fill it")
+    return {f"data.{split}.{number}": part for number, part in enumerate(given)}
+
+
+def files_of(data: DataConfig) -> dict[str, Path]:
+    """Every file or directory that the splits name, by its field; datasets of the hub and sources
+    of a user's own are none.
+    """
+    parts = {**parts_of(data, "train"), **parts_of(data, "eval")}
+    return {field: part.path for field, part in parts.items() if not _is_name(part.path)}
+
+
+def chosen_sources(data: DataConfig, split: Split) -> tuple[ChosenSource, ...]:
+    """The data sets of a split; () where it is not given.
+
+    Raises:
+        UserError: an unknown format, a mistake in settings, a user's own source that is not found
+            or has another signature, a directory without data, two parts of one label, columns
+            that exclude each other.
+    """
+    parts = parts_of(data, split)
+    labels: list[str] = []
+    found = []
+    for field, part in parts.items():
+        label = part.label or _label(part.path)
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", label) or (part.label and label in labels):
+            raise UserError(
+                f"{field}.label is {printable(repr(label))}{' as another is' * (label in labels)}; "
+                "expected a name of its own, of lower-case letters, digits and underscores, for "
+                f"its metrics; set {field}.label"
+            )
+        number, plain = 2, label
+        while label in labels:
+            label, number = f"{plain}_{number}", number + 1
+        labels.append(label)
+        pieces = _pieces(field, part)
+        found.append(
+            ChosenSource(field, part.path, pieces, label, part.weight, _columns(field, part, data))
+        )
+    return tuple(found)
+
+
+def data_text(given: Path | tuple[DataPart, ...] | None) -> str:
+    """For people: ``data/train.jsonl``, or ``0.7 a.jsonl + 0.3 b.csv``, by their shares."""
+    if given is None or isinstance(given, Path):
+        return str(given)
+    whole = sum(part.weight for part in given)
+    return " + ".join(f"{part.weight / whole:.3g} {part.path}" for part in given)
+
+
+def row_of_file(path: Path) -> SourceEntry | None:
+    """The row that claims a file by its name; None: no row does."""
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return next((row for row in SOURCES.rows if name.endswith(row.endings or ("\0",))), None)
+
+
+def _is_name(path: Path) -> bool:
+    """Whether a path is the name of something that is no file here."""
+    text = str(path)
+    return not os.path.lexists(path) and (text.startswith(HUB) or _OWN.fullmatch(text) is not None)
+
+
+def _pieces(field: str, part: DataPart) -> tuple[Piece, ...]:
+    path, text = part.path, str(part.path)
+    if part.format is not None and part.format not in SOURCES.names:
+        raise UserError(
+            f"{field}.format is {printable(repr(part.format))}"
+            f"{did_you_mean(part.format, SOURCES.names)}; expected one of "
+            f"{', '.join(SOURCES.names)}"
+        )
+    if part.format is not None:
+        row = find(SOURCES, part.format)
+    elif _is_name(path) and text.startswith(HUB):
+        row = find(SOURCES, "hub")
+    elif _is_name(path):
+        place = field if field.count(".") == 1 else f"{field}.path"
+        source = find(SOURCES, as_written(text), place)  # as it is filled in once more
+        return (Piece(source, path, _settings(field, part, source)),)
+    elif os.path.isdir(path):
+        row = _row_of_directory(field, path)
+    else:
+        row = row_of_file(path) or find(SOURCES, "jsonl")
+    if not os.path.isdir(path) or not (row is None or row.endings):
+        return (Piece(row, path, _settings(field, part, row)),)
+    return _files_in(field, part, row)
+
+
+def _row_of_directory(field: str, path: Path) -> SourceEntry | None:
+    """The row of a directory that is one dataset; None: it holds files."""
+    splits = path / _SAVED_SPLITS
+    if os.path.exists(splits):
+        names = sorted(child.name for child in path.iterdir() if child.is_dir())
+        raise UserError(
+            f"{field}: {path} holds the splits {printable(', '.join(names))} of a saved dataset; "
+            f"expected one; name it: {path / (names or ['train'])[0]}"
+        )
+    if all(os.path.exists(path / name) for name in _SAVED):
+        return find(SOURCES, "saved")
+    return None
+
+
+def _files_in(field: str, part: DataPart, row: SourceEntry | None) -> tuple[Piece, ...]:
+    """The files of a directory by name; of those below it, and of others, none."""
+    try:
+        files = sorted(child for child in part.path.iterdir() if not child.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"{field}: {part.path} cannot be read ({error.strerror}); expected a directory of "
+            "data files; correct its rights"
+        ) from error
+    rows = [(file, row_of_file(file)) for file in files if file.is_file()]
+    rows = [(file, of) for file, of in rows if of is not None and row in (None, of)]
+    if not rows:
+        endings = [end for of in SOURCES.rows if row in (None, of) for end in of.endings]
+        raise UserError(
+            f"{field}: {part.path} is a directory without data files; expected files called "
+            f"*{', *'.join(endings)} in it; correct the path, or name the files one by one"
+        )
+    if part.settings and len({of.name for _, of in rows}) > 1:
+        raise UserError(
+            f"{field}.settings is given for {part.path}, which holds files of several formats; "
+            f"expected {field}.format beside it: set it"
+        )
+    return tuple(Piece(of, file, _settings(field, part, of)) for file, of in rows)
+
+
+def _settings(field: str, part: DataPart, row: SourceEntry) -> Settings | None:
+    of = f"the data source {row.name}"
+    return read_settings(f"{field}.settings", of, row.settings, part.settings)
+
+
+def _columns(field: str, part: DataPart, data: DataConfig) -> DataConfig:
+    """``data`` with the part's own columns; its own prompt_key goes before the template of all."""
+    if part.template is not None and part.prompt_key is not None:
+        raise UserError(
+            f"{field} has a template and a prompt_key; expected one of them: where the prompt is, "
+            "or how it is made; leave one out"
+        )
+    own: Mapping[str, Any] = {
+        name: value for name in _COLUMNS if (value := getattr(part, name)) is not None
+    }
+    if part.prompt_key is not None:
+        own = {**own, "template": None}
+    return data.model_copy(update=own) if own else data
+
+
+def _label(path: Path) -> str:
+    """A name for metrics from that of a path."""
+    text = str(path)
+    if _is_name(path):
+        name = text.removeprefix(HUB).partition("@")[0] if text.startswith(HUB) else label_of(text)
+    else:
+        name = path.name
+    name = name.rpartition("/")[2].partition(".")[0].lower()
+    name = re.sub(r"[^a-z0-9]+", "_", name).strip("_")
+    return name if name[:1].isalpha() else f"data_{name}".rstrip("_")

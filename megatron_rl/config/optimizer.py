@@ -1,0 +1,94 @@
+"""What follows from the section ``optimizer``: the optimizer with its settings, and its rules."""
+
+from __future__ import annotations
+
+from megatron_rl.catalogue.entry import OptimizerEntry, load
+from megatron_rl.catalogue.find import find, label_of
+from megatron_rl.catalogue.kinds import OPTIMIZERS
+from megatron_rl.catalogue.read import read_settings
+from megatron_rl.catalogue.settings import Settings
+from megatron_rl.config.schema import Config, OptimizerConfig
+from megatron_rl.errors import UserError
+
+#: Keys of the section that are settings of some optimizers.
+_SETTINGS = ("beta1", "beta2", "epsilon")
+
+
+def optimizer_of(optimizer: OptimizerConfig) -> OptimizerEntry:
+    """The optimizer. UserError: there is none of that name."""
+    return find(OPTIMIZERS, optimizer.name)
+
+
+def optimizer_settings(optimizer: OptimizerConfig) -> Settings | None:
+    """Its settings, of which ``optimizer.beta1``, ``beta2`` and ``epsilon`` set those of the same
+    name. UserError: a mistake in them, or it has none of that name.
+    """
+    row = optimizer_of(optimizer)
+    names = () if row.settings is None else row.settings.model_fields
+    given = dict(optimizer.settings)
+    for name in _SETTINGS:
+        value = getattr(optimizer, name)
+        if value == OptimizerConfig.model_fields[name].default:
+            continue
+        if name not in names:
+            raise UserError(
+                f"optimizer.{name} is {value:g} with the optimizer {optimizer.name}, which has no "
+                f"such setting; expected the default; remove optimizer.{name}"
+            )
+        if name in given and given[name] != value:
+            raise UserError(
+                f"optimizer.{name} is {value:g} and optimizer.settings.{name} is {given[name]}; "
+                "expected one of them; remove one"
+            )
+        given[name] = value
+    return read_settings(
+        "optimizer.settings", f"the optimizer {optimizer.name}", row.settings, given
+    )
+
+
+def optimizer_text(optimizer: OptimizerConfig) -> str:
+    """For people: ``muon, momentum 0.9``."""
+    settings = [f"{name} {value}" for name, value in optimizer.settings.items()]
+    return ", ".join([label_of(optimizer.name), *settings])
+
+
+def optimizer_is_known(config: Config) -> None:
+    """``optimizer.name`` is an optimizer, and ``optimizer.settings`` are settings of it."""
+    optimizer_settings(config.optimizer)
+
+
+def optimizer_fits_the_layout(config: Config) -> None:
+    """Some optimizers need whole weights on every rank, and most whole state."""
+    row, parallel = optimizer_of(config.optimizer), config.parallel
+    if parallel.distributed_optimizer and not row.of_megatron:
+        able = ", ".join(one.name for one in OPTIMIZERS.rows if one.of_megatron)
+        raise UserError(
+            f"parallel.distributed_optimizer is true with the optimizer {row.name}, whose state "
+            f"cannot be cut into shards; expected one that can ({able}); set it to false, or take "
+            "another optimizer"
+        )
+    split = [
+        f"parallel.{name} {size}"
+        for name in ("tensor", "expert", "expert_tensor")
+        if (size := getattr(parallel, name)) > 1
+    ]
+    if split and not row.split_weights:
+        raise UserError(
+            f"{split[0]} with the optimizer {row.name}, which needs all of a weight on a rank; "
+            "expected 1, or an optimizer declared with split_weights=True; take pipeline, context "
+            "or data parallelism, or another optimizer"
+        )
+
+
+def own_optimizer_works(config: Config) -> None:
+    """A user's own optimizer steps, heeds the learning rate and can be continued from its state, on
+    small weights that are made for it.
+    """
+    row = optimizer_of(config.optimizer)
+    if row.own is not None:
+        load("megatron_rl.optimizers.trial:check_optimizer")(
+            row, optimizer_settings(config.optimizer)
+        )
+
+
+OPTIMIZER_RULES = (optimizer_is_known, optimizer_fits_the_layout, own_optimizer_works)

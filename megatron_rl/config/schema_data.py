@@ -1,0 +1,93 @@
+"""The section ``data``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_rl.config.section import Section
+
+
+class TokenizerConfig(Section):
+    """The tokenizer."""
+
+    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """sentencepiece: a .model file; huggingface: a directory, or a tokenizer.json."""
+    path: Path | None = None
+    """The file or directory."""
+    trust_remote_code: bool = False
+    """huggingface: execute the Python code that a directory's tokenizer brings along; false: a
+    tokenizer that needs code of its own is refused."""
+
+
+class DataPart(Section):
+    """One data set of several; keys that are null are those of ``data``."""
+
+    path: Path
+    """A file, a directory, hf:ORGANISATION/NAME, or a source of your own: see ``data.train``."""
+    format: str | None = None
+    """How its files are read: a name of `megatron-rl list sources`; null: by their names."""
+    settings: dict[str, Any] = {}
+    """Settings of the format, or of your own source, that differ from its defaults."""
+    weight: float = Field(1.0, gt=0.0)
+    """Its share of the problems that are drawn, against the weights of the other parts."""
+    label: str | None = None
+    """Its name in metrics, data/LABEL (reward) and share/LABEL; null: from the path."""
+    prompt_key: str | None = None
+    """Column of the prompt."""
+    template: str | None = None
+    """Text of the prompt, with columns in braces."""
+    system: str | None = None
+    """Message of the system before the prompt."""
+    answer_key: str | None = None
+    """Column of what the verifier compares with."""
+    completion_key: str | None = None
+    """Column of the reference answer (supervised fine-tuning)."""
+    tools_key: str | None = None
+    """Column of the tools that the chat template is told of."""
+
+
+class DataConfig(Section):
+    """Prompts and the packing of sequences."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    train: Path | tuple[DataPart, ...] | None = None
+    """Training problems: a file (JSONL, CSV or TSV, also .gz and .zst; Parquet), a directory of
+    these, a Hugging Face dataset (saved on disk, or hf:ORGANISATION/NAME@REVISION/SPLIT), a source
+    of your own, ./my_source.py:my_source; or a list of these with weights and columns."""
+    eval: Path | tuple[DataPart, ...] | None = None
+    """Held-out problems, named as those of train; of a list all are taken, whatever their weights;
+    null: no evaluation."""
+    prompt_key: str = "prompt"
+    """Column of the prompt: a string, or a list of chat messages. A key within a key: a.b."""
+    template: str | None = None
+    """Text of the prompt in place of prompt_key, with columns in braces: "Problem: {question}";
+    double braces are braces."""
+    system: str | None = None
+    """Message of the system, put before prompts that have none; text becomes the user's message."""
+    answer_key: str | None = None
+    """Column that the verifier is given as ``answer``; null: the column of that name."""
+    chat: Literal["auto", "template", "plain", "rendered"] = "auto"
+    """auto: chat messages by the tokenizer's template, text as it stands; template: text too, as
+    one message of the user; plain: text alone, chats are refused; rendered: text in which the
+    template's control tokens stand already, nothing is added. In the others they are text."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """More variables of the chat template, such as enable_thinking."""
+    tools_key: str | None = None
+    """Column of the tools that the chat template is told of, a list of JSON schemas; null: none."""
+    last_turn: Literal["refuse", "reference"] = "refuse"
+    """Chats whose last message is the assistant's. reference: it is kept out of the prompt and
+    stands for a completion (sft) or ``answer`` (train, evaluate) that the record lacks."""
+    overlong: Literal["refuse", "skip"] = "refuse"
+    """Lines that are too long for model.max_sequence_length; skip: leave them out, counted."""
+    completion_key: str = "completion"
+    """Column of the reference answer (supervised fine-tuning)."""
+    shuffle: bool = True
+    """Draw the problems of each epoch in a seeded random order."""
+    pack_tokens: int = Field(4096, ge=8)
+    """Most tokens of a pack (micro-batch); no sequence may be longer."""
+    pack_multiple: int = Field(64, ge=1)
+    """Packs are as short as the batch allows, rounded up to this many tokens."""

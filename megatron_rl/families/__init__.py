@@ -1,0 +1,20 @@
+"""Hugging Face families, one file each: what is read of config.json, what is written, and which of
+its tensors each weight is made of. To ship one: a file here, named after its model_type, with a
+`FAMILY`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from megatron_rl.families.common.family import Family
+
+
+def _found() -> tuple[Family, ...]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in names)
+
+
+#: In the order of their names: a model that several describe is written as the first.
+FAMILIES: tuple[Family, ...] = _found()

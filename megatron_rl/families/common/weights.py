@@ -1,0 +1,62 @@
+"""Pieces of weight rules that families share: our name of a weight -> its parts, in a layer."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from megatron_rl.families.common.family import Rule
+
+SWIGLU = ("gate_proj", "up_proj", "down_proj")
+
+
+def copies(**names: str) -> dict[str, Rule]:
+    """Weights of the attention that are one tensor: our name of the layer -> theirs."""
+    return {
+        f"self_attention.{ours}.weight": Rule("copy", (f"self_attn.{theirs}.weight",))
+        for ours, theirs in names.items()
+    }
+
+
+def qkv(parameter: str = "weight") -> dict[str, Rule]:
+    """Queries, keys and values; ``parameter`` bias: their biases."""
+    parts = tuple(f"self_attn.{x}_proj.{parameter}" for x in "qkv")
+    return {f"self_attention.linear_qkv.{parameter}": Rule("qkv", parts)}
+
+
+def mlp(ours: str = "mlp", theirs: str = "mlp", names: Sequence[str] = SWIGLU) -> dict[str, Rule]:
+    """A SwiGLU MLP, two matrices of ours, three of theirs: ``names`` of gate, up and down."""
+    gate, up, down = (f"{theirs}.{name}.weight" for name in names)
+    return {
+        f"{ours}.linear_fc1.weight": Rule("gate_up", (gate, up)),
+        f"{ours}.linear_fc2.weight": Rule("copy", (down,)),
+    }
+
+
+def experts(block: str = "mlp", names: Sequence[str] = SWIGLU) -> dict[str, Rule]:
+    """A router and its experts, below ``block``.
+
+    transformers 5 holds the experts of a layer in one tensor, and may store them so: below ``mlp``
+    whatever the block is, and the router with them.
+    """
+    gate, up, down = (f"{block}.experts.{{expert}}.{name}.weight" for name in names)
+    blocks = dict.fromkeys(("mlp", block))
+    renamed = tuple(f"{one}.gate.weight" for one in blocks if one != block)
+    return {
+        "mlp.router.weight": Rule("copy", (f"{block}.gate.weight",), renamed),
+        "mlp.experts.{expert}.linear_fc1.weight": Rule(
+            "gate_up", (gate, up), tuple(f"{one}.experts.gate_up_proj" for one in blocks)
+        ),
+        "mlp.experts.{expert}.linear_fc2.weight": Rule(
+            "copy", (down,), tuple(f"{one}.experts.down_proj" for one in blocks)
+        ),
+    }
+
+
+NORMS = {
+    "input_layernorm.weight": Rule("copy", ("input_layernorm.weight",)),
+    "pre_mlp_layernorm.weight": Rule("copy", ("post_attention_layernorm.weight",)),
+}
+OUTPUT = copies(linear_proj="o_proj")
+QK_NORM = copies(q_layernorm="q_norm", k_layernorm="k_norm")
+#: A dense layer of grouped-query attention, without norms of queries and keys.
+DENSE = {**NORMS, **OUTPUT, **qkv(), **mlp()}

@@ -1,0 +1,82 @@
+"""The matrices of a transformer, whole and apart, as an optimizer of matrices wants them.
+
+A parameter of the model is a slice of a matrix under tensor parallelism, a stack of matrices where
+it holds experts, and several matrices in one where query, key and value, or gate and up, are fused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Sequence
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron_rl.models.parameters import ParameterView
+
+_HIDDEN = re.compile(r"decoder\.layers\.\d+\..*\.(weight|gate_weight)")
+#: Weights that give a score per expert, or one in all: no maps from one hidden space to another.
+_SCORES = re.compile(r".*\.(router\.weight|shared_experts\.gate_weight)")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of a layer, of which this rank may hold a slice: rows are outputs.
+
+    ``split`` and ``join`` are inverse; between them are matrices as Hugging Face stores them: q, k
+    and v apart, gate and up apart, each expert by itself.
+    """
+
+    view: ParameterView
+    #: rows of query, key and value of a query group, where the matrix is all three; None: it is not
+    qkv: tuple[int, int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the whole model: decoder.layers.3.mlp.experts.5.linear_fc1.weight."""
+        return self.view.name
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is of a router, or of the gate of a shared expert."""
+        return _SCORES.fullmatch(self.name) is not None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This matrix's (slice's) place in a tensor shaped like the parameter; no copy."""
+        return self.view.of(tensor)
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The whole matrices [m, n] of a tensor shaped like the parameter (gradient, momentum).
+
+        A collective over the ranks that hold slices of it.
+        """
+        whole = self.view.gather(self.view.of(tensor))
+        if self.qkv is not None:
+            by_group = whole.unflatten(0, (-1, sum(self.qkv)))
+            return [part.flatten(0, 1) for part in by_group.split(self.qkv, dim=1)]
+        return list(whole.chunk(2)) if self.view.gated else [whole]
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The slice of this rank, shaped as ``of`` gives it, of whole matrices."""
+        if self.qkv is not None:
+            groups = len(parts[1]) // self.qkv[1]
+            whole = torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+        else:
+            whole = torch.cat(list(parts))
+        return self.view.slice_of(whole)
+
+
+def matrices_of(views: Sequence[ParameterView], qkv: tuple[int, int, int]) -> tuple[Matrix, ...]:
+    """The matrices in one parameter; () where it is none: a norm, a bias, the embedding, the output
+    layer.
+
+    Args:
+        views: of the parameter.
+        qkv: see `Matrix`; of the model's layers without latent attention.
+    """
+    return tuple(
+        Matrix(view, qkv if view.name.endswith(".linear_qkv.weight") else None)
+        for view in views
+        if view.of(view.parameter).dim() == 2 and _HIDDEN.fullmatch(view.name)
+    )
