@@ -92,6 +92,19 @@ def test_metrics_and_sample_lines_count_what_the_policy_wrote():
     assert (second["completion"], second["tokens"]) == ("c", 1)
 
 
+def test_generate_writes_what_the_policy_wrote():
+    from tests.support.tiny import cpu_device
+
+    cpu_device()
+    from megatron_rl.training.answers import rows_of
+
+    two = join_turns(
+        [answer([5, 6], [-1, -2], "a"), answer([7], [-3], "b")], [[8] * 9], ["a", "t", "b"]
+    )
+    (row,) = rows_of(scored(two).group)
+    assert (row["completion"], row["tokens"], row["logprob"]) == ("atb", 3, -6.0)
+
+
 #: Every fifth token ends an answer, so that most do.
 STOPS = tuple(range(0, 64, 5))
 
