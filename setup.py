@@ -30,7 +30,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl": ["**/README.md"]},
+    package_data={"megatron_rl": ["**/README.md", "py.typed"]},
     install_requires=[
         "torch>=2.9",  # grouped_mm on any device
         "megatron-core>=0.16.1,<0.20",
@@ -61,6 +61,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            *("mypy>=2", "types-psutil", "types-PyYAML"),
             "trl>=0.20",
             "pyarrow>=15",
             "datasets>=4",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything from nothing: environment, ruff, pytest.
+# Check everything from nothing: environment, ruff, mypy, pytest.
 #
 #   bash tests/run.sh [--python X] [--slow | --conversion | --fuzz | --servers] [pytest arguments]
 #   bash tests/run.sh --gpu [--python X] [pytest arguments]
@@ -59,6 +59,8 @@ bash tools/setup_venv.sh "$venv" test
 # One thread a process: the distributed tests start several, and more threads than cores only wait.
 export OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check --quiet .
+"$venv/bin/mypy" # the package, as pyproject.toml says; seconds after the first time, from .mypy_cache
 # Tests side by side, a worker for each core (-n 0: one after the other, in this process); not those that start vLLM.
 workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which takes them for the number of cores
 [ "$workers" -le 8 ] || workers=8

@@ -46,6 +46,7 @@ def log_shift(inputs: LossInputs) -> torch.Tensor:
 
 def positive_shift(inputs: LossInputs) -> torch.Tensor:
     """gamma~_t, [T], detached; 1 outside the mask, never below the smallest normal number."""
+    assert inputs.router_shift is not None, "asked for by a mode that has it"
     gamma = at_least_float32(inputs.router_shift.detach())
     gamma = torch.where(inputs.mask.bool(), gamma, 1.0)
     return gamma.clamp(min=torch.finfo(gamma.dtype).tiny)

@@ -74,7 +74,7 @@ def add_regularisers(
 
 def _terms(inputs: LossInputs, segments: Segments, settings: Regularisers) -> torch.Tensor:
     """kl_coef sum_t kl_t - entropy_coef sum_t H_t, 0-d."""
-    total = 0.0
+    total = inputs.logprobs.new_zeros(())
     if settings.kl_coef:
         total = total + settings.kl_coef * _kl_sum(inputs, segments, settings.kl_estimator)[0]
     if settings.entropy_coef:

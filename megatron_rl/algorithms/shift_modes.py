@@ -34,7 +34,7 @@ def mean_weights(inputs: LossInputs) -> torch.Tensor | None:
 
 def clip_bounds(
     centre: float, low: float, high: float, scale: torch.Tensor | None
-) -> tuple[Bound, Bound]:
+) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
     """(centre - low * scale, centre + high * scale), of the shape of ``scale``; floats without one.
 
     Worked out in float64 and rounded once, so that a scale of 1 gives the bounds of None.

@@ -106,16 +106,16 @@ def _import_file(place: str, path: Path) -> ModuleType:
             f"{place}, and {path} is no file; expected a Python file, relative to the working "
             "directory; correct the path"
         )
-    spec = importlib.util.spec_from_loader(
-        name, importlib.machinery.SourceFileLoader(name, str(path))
-    )
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None, "a file loader has a spec"
     module = importlib.util.module_from_spec(spec)
     _look_also_in(str(path.parent))
     sys.modules[name] = module  # first: dataclasses and pydantic look their module up
     complete = False
     try:
         with blame(f"{place}: importing {path.name}", "correct the file"):
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         complete = True
     finally:
         if not complete:
@@ -172,7 +172,7 @@ def _of_instance(kind: Kind[Row], thing: Any, place: str) -> Row:
     return kind.row.of(thing)
 
 
-def _check_signature(kind: Kind, row: Entry, place: str) -> None:
+def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:
     """The thing can be called with what a run gives it, and so can what it makes."""
     settings = () if row.settings is None else ("settings",)
     calls = {label_of(row.name): (row.own, (*kind.arguments, *settings))}
@@ -182,10 +182,10 @@ def _check_signature(kind: Kind, row: Entry, place: str) -> None:
         a_noun = f"{'an' if kind.noun[0] in 'aeiou' else 'a'} {kind.noun}"
         calls = {label_of(row.name): (row.own, made_of)}
         for method in methods:
-            name, bracket, arguments = method.rstrip(")").partition("(")
+            name, bracket, listed = method.rstrip(")").partition("(")
             found = _method(row.own, name, place, f"{a_noun}, with {', '.join(methods)}")
             if bracket:
-                calls[name] = (found, ("self", *arguments.replace(",", " ").split()))
+                calls[name] = (found, ("self", *listed.replace(",", " ").split()))
     for name, (function, arguments) in calls.items():
         try:
             signature = inspect.signature(function)

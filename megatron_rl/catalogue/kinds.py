@@ -152,7 +152,7 @@ ENVIRONMENTS = Kind(
 )
 
 #: By the word that `megatron-rl list` takes.
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind[Any]] = {
     "losses": LOSSES,
     "advantages": ADVANTAGES,
     "corrections": CORRECTIONS,

@@ -21,7 +21,7 @@ from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import Kind
 
 
-def listed(kind: Kind, names: Sequence[str] = ()) -> list[str]:
+def listed(kind: Kind[Any], names: Sequence[str] = ()) -> list[str]:
     """Lines: each row with its traits and its settings, with their defaults and meanings.
 
     Args:

@@ -55,7 +55,7 @@ def _mistake(field: str, of: str, settings: type[Settings], error: ValidationErr
     if len(first["loc"]) != 1:  # inside a list or a mapping
         message = " ".join(first["msg"].split())
         return f"{place} is {_cut(first['input'])}; {of} says: {message}"
-    expected = expectation(settings.model_fields[first["loc"][0]])
+    expected = expectation(settings.model_fields[str(first["loc"][0])])
     if first["type"] == "missing":
         return f"{place} is not given; {of} expects {expected}; set it"
     value = first["input"]

@@ -51,7 +51,8 @@ def newest_first(root: Path) -> list[Path]:
         named = read_bounded(root / LATEST, 100).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):  # it only saves a look at the names
         named = ""
-    last = complete.get(step_named(named))
+    step = step_named(named)
+    last = None if step is None else complete.get(step)
     others = [path for path in reversed(complete.values()) if path != last]
     return others if last is None else [last, *others]
 

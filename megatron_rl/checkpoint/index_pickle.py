@@ -53,7 +53,7 @@ class Refused(Exception):
     """The pickle is none of an index; it says why on one line."""
 
 
-class Size(tuple):
+class Size(tuple[Any, ...]):
     """A torch.Size: numbers from 0."""
 
 
@@ -153,6 +153,13 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
 
 class _Unpickler(pickle._Unpickler):
     """Knows the steps of ``_STEPS`` alone."""
+
+    # What the base class has and typeshed leaves out.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    _unframer: Any
 
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)

@@ -73,7 +73,7 @@ def load_checkpoint(
         sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=True)
     loaded = read_shards(sharded, path / SHARDS)
     _fill(chunks, loaded["model"])
-    if optimizer is not None:
+    if optimizer is not None and manifest.optimizer_step is not None:
         restore_optimizer(optimizer, loaded["optimizer"], manifest.optimizer_step)
     if manifest.layout == as_json(layout):
         load_random_state(random_file(path, groups.world.rank()))

@@ -43,7 +43,7 @@ def _inside(name: str) -> str:
     return name
 
 
-def _size_and_digest(entry: list) -> list:
+def _size_and_digest(entry: list[Any]) -> list[Any]:
     size, digest = entry
     if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", str(digest)):
         raise ValueError("bytes and SHA-256 are expected")
@@ -66,14 +66,14 @@ class Manifest:
     #: path within the checkpoint -> [bytes, SHA-256]
     files: dict[
         Annotated[str, AfterValidator(_inside)],
-        Annotated[list, Field(min_length=2, max_length=2), AfterValidator(_size_and_digest)],
+        Annotated[list[Any], Field(min_length=2, max_length=2), AfterValidator(_size_and_digest)],
     ]
     versions: dict[str, str]  #: torch and megatron-core that wrote it
     score: float | None = None  #: of an evaluation of this step, higher is better; None: not known
     format: int = FORMAT
 
 
-def fingerprint(path: Path) -> list:
+def fingerprint(path: Path) -> list[Any]:
     """[bytes, SHA-256] of a file, after making sure that it is on the disk."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
@@ -84,7 +84,7 @@ def fingerprint(path: Path) -> list:
     return [size, digest.hexdigest()]
 
 
-def fingerprints(directory: Path, files: Iterable[Path]) -> dict[str, list]:
+def fingerprints(directory: Path, files: Iterable[Path]) -> dict[str, list[Any]]:
     """The fingerprints of some files of a checkpoint, by their path within it."""
     return {file.relative_to(directory).as_posix(): fingerprint(file) for file in files}
 

@@ -24,7 +24,7 @@ off). This module can go when all four are mended.
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from typing import Any, Iterator, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -40,7 +40,7 @@ from megatron_rl.optimizers.members import main_parameters, members
 
 PREFIX = "optimizer.state"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Shard = ShardedTensor | ShardedTensorFactory
+Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def optimizer_shards(

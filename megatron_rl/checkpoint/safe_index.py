@@ -89,7 +89,7 @@ def _sizes(directory: Path) -> dict[str, int]:
 def _checked(index: Any, files: dict[str, int]) -> list[dict[str, Any]]:
     """Checks what an index says; where its objects that are no tensors are stored."""
     entries = _field(index, "Metadata", "state_dict_metadata", dict)
-    shards: dict[tuple[str, tuple | None], dict[str, Any]] = {}
+    shards: dict[tuple[str, tuple[Any, ...] | None], dict[str, Any]] = {}
     objects = []
     for key, stored in _field(index, "Metadata", "storage_data", dict).items():
         name = _field(key, "MetadataIndex", "fqn", str)
@@ -118,7 +118,7 @@ def _stored(stored: Any, files: dict[str, int]) -> dict[str, Any]:
     return stored.fields
 
 
-def _check_tensor(name: str, entry: Any, shards: dict, most_bytes: int) -> None:
+def _check_tensor(name: str, entry: Any, shards: dict[Any, Any], most_bytes: int) -> None:
     """Its chunks are stored and within it, and it is no larger than what is stored at all."""
     size = _field(entry, "TensorStorageMetadata", "size", Size)
     properties = _field(entry, "TensorStorageMetadata", "properties", Record)
@@ -133,6 +133,7 @@ def _check_tensor(name: str, entry: Any, shards: dict, most_bytes: int) -> None:
         _expect(inside, f"a chunk within {name}", begin)
         stored = shards.get((name, begin))
         _expect(stored is not None, f"where the chunk of {name} is stored", begin)
+        assert stored is not None
         _expect(math.prod(sizes) * width <= stored["length"], f"a chunk of {name}", sizes)
 
 

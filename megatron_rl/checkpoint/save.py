@@ -20,6 +20,7 @@ from typing import Any, Iterator, Sequence
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
 
 from megatron_rl.checkpoint.background import BackgroundWriter
@@ -28,7 +29,7 @@ from megatron_rl.checkpoint.identity import as_json
 from megatron_rl.checkpoint.manifest import STATE, Manifest, fingerprints, write_manifest
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, optimizer_step
 from megatron_rl.checkpoint.random_state import RANDOM, random_file, save_random_state
-from megatron_rl.checkpoint.together import together
+from megatron_rl.checkpoint.together import by_first, together
 from megatron_rl.checkpoint.torch_dist import shard_files, take_shards
 from megatron_rl.parallel.groups import Groups
 
@@ -78,7 +79,7 @@ def save_checkpoint(
     """
     world, is_first = groups.world, groups.world.rank() == 0
     state, architecture, layout = as_json(state), as_json(architecture), as_json(layout)
-    partial = together(world, lambda: _begin(root, step) if is_first else None)[0]
+    partial = by_first(world, lambda: _begin(root, step))
 
     def write_and_publish(group: ProcessGroup) -> None:
         with _nothing_half_done(partial, is_first):
@@ -122,7 +123,7 @@ def _nothing_half_done(partial: Path, is_first: bool) -> Iterator[None]:
         raise
 
 
-def model_shards(chunks: Sequence[torch.nn.Module], groups: Groups) -> dict[str, Any]:
+def model_shards(chunks: Sequence[MegatronModule], groups: Groups) -> dict[str, Any]:
     """The chunks' tensors as shards of the whole model's; keys do not depend on the layout.
 
     The "extra state" of layers is left out: it is empty but for Transformer Engine's FP8, which

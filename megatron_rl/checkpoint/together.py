@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -26,7 +26,8 @@ def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
     Raises:
         UserError, RunFailed, Stopped, OSError: the first one that any rank met, on all ranks.
     """
-    failure, result = None, None
+    failure: UserError | RunFailed | Stopped | OSError | None = None
+    result: Any = None  # of a rank that failed; its outcome is not looked at
     try:
         result = action()
     except _SHARED as error:
@@ -35,7 +36,7 @@ def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
         if failure is not None:
             raise failure
         return [result]
-    outcomes: list = [None] * group.size()
+    outcomes: list[Any] = [None] * group.size()
     message = None if failure is None else (type(failure), str(failure))
     dist.all_gather_object(outcomes, (message, result), group=group)
     for rank, (other, _) in enumerate(outcomes):
@@ -46,3 +47,12 @@ def together(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
         kind, text = other
         raise OSError(f"rank {rank}: {text}") if issubclass(kind, OSError) else kind(text)
     return [value for _, value in outcomes]
+
+
+def by_first(group: ProcessGroup, action: Callable[[], Result]) -> Result:
+    """Run ``action`` on the group's first rank alone; its result, on all ranks. A collective, which
+    raises as `together` does.
+    """
+    is_first = group.rank() == 0
+    results: list[Any] = together(group, lambda: action() if is_first else None)
+    return results[0]

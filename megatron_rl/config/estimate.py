@@ -65,12 +65,12 @@ def attention_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def _latent_attention_parameters(model: ModelConfig) -> tuple[int, int]:
-    hidden, queries, compressed = model.hidden_size, model.q_lora_rank, model.kv_lora_rank
+    hidden, queries, compressed = model.hidden_size, model.q_lora_rank, model.kv_lora_rank or 0
+    rotated, of_values = model.qk_rope_head_dim or 0, model.v_head_dim or 0
     heads, _, width = heads_of(model)
-    unrotated = width - model.qk_rope_head_dim
     split = (queries or hidden) * heads * width
-    split += compressed * heads * (unrotated + model.v_head_dim) + heads * model.v_head_dim * hidden
-    whole = 2 * hidden + hidden * (compressed + model.qk_rope_head_dim) + compressed
+    split += compressed * heads * (width - rotated + of_values) + heads * of_values * hidden
+    whole = 2 * hidden + hidden * (compressed + rotated) + compressed
     return split, whole + (hidden * queries + queries if queries else 0)
 
 
@@ -240,9 +240,9 @@ def _layer_elements(config: Config, is_moe: bool) -> int:
     heads, groups, width = heads_of(model)
     elements, of_values = 4 * model.hidden_size + 2 * (heads + groups) * width, width
     if model.kv_lora_rank:
-        of_values = model.v_head_dim
+        of_values = model.v_head_dim or 0
         elements -= 2 * heads * (width - of_values)
-        elements += (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
+        elements += (model.q_lora_rank or 0) + model.kv_lora_rank + (model.qk_rope_head_dim or 0)
     if config.parallel.recompute == "selective":
         elements -= heads * of_values
     if not is_moe:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Mapping, get_args, get_origin
+from typing import Any, Iterator, Mapping, TypeGuard, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from megatron_rl.catalogue.describe import alternatives
-from megatron_rl.config.schema import Config, Section
+from megatron_rl.config.schema import Config
+from megatron_rl.config.section import Section
 
 
 def leaf_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:
@@ -34,7 +35,7 @@ def leaf_values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield key, value
 
 
-def is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     """Whether a field of this type is a section of the tree."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 

@@ -99,8 +99,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise BadJson(f"the key {ascii(twice[:40])} twice in an object")
+        for key, _ in pairs:
+            if key in seen:
+                raise BadJson(f"the key {ascii(key[:40])} twice in an object")
+            seen.add(key)
     return found
 
 

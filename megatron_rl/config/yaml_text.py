@@ -199,7 +199,8 @@ def _parse_file(text: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{file}: found a {node.id} at the top; expected `section: ...` lines")
+            kind = node.id  # type: ignore[attr-defined]  # the stubs give it to the subclasses only
+            raise UserError(f"{file}: found a {kind} at the top; expected `section: ...` lines")
         lines: dict[str, str] = {}
         _record_lines(node, "", file, lines)
         _check_keys(node, set())  # of mappings in lists

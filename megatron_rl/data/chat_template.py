@@ -197,7 +197,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _replaced(value: Any, pattern: re.Pattern[str], replace: Callable[[re.Match], str]) -> Any:
+def _replaced(value: Any, pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str]) -> Any:
     """A copy with every text that the pattern finds replaced."""
     if isinstance(value, str):
         return pattern.sub(replace, value)

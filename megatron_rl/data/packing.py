@@ -182,8 +182,9 @@ def _build_routes(
     start = 0
     for sample in samples:
         routed, length = sample.routed_experts, len(sample.tokens)
+        assert routed is not None, "all samples of a pack with routes have them"
         columns = [routed.layers.index(layer) for layer in routing.layers]
-        sure = _known(sample)
+        sure = _known(routed, length)
         ids[start : start + length][sure] = routed.ids[:, columns][sure[: len(routed.ids)]]
         if length > 1 and sure[-2] and not sure[-1]:
             ids[start + length - 1] = ids[start + length - 2]
@@ -193,9 +194,9 @@ def _build_routes(
     return RoutedExperts(ids, routing.layers, None if known.all() else known)
 
 
-def _known(sample: Sample) -> np.ndarray:
-    """Of which tokens of a sequence the sampler says the experts, bool [M]."""
-    routed, known = sample.routed_experts, np.zeros(len(sample.tokens), dtype=bool)
+def _known(routed: RoutedExperts, length: int) -> np.ndarray:
+    """Of which tokens of a sequence of ``length`` the sampler says the experts, bool [length]."""
+    known = np.zeros(length, dtype=bool)
     known[: len(routed.ids)] = True if routed.known is None else routed.known
     return known
 
@@ -248,7 +249,9 @@ def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
             f"sample {index}: the known experts are {routed.known.dtype} of shape "
             f"{routed.known.shape}; expected bool of {len(routed.ids)} tokens"
         )
-    ordered = np.sort(routed.ids[_known(sample)[: len(routed.ids)]], axis=-1).astype(np.int64)
+    ordered = np.sort(routed.ids[_known(routed, length)[: len(routed.ids)]], axis=-1).astype(
+        np.int64
+    )
     if ordered.size and (ordered.min() < 0 or ordered.max() >= routing.num_experts):
         raise ValueError(
             f"sample {index}: the sampler's experts are {ordered.min()} to {ordered.max()}; "
@@ -258,6 +261,7 @@ def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
         raise ValueError(f"sample {index}: the sampler sent a token to one expert twice")
 
 
-def id_type(num_experts: int) -> np.dtype:
+def id_type(num_experts: int) -> type[np.integer]:
     """The smallest integer type that holds the ids 0..num_experts-1, as NumPy names it."""
-    return {1: np.uint8, 2: np.int16, 4: np.int32}[expert_id_bytes(num_experts)]
+    types: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int16, 4: np.int32}
+    return types[expert_id_bytes(num_experts)]

@@ -5,7 +5,7 @@ their tokens.
 from __future__ import annotations
 
 import textwrap
-from typing import Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def preview(
                 yield from _example(item, place, tokenizer, max_new_tokens)
 
 
-def lengths_text(data: DataSet) -> str:
+def lengths_text(data: DataSet[Any]) -> str:
     """``24 problems, prompts of 9 to 14 tokens (50%: 11, 90%: 13, 99%: 14)``, and of samples the
     same of their answers.
     """

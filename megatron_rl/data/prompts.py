@@ -217,7 +217,9 @@ def _load(
     overlong: Literal["refuse", "skip"],
 ) -> DataSet[Item]:
     """The items of a file's problems, by a function that gives one and its tokens."""
-    items, skipped, kinds, parts = [], [], Counter(), []
+    items: list[Item] = []
+    kinds: Counter[type] = Counter()
+    skipped, parts = [], []
     for part in file.parts:
         before = len(items)
         for problem in file.problems[part.first : part.first + part.count]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from megatron_rl.data.prompts import DataSet, load_prompts, load_samples
 from megatron_rl.data.rendering import Rendering
 from megatron_rl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_rl.errors import UserError
-from megatron_rl.records import Prompt, Sample
+from megatron_rl.records import Prompt
 from megatron_rl.rewards.chosen import check_machine, record_check
 
 #: Data sets that a verb reads where they are given.
@@ -35,7 +35,7 @@ class RunData:
     """What a run works on."""
 
     rendering: Rendering
-    train: DataSet[Prompt] | DataSet[Sample] | None  #: samples for ``sft``
+    train: DataSet[Any] | None  #: samples for ``sft``, prompts for ``train``
     eval: DataSet[Prompt] | None
     #: what the verifiers found of this machine, for a header
     machine: Mapping[str, str] = field(default_factory=dict)

@@ -133,7 +133,7 @@ class SentencePieceTokenizer:
             for place, token in enumerate([*run, None]):
                 if token is None or token in self._control:
                     text += self._processor.decode(run[start:place]) if place > start else ""
-                    text += self._control.get(token, "")
+                    text += "" if token is None else self._control.get(token, "")
                     start = place + 1
             return text
 
@@ -314,7 +314,7 @@ def _decode_runs(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int
     return "".join(pieces) + (decode(run) if run else "")
 
 
-def _load_huggingface(path: Path, trust_remote_code: bool):
+def _load_huggingface(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     folder = path.parent if path.is_file() else path
@@ -327,7 +327,7 @@ def _load_huggingface(path: Path, trust_remote_code: bool):
     )
 
 
-def _load_tokenizer_json(path: Path):
+def _load_tokenizer_json(path: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))

@@ -138,6 +138,7 @@ class Heartbeat:
             self._say(f"{', '.join(names)} answers now")
 
     def _connect(self) -> Store:
+        assert self._launch.master is not None, "asked only where the ranks meet"
         host, port = self._launch.master
         timeout = timedelta(seconds=self._timeout_s)
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -146,6 +147,7 @@ class Heartbeat:
     def _of_silent(self, parties: Sequence[int]) -> str:
         ends = f"the run ends once a collective has waited {self._timeout_s:g} s (device.timeout_s)"
         if STORE in parties:
+            assert self._launch.master is not None, "the store is watched only where the ranks meet"
             place = join_address(*self._launch.master)
             return (
                 f"no answer from {place}, where the ranks meet, for {self._limit_s:g} s; "

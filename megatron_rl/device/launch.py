@@ -66,12 +66,13 @@ def split_address(text: str, name: str) -> tuple[str, int]:
     """
     host, _, port = text.rpartition(":")
     found = re.fullmatch(r"\[([^][]+)\]|([^][\s/]+)", host)
-    right = found is not None and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
-    if not right or (":" in host and not _is_ipv6(found[1] or found[2])):
+    bare = (found[1] or found[2]) if found is not None else ""
+    right = bare and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
+    if not right or (":" in host and not _is_ipv6(bare)):
         raise UserError(
             f"{name} is {text!r}; expected HOST:PORT, such as node0:29500 or [::1]:29500"
         )
-    return found[1] or found[2], int(port)
+    return bare, int(port)
 
 
 def _is_ipv6(text: str) -> bool:

@@ -20,4 +20,5 @@ def lost_ranks(error: BaseException) -> str | None:
     if found is None:
         return None
     around = re.search(re.escape(found[0]) + r"(?: \[[^]]*\][:\d]*)?", text)
+    assert around is not None, "the text holds what was found in it"
     return around[0]

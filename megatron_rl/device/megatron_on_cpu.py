@@ -68,7 +68,8 @@ def install() -> None:
     """Apply all patches; a second call changes nothing. Call before Megatron-Core is imported."""
     if getattr(torch.cuda, "_megatron_rl_on_cpu", False):
         return
-    torch.cuda._megatron_rl_on_cpu = True
+    cuda: Any = torch.cuda
+    cuda._megatron_rl_on_cpu = True
     _hide_cuda_libraries()
     _patch_torch_cuda()
     _patch_factories()
@@ -86,15 +87,16 @@ def _hide_cuda_libraries() -> None:
     """Where they are installed, Megatron takes its optimizer, gradient norms and router products
     from Transformer Engine or Apex, whatever the device (0.16, 0.19).
     """
+    modules: dict[str, Any] = sys.modules
     for name in ("transformer_engine", "apex"):
-        sys.modules[name] = None  # as if it could not be imported
+        modules[name] = None  # as if it could not be imported
 
 
 def _patch_torch_cuda() -> None:
     """Megatron 0.16-0.19 calls these unconditionally. Can go when it takes the device from its
     configuration.
     """
-    cuda = torch.cuda
+    cuda: Any = torch.cuda  # the stand-ins have types of their own
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda *args: None
@@ -134,15 +136,16 @@ def _patch_tensor_methods() -> None:
     """``.cuda()`` moves embeddings and optimizer state; optimizers compare ``.type()`` with
     'torch.cuda.*' (0.16, 0.19).
     """
-    original_type = torch.Tensor.type
+    tensor: Any = torch.Tensor
+    original_type = tensor.type
 
     def type_as_if_on_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             return original_type(self).replace("torch.", "torch.cuda.", 1)
         return original_type(self, dtype, *args, **kwargs)
 
-    torch.Tensor.type = type_as_if_on_cuda
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = type_as_if_on_cuda
+    tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _disable_jit_fuser() -> None:
@@ -150,15 +153,18 @@ def _disable_jit_fuser() -> None:
     wants a C++ compiler at run time, and the compiler's Python part costs over a second of every
     start (0.16). Can go when the switch of `megatron.core.jit` can be set before the import.
     """
-    original, torch.compile = torch.compile, _leave_as_it_is
+    library: Any = torch
+    original, library.compile = library.compile, _leave_as_it_is
     try:
         from megatron.core import jit
     finally:
-        torch.compile = original
+        library.compile = original
     jit.disable_jit_fuser()
 
 
-def _leave_as_it_is(function: Callable | None = None, **options: Any) -> Callable:
+def _leave_as_it_is(
+    function: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
     """A decorator, with or without options, that returns the function."""
     return _leave_as_it_is if function is None else function
 
@@ -207,7 +213,12 @@ def _patch_unequal_parts() -> None:
         mappings._reduce_scatter_along_first_dim,
     )
 
-    def gather_parts(rows, group, sizes=None, use_global_buffer=False):
+    def gather_parts(
+        rows: torch.Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return gather(rows, group, sizes, use_global_buffer)
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
@@ -216,7 +227,12 @@ def _patch_unequal_parts() -> None:
         dist.all_gather(parts, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
-    def reduce_scatter_parts(rows, group, sizes=None, use_global_buffer=False):
+    def reduce_scatter_parts(
+        rows: torch.Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return reduce_scatter(rows, group, sizes, use_global_buffer)
         total = rows.clone(memory_format=torch.contiguous_format)
@@ -242,9 +258,10 @@ def _share_gloo_device() -> None:
     Megatron makes some twenty groups (torch 2.9-2.13; 14% of a rank's processor time, seen on a
     tiny model). Can go when torch's groups share one.
     """
-    made = c10d.ProcessGroupGloo
+    library: Any = c10d
+    made = library.ProcessGroupGloo
 
-    class ProcessGroupGloo(made):
+    class ProcessGroupGloo(made):  # type: ignore[misc, valid-type]  # mypy takes no class from Any
         def __init__(
             self,
             store: dist.Store,
@@ -258,7 +275,7 @@ def _share_gloo_device() -> None:
             options._timeout = timeout
             super().__init__(store, rank, size, options)
 
-    c10d.ProcessGroupGloo = ProcessGroupGloo
+    library.ProcessGroupGloo = ProcessGroupGloo
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Iterator, Literal
+from typing import Any, Iterator, Literal
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,7 @@ def connect(device: Device, launch: Launch, timeout_s: float) -> None:
     Raises:
         UserError: ranks were started without a place to meet.
     """
-    options = {"timeout": datetime.timedelta(seconds=timeout_s)}
+    options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_s)}
     if not launch.launched:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif launch.master is None:

@@ -10,7 +10,7 @@ through the same model.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Sequence
 
 import torch
@@ -29,7 +29,7 @@ BUCKET_FILL = 0.67
 class Layout(PackedSeqParams):
     """Where each token of a row of T tokens stands. Subclasses say what it attends to."""
 
-    positions: torch.Tensor = None  #: int64 [T], position within its sequence
+    positions: torch.Tensor = field(kw_only=True)  #: int64 [T], position within its sequence
     padding: torch.Tensor | None = (
         None  #: bool [T], True on the padding of the row; None: there is none
     )
@@ -69,24 +69,32 @@ class PackedLayout(Layout):
     bucket_shapes: tuple[
         tuple[int, int], ...
     ] = ()  #: (S_b, L_b): sequences and longest one of each bucket
-    to_buckets: torch.Tensor = (
-        None  #: int64 [sum S_b * L_b], row of each bucket entry; padding repeats a valid one
-    )
-    from_buckets: torch.Tensor = None  #: int64 [T], where each token is in the flattened buckets
-    cumulative_lengths: torch.Tensor = (
-        None  #: int32, 0 and the end of each sequence; the padding is a last one
-    )
+    #: int64 [sum S_b * L_b], row of each bucket entry; padding repeats a valid one
+    to_buckets: torch.Tensor = field(kw_only=True)
+    #: int64 [T], where each token is in the flattened buckets
+    from_buckets: torch.Tensor = field(kw_only=True)
+    #: int32, 0 and the end of each sequence; the padding is a last one
+    cumulative_lengths: torch.Tensor = field(kw_only=True)
     longest: int = 0  #: longest sequence, padding included
 
-    def attend(self, layer_number, query, key, value, scale):  # noqa: D102
+    def attend(  # noqa: D102
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         sizes = [rows * length for rows, length in self.bucket_shapes]
         parts = [
             into_buckets(tensor, self.to_buckets, self.from_buckets).split(sizes)
             for tensor in (query, key, value)
         ]
         outputs = [
-            _causal_attention(*(part.unflatten(0, shape) for part in bucket), scale).flatten(0, 1)
-            for shape, *bucket in zip(self.bucket_shapes, *parts, strict=True)
+            _causal_attention(
+                q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), scale
+            ).flatten(0, 1)
+            for shape, q, k, v in zip(self.bucket_shapes, *parts, strict=True)
         ]
         return out_of_buckets(torch.cat(outputs), self.from_buckets)
 
@@ -97,12 +105,14 @@ class _IntoBuckets(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor, to_buckets, from_buckets):
+    def forward(
+        ctx: Any, tensor: torch.Tensor, to_buckets: torch.Tensor, from_buckets: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(from_buckets)
         return tensor.index_select(0, to_buckets)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (from_buckets,) = ctx.saved_tensors
         return grad.index_select(0, from_buckets), None, None
 
@@ -111,13 +121,13 @@ class _OutOfBuckets(torch.autograd.Function):
     """Bucket entries -> rows [T, ...]; the gradient of padding entries is zero."""
 
     @staticmethod
-    def forward(ctx, tensor, from_buckets):
+    def forward(ctx: Any, tensor: torch.Tensor, from_buckets: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(from_buckets)
         ctx.num_entries = len(tensor)
         return tensor.index_select(0, from_buckets)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (from_buckets,) = ctx.saved_tensors
         entries = grad.new_zeros(ctx.num_entries, *grad.shape[1:])
         return entries.index_copy_(0, from_buckets, grad), None
@@ -147,7 +157,8 @@ def packed_layout(
 
     ``kind`` and ``fields`` make a subclass of `PackedLayout` with its own fields.
     """
-    starts, positions = [], []
+    starts: list[int] = []
+    positions: list[int] = []
     for length in lengths:
         starts.append(len(positions))
         positions.extend(range(length))
@@ -250,7 +261,12 @@ class PackedAttention(MegatronModule):
     """The core attention of the local layer spec: hands queries, keys and values to the layout."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale=None, **__: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: Any,
+        softmax_scale: float | None = None,
+        **__: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -273,8 +289,8 @@ class PackedAttention(MegatronModule):
         if not isinstance(packed_seq_params, Layout):
             raise ValueError("PackedAttention needs a Layout as packed_seq_params")
         scale = self.softmax_scale or query.shape[-1] ** -0.5
-        rows = (tensor.flatten(0, -3) for tensor in (query, key, value))
-        output = packed_seq_params.attend(self.layer_number, *rows, scale)
+        query, key, value = (tensor.flatten(0, -3) for tensor in (query, key, value))
+        output = packed_seq_params.attend(self.layer_number, query, key, value, scale)
         return output.flatten(1).unsqueeze(1)
 
 
@@ -286,8 +302,14 @@ class PositionalRotaryEmbedding(RotaryEmbedding):
     """
 
     def get_rotary_seq_len(  # noqa: D102
-        self, inference_context, transformer, transformer_input, config, packed_seq_params=None, **_
-    ):
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        config: Any,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> torch.Tensor:
         return packed_seq_params.positions
 
     def forward(self, positions: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def transformer_config(
     """Megatron's configuration of the same model. ``routing_replay``: see `router.replay`."""
     dtype = DTYPES[model.dtype]
     on_cuda_with_te = uses_transformer_engine(model, device)
-    recompute = {
+    recompute_by_name: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {
@@ -67,7 +68,8 @@ def transformer_config(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
-    }[parallel.recompute]
+    }
+    recompute = recompute_by_name[parallel.recompute]
     heads, groups, width = heads_of(model)
     kind = MLATransformerConfig if model.kv_lora_rank else TransformerConfig
     return kind(
@@ -203,7 +205,7 @@ def _build_chunk(
     vp_stage: int | None,
 ) -> GPTModel:
     padded = padded_vocabulary(model.vocab_size, groups.tensor.size())
-    last_virtual = vp_stage is None or vp_stage == groups.virtual_stages - 1
+    last_virtual = vp_stage is None or vp_stage == (groups.virtual_stages or 1) - 1
     spec = block_spec(model, config, uses_transformer_engine(model, device), vp_stage)
     chunk = GPTModel(
         config=config,

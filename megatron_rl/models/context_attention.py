@@ -7,8 +7,8 @@ every sequence (see `parallel.sequence_shards`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Sequence
 
 import torch
 from torch.distributed import ProcessGroup
@@ -53,16 +53,25 @@ class ContextLayout(Layout):
     it from them.
     """
 
-    group: ProcessGroup | None = None
+    group: ProcessGroup = field(kw_only=True)
     buckets: tuple[_Bucket, ...] = ()
-    query_entries: torch.Tensor = (
-        None  #: int64, row of each query entry; padding repeats a valid one
-    )
-    query_places: torch.Tensor = None  #: int64 [T / C], entry of each row
-    key_entries: torch.Tensor = None  #: int64, row of each key entry among all ranks' rows
-    key_valid: torch.Tensor = None  #: int64, entries that are no padding: each row once at most
+    #: int64, row of each query entry; padding repeats a valid one
+    query_entries: torch.Tensor = field(kw_only=True)
+    #: int64 [T / C], entry of each row
+    query_places: torch.Tensor = field(kw_only=True)
+    #: int64, row of each key entry among all ranks' rows
+    key_entries: torch.Tensor = field(kw_only=True)
+    #: int64, entries that are no padding: each row once at most
+    key_valid: torch.Tensor = field(kw_only=True)
 
-    def attend(self, layer_number, query, key, value, scale):  # noqa: D102
+    def attend(  # noqa: D102
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         both = gather_first_dim(torch.cat([key, value], dim=-1), self.group, sum_gradients=True)
         key_parts = _IntoKeyBuckets.apply(both, self.key_entries, self.key_valid).split(
             [bucket.key_size for bucket in self.buckets]
@@ -94,13 +103,15 @@ class _IntoKeyBuckets(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor, entries, valid):
+    def forward(
+        ctx: Any, tensor: torch.Tensor, entries: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(entries, valid)
         ctx.num_rows = len(tensor)
         return tensor.index_select(0, entries)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         entries, valid = ctx.saved_tensors
         rows = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
         return rows.index_copy_(0, entries[valid], grad.index_select(0, valid)), None, None
@@ -124,7 +135,7 @@ def context_layout(
     padding = positions >= tokens.repeat_interleave(span_of)
     rows, places = shards.rows.cpu(), shards.places.cpu()
     rank, size = shards.group.rank(), shards.group.size()
-    buckets, queries, query_valid, keys, key_valid = [], [], [], [], []
+    buckets, queries, queries_valid, keys, key_valid = [], [], [], [], []
     for members in similar_lengths(spans):
         chunk = span_of[members, None] // (2 * size)
         bucket, seen = _bucket(chunk, rank, size, device)
@@ -132,11 +143,11 @@ def context_layout(
         for half in range(2):
             index, valid = _entries(starts[members, None] // size + half * chunk, chunk)
             queries.append(index)
-            query_valid.append(valid)
+            queries_valid.append(valid)
         index, valid = _entries(starts[members, None], seen)
         keys.append(places[index])
         key_valid.append(valid)
-    query_entries, query_valid = torch.cat(queries), torch.cat(query_valid).nonzero().squeeze(1)
+    query_entries, query_valid = torch.cat(queries), torch.cat(queries_valid).nonzero().squeeze(1)
     query_places = torch.empty(len(rows), dtype=torch.int64)
     query_places[query_entries[query_valid]] = query_valid
     return ContextLayout(
@@ -169,9 +180,11 @@ def _bucket(
     """
     longest = int(chunk.max())
     column = torch.minimum(torch.arange(longest), chunk - 1)
-    masks = []
-    for number in (rank, 2 * size - 1 - rank):
+
+    def mask(number: int) -> torch.Tensor:
         position = number * chunk + column
         keys = torch.arange((number + 1) * longest)
-        masks.append((keys <= position[..., None])[:, None].to(device))
-    return _Bucket(len(chunk), longest, tuple(masks)), (2 * size - rank) * chunk
+        return (keys <= position[..., None])[:, None].to(device)
+
+    masks = (mask(rank), mask(2 * size - 1 - rank))
+    return _Bucket(len(chunk), longest, masks), (2 * size - rank) * chunk

@@ -78,11 +78,12 @@ class GroupedExperts(MegatronModule):
             # 'allreduce' False: the gradient is reduced over the ranks that hold the same experts,
             # not over all data-parallel ranks. Always, not only with expert parallelism: under
             # tensor parallelism alone Megatron 0.16.1 would else leave these gradients unreduced.
-            module.weight.allreduce = False
+            weight: Any = module.weight  # Megatron's marks are attributes
+            weight.allreduce = False
             # Always True, as in Megatron's own experts: else every tensor-parallel rank but the
             # first takes its experts for copies and leaves them out of the gradient norm.
-            module.weight.tensor_model_parallel = True
-            module.weight.partition_dim, module.weight.partition_stride = axis, 1
+            weight.tensor_model_parallel = True
+            weight.partition_dim, weight.partition_stride = axis, 1
 
     def forward(
         self,
@@ -98,7 +99,10 @@ class GroupedExperts(MegatronModule):
         return grouped_mm(inner, self.linear_fc2.weight, offsets), None
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Shards of the global [E, 2F, D] and [E, D, F] under the keys of Megatron's other expert
         modules.
@@ -121,7 +125,7 @@ def _shard(
     key: str,
     tensor: torch.Tensor,
     experts: GroupedExperts,
-    sharded_offsets: tuple,
+    sharded_offsets: tuple[Any, ...],
     tensor_offset: tuple[int, int, int],
 ) -> ShardedTensor:
     """This rank's part of a global tensor: its experts on axis 0, its tensor-parallel slice on
@@ -141,7 +145,7 @@ def _shard(
 
 
 def _gated_shards(
-    key: str, experts: GroupedExperts, sharded_offsets: tuple
+    key: str, experts: GroupedExperts, sharded_offsets: tuple[Any, ...]
 ) -> ShardedTensorFactory:
     """Gate and up are each split over the tensor-parallel ranks, so a rank holds two slices of the
     global axis.
@@ -149,14 +153,16 @@ def _gated_shards(
     rank, size = experts.tp_group.rank(), experts.tp_group.size()
 
     @torch.no_grad()
-    def build(key, tensor, replica_id, flattened_range=None):
+    def build(
+        key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: Any = None
+    ) -> list[ShardedTensor]:
         return [
             _shard(key, half, experts, sharded_offsets, (1, part * size + rank, 2 * size))
             for part, half in enumerate(tensor.chunk(2, dim=1))
         ]
 
     @torch.no_grad()
-    def merge(halves):
+    def merge(halves: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(halves, dim=1)
 
     return ShardedTensorFactory(

@@ -6,6 +6,7 @@ from typing import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_rl.models.attention import Layout
 from megatron_rl.parallel.groups import Groups
@@ -34,7 +35,7 @@ def forward_row(model: torch.nn.Module, tokens: torch.Tensor, layout: Layout) ->
 
 @torch.no_grad()
 def forward_stages(
-    chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, layout: Layout, groups: Groups
+    chunks: Sequence[MegatronModule], tokens: torch.Tensor, layout: Layout, groups: Groups
 ) -> torch.Tensor | None:
     """Run a row through all pipeline stages, one after the other, without gradients.
 

@@ -18,6 +18,8 @@ from megatron_rl.models.attention import PositionalRotaryEmbedding
 class PackedLatentAttention(MLASelfAttention):
     """Megatron's layer, with the positions that the layout gives."""
 
+    rotary_pos_emb: RotaryEmbedding
+
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.rotary_pos_emb = _LatentRotaryEmbedding(config, self.rotary_pos_emb)
@@ -36,6 +38,8 @@ class PackedLatentAttention(MLASelfAttention):
 
 class _LatentRotaryEmbedding(PositionalRotaryEmbedding):
     """As Megatron's own of the layer, at the positions that the layout gives."""
+
+    inv_freq: torch.Tensor
 
     def __init__(self, config: TransformerConfig, megatrons: RotaryEmbedding) -> None:
         super().__init__(
@@ -68,7 +72,8 @@ class _WholeLinear(MegatronModule):
     def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight  # Megatron's marks are attributes
+        weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[..., inputs] -> [..., outputs], and no bias."""

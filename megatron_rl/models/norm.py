@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import (
@@ -31,7 +33,8 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight  # Megatron's marks are attributes
+        weight.sequence_parallel = config.sequence_parallel
 
 
 class _NormOverHeads(torch.nn.Module):

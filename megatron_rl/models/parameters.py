@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.groups import Groups
@@ -108,7 +109,7 @@ _FUSED_NORMS = {
 
 
 def _views(
-    local_name: str, parameter: torch.Tensor, chunk: torch.nn.Module, groups: Groups
+    local_name: str, parameter: torch.Tensor, chunk: MegatronModule, groups: Groups
 ) -> Iterator[ParameterView]:
     numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
     name = canonical_name(_with_global_layer(local_name, numbers))
@@ -134,7 +135,8 @@ def _views_of(
     group = groups.expert_tensor if expert else groups.tensor
     replicas = groups.expert_data if expert else groups.data_context
     sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
-    axis = parameter.partition_dim if sharded else None
+    marked: Any = parameter  # Megatron's marks are attributes
+    axis = marked.partition_dim if sharded else None
     gated = ".linear_fc1." in name
     per_expert = re.fullmatch(r"(.*\.experts)\.(linear_fc[12])\.weight(\d*)", name)
     if per_expert is None:

@@ -41,6 +41,7 @@ class LayoutTEAttention(TEDotProductAttention):
         """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d]."""
         query, key, value = (tensor.flatten(0, -3) for tensor in (query, key, value))
         layout = packed_seq_params
+        assert layout is not None, "every pass has one"
         # Values of another width than keys (latent attention) are beyond some of the kernels.
         if type(layout) is not PackedLayout or self.config.multi_latent_attention:
             scale = self.softmax_scale or query.shape[-1] ** -0.5

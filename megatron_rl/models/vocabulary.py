@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed import ProcessGroup
 
@@ -23,7 +25,9 @@ def mask_padding(output_layer: torch.nn.Module, vocab_size: int, group: ProcessG
             tensor-parallel group; its last ranks hold the padding.
     """
 
-    def mask(module, arguments, output):
+    def mask(
+        module: torch.nn.Module, arguments: Any, output: tuple[torch.Tensor, Any]
+    ) -> tuple[torch.Tensor, Any]:
         logits, bias = output
         shard = logits.shape[-1]
         real = min(max(vocab_size - group.rank() * shard, 0), shard)

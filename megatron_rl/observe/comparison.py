@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.observe.page import write_figures, write_page
@@ -85,8 +86,8 @@ def _merge(runs: dict[str, Run], shared: Path) -> tuple[Run, list[Plot]]:
 
 
 def _table(runs: dict[str, Run]) -> str:
-    names = ("Run", "Loss", "Router shift", "Learning rate", "Steps", "pass@1", "mean@k")
-    names += ("Largest gradient norm", "Largest KL", "Least mean gamma")
+    names = ["Run", "Loss", "Router shift", "Learning rate", "Steps", "pass@1", "mean@k"]
+    names += ["Largest gradient norm", "Largest KL", "Least mean gamma"]
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(_row(label, run) for label, run in runs.items())
     return (
@@ -124,6 +125,6 @@ def _sampled_gain(run: Run) -> str:
     return f"{mean_at_k(run)} {gain}" if gain else ""
 
 
-def _extreme(run: Run, name: str, choose: Callable) -> str:
+def _extreme(run: Run, name: str, choose: Callable[..., Any]) -> str:
     values = run.series(name)[1]
     return f"{choose(values):.3g}" if values else ""

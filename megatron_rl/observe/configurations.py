@@ -79,8 +79,8 @@ def keep_configuration(run_dir: Path, config: Config, resume_step: int | None) -
         first_step, kept = 0, None
     else:
         kept = configuration_at(run_dir, resume_step)
-        changed = kept is None or changes(kept.values, written_values(config))
-        first_step = resume_step + 1 if changed else kept.first_step
+        same = kept is not None and not changes(kept.values, written_values(config))
+        first_step = kept.first_step if kept is not None and same else resume_step + 1
     folder.mkdir(exist_ok=True)
     for step, path in _copies(run_dir).items():
         if step > (resume_step or 0):

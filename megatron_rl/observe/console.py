@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 from megatron_rl.errors import RunFailed
 from megatron_rl.files import reason
@@ -123,16 +123,16 @@ class Console(SilentConsole):
     ) -> None:
         """total_steps: None where the verb has no steps; start_step: steps done before (resume);
         stream: stdout."""
-        self._stream = stream = _Steady(sys.stdout if stream is None else stream)
+        self._stream = steady = _Steady(sys.stdout if stream is None else stream)
         self._total = total_steps
-        rich = kind == "rich" or (kind == "auto" and stream.isatty())
+        rich = kind == "rich" or (kind == "auto" and steady.isatty())
         self._display: _PlainDisplay | _RichDisplay
         if rich:
             self._display = _RichDisplay(
-                verb, total_steps, start_step, stream, force=kind == "rich"
+                verb, total_steps, start_step, steady, force=kind == "rich"
             )
         else:
-            self._display = _PlainDisplay(stream)
+            self._display = _PlainDisplay(steady)
 
     def header(self, facts: Mapping[str, object], config_text: str = "") -> None:
         width = max((len(name) for name in facts), default=0)
@@ -206,7 +206,7 @@ class _Steady:
 class _PlainDisplay:
     """Lines, flushed one by one: for log files and pipes."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: _Steady) -> None:
         self._stream = stream
 
     def line(self, text: str, style: str) -> None:
@@ -232,7 +232,7 @@ class _RichDisplay:
     """Lines above a progress bar: steps done, time left, current phase."""
 
     def __init__(
-        self, verb: str, total_steps: int | None, start_step: int, stream: TextIO, force: bool
+        self, verb: str, total_steps: int | None, start_step: int, stream: _Steady, force: bool
     ) -> None:
         from rich.console import Console as RichConsole
         from rich.progress import (
@@ -249,7 +249,10 @@ class _RichDisplay:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[phase]}", markup=True),
-            console=RichConsole(file=stream, force_terminal=True if force else None),
+            # What rich asks of a stream beside writing goes through _Steady.__getattr__.
+            console=RichConsole(
+                file=cast("TextIO", stream), force_terminal=True if force else None
+            ),
             transient=True,
         )
         self._task = self._progress.add_task(

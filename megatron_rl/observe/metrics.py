@@ -96,7 +96,7 @@ class MetricSums:
 
         among = group if dist.is_available() and dist.is_initialized() else None
         names = self._names + self._parts_of_all(among)
-        present = [float(name in self._counts) for name in names]
+        present: list[Number] = [float(name in self._counts) for name in names]
         columns = [self._sums.get(name, 0.0) for name in names]
         columns += [self._counts.get(name, 0.0) for name in names]
         sums = self._pack(columns + present)

@@ -209,7 +209,8 @@ def part_names(run: Run) -> list[str]:
 
 def part_plots(run: Run) -> tuple[Plot, ...]:
     """Plots of these; () where there are none."""
-    names, plots = part_names(run), []
+    names = part_names(run)
+    plots: list[Plot] = []
     for title, text, bases in (
         (
             "Parts of the reward",

@@ -15,8 +15,8 @@ from megatron_rl.observe.run_files import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
 
 _SIZE_INCHES = (6.4, 3.1)
 _DPI = 150
@@ -64,12 +64,13 @@ def render(plot: Plot, run: Run, theme: Theme) -> bytes:
     """The plot as PNG bytes. Drawn on a Figure of its own: no pyplot, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     below = len(plot.metrics) // 2 if len(plot.metrics) > _LEGEND_BESIDE_TITLE else 0
     size = (_SIZE_INCHES[0], _SIZE_INCHES[1] + below * _LEGEND_ROW_INCHES)
-    figure = Figure(figsize=size, dpi=_DPI, facecolor=theme.background, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    FigureCanvasAgg(figure)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=size, dpi=_DPI, facecolor=theme.background, layout=layout)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _style(axes, plot, theme)
     draw: Callable[[Axes, Plot, Run, Theme], None] = {
@@ -81,7 +82,7 @@ def render(plot: Plot, run: Run, theme: Theme) -> bytes:
     draw(axes, plot, run, theme)
     _mark_changes(axes, run, theme)
     _finish(axes, plot, run, theme)
-    return _png(figure)
+    return _png(canvas)
 
 
 def smooth(values: Sequence[float], half_width: int) -> list[float]:
@@ -94,12 +95,12 @@ def smooth(values: Sequence[float], half_width: int) -> list[float]:
     return result
 
 
-def _png(figure: Figure) -> bytes:
+def _png(canvas: FigureCanvasAgg) -> bytes:
     """PNG with a palette of 128 colours: a third of the size, and the page carries each twice."""
     from PIL import Image
 
-    figure.canvas.draw()
-    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
     image.quantize(128, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
@@ -148,7 +149,7 @@ def _finish(axes: Axes, plot: Plot, run: Run, theme: Theme) -> None:
     axes.yaxis.get_offset_text().set(color=theme.muted, fontsize=8.5)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0)}
+        place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0)}
         place["ncols"] = len(labels) if len(labels) <= 4 else (len(labels) + 1) // 2
         if len(labels) > _LEGEND_BESIDE_TITLE:
             place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.16), "ncols": 2}

@@ -244,7 +244,7 @@ def _algorithm_line(run: Run) -> str:
             rows = {row.name: row.router_shift == "needed" for row in LOSSES.rows}
             # A user's own loss need not be there any more; the metric tells as well.
             own = bool(run.series("router/gamma_mean")[0])
-            enabled = rows.get(algorithm.get("name"), own)
+            enabled = rows.get(str(algorithm.get("name")), own)
         floor = shift.get("floor") if enabled else None
         shifted = "" if floor is None else f", router-shift floor {floor}"
         return _fields(algorithm, names) + shifted

@@ -189,7 +189,8 @@ def runs_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     has written there itself.
     """
     own = (COMPARISON_FILE, COMPARISON_PLOTS)
-    runs, written = {}, []
+    runs: dict[Path, Path] = {}
+    written: list[Path] = []
     for path in paths:
         if path.name in own and not (path / METRICS_FILE).exists():
             written.append(path)

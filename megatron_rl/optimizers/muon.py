@@ -38,7 +38,9 @@ class Muon(torch.optim.Optimizer):
         self._settings = settings
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(  # type: ignore[override]  # torch gives a float with a closure; here there is none
+        self, closure: Callable[[], float] | None = None
+    ) -> None:
         """One update. A collective over the tensor-parallel ranks."""
         assert closure is None, "gradients are there"
         for group in self.param_groups:
@@ -57,13 +59,14 @@ class Muon(torch.optim.Optimizer):
         self, parameter: torch.Tensor, matrices: Sequence[Matrix], group: dict[str, Any]
     ) -> None:
         """Of one parameter: a matrix, or a stack of them that have one shape."""
-        settings, state = self._settings, self.state[parameter]
+        settings, state, gradient = self._settings, self.state[parameter], parameter.grad
+        assert gradient is not None, "step leaves the others out"
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - settings.momentum)
+        momentum = state["momentum"].lerp_(gradient, 1 - settings.momentum)
         direction = momentum
         if settings.nesterov:
-            direction = parameter.grad.lerp(momentum, settings.momentum)
+            direction = gradient.lerp(momentum, settings.momentum)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parts = [torch.stack(same) for same in zip(*(one.split(direction) for one in matrices))]
         dtype = DTYPES[settings.precision]
@@ -89,7 +92,7 @@ class Muon(torch.optim.Optimizer):
                 state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters],
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],

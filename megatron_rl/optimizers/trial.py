@@ -111,9 +111,10 @@ def _made(
     shapes = ((4, 6), (2, 6, 4), (6,))
     matrix, experts, vector = (torch.randn(shape, generator=generator) for shape in shapes)
     layer = "decoder.layers.0"
-    of_matrix = (Matrix(_Whole(f"{layer}.self_attention.linear_proj.weight", None)),)
+    whole: Any = _Whole  # has what a matrix asks of a view
+    of_matrix = (Matrix(whole(f"{layer}.self_attention.linear_proj.weight", None)),)
     of_experts = tuple(
-        Matrix(_Whole(f"{layer}.mlp.experts.{number}.linear_fc2.weight", number))
+        Matrix(whole(f"{layer}.mlp.experts.{number}.linear_fc2.weight", number))
         for number in range(2)
     )
     both = {"lr": _RATE, "max_lr": _RATE, "min_lr": 0.0, "wd_mult": 1.0, "lr_mult": 1.0}

@@ -4,7 +4,7 @@ nothing.
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 
 def all_reduce(
-    tensor: torch.Tensor, group: ProcessGroup, op: dist.ReduceOp = dist.ReduceOp.SUM
+    tensor: torch.Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> torch.Tensor:
     """The reduction of ``tensor`` over the group, as a new tensor. Not differentiable."""
     if group.size() == 1:
@@ -43,9 +43,10 @@ def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
     return values
 
 
-def scatter_objects(values: Sequence[Any] | None, group: ProcessGroup) -> Any:
+def scatter_objects(values: list[Any] | None, group: ProcessGroup) -> Any:
     """This rank's of the picklable values that the group's rank 0 gives, one a rank."""
     if group.size() == 1:
+        assert values is not None, "this rank is the group's rank 0"
         return values[0]
     received: list[Any] = [None]
     source = dist.get_global_rank(group, 0)
@@ -55,14 +56,16 @@ def scatter_objects(values: Sequence[Any] | None, group: ProcessGroup) -> Any:
 
 class _GatherFirstDim(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, group: ProcessGroup, sum_gradients: bool):
+    def forward(
+        ctx: Any, tensor: torch.Tensor, group: ProcessGroup, sum_gradients: bool
+    ) -> torch.Tensor:
         ctx.group, ctx.sum_gradients = group, sum_gradients
         gathered = [torch.empty_like(tensor) for _ in range(group.size())]
         dist.all_gather(gathered, tensor.contiguous(), group=group)
         return torch.cat(gathered)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         slices = grad.contiguous().chunk(ctx.group.size())
         own = slices[ctx.group.rank()]
         if ctx.sum_gradients:

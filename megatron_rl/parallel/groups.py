@@ -54,8 +54,10 @@ def build_groups(config: ParallelConfig) -> Groups:
         expert_tensor_parallel_size=config.expert_tensor,
     )
     pipeline = parallel_state.get_pipeline_model_parallel_group()
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed is initialised"
     return Groups(
-        world=dist.group.WORLD,
+        world=world,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=pipeline,
         relay=_twin(pipeline),

@@ -7,6 +7,8 @@ logits and the saved normaliser [T].
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -17,7 +19,14 @@ CHUNK_ELEMENTS = 1 << 20
 
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, inverse_temperature, group, differentiable_entropy):
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        inverse_temperature: float,
+        group: ProcessGroup,
+        differentiable_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens, shard = logits.shape
         start = group.rank() * shard
         logprobs = logits.new_empty(num_tokens, dtype=torch.float32)
@@ -46,7 +55,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
         logits, targets, normaliser, *entropy = ctx.saved_tensors
         num_tokens, shard = logits.shape
         grad_logits = torch.empty_like(logits)
@@ -73,7 +84,9 @@ def _chunks(num_tokens: int, width: int) -> list[slice]:
     return [slice(i, min(i + step, num_tokens)) for i in range(0, num_tokens, step)]
 
 
-def _reduced(tensor: torch.Tensor, op: dist.ReduceOp, group: ProcessGroup) -> torch.Tensor:
+def _reduced(
+    tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup
+) -> torch.Tensor:
     if group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor

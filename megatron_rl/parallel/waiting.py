@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 from torch.distributed import ProcessGroup
 
@@ -15,7 +15,7 @@ TICK_S = 1.0
 
 
 def wait_together(
-    futures: Sequence[Future],
+    futures: Sequence[Future[Any]],
     group: ProcessGroup,
     show: Callable[[int, int, int], None] = lambda rank, done, total: None,
     *,

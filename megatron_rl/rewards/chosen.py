@@ -109,7 +109,8 @@ def combine(judges: Sequence[Judge], verdicts: Sequence[Reward]) -> Reward:
 def _judge(one: ChosenVerifier) -> Judge:
     row = one.row
     if inspect.isclass(row.own):
-        verifier = _made(row.own, one.settings, row.name)
+        own: Any = row.own
+        verifier = _made(own, one.settings, row.name)
     elif one.settings is None:
         verifier = row.load()
     else:

@@ -88,7 +88,7 @@ def prompt_definitions(prompt: str) -> str:
     if sources == [prompt]:
         return prompt
     statements = [statement for source in sources for statement in ast.parse(source).body]
-    kept = [statement for statement in statements if isinstance(statement, _DEFINING)]
+    kept: list[ast.stmt] = [one for one in statements if isinstance(one, _DEFINING)]
     return ast.unparse(ast.Module(kept, []))
 
 

@@ -16,7 +16,7 @@ import os
 import resource
 import signal
 import sys
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 _MEMORY_BYTES = 2 * 2**30
 _DIGITS = 50
@@ -65,7 +65,7 @@ def compare(lines: BinaryIO, replies: TextIO, cpu_s: float) -> None:
         replies.write(f"{verdict}\n")
 
 
-def equal(expected: list, answer: list) -> bool:
+def equal(expected: list[Any], answer: list[Any]) -> bool:
     """Whether two trees are the same, or have the same value to 40 digits wherever both are real.
 
     With the imaginary unit in one of them, complex values count too.
@@ -92,7 +92,7 @@ def equal(expected: list, answer: list) -> bool:
     return agreed > 0
 
 
-def build(tree: list):
+def build(tree: list[Any]) -> Any:
     """The expression of SymPy that a tree describes."""
     import sympy
 

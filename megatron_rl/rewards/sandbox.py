@@ -156,7 +156,7 @@ def check_confinement() -> str:
 
 def _start(
     job: IO[bytes], folder: str, verdict: int, kind: str, limits: Limits
-) -> subprocess.Popen:
+) -> subprocess.Popen[bytes]:
     settings = map(str, (verdict, limits.cpu_s, limits.memory_mib, os.getpid(), kind))
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(_START), *settings],
@@ -253,7 +253,7 @@ def _lines(data: bytes) -> list[str]:
     return data.decode("utf-8", errors="replace").split("\n")[:-1]
 
 
-def _ended_by(judge: subprocess.Popen) -> int | None:
+def _ended_by(judge: subprocess.Popen[bytes]) -> int | None:
     """The exit code of a judge that closed its pipe; None if it goes on without one."""
     try:
         return judge.wait(1.0)
@@ -261,7 +261,7 @@ def _ended_by(judge: subprocess.Popen) -> int | None:
         return None
 
 
-def _kill(judge: subprocess.Popen) -> None:
+def _kill(judge: subprocess.Popen[bytes]) -> None:
     # Asked to end, the judge reaps the program: the first process of a container may not.
     judge.terminate()
     if _ended_by(judge) is not None:

@@ -22,8 +22,12 @@ from typing import Any, Callable
 from megatron_rl.rewards.sandbox_wire import pack, receive, send, unpack
 
 _MAX_TEXT = 1000
-_PLAIN_BASES = (bool, int, float, complex, str, bytes, bytearray, dict, list, tuple, set, frozenset)
-_APPLIED = {function.__name__: function for function in (delattr, len, setattr)}
+_PLAIN_BASES: tuple[type[Any], ...] = (
+    bool, int, float, complex, str, bytes, bytearray, dict, list, tuple, set, frozenset,
+)  # fmt: skip
+_APPLIED: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (delattr, len, setattr)
+}
 _APPLIED |= {function.__name__: function for function in (delitem, getitem, setitem)}
 _APPLIED["str"] = str
 
@@ -59,23 +63,24 @@ class Server:
         self._number = outer
         self._send(number, reply)
 
-    def _send(self, number: str, reply: list) -> None:
+    def _send(self, number: str, reply: list[Any]) -> None:
         try:
             send(self._answers, [number, *reply])
         except ValueError as error:
             send(self._answers, [number, "error", *describe(error)])
 
-    def do_load(self, programs: list[str], entry_point: str) -> list:
-        builtins.exit = builtins.quit = sys.exit  # of the module site, which is not there
+    def do_load(self, programs: list[str], entry_point: str) -> list[Any]:
+        names: Any = builtins
+        names.exit = names.quit = sys.exit  # of the module site, which is not there
         self._code, self._entry_point = compile_first(programs), entry_point
         return []
 
-    def do_execute(self) -> list:
+    def do_execute(self) -> list[Any]:
         """Not as __main__: what stands under that guard does not run."""
         self._names = self._execute("program")
         return []
 
-    def do_run(self, text: str) -> list:
+    def do_run(self, text: str) -> list[Any]:
         """Executes the program with ``text`` as its input: what it printed."""
         for descriptor, content in ((0, text.encode("utf-8", "surrogatepass")), (1, b"")):
             os.dup2(self._files[descriptor], descriptor)
@@ -85,8 +90,10 @@ class Server:
             while view:
                 view = view[os.write(descriptor, view) :]
             os.lseek(descriptor, 0, os.SEEK_SET)
-        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
-        sys.stdout = sys.__stdout__ = printed = open(1, "w", encoding="utf-8", closefd=False)
+        own: Any = sys  # whose __stdin__ and __stdout__ are final to a type checker
+        own.stdin = own.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
+        printed = open(1, "w", encoding="utf-8", closefd=False)
+        own.stdout = own.__stdout__ = printed
         try:
             self._execute("__main__")
         except SystemExit as leaving:
@@ -105,10 +112,11 @@ class Server:
     def _execute(self, name: str) -> dict[str, Any]:
         module = types.ModuleType(name)
         sys.modules[name] = module
+        assert self._code is not None, "do_load comes first"
         exec(self._code, module.__dict__)
         return module.__dict__
 
-    def do_call(self, target: str | int, arguments: Any, named: Any) -> list:
+    def do_call(self, target: str | int, arguments: Any, named: Any) -> list[Any]:
         function = self._find(target)
         values, keywords = self._unpack(arguments), self._unpack(named)
         result = function(*values, **keywords)
@@ -116,17 +124,17 @@ class Server:
         changed = None if result is not None else self._pack([list(values), keywords])
         return [self._pack(result), changed]
 
-    def do_get(self, target: str | int, name: str) -> list:
+    def do_get(self, target: str | int, name: str) -> list[Any]:
         return [self._pack(getattr(self._find(target), name))]
 
-    def do_apply(self, name: str, target: Any, arguments: Any) -> list:
+    def do_apply(self, name: str, target: Any, arguments: Any) -> list[Any]:
         function = _APPLIED[name]
         return [self._pack(function(self._unpack(target), *self._unpack(arguments)))]
 
-    def do_iter(self, target: str | int) -> list:
+    def do_iter(self, target: str | int) -> list[Any]:
         return [self._refer(iter(self._find(target)))]
 
-    def do_next(self, target: int) -> list:
+    def do_next(self, target: int) -> list[Any]:
         return [self._pack(next(self._find(target)))]
 
     def _find(self, target: str | int) -> Any:
@@ -142,8 +150,9 @@ class Server:
         return pack(value, self._refer)
 
     def _refer(self, value: Any) -> Any:
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return {"builtin": value.__name__}
+        name = value.__name__ if isinstance(value, type) else ""
+        if name and getattr(builtins, name, None) is value:
+            return {"builtin": name}
         for base in _PLAIN_BASES:  # such as a Counter, a named tuple or a member of an IntEnum
             if isinstance(value, base):
                 return self._pack(base(value))
@@ -160,7 +169,7 @@ class Server:
             return object()
         return self._callback(content) if tag == "callback" else self._find(content)
 
-    def _callback(self, place: int) -> Callable:
+    def _callback(self, place: int) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             number = self._number
             send(
@@ -189,7 +198,7 @@ def compile_first(programs: list[str]) -> types.CodeType:
     raise errors[min(1, len(errors) - 1)]
 
 
-def find(names: dict, entry_point: str) -> Any:
+def find(names: dict[Any, Any], entry_point: str) -> Any:
     """The function to test. Of a method, one that makes a new instance for each call."""
     owner, _, method = entry_point.rpartition("().")
     if not owner and method in names:

@@ -45,7 +45,7 @@ def _leave(program: Program) -> None:
     os._exit(0)
 
 
-def _judge(job: dict, program: Program, verdict: int) -> str:
+def _judge(job: dict[Any, Any], program: Program, verdict: int) -> str:
     try:
         program.ask("load", job["programs"], job["entry_point"])
         os.write(verdict, b"compiled\n")
@@ -76,7 +76,7 @@ def _reason(error: BaseException) -> str:
         return type(error).__name__
 
 
-def run_cases(program: Program, entry_point: str, cases: list) -> None:
+def run_cases(program: Program, entry_point: str, cases: list[Any]) -> None:
     """Each case is [input, output]: texts if there is no entry point, else arguments and result."""
     if entry_point:
         program.ask("execute")

@@ -29,7 +29,8 @@ _ERRORS = {
 }
 _TYPES = {name: made for name, made in _BUILTINS.items() if isinstance(made, type)}
 _SHOWN = ("__doc__", "__name__", "__qualname__")  # the other special ones are of this process
-_COPIED = (dict, list, tuple, set, frozenset, int, float, str)  # their subclasses go as these
+#: Their subclasses go as these.
+_COPIED: tuple[type[Any], ...] = (dict, list, tuple, set, frozenset, int, float, str)
 
 
 class Stopped(BaseException):
@@ -59,7 +60,7 @@ class Program:
             return "refused", "no word from the child"
         return word, text
 
-    def ask(self, verb: str, *content: Any) -> list:
+    def ask(self, verb: str, *content: Any) -> list[Any]:
         """The values of the reply. Raises what the program raised."""
         if self.stopped is not None:
             raise self.stopped
@@ -78,7 +79,7 @@ class Program:
                 self._raise(parts, verb == "next")
             self._serve(number, parts)
 
-    def call(self, target: Any, arguments: tuple, named: dict) -> Any:
+    def call(self, target: Any, arguments: tuple[Any, ...], named: dict[Any, Any]) -> Any:
         """The result of a function of the program. The arguments are changed as it has changed
         them, if it returned None: a result must not make its own expectation true.
         """
@@ -107,7 +108,7 @@ class Program:
     def pack(self, value: Any) -> Any:
         return pack(value, self._refer)
 
-    def _checked(self, parts: list, count: int) -> list:
+    def _checked(self, parts: list[Any], count: int) -> list[Any]:
         try:
             if len(parts) != count:
                 raise ValueError(f"{len(parts)} values; expected {count}")
@@ -115,7 +116,7 @@ class Program:
         except BROKEN as error:
             self._broken(error)
 
-    def _receive(self, number: str) -> tuple[str, list]:
+    def _receive(self, number: str) -> tuple[str, list[Any]]:
         try:
             got, kind, *parts = receive(self._answers)
         except (EOFError, OSError):
@@ -126,7 +127,7 @@ class Program:
             self._broken(ValueError("a reply that was not asked for"))
         return kind, parts
 
-    def _raise(self, parts: list, iterating: bool) -> NoReturn:
+    def _raise(self, parts: list[Any], iterating: bool) -> NoReturn:
         try:
             name, classes, text = parts
             if not all(type(word) is str for word in (name, text, *classes)):
@@ -140,12 +141,12 @@ class Program:
             self.stop(Stopped(f"{name}: {text}".strip(": ")))
         for word in classes[:20]:
             if word in _ERRORS:
-                error = _ERRORS[word](text) if text else _ERRORS[word]()
-                error.of_program = f"{name}: {text}"  # what a report says
-                raise error
+                raised: Any = _ERRORS[word](text) if text else _ERRORS[word]()
+                raised.of_program = f"{name}: {text}"  # what a report says
+                raise raised
         raise RuntimeError(f"{name}: {text}")
 
-    def _serve(self, number: str, parts: list) -> None:
+    def _serve(self, number: str, parts: list[Any]) -> None:
         """Calls a function that a test has passed to the program."""
         arguments, named = self._checked(parts[1:], 2)
         try:
@@ -225,7 +226,7 @@ class Program:
         raise ValueError(f"a value of type {tag[:20]!r}")
 
 
-def _applied(name: str) -> Callable:
+def _applied(name: str) -> Callable[..., Any]:
     """What Python does to an object by a method of its class: the program does it."""
 
     def apply(remote: Remote, *arguments: Any) -> Any:
@@ -235,11 +236,11 @@ def _applied(name: str) -> Callable:
     return apply
 
 
-def _refusal(what: str) -> Callable:
+def _refusal(what: str) -> Callable[..., Any]:
     """For good: a test that expects a TypeError shall hear of the program's only."""
 
     def refuse(remote: Remote, *_: Any) -> NoReturn:
-        program = object.__getattribute__(remote, "_Remote__program")
+        program: Program = object.__getattribute__(remote, "_Remote__program")
         program.stop(TypeError(f"an object of the program {what}; expected a plain value"))
 
     return refuse
@@ -271,7 +272,7 @@ class Remote:
         return self.__program.value("next", self.__place)
 
     @property
-    def __doc__(self) -> Any:
+    def __doc__(self) -> Any:  # type: ignore[override]  # typeshed has a text that can be set
         return self.__getattr__("__doc__")
 
     __reduce_ex__ = _refusal("is copied")
@@ -286,7 +287,7 @@ class Remote:
         return "<object of the program>"
 
 
-def _target(remote: Remote) -> dict:
+def _target(remote: Remote) -> dict[Any, Any]:
     place = object.__getattribute__(remote, "_Remote__place")
     return {"object" if type(place) is int else "name": place}
 

@@ -47,7 +47,7 @@ def run_tests(program: Program, entry_point: str, prompt: str, tests: str) -> No
     _run_classes(module)
 
 
-def _define_prompt(names: dict, prompt: str) -> set[str]:
+def _define_prompt(names: dict[str, Any], prompt: str) -> set[str]:
     """What the prompt itself defines is the judge's own: a program cannot replace a helper that the
     tests rely on. The names, also of functions and classes that could not be made.
     """
@@ -121,7 +121,7 @@ def _done(result: Any) -> None:
 
 def _run_classes(module: types.ModuleType) -> None:
     """``unittest`` classes; others "Test..." as pytest does, without fixtures."""
-    made = [each for each in vars(module).values() if isinstance(each, type)]
+    made: list[Any] = [each for each in vars(module).values() if isinstance(each, type)]
     unittest = sys.modules.get("unittest")
     cases = [each for each in made if unittest is not None and issubclass(each, unittest.TestCase)]
     for each in dict.fromkeys(made):

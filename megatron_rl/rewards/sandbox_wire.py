@@ -33,13 +33,13 @@ BROKEN = (
 
 _ENCODE = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 _DECODE = json.JSONDecoder(parse_constant=float).decode  # a new NaN for each: none is another
-_SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
-_NAMES = {made: name for name, made in _SEQUENCES.items()}
-_BYTES = {"bytes": bytes, "bytearray": bytearray}
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_NAMES: dict[type[Any], str] = {made: name for name, made in _SEQUENCES.items()}
+_BYTES: dict[str, type[bytes] | type[bytearray]] = {"bytes": bytes, "bytearray": bytearray}
 _PLAIN = (type(None), bool, str, float)
 
 #: Called with a value that is not plain: its one-key object.
-Refer = Callable[[Any], dict]
+Refer = Callable[[Any], dict[Any, Any]]
 #: Called with the key and the content of an object this file does not know: its value.
 Resolve = Callable[[str, Any], Any]
 
@@ -108,13 +108,13 @@ def unpack(item: Any, resolve: Resolve, depth: int = MAX_DEPTH) -> Any:
     return resolve(tag, content)
 
 
-def _list(content: Any) -> list:
+def _list(content: Any) -> list[Any]:
     if type(content) is not list:
         raise ValueError(f"{type(content).__name__} where a list belongs")
     return content
 
 
-def send(descriptor: int, message: list) -> None:
+def send(descriptor: int, message: list[Any]) -> None:
     """Writes a frame of packed values. ValueError: it is longer than ``MAX_BYTES``."""
     data = _ENCODE(message).encode("ascii")
     if len(data) > MAX_BYTES:
@@ -125,7 +125,7 @@ def send(descriptor: int, message: list) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def receive(descriptor: int) -> list:
+def receive(descriptor: int) -> list[Any]:
     """Reads a frame. EOFError: there are no more; an error of ``BROKEN``: it is none."""
     length = int.from_bytes(_read(descriptor, 4), "little")
     if length > MAX_BYTES:

@@ -40,7 +40,7 @@ class WorkerPool:
         """
         self._script, self._cpu_s, self._wall_s, self._remedy = script, cpu_s, wall_s, remedy
         self._lock = threading.Lock()
-        self._free: list[subprocess.Popen] = []
+        self._free: list[subprocess.Popen[bytes]] = []
         self._owner = os.getpid()
 
     def ask(self, line: str) -> str:
@@ -67,7 +67,7 @@ class WorkerPool:
                 _end(worker)
         return reply or ("late" if alive else "killed")
 
-    def _take(self) -> subprocess.Popen:
+    def _take(self) -> subprocess.Popen[bytes]:
         with self._lock:
             if self._owner != os.getpid():  # a forked copy must not share its parent's pipes
                 self._free, self._owner = [], os.getpid()
@@ -78,7 +78,7 @@ class WorkerPool:
             _end(free)
         return self._start()
 
-    def _start(self) -> subprocess.Popen:
+    def _start(self) -> subprocess.Popen[bytes]:
         # Run as a script, it would import the math.py beside it, not the standard library's.
         code = f"import runpy; runpy.run_path({str(self._script)!r}, run_name='__main__')"
         with started(self._script.stem):
@@ -96,8 +96,9 @@ class WorkerPool:
         return worker
 
 
-def _exchange(worker: subprocess.Popen, line: str, seconds: float) -> str:
+def _exchange(worker: subprocess.Popen[bytes], line: str, seconds: float) -> str:
     """Sends a line, returns the reply; "" if the worker died or took longer."""
+    assert worker.stdin is not None, "a pipe"
     try:
         worker.stdin.write(line.encode() + b"\n")
         worker.stdin.flush()
@@ -106,7 +107,8 @@ def _exchange(worker: subprocess.Popen, line: str, seconds: float) -> str:
     return _read_line(worker, time.monotonic() + seconds)
 
 
-def _read_line(worker: subprocess.Popen, deadline: float) -> str:
+def _read_line(worker: subprocess.Popen[bytes], deadline: float) -> str:
+    assert worker.stdout is not None, "a pipe"
     poll = select.poll()
     poll.register(worker.stdout, select.POLLIN)
     data = b""
@@ -122,12 +124,13 @@ def _read_line(worker: subprocess.Popen, deadline: float) -> str:
     return data.decode().strip()
 
 
-def _end(worker: subprocess.Popen) -> None:
+def _end(worker: subprocess.Popen[bytes]) -> None:
     """Kills the worker and what it has started: it leads its session, so its id is the group's."""
     try:
         os.killpg(worker.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass  # it had ended and been reaped
     worker.wait()
+    assert worker.stdin is not None and worker.stdout is not None, "pipes"
     worker.stdin.close()
     worker.stdout.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Sequence
 
 import numpy as np
+import torch
 
 from megatron_rl.data.prompts import DataPart
 from megatron_rl.records import RolloutGroup, Sample
@@ -55,7 +56,9 @@ def shape_overlong(
     ]
 
 
-def to_samples(groups: Sequence[ScoredGroup], advantages: np.ndarray) -> list[Sample]:
+def to_samples(
+    groups: Sequence[ScoredGroup], advantages: np.ndarray | torch.Tensor
+) -> list[Sample]:
     """One training sequence for each completion, prompt by prompt; ``advantages`` is [P, G]."""
     samples = []
     for scored, row in zip(groups, advantages, strict=True):

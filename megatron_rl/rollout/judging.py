@@ -42,6 +42,7 @@ class Verdicts:
         judge = self._judge
         async with self._places:
             given = None if judge.is_async else self._in_a_thread(record, text)
+            work: Any  # an awaitable: only an ``async def`` is called here
             work = judge.verifier(record, text) if given is None else asyncio.wrap_future(given)
             task = asyncio.ensure_future(work)
             try:

@@ -10,7 +10,7 @@ let through unseen.
 from __future__ import annotations
 
 import contextlib
-from typing import Callable, Iterator, Protocol, Sequence
+from typing import Any, Callable, Iterator, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class RouterError(RuntimeError):
 
 
 class _Observer(Protocol):
-    def __call__(self, layer_number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+    def __call__(self, number: int, logits: torch.Tensor, routing_map: torch.Tensor, /) -> None:
         """Called with logits [T_local, E] and the choice bool [T_local, E] of one router."""
 
 
@@ -68,8 +68,8 @@ class RouterCapture:
             for router in routers.values():
                 del router.routing
 
-    def _watched(self, number: int, routing: Callable) -> Callable:
-        def watch(logits: torch.Tensor, *args, **kwargs):
+    def _watched(self, number: int, routing: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
             probs, routing_map = routing(logits, *args, **kwargs)
             if self._observer is not None:
                 with torch.no_grad():

@@ -10,7 +10,7 @@ channel (one direction between neighbours) is a queue.
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,12 @@ class DistanceRelay:
         """
         self._group = group
         self._num_chunks = num_chunks
-        self._combine = {"mean": torch.add, "max": torch.maximum, "quantile": _append}[layers]
+        ways: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+            "mean": torch.add,
+            "max": torch.maximum,
+            "quantile": _append,
+        }
+        self._combine = ways[layers]
         self._layers_before = tuple(layers_before)
         self._pending: list[tuple[dist.Work, torch.Tensor]] = []
         self._waiting: list[torch.Tensor] = []
@@ -59,7 +64,7 @@ class DistanceRelay:
         """
         stage, stages = self._group.rank(), self._group.size()
         total = distance.float().contiguous()
-        shape = total.shape
+        shape: tuple[int, ...] = total.shape
         if self._appends:
             shape = (self._layers_before[chunk], *shape[1:])
         if (stage > 0 or chunk > 0) and 0 not in shape:
@@ -83,7 +88,9 @@ class DistanceRelay:
             self._waiting.append(total)
             return
         rank = dist.get_global_rank(self._group, target)
-        self._pending.append((dist.isend(total, dst=rank, group=self._group), total))
+        work = dist.isend(total, dst=rank, group=self._group)
+        assert work is not None, "this rank is in its own group"
+        self._pending.append((work, total))
 
     def finish(self) -> None:
         """Wait for all sends; call once the schedule has ended."""

@@ -103,7 +103,7 @@ def _choice_metrics(sums: torch.Tensor, load: torch.Tensor) -> dict[str, float]:
     means = _layer_means(sums[:, : len(_CHOICE)])
     entropies = {layer: row[0] for layer, row in means.items()}
     peaks = {layer: float(load[layer].max() / load[layer].mean()) for layer in means}
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, values in (("router/entropy", entropies), ("router/load_max_over_mean", peaks)):
         metrics |= {f"{name}/layer_{layer:02d}": value for layer, value in values.items()}
         metrics |= _mean_of_layers(name, list(values.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def to_device(
     else:
         layout = packed_layout(pack.lengths, pack.num_tokens, device)
 
-    def tensor(array):
+    def tensor(array: np.ndarray | None) -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
 
     routes, known = _local_routes(pack, shards, tensor_group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -47,12 +47,17 @@ def check_step(policy: Policy, succeeded: bool, grad_norm: float | None) -> None
         view.name
         for view in parameter_views(policy.chunks, policy.groups)
         if view.parameter.requires_grad
-        and not torch.isfinite(view.of(view.parameter.main_grad)).all()
+        and not torch.isfinite(view.of(_main_grad(view.parameter))).all()
     ]
     problem = f"the gradient norm is {grad_norm}"
     if bad:
         problem += f": {len(bad)} gradients are not finite, first that of {bad[0]}"
     raise_together(problem, policy.groups.world)
+
+
+def _main_grad(parameter: Any) -> torch.Tensor:
+    """Megatron's mark, an attribute."""
+    return parameter.main_grad
 
 
 def check_weights(policy: Policy) -> None:

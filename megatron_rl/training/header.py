@@ -16,8 +16,8 @@ from megatron_rl.config.schema import (
     Config,
     ModelConfig,
     OptimizerConfig,
-    RolloutConfig,
 )
+from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.data.run_data import RunData
 from megatron_rl.training.session import Session
 from megatron_rl.training.trace_memory import longest_sequence, trace_fact
@@ -59,6 +59,7 @@ def stop_text(stop_tokens: Mapping[int, str]) -> str:
 
 def sft_facts(config: Config, data: RunData) -> dict[str, str]:
     """The data of supervised fine-tuning."""
+    assert data.train is not None, "what the verb reads"
     return {
         "data": f"{len(data.train):,} samples ({data_text(config.data.train)}), "
         + _held_out(config, data, "held-out problems"),
@@ -70,6 +71,7 @@ def sft_facts(config: Config, data: RunData) -> dict[str, str]:
 
 def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str]:
     """The data, the algorithm and the size of a step of reinforcement learning."""
+    assert data.train is not None, "what the verb reads"
     rollout, algorithm, problems = config.rollout, config.algorithm, data.train.items
     facts = {
         "data": f"{len(problems):,} problems ({data_text(config.data.train)}), "

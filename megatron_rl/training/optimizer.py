@@ -59,7 +59,7 @@ def build_optimizer(
     """
     settings, row = config.optimizer, optimizer_of(config.optimizer)
     own = optimizer_settings(settings)
-    adam = own if row.of_megatron else AdamSettings()
+    adam = own if row.of_megatron and isinstance(own, AdamSettings) else AdamSettings()
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import reduce
 from typing import Callable, Mapping, Sequence
 
 import torch
@@ -56,7 +57,9 @@ def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
         denominators=denominators,
         regularisers=beside,
         denominator_per_token=_per_token(policy, packs, denominators) if beside.active else None,
-        correction=correction and CORRECTIONS.bind(correction, correction_settings(algorithm)),
+        correction=None
+        if correction is None
+        else CORRECTIONS.bind(correction, correction_settings(algorithm)),
         gamma_mean=gamma_mean(policy, scored) if normalise else None,
     )
 
@@ -95,6 +98,7 @@ def policy_loss(
         _add_shift(sums, mean_distance, shift.floor, pack.mask)
         if plan.gamma_mean is not None:
             gamma = normalise_shift(gamma, plan.gamma_mean)
+    assert item.old_logprobs is not None, "scored where the loss is computed"
     inputs = LossInputs(
         logprobs=logprobs,
         old_logprobs=item.old_logprobs,
@@ -150,7 +154,7 @@ def _per_token(
 
     See `add_regularisers`. A collective over the data ranks: the context ranks share their packs.
     """
-    trained = sum(pack.mask.sum() for pack in packs)
-    local = torch.stack([sum(denominators).double(), trained.double()])
+    trained = reduce(torch.add, [pack.mask.sum() for pack in packs])
+    local = torch.stack([reduce(torch.add, denominators).double(), trained.double()])
     denominator, total = all_reduce(local, policy.groups.data)
     return denominator / total.clamp(min=EMPTY)

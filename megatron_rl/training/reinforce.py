@@ -210,7 +210,8 @@ class Reinforce:
         answers = [answer for answer in answers if answer.version is not None]
         if answers:
             now = self._engine.version
-            sums.add("rollout/lag", sum(now - a.version for a in answers), len(answers))
+            lags = [now - a.version for a in answers if a.version is not None]
+            sums.add("rollout/lag", sum(lags), len(answers))
             carried = sum(a.last_version != a.version for a in answers)
             sums.add("rollout/carried_fraction", carried, len(answers))
 
@@ -283,9 +284,9 @@ def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
 
 def _bad_score(scored: Sequence[ScoredPack]) -> str | None:
     """The problem, if a log-probability of the scoring pass is not finite."""
-    here = [item for item in scored if item.old_logprobs is not None]
+    here = [(one.old_logprobs, one.pack.mask) for one in scored if one.old_logprobs is not None]
     return not_finite(
         "the scoring pass's log-probability",
-        [item.old_logprobs for item in here],
-        [item.pack.mask for item in here],
+        [logprobs for logprobs, _ in here],
+        [mask for _, mask in here],
     )

@@ -47,6 +47,7 @@ MakeTask = Callable[[Session, Policy, Engine], Task]
 
 def train(config: Config, data: RunData) -> None:
     """Reinforcement learning from ``data.train``, evaluated on ``data.eval`` where it is given."""
+    assert data.train is not None, "what the verb reads"
     problems, held_out = data.train.items, _held_out(data)
     identity = run_identity(config, "train", problems, held_out, data.train.parts)
     check_continuation(config, identity)
@@ -63,6 +64,7 @@ def train(config: Config, data: RunData) -> None:
 
 def sft(config: Config, data: RunData) -> None:
     """Supervised fine-tuning on the prompts and answers of ``data.train``."""
+    assert data.train is not None, "what the verb reads"
     samples, held_out = data.train.items, _held_out(data)
     identity = run_identity(config, "sft", samples, held_out, data.train.parts)
     check_continuation(config, identity)
@@ -195,6 +197,8 @@ def _load_engine(session: Session, base: bool) -> tuple[Engine, str, int]:
     else:
         # A configuration that has its runs start anew has them measured all the same.
         resume = "newest" if config.checkpoint.resume == "newest" else "auto"
-        found, _ = load_newest(session, load, resume)
+        loaded = load_newest(session, load, resume)
+        found = None if loaded is None else loaded[0]
+    assert found is not None, "looked for before the ranks met"
     step = read_manifest(found).step if found != config.model.hf_path else 0
     return build_engine(session, chunks), str(found), step

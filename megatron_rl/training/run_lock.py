@@ -145,9 +145,9 @@ class RunLock:
         """One attempt: True: it is ours; False: things have changed meanwhile."""
         if _make(self._path, self._me):
             return True
-        first = owner = read_owner(self._path)
-        path = self._path
-        while owner is not None:
+        first = read_owner(self._path)
+        path, owner = self._path, first
+        while first is not None and owner is not None:
             self._refuse_if_alive(path, owner)
             successor = self._run_dir / f"{LOCK_FILE}.after-{owner.token}"
             if _make(successor, self._me):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -10,7 +10,7 @@ from megatron_rl.training.batch import PackTensors
 from megatron_rl.training.policy import Policy
 
 #: (chunk index, wrapped chunk, pack index) -> (model output, function of it that gives the loss).
-ForwardStep = Callable[[int, Any, int], tuple[Any, Callable]]
+ForwardStep = Callable[[int, Any, int], tuple[Any, Callable[..., Any]]]
 
 
 def run_schedule(
@@ -23,7 +23,7 @@ def run_schedule(
         elsewhere.
     """
 
-    def step(iterator, model):
+    def step(iterator: Iterator[int], model: Any) -> tuple[Any, Callable[..., Any]]:
         return forward_step(policy.chunk_index(model), model, next(iterator))
 
     iterators = [iter(range(len(packs))) for _ in policy.wrapped]

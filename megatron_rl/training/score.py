@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 
@@ -38,7 +38,7 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
     temperature = policy.config.rollout.temperature
     store = policy.config.algorithm.trace_store
 
-    def forward_step(chunk, model, index):
+    def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:
         pack = packs[index]
         if with_traces:
             routes = sampled_routes(policy, chunk, pack)
@@ -48,7 +48,7 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
         else:
             output = forward_pack(model, pack)
 
-        def keep(logits):
+        def keep(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logprobs, _ = pack_logprobs(logits, pack, temperature, policy.groups)
             return torch.zeros((), device=logits.device), logprobs
 
@@ -69,7 +69,7 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
 
 def sampled_routes(
     policy: Policy, chunk: int, pack: PackTensors
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[None]:
     """Inside, the chunk's routers take the sampler's experts, where the pack has them (R3)."""
     if pack.routes is None or policy.replay is None:
         return contextlib.nullcontext()
@@ -88,6 +88,7 @@ def score_reference(policy: Policy, scored: Sequence[ScoredPack]) -> list[Scored
     """The same packs with the reference policy's log-probabilities, from a second pass, in which
     its routers choose for themselves.
     """
+    assert policy.reference is not None, "asked for where there is one"
     with policy.reference.in_place():
         reference = score(policy, [item.pack for item in scored], with_traces=False)
     return [

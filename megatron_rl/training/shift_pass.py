@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 
@@ -56,9 +56,10 @@ def forward_compared(
 
 def _replayed(
     policy: Policy, chunk: int, trace: RouterTrace | None
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[None]:
     if policy.replay is None:
         return contextlib.nullcontext()
+    assert trace is not None, "a policy that replays has traces"
     return policy.replay.routes(chunk, {n: layer.expert_ids for n, layer in trace.items()})
 
 
@@ -96,11 +97,12 @@ def gamma_mean(policy: Policy, scored: Sequence[ScoredPack]) -> torch.Tensor:
     device = policy.device.torch_device
     sums = [torch.zeros(2, dtype=torch.float64, device=device)]
 
-    def forward_step(chunk, model, index):
+    def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:
         item = scored[index]
         output, distance = forward_compared(policy, chunk, model, item, None)
 
-        def keep(logits):
+        def keep(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+            assert distance is not None, "of a loss with router shift"
             gamma, _ = gamma_of(policy, item.pack, distance)
             sums.append(torch.stack(acting_sum(gamma, item.pack.advantages, item.pack.mask, mode)))
             return torch.zeros((), device=logits.device), None

@@ -6,6 +6,7 @@ import itertools
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class StopRequest:
         self._key = f"megatron_rl/stop_{next(_MADE)}"
         self._told = False  #: the other ranks, or by one of them
         self._looked = 0.0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  #: handlers, as `signal.signal` gives and takes them
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:

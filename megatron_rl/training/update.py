@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from functools import reduce
+from typing import Any, Callable, Sequence
 
 import torch
 
@@ -15,7 +16,7 @@ from megatron_rl.training.guard import check_step
 from megatron_rl.training.pass_over_pack import forward_pack, pack_hits, pack_logprobs
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.policy_loss import plan_loss, policy_loss
-from megatron_rl.training.schedule import run_schedule
+from megatron_rl.training.schedule import ForwardStep, run_schedule
 from megatron_rl.training.score import ScoredPack
 from megatron_rl.training.shift_pass import finish_pass, forward_compared
 
@@ -38,11 +39,11 @@ def update(
     packs = [item.pack for item in scored]
     plan = plan_loss(policy, scored)
 
-    def forward_step(chunk, model, index):
+    def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:
         item = scored[index]
         output, distance = forward_compared(policy, chunk, model, item, telemetry)
 
-        def loss(logits):
+        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             total, denominator = policy_loss(policy, item, logits, distance, plan, sums, telemetry)
             return total, _counted_once(denominator, policy), {}
 
@@ -75,13 +76,15 @@ def _scale_router_losses(
     """Make the routers' losses means over the tokens of all packs: D / N, see `PackRouter`. A
     collective over the data ranks: the context ranks share their packs.
     """
-    tokens = sum((pack.sequence_ids < pack.num_sequences).sum() for pack in packs)
-    local = torch.stack([sum(denominators).double(), tokens.double()])
+    tokens = reduce(torch.add, [(p.sequence_ids < p.num_sequences).sum() for p in packs])
+    local = torch.stack([reduce(torch.add, denominators).double(), tokens.double()])
     denominator, total = all_reduce(local, policy.groups.data)
     set_router_loss_scale(policy.chunks, (denominator / total.clamp(min=1.0)).float())
 
 
-def _optimizer_step(policy: Policy, packs, forward_step, sums: MetricSums) -> None:
+def _optimizer_step(
+    policy: Policy, packs: Sequence[PackTensors], forward_step: ForwardStep, sums: MetricSums
+) -> None:
     """Gradients of the packs, then one guarded step of the optimizer and of the learning rate."""
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
@@ -95,14 +98,14 @@ def _optimizer_step(policy: Policy, packs, forward_step, sums: MetricSums) -> No
     sums.add("lr", policy.optimizer.param_groups[0]["lr"])
 
 
-def supervised_update(policy: Policy, packs: Sequence, sums: MetricSums) -> None:
+def supervised_update(policy: Policy, packs: Sequence[PackTensors], sums: MetricSums) -> None:
     """One optimizer step of next-token cross-entropy on the completions, a mean over tokens."""
 
-    def forward_step(chunk, model, index):
+    def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:
         pack = packs[index]
         output = forward_pack(model, pack)
 
-        def loss(logits):
+        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             logprobs, _ = pack_logprobs(logits, pack, 1.0, policy.groups)
             total = -(logprobs * pack.mask).sum()
             count = pack.mask.sum()

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, TypeVar
+from typing import Any, Callable, Iterable, Iterator, TypeVar
 
 from megatron_rl.checkpoint.directory import find_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
@@ -44,11 +44,11 @@ from megatron_rl.weights.writer import (
 
 Item = TypeVar("Item")
 #: Shows how far an iteration over so many items is.
-Progress = Callable[[Iterable[Item], int, str], Iterator[Item]]
+Progress = Callable[[Iterable[Item], int, str], Iterable[Item]]
 
 
 def to_megatron(
-    config: Config, target: Path, launch: Launch, progress: Progress, verified: bool
+    config: Config, target: Path, launch: Launch, progress: Progress[Any], verified: bool
 ) -> None:
     """Convert ``config.model.hf_path`` to a checkpoint in the new directory ``target``.
 
@@ -64,6 +64,7 @@ def to_megatron(
             for it. RunFailed: the result is not the source.
     """
     source = config.model.hf_path
+    assert source is not None, "what is converted"
     with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
         if verified:
@@ -101,7 +102,7 @@ def to_hugging_face(
     target: Path,
     config: Config,
     launch: Launch,
-    progress: Progress,
+    progress: Progress[Any],
     *,
     like: Path | None,
     shard_bytes: int = SHARD_BYTES,
@@ -130,7 +131,7 @@ def to_hugging_face(
         checkpoint, model, origin = together(
             world, lambda: _stored_model(source, like, config.model.family)
         )[0]
-        found: list[tuple[Family, dict]] = []  # not gathered: a family holds functions
+        found: list[tuple[Family, dict[str, Any]]] = []  # not gathered: a family holds functions
         together(world, lambda: found.append(describe(model, origin)))
         ((family, described),) = found
         if verified:

@@ -89,7 +89,7 @@ def _equal_rows(first: torch.Tensor, second: torch.Tensor) -> Iterator[bool]:
 
 
 def _compare_frequencies(source: HuggingFaceTensors, name: str, model: ModelConfig) -> None:
-    width = model.qk_rope_head_dim if model.kv_lora_rank else heads_of(model)[2]
+    width = (model.qk_rope_head_dim or 0) if model.kv_lora_rank else heads_of(model)[2]
     expected = model.rope_base ** -(torch.arange(0, width, 2).float() / width)
     found = source.get(name).float()
     if found.shape == expected.shape and torch.allclose(

@@ -5,7 +5,7 @@ of errors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from megatron_rl.checkpoint.together import together
 from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
+from megatron_rl.families.common.family import Rule
 from megatron_rl.models.parameters import ParameterView, weight_views
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.left_over import refuse_left_over
@@ -26,7 +27,7 @@ def load_hf_weights(
     groups: Groups,
     model: ModelConfig,
     directory: Path,
-    progress: Callable[[list, int, str], Iterable] = lambda views, *_: views,
+    progress: Callable[[list[Any], int, str], Iterable[Any]] = lambda views, *_: views,
 ) -> None:
     """Fill this rank's chunks (bare GPTModels), in their own dtype. A collective over all ranks.
 
@@ -54,7 +55,7 @@ def _fill(
     groups: Groups,
     model: ModelConfig,
     directory: Path,
-    progress: Callable[[list, int, str], Iterable],
+    progress: Callable[[list[Any], int, str], Iterable[Any]],
 ) -> set[str]:
     """Fill the chunks; names of the tensors that were used."""
     family = family_of(directory, model.family)
@@ -69,7 +70,9 @@ def _fill(
     return used
 
 
-def _local(view: ParameterView, rule, source: HuggingFaceTensors, model: ModelConfig):
+def _local(
+    view: ParameterView, rule: Rule, source: HuggingFaceTensors, model: ModelConfig
+) -> torch.Tensor:
     """This rank's slice of a weight."""
     parts = [source.get(name) for name in rule.parts]
     found = sum(part.numel() for part in parts)

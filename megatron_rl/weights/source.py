@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -147,7 +148,7 @@ def _is_name(file: str) -> bool:
     return plain and len(file.encode()) <= _LONGEST_NAME
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is missing; expected the file the index names; restore the file")
     try:

@@ -85,7 +85,7 @@ def _same_tensors(
 
 def _digest(tensor: torch.Tensor) -> str:
     flat = tensor.contiguous().view(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 @torch.no_grad()
@@ -112,6 +112,7 @@ def _same_logits(
     def compare() -> tuple[float, float] | None:
         if not one:
             return None
+        assert found is not None, "on the last stage"
         expected = _transformers_logits(directory, tokens)
         return float((found.cpu() - expected).abs().max()), float(expected.abs().max())
 

@@ -88,7 +88,7 @@ def write_hf_directory(
             except OSError as error:  # the others still need this rank's part in the gathers
                 failure = error
 
-    def finish_own() -> list:
+    def finish_own() -> list[Any]:
         if failure is not None:
             raise failure
         shards.flush()

@@ -30,4 +30,6 @@ def make_settings(name: str, overrides: Mapping[str, Any]) -> Settings:
     wrong type or range.
     """
     row = find(kinds.LOSSES, name)
-    return read_settings("settings", f"the loss {name}", row.settings, overrides)
+    settings = read_settings("settings", f"the loss {name}", row.settings, overrides)
+    assert settings is not None, "every loss of the catalogue has settings"
+    return settings

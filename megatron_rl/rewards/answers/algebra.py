@@ -12,13 +12,14 @@ Up to three letters side by side are a product; a longer run is one name, and no
 
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence, TypeAlias
 
 from megatron_rl.rewards.answers.tokens import Token, Unreadable, number_value
 
 MAX_DEPTH = 24
 
-Tree = tuple
+#: A tuple of a kind and, by the kind, texts or trees.
+Tree: TypeAlias = "tuple[Any, ...]"
 
 
 FUNCTIONS = {
@@ -44,8 +45,8 @@ def parse_expression(tokens: Sequence[Token]) -> Tree:
     """The tree of an expression; ``Unreadable`` if the tokens are no expression to their end."""
     parser = _Parser(list(tokens))
     tree = parser.sum(0)
-    if parser.here() is not None:
-        raise Unreadable(f"found {parser.here().text!a}")
+    if (rest := parser.here()) is not None:
+        raise Unreadable(f"found {rest.text!a}")
     return tree
 
 
@@ -105,6 +106,7 @@ class _Parser:
 
     def _side_by_side(self, tree: Tree, depth: int) -> Tree:
         before, number = self._tokens[self._next - 1], self.here()
+        assert number is not None, "it starts a factor"
         if number.kind == "number":
             if before.kind == "number" and self._mixed(before, number):
                 self._next += 3  # 1 1/2
@@ -143,9 +145,11 @@ class _Parser:
         tree = self._base(depth)
         last = ""
         while True:
-            if self._is("!", "^", "**") and self.here().text == last:
+            token = self.here()
+            text = token.text if token is not None else ""
+            if self._is("!", "^", "**") and text == last:
                 raise Unreadable("2^3^4 and 5!! have several readings")
-            last = self.here().text if self.here() is not None else ""
+            last = text
             if self._take("!") is not None:
                 tree = ("fact", tree)
             elif self._take("^", "**") is not None:
@@ -221,11 +225,12 @@ class _Parser:
         self._next += 1
         if token.text != "{":
             return token.text
-        texts = []
+        texts: list[str] = []
         while self._take("}") is None:
-            if self.here() is None or len(texts) > 8:
+            token = self.here()
+            if token is None or len(texts) > 8:
                 raise Unreadable("no index")
-            texts.append(self.here().text)
+            texts.append(token.text)
             self._next += 1
         return "".join(texts)
 
@@ -254,7 +259,8 @@ class _Parser:
             if self._take("[") is not None:
                 index = self.sum(depth + 1)
                 self._expect("]")
-            whole = self.here() is not None and self.here().kind == "number"
+            token = self.here()
+            whole = token is not None and token.kind == "number"
             return ("root", self._base(depth + 1) if whole else self._argument(depth), index)
         if name == "pi":
             return ("const", "pi")

@@ -137,7 +137,7 @@ def same_algebra(expected: Tree, answer: Tree, judge: Judge) -> bool:
     return not _differ(expected, answer) and judge(expected, answer)
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, str] = {
     **dict.fromkeys(("sin", "cos", "tan", "cot", "sec", "csc"), "angle"),
     **dict.fromkeys(("asin", "acos", "atan"), "inverse"),
     **dict.fromkeys(("sinh", "cosh", "tanh"), "hyperbola"),
@@ -146,10 +146,11 @@ _FAMILIES = {
 
 def _functions(tree: Tree) -> frozenset[str]:
     """Families of the functions in it: an answer that names one has left it to be worked out."""
-    found = set()
+    found: set[str] = set()
     for node in walk(tree):
         if node[0] == "fn" and node[1] != "ln":
-            found.add(_FAMILIES.get(node[1], node[1]))
+            name: str = node[1]
+            found.add(_FAMILIES.get(name, name))
         elif node[0] in ("log", "fn"):
             found.add("log")
     return frozenset(found)

@@ -9,7 +9,7 @@ import cmath
 import hashlib
 import math
 from fractions import Fraction
-from typing import Mapping
+from typing import Any, Callable, Mapping
 
 from megatron_rl.rewards.answers.algebra import Tree, symbols, walk
 
@@ -96,14 +96,14 @@ def _exact_binomial(above: Fraction, below: Fraction) -> Fraction:
 
 
 #: The same of fractions and of floating-point numbers.
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "mixed": lambda a, b: a + b,
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
     "neg": lambda a: -a,
 }
-_EXACT = {
+_EXACT: dict[str, Callable[..., Fraction]] = {
     **_ARITHMETIC,
     "pow": _exact_power,
     "root": _exact_root,
@@ -217,7 +217,7 @@ def _binomial(above: complex, below: complex) -> complex:
     return _factorial(above) / _factorial(below) / _factorial(above - below)
 
 
-def _whole(function):
+def _whole(function: Callable[[float], int]) -> Callable[[complex], complex]:
     """A step function; not where rounding could decide."""
 
     def apply(value: complex) -> complex:
@@ -229,7 +229,7 @@ def _whole(function):
     return apply
 
 
-_FLOATING = {
+_FLOATING: dict[str, Callable[..., complex]] = {
     **_ARITHMETIC,
     "pow": _power,
     "root": _root,
@@ -237,7 +237,7 @@ _FLOATING = {
     "binom": _binomial,
     "log": lambda base, a: cmath.log(a) / cmath.log(base),
 }
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "sin": cmath.sin,
     "cos": cmath.cos,
     "tan": cmath.tan,

@@ -144,8 +144,10 @@ def _flat(items: Sequence[Answer]) -> tuple[Answer, ...]:
     """0, 1 and -1 of "0, plus or minus 1"."""
     flat: list[Answer] = []
     for item in items:
-        two = isinstance(item, Collection) and item.kind == "list"
-        flat.extend(item.items if two else [item])
+        if isinstance(item, Collection) and item.kind == "list":
+            flat.extend(item.items)
+        else:
+            flat.append(item)
     return tuple(flat)
 
 
@@ -283,8 +285,9 @@ def _value(tokens: Sequence[Token]) -> Answer:
     return Quantity(_number_or_expression(tokens[:start]), unit)
 
 
-def _price(value: Answer, currency: Unit) -> Answer:
+def _price(value: Answer, currency: Unit | None) -> Answer:
     """$5, $5 million, $5 dollars, and $5 per day."""
+    assert currency is not None, "every sign of a currency is a unit"
     if not isinstance(value, Quantity):
         return Quantity(value, currency)
     if value.unit.dimension == currency.dimension:

@@ -20,7 +20,7 @@ class Unit(NamedTuple):
     multiplier: Fraction = Fraction(1)
 
 
-_TABLE = {
+_TABLE: dict[str, dict[str, int | str]] = {
     "length": {
         "m meter metre": 1,
         "km kilometer kilometre": 1000,
@@ -114,7 +114,8 @@ def is_known(word: str) -> bool:
 
 def parse_unit(text: str) -> Unit | None:
     r"""The unit of "cm^2", "miles per hour", "square feet", "apples"; None if it is none."""
-    factor, multiplier, powers = Fraction(1), Fraction(1), {}
+    factor, multiplier = Fraction(1), Fraction(1)
+    powers: dict[str, int] = {}
     sign, power, count = 1, 1, 0
     last: tuple[str, Fraction, int] | None = None
     position = 0

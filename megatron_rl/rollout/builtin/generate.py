@@ -169,6 +169,7 @@ class BuiltinEngine(WholeAnswers):
         shape = (len(wave.prompt_of), settings.max_new_tokens)
         log = None
         if settings.routes:
+            assert self._capture is not None, "given where answers carry their experts"
             log = RouteLog(self._chunks, self._groups, self._capture, shape)
         cache, logits = self._prefill(wave.prompts, log)
         cache = cache.select(prompt_of)
@@ -270,6 +271,7 @@ class BuiltinEngine(WholeAnswers):
         num_rows = len(rows.numbers)
         drawn = torch.zeros(2, num_rows, dtype=torch.float64, device=self._device)
         if num_rows and groups.is_last_stage:
+            assert logits is not None, "on the last stage"
             whole = gather_first_dim(logits.T, groups.tensor).T
             uniform = None if settings.greedy else rows.uniforms[:, step]
             drawn = torch.stack([part.double() for part in sample(whole, uniform, settings)])

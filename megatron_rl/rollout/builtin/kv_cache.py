@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -69,10 +69,18 @@ class KVCache:
 class PrefillLayout(PackedLayout):
     """Packed prompts whose keys and values are stored while they attend; padding is not stored."""
 
-    cache: KVCache | None = None
-    rows: torch.Tensor | None = None  #: int64 [n], cache row of each token; n = T - padding
+    cache: KVCache = field(kw_only=True)
+    #: int64 [n], cache row of each token; n = T - padding
+    rows: torch.Tensor = field(kw_only=True)
 
-    def attend(self, layer_number, query, key, value, scale):  # noqa: D102
+    def attend(  # noqa: D102
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         n = len(self.rows)
         self.cache.write(layer_number, self.rows, self.positions[:n], key[:n], value[:n])
         return super().attend(layer_number, query, key, value, scale)
@@ -87,12 +95,19 @@ class DecodeLayout(Layout):
     cache is read without repeating it.
     """
 
-    cache: KVCache | None = None
-    rows: torch.Tensor | None = None  #: int64 [R], 0..R-1
+    cache: KVCache = field(kw_only=True)
+    rows: torch.Tensor = field(kw_only=True)  #: int64 [R], 0..R-1
     length: int = 0  #: cache positions read; a multiple of ALIGNMENT
     mask: torch.Tensor | None = None  #: bool [R, 1, 1, length], True where row r may look
 
-    def attend(self, layer_number, query, key, value, scale):  # noqa: D102
+    def attend(  # noqa: D102
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         num_rows, (num_tokens, heads, head_dim) = len(self.rows), query.shape
         groups = key.shape[1]
         positions = self.positions[:num_rows]

@@ -6,6 +6,7 @@ from typing import Sequence
 
 import numpy as np
 import torch
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_rl.models.attention import Layout
 from megatron_rl.models.forward import forward_stages
@@ -23,7 +24,7 @@ class RouteLog:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[MegatronModule],
         groups: Groups,
         capture: RouterCapture,
         shape: tuple[int, int],

@@ -65,6 +65,7 @@ def _sample_chunk(
     if settings.greedy:
         tokens = logits.argmax(dim=-1)
     else:
+        assert uniform is not None, "given to all but greedy sampling"
         probs = truncated(logprobs, settings.top_k, settings.top_p)
         tokens = invert_cdf(probs, uniform)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

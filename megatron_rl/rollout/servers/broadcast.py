@@ -14,11 +14,12 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
 from datetime import timedelta
-from typing import Callable, Iterable, Protocol, Sequence
+from functools import partial
+from typing import Any, Callable, Iterable, Protocol, Sequence
 from urllib.parse import urlsplit
 
 import torch
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, TCPStore, Work
+from torch.distributed import BroadcastOptions, PrefixStore, TCPStore, Work
 
 from megatron_rl.errors import one_line
 from megatron_rl.rollout.servers.api import BadAnswer
@@ -128,7 +129,7 @@ class WeightBroadcast:
         end = time.monotonic() + self._timeout.total_seconds()
         each(lambda url: self._await_reader(url, end))
         for batch in _batches(tensors, self._device):
-            all_at_once(lambda channel, batch=batch: channel.send(*batch))
+            all_at_once(partial(_send, *batch))
         all_at_once(lambda channel: channel.end())
         for url in failures:
             self.forget(url)
@@ -159,7 +160,7 @@ class ExtensionChannel:
         self._device, self._timeout = device, timeout
         self._call = lambda method, arguments: ask(api.of_workers(method, arguments), api.results)
         self._threads = ThreadPoolExecutor(1)
-        self._answer: Future | None = None
+        self._answer: Future[Any] | None = None
         backend = "nccl" if device.type == "cuda" else "gloo"
         size, host = 1 + len(self._call("count", [])), _address_towards(url)
         store = _store(host, timeout)
@@ -200,6 +201,7 @@ class ExtensionChannel:
 
         def wait() -> None:
             last.wait()
+            assert self._answer is not None, "start has asked for it"
             self._answer.result(self._timeout.total_seconds())
 
         return wait
@@ -209,6 +211,7 @@ class ExtensionChannel:
 
     def _refuse_answer(self, why: str) -> None:
         """An answer that comes before the end of the weights, whatever it says."""
+        assert self._answer is not None, "start has asked for it"
         if self._answer.done():
             self._answer.result()
             raise BadAnswer(why)
@@ -228,9 +231,7 @@ def _store(host: str, timeout: timedelta) -> TCPStore:
     )
 
 
-def make_group(
-    store: TCPStore, rank: int, size: int, backend: str, timeout: timedelta
-) -> ProcessGroup:
+def make_group(store: TCPStore, rank: int, size: int, backend: str, timeout: timedelta) -> Any:
     """A group beside those of torch.distributed, which are one set in each process."""
     prefixed = PrefixStore("weights", store)
     if backend == "gloo":
@@ -252,7 +253,11 @@ def _address_towards(url: str) -> str:
         return towards.getsockname()[0]
 
 
-def _begin(group: ProcessGroup, tensor: torch.Tensor) -> Work:
+def _send(entries: list[Entry], payload: torch.Tensor, channel: Channel) -> Callable[[], None]:
+    return channel.send(entries, payload)
+
+
+def _begin(group: Any, tensor: torch.Tensor) -> Work:
     return group.broadcast([tensor], BroadcastOptions())
 
 

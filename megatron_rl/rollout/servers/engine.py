@@ -67,7 +67,7 @@ class ServerEngine:
         #: The steps ahead, and an evaluation.
         self._threads = ThreadPoolExecutor(self._lag + 1, "rollout servers")
         self._begun = 0  #: how often: what was asked for first is answered first
-        self._asking: list[Future] = []  #: answers that are being asked for in the background
+        self._asking: list[Future[Any]] = []  #: answers that are being asked for in the background
 
     @property
     def version(self) -> int:
@@ -177,10 +177,11 @@ class ServerEngine:
 
     def _with_experts(self, answer: Answer, prompt: Prompt, settings: SamplingSettings) -> Answer:
         """With those of the MoE layers, where they are asked for and there are tokens."""
-        routes, count = None, len(answer.tokens)
-        if settings.routes and count:
-            tokens = len(prompt.tokens) + count - 1
-            routes = self._experts.of_moe_layers(answer.routed_experts, tokens)
+        routes, count = answer.routed_experts, len(answer.tokens)
+        if not (settings.routes and count):
+            routes = None
+        if routes is not None:  # `check_answers` has missed none
+            routes = self._experts.of_moe_layers(routes, len(prompt.tokens) + count - 1)
         return replace(answer, routed_experts=routes)
 
     def _ask(
@@ -188,7 +189,7 @@ class ServerEngine:
     ) -> list[RolloutGroup]:
         carried = self._lag > 1
         questions = [self._question(prompt, settings, version, carried) for prompt in prompts]
-        answers = self.sync.pool.ask(
+        answers = self.sync.asked.ask(
             questions, lambda done: self._progress(done, len(questions)), turn
         )
         self._go_on(prompts, answers, settings, version, turn)
@@ -220,7 +221,7 @@ class ServerEngine:
                 for p, number in broken
             ]
             for (p, number), (rest,) in zip(
-                broken, self.sync.pool.ask(questions, turn=turn), strict=True
+                broken, self.sync.asked.ask(questions, turn=turn), strict=True
             ):
                 answer = answers[p][number]
                 answers[p][number] = answer.continued(rest, len(prompts[p].tokens))

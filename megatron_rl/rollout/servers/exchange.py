@@ -153,6 +153,7 @@ async def _read(response: httpx.Response, most_bytes: int, cut: bool = False) ->
     if not cut and length.isdecimal() and (len(length) > 18 or int(length) > most_bytes):
         raise _TooLarge
     body = bytearray()
+    assert isinstance(response.stream, httpx.AsyncByteStream), "of an asynchronous transport"
     async for part in response.stream:
         body += part
         if len(body) > most_bytes:

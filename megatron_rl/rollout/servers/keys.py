@@ -81,7 +81,7 @@ def own_address(name: str) -> str:
         UserError: there is none.
     """
     try:
-        found = [entry[4][0] for entry in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
     except OSError as error:
         raise UserError(
             f"the address {name} where the ranks meet is not known here ({error.strerror}); "

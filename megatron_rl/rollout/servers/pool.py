@@ -88,7 +88,7 @@ class ServerPool:
         self._lock = threading.Lock()  # several threads may ask at a time
         self._unasked: list[_Unasked] = []  #: of each call of `ask`
         #: what is being asked, each in the loop of its thread
-        self._asking: set[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = set()
+        self._asking: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
 
     @property
     def urls(self) -> list[str]:
@@ -165,11 +165,13 @@ class ServerPool:
         """In an event loop of this thread's own, until `close` breaks it off."""
 
         async def watched() -> Result:
-            entry = (asyncio.get_running_loop(), asyncio.current_task())
+            task = asyncio.current_task()
+            assert task is not None, "it runs as one"
+            entry = (asyncio.get_running_loop(), task)
             with self._lock:
                 self._asking.add(entry)
                 if self._closed:
-                    entry[1].cancel()  # at its first wait
+                    task.cancel()  # at its first wait
             try:
                 return await asking
             finally:
@@ -215,7 +217,7 @@ class ServerPool:
     async def _answer(
         self, transport: httpx.AsyncHTTPTransport, question: Question[Result], unasked: _Unasked
     ) -> Result:
-        reasons = []
+        reasons: list[str] = []
         while len(reasons) <= self._retries:
             server = await self._take(unasked, first=not reasons)
             try:

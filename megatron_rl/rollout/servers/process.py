@@ -42,7 +42,7 @@ class ServerProcess:
             self.port = free.getsockname()[1]
         self.url, self.key = as_url(host, self.port), key or new_key()
         self._log = log
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def is_running(self) -> bool:

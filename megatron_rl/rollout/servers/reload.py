@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 
 
 class Reload:
     """An extension of vLLM's worker class."""
+
+    # What that class has; without values, for a name of both would be refused.
+    rank: int
+    device: torch.device
+    model_runner: Any
 
     def reload_checkpoint(self, directory: str) -> str:
         """Take the weights of a Hugging Face directory."""
@@ -33,6 +38,7 @@ class Reload:
         timeout = timedelta(seconds=seconds)
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         prefixed = dist.PrefixStore("weights", store)
+        group: Any  # torch's stubs know no broadcast of it
         if backend == "gloo":
             group = dist.ProcessGroupGloo(prefixed, 1 + self.rank, size, timeout)
         else:
@@ -88,7 +94,7 @@ class Reload:
 
         if current_platform.is_cpu():
             for module in self.model_runner.get_model().modules():
-                method = getattr(module, "quant_method", None)
+                method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None:
                     method.moe_kernel = None
 

@@ -139,6 +139,7 @@ def sglang_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Words and environment variables; ``directory`` is what it loads first."""
     servers = config.rollout.servers
+    assert servers.python is not None, "checked where servers are started"
     words = [servers.python, keyed.__file__, "sglang.launch_server"]
     words += ["--model-path", str(directory)]
     words += ["--host", host, "--port", str(port), "--skip-tokenizer-init"]

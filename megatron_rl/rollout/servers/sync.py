@@ -14,7 +14,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 import torch
 
-from megatron_rl.checkpoint.together import together
+from megatron_rl.checkpoint.together import by_first, together
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import RunFailed, one_line
 from megatron_rl.parallel.groups import Groups
@@ -26,6 +26,7 @@ from megatron_rl.rollout.servers.keys import given_key, new_key, own_address
 from megatron_rl.rollout.servers.pool import Question, ServerPool
 from megatron_rl.rollout.servers.probe import ANSWER_TOKENS, probe_prompts, trainer_logprobs
 from megatron_rl.rollout.servers.process import ServerProcess
+from megatron_rl.rollout.servers.vllm import VllmApi
 from megatron_rl.weights.export import describe, export_model, gather_weights
 
 #: Weights on disk that are kept: those the servers have, and those they are getting.
@@ -110,7 +111,7 @@ class WeightSync:
         is_first = self._groups.world.rank() == 0
         if self.pool is None:  # rank 0's environment counts, and its random bits
             world = self._groups.world
-            self._key, *_ = together(world, lambda: self._new_key() if is_first else None)
+            self._key = by_first(world, self._new_key)
         if self._servers.sync == "disk":
             every, loaded = self._by_disk()
         else:
@@ -133,7 +134,7 @@ class WeightSync:
         model = self._config.model
         export_model(self._chunks, self._groups, model, directory, like=model.hf_path, replace=True)
         self._hold()
-        return together(world, lambda: self._load(directory) if is_first else None)[0]
+        return by_first(world, lambda: self._load(directory))
 
     def _by_broadcast(self) -> tuple[list[str], list[str]]:
         """All servers, and those that say that they have received the weights. A collective."""
@@ -143,13 +144,13 @@ class WeightSync:
         self._hold()
         together(world, lambda: self._join() if is_first else None)
         weights = gather_weights(self._chunks, self._groups, model, family)
-        if is_first:
-            joined = [url for url in self.pool.urls if url not in self._lost]
+        if self._sender is not None:  # on rank 0
+            joined = [url for url in self.asked.urls if url not in self._lost]
             self._lost |= self._sender.send(weights, joined)
         else:
             for _ in weights:  # its part is sent to rank 0
                 pass
-        return together(world, lambda: self._tell() if is_first else None)[0]
+        return by_first(world, self._tell)
 
     def _hold(self) -> None:
         if self.pool is not None:
@@ -157,10 +158,10 @@ class WeightSync:
 
     def _join(self) -> None:
         """On rank 0: a group with each server; those with whom there is none are lost for now."""
-        if self.pool is None:
+        if self.pool is None or self._sender is None:
             self.pool = self._new_pool(self._servers.urls)
             device = next(self._chunks[0].parameters()).device
-            self._sender = WeightBroadcast(self._api, device, self._servers.start_s)
+            self._sender = WeightBroadcast(self._vllm(), device, self._servers.start_s)
         self._lost = {}
         for url in self.pool.urls:
             try:
@@ -172,21 +173,33 @@ class WeightSync:
 
     def _tell(self) -> tuple[list[str], list[str]]:
         """On rank 0: tell the servers which weights they have; all, and those that know."""
-        calls = [*self._api.naming(str(self._version))]
+        calls = [*self._vllm().naming(str(self._version))]
         calls += self._api.resuming() if self._interrupts else ()
-        for url in self.pool.urls:
+        for url in self.asked.urls:
             try:
                 for call in () if url in self._lost else calls:
-                    self.pool.ask_one(url, Question(call, lambda payload: None))
+                    self.asked.ask_one(url, Question(call, lambda payload: None))
             except BadAnswer as error:
                 self._lost[url] = one_line(error)
+        assert self._sender is not None, "_join has made it"
         for url, why in self._lost.items():
             self._sender.forget(url)
             self._say(f"rollout server {url} did not take the weights: {why}")
-        return self.pool.urls, [url for url in self.pool.urls if url not in self._lost]
+        urls = self.asked.urls
+        return urls, [url for url in urls if url not in self._lost]
+
+    def _vllm(self) -> VllmApi:
+        assert isinstance(self._api, VllmApi), "weights are broadcast to vLLM alone"
+        return self._api
+
+    @property
+    def asked(self) -> ServerPool:
+        """The pool, once weights are sent."""
+        assert self.pool is not None, "made before anything is asked"
+        return self.pool
 
     def _ask_server(self, url: str, call: Call, read: Callable[[Any], Any]) -> Any:
-        return self.pool.ask_one(url, Question(call, read))
+        return self.asked.ask_one(url, Question(call, read))
 
     def _load(self, directory: Path) -> tuple[list[str], list[str]]:
         """On rank 0: all servers, and those that say that they have the weights."""
@@ -215,7 +228,7 @@ class WeightSync:
             calls = [*self._api.interrupting(), *calls, *self._api.resuming()]
         try:
             for call in calls:
-                self.pool.ask_one(url, Question(call, lambda payload: None))
+                self.asked.ask_one(url, Question(call, lambda payload: None))
         except BadAnswer as error:
             return one_line(error)
         return None
@@ -234,7 +247,7 @@ class WeightSync:
                 )
                 return dict(zip(urls, answers))
 
-        found = together(world, lambda: ask() if world.rank() == 0 else None)[0]
+        found = by_first(world, ask)
         self._difference, wrong = 0.0, {}
         for url, answers in found.items():
             if isinstance(answers, str):
@@ -253,11 +266,11 @@ class WeightSync:
                     f"expected at most {self._servers.probe_tolerance:g}"
                 )
         good = [url for url in urls if url not in wrong]
-        for url in self.pool.urls:
+        for url in self.asked.urls:
             if url in good:
-                self.pool.admit(url)
+                self.asked.admit(url)
             else:
-                self.pool.exclude(url, wrong.get(url, "it did not take the weights"))
+                self.asked.exclude(url, wrong.get(url, "it did not take the weights"))
         if world.rank() == 0:
             for url, why in wrong.items():
                 self._say(f"rollout server {url} is left out: {why}")
@@ -273,7 +286,7 @@ class WeightSync:
     ) -> list[Answer] | str:
         try:
             questions = [self._question(prompt, settings, self._version) for prompt in prompts]
-            return [self.pool.ask_one(url, question)[0] for question in questions]
+            return [self.asked.ask_one(url, question)[0] for question in questions]
         except BadAnswer as error:
             return f"the probe failed: {one_line(error)}"
 
@@ -331,6 +344,7 @@ class WeightSync:
                 self._restarts += 1
                 self._say(f"rollout server {process.url} has ended; starting it again")
             process.stop()
+            assert self._command is not None, "an engine that starts servers has one"
             words = self._command(directory.absolute(), self._address, process.port)
             process.start(*words)
             self._reading[process.url] = directory
@@ -347,4 +361,4 @@ class WeightSync:
             return
         for url in self._start_dead(directory):
             if self._load_one(url, directory, is_new=True) is None:
-                self.pool.admit(url)
+                self.asked.admit(url)

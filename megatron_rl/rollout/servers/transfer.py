@@ -126,7 +126,7 @@ class TransferChannel:
 
     def send(self, entries: Sequence[Entry], payload: torch.Tensor) -> Callable[[], None]:
         """See `Channel`."""
-        taken: Future = self._threads.submit(self._ask, self._api.updating(entries), _nothing)
+        taken: Future[Any] = self._threads.submit(self._ask, self._api.updating(entries), _nothing)
         sent = _beside(self._link.broadcast, payload)
 
         def wait() -> None:
@@ -145,11 +145,11 @@ def _nothing(payload: Any) -> None:
     """What the responses hold."""
 
 
-def _beside(function: Callable[[Any], None], argument: Any) -> Future:
+def _beside(function: Callable[[Any], object], argument: Any) -> Future[Any]:
     """Run it in a thread that the process does not wait for at its end: what has been begun with a
     worker that is gone does not come back.
     """
-    done: Future = Future()
+    done: Future[Any] = Future()
 
     def run() -> None:
         try:

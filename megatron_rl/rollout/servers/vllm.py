@@ -124,11 +124,11 @@ class VllmApi:
             Call("/update_weight_version", {"new_version": version}),
         )
 
-    def of_workers(self, method: str, arguments: list) -> Call:
+    def of_workers(self, method: str, arguments: list[Any]) -> Call:
         """Call a method of all workers; its response holds what each returns, see `results`."""
         return Call("/collective_rpc", {"method": method, "args": arguments})
 
-    def results(self, payload: Any) -> list:
+    def results(self, payload: Any) -> list[Any]:
         """Of the workers. Raises `BadAnswer`."""
         return understood(_Results, payload, "/collective_rpc").results
 

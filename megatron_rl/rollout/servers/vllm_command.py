@@ -32,6 +32,7 @@ def vllm_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Words and environment variables; ``directory`` is what it loads first."""
     servers = config.rollout.servers
+    assert servers.python is not None, "checked where servers are started"
     mode = "raw_logprobs" if config.rollout.temperature == 1.0 else "processed_logprobs"
     words = [*_serve(servers.python, directory), "--served-model-name", "policy"]
     words += ["--host", host, "--port", str(port)]
