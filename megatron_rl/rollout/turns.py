@@ -62,13 +62,14 @@ def _join_routes(answers: Sequence[Completion]) -> RoutedExperts | None:
     """Of every token but the last answer's last; an answer's are of all that stands before it, too,
     by the sampler's second look at them.
     """
-    routes = [answer.routed_experts for answer in answers]
-    if any(
-        one is None or one.known is not None or one.layers != routes[0].layers for one in routes
-    ):
+    routes = [answer.routed_experts for answer in answers if answer.routed_experts is not None]
+    if len(routes) < len(answers):
+        return None
+    layers = routes[0].layers
+    if any(one.known is not None or one.layers != layers for one in routes):
         return None
     ids, done = [], 0
     for one in routes:
         ids.append(one.ids[done:])
         done = len(one.ids)
-    return RoutedExperts(np.concatenate(ids), routes[0].layers)
+    return RoutedExperts(np.concatenate(ids), layers)

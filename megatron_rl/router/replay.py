@@ -140,6 +140,7 @@ def _where_known(
     """Megatron's ``get_replay_topk``: scores [T_local, E] -> scores and ids of K experts a token,
     the replayed ones where they are known, else the largest.
     """
+    assert default_compute_topk is not None, "routers call with their own choice"
     _, own = default_compute_topk(scores, topk, num_groups, group_topk)
     ids = torch.where(known[:, None], replay.target_topk_idx.to(own.dtype), own)
     return scores.gather(1, ids), ids
