@@ -1,5 +1,5 @@
-"""What a loss, reward, advantage estimator, sampler correction, rollout engine, data source,
-optimizer, logger or Hugging Face family of a user's own imports.
+"""What a loss, reward, advantage estimator, sampler correction, rollout engine, environment,
+data source, optimizer, logger or Hugging Face family of a user's own imports.
 
 No torch. ``LossInputs``, ``LossOutputs`` and ``SamplerWeights`` are in ``megatron_rl.algorithms``,
 ``EngineParts`` and ``WholeAnswers`` in ``megatron_rl.rollout.engine``.
@@ -9,6 +9,7 @@ from megatron_rl.catalogue.declare import (
     advantages,
     correction,
     engine,
+    environment,
     logger,
     loss,
     optimizer,
@@ -29,6 +30,7 @@ __all__ = [
     "advantages",
     "correction",
     "engine",
+    "environment",
     "logger",
     "loss",
     "optimizer",

@@ -10,6 +10,7 @@ from megatron_rl.catalogue.entry import (
     CorrectionEntry,
     EngineEntry,
     Entry,
+    EnvironmentEntry,
     LoggerEntry,
     LossEntry,
     OptimizerEntry,
@@ -101,6 +102,16 @@ def engine(
     """
     traits = {"beside_training": beside_training, "routes": routes}
     return lambda thing: _attach(thing, EngineEntry, settings, paper=paper, **traits)
+
+
+def environment(
+    *, settings: type[Settings] | None = None, paper: str = ""
+) -> Callable[[Thing], Thing]:
+    """Declare an environment, ``(record, turns[, settings]) -> text or None``: a function, or a
+    class that is made once (of its settings) and called with record and turns. One without settings
+    needs no decorator.
+    """
+    return lambda thing: _attach(thing, EnvironmentEntry, settings, paper=paper)
 
 
 def optimizer(

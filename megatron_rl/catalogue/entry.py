@@ -85,6 +85,13 @@ class VerifierEntry(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnvironmentEntry(Entry):
+    """What replies to the policy: ``(record, turns[, settings]) -> text or None``, a function, or a
+    class that is made once, of the settings it has, and then called so.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerEntry(Entry):
     """An optimizer: ``(parameter groups[, settings]) -> torch.optim.Optimizer``."""
 

@@ -49,8 +49,9 @@ def find(kind: Kind[Row], name: str, field: str | None = None) -> Row:
             return row
     place = f"{field or kind.field} is {printable(repr(name))}"
     if not is_reference(name):
+        shipped = f"one of {', '.join(kind.names)}, or " if kind.names else ""
         raise UserError(
-            f"{place}{did_you_mean(name, kind.names)}; expected one of {', '.join(kind.names)}, or "
+            f"{place}{did_you_mean(name, kind.names)}; expected {shipped}"
             "one of your own: my_module:thing, ./my_file.py:thing"
         )
     source, _, attribute = name.rpartition(":")

@@ -14,12 +14,14 @@ from megatron_rl.catalogue.entry import (
     CorrectionEntry,
     EngineEntry,
     Entry,
+    EnvironmentEntry,
     LoggerEntry,
     LossEntry,
     OptimizerEntry,
     SourceEntry,
     VerifierEntry,
 )
+from megatron_rl.catalogue.environments import ENVIRONMENTS as ENVIRONMENT_ROWS
 from megatron_rl.catalogue.families import FAMILIES as FAMILY_ROWS
 from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.loggers import LOGGERS as LOGGER_ROWS
@@ -140,6 +142,15 @@ SOURCES = Kind(
     "@source()",
 )
 
+ENVIRONMENTS = Kind(
+    "environment",
+    "rollout.environment",
+    EnvironmentEntry,
+    ENVIRONMENT_ROWS,
+    ("record", "turns"),
+    "@environment()",
+)
+
 #: By the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind[Any]] = {
     "losses": LOSSES,
@@ -147,6 +158,7 @@ KINDS: dict[str, Kind[Any]] = {
     "corrections": CORRECTIONS,
     "rewards": VERIFIERS,
     "engines": ENGINES,
+    "environments": ENVIRONMENTS,
     "optimizers": OPTIMIZERS,
     "loggers": LOGGERS,
     "families": FAMILIES,

@@ -6,7 +6,12 @@ import re
 from typing import Callable
 from urllib.parse import urlsplit
 
-from megatron_rl.config.rollout import engine_of, engine_settings, engines_with
+from megatron_rl.config.rollout import (
+    engine_of,
+    engine_settings,
+    engines_with,
+    environment_settings,
+)
 from megatron_rl.config.schema import Config
 from megatron_rl.config.schema_rollout import ServersConfig
 from megatron_rl.errors import UserError
@@ -118,6 +123,19 @@ def lag_is_corrected(config: Config) -> None:
         )
 
 
+def environment_is_known(config: Config) -> None:
+    """``rollout.environment`` is an environment, with settings of it, and has no answers to reply
+    to that are sampled ahead.
+    """
+    rollout = config.rollout
+    environment_settings(rollout)
+    if rollout.environment is not None and rollout.lag:
+        raise UserError(
+            f"rollout.lag is {rollout.lag} with rollout.environment, which replies when answers "
+            "are taken: later turns would not be sampled ahead; expected one of them; set lag 0"
+        )
+
+
 ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     engine_is_known,
     servers_are_named_or_started,
@@ -125,4 +143,5 @@ ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     urls_are_urls,
     servers_give_exact_logprobs,
     lag_is_corrected,
+    environment_is_known,
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_rl.catalogue.entry import EngineEntry
+from megatron_rl.catalogue.entry import EngineEntry, EnvironmentEntry
 from megatron_rl.catalogue.find import find
-from megatron_rl.catalogue.kinds import ENGINES
+from megatron_rl.catalogue.kinds import ENGINES, ENVIRONMENTS
 from megatron_rl.catalogue.read import read_settings
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.config.schema_rollout import RolloutConfig
@@ -24,3 +24,20 @@ def engine_settings(rollout: RolloutConfig) -> Settings | None:
 def engines_with(trait: str) -> str:
     """``vllm or sglang``: the engines of this package that have a trait of `EngineEntry`."""
     return " or ".join(row.name for row in ENGINES.rows if getattr(row, trait))
+
+
+def environment_of(rollout: RolloutConfig) -> EnvironmentEntry | None:
+    """The environment; None: an answer is all. UserError: there is none of that name."""
+    if rollout.environment is None:
+        return None
+    return find(ENVIRONMENTS, rollout.environment)
+
+
+def environment_settings(rollout: RolloutConfig) -> Settings | None:
+    """Its settings. UserError: a mistake in them."""
+    row = environment_of(rollout)
+    name = f"the environment {rollout.environment}"
+    settings = None if row is None else row.settings
+    return read_settings(
+        "rollout.environment_settings", name, settings, rollout.environment_settings
+    )

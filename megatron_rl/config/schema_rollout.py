@@ -77,6 +77,13 @@ class RolloutConfig(Section):
     config.json of the model's directory name."""
     stop_tokens: tuple[str, ...] = ()
     """The same by their texts, such as <|im_end|>; each is one token of the tokenizer."""
+    environment: str | None = None
+    """What replies to answers, which then go on: one of your own, ./my_tool.py:my_tool; null:
+    nothing, an answer is all."""
+    environment_settings: dict[str, Any] = {}
+    """Settings of the environment that differ from its defaults."""
+    max_turns: int = Field(4, ge=1)
+    """With an environment: most answers of a conversation, each of max_new_tokens at most."""
     max_batch: int = Field(512, ge=1)
     """Answers decoded at a time on a rank."""
     dynamic_sampling: bool = False

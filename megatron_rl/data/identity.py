@@ -7,6 +7,8 @@ import json
 from itertools import accumulate
 from typing import Any, Mapping, Sequence
 
+import numpy as np
+
 from megatron_rl.data.prompts import DataPart
 from megatron_rl.records import Prompt, Sample
 
@@ -24,8 +26,7 @@ def identity_of(
     tokens, records = hashlib.sha256(), hashlib.sha256()
     for item in items:
         ids = item.tokens.astype("<i8")
-        start = len(ids) if isinstance(item, Prompt) else item.prompt_length
-        tokens.update(f"{start} {len(ids)} ".encode() + ids.tobytes())
+        tokens.update(f"{_trained(item)} {len(ids)} ".encode() + ids.tobytes())
         if isinstance(item, Prompt):
             text = json.dumps(item.record, sort_keys=True)  # ASCII: a lone surrogate is no obstacle
             records.update(f"{item.index - first} {text}\n".encode())
@@ -39,6 +40,16 @@ def identity_of(
             for part, end in zip(parts, ends)
         }
     return found
+
+
+def _trained(item: Prompt | Sample) -> str:
+    """Where the trained tokens begin, then where they end, begin again and so on: ``5``, where all
+    behind the first 5 are.
+    """
+    if isinstance(item, Prompt):
+        return str(len(item.tokens))
+    changes = np.flatnonzero(np.diff(item.written, prepend=False)).tolist()
+    return " ".join(map(str, changes or [len(item.tokens)]))
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

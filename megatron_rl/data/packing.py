@@ -1,6 +1,6 @@
 """Packing: sequences laid one behind the other into micro-batches of a fixed number of tokens.
 
-Shapes: T tokens of a pack, S sequences of a pack, N tokens of one completion.
+Shapes: T tokens of a pack, S sequences of a pack, M tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ def _build_pack(
         positions[start:stop] = np.arange(stop - start)
         sequence_ids[start:stop] = number
         advantages[start:stop] = sample.advantage
-        trained = slice(start + sample.prompt_length - 1, stop - 1)  # these predict the completion
-        mask[trained] = True
+        mask[start : stop - 1] = sample.trained
         if logprobs is not None:
-            logprobs[trained] = sample.rollout_logprobs
+            known = np.where(sample.trained, sample.rollout_logprobs[1:], 0.0)
+            logprobs[start : stop - 1] = known
         start = round_up(stop, sequence_multiple)
     lengths = tuple(len(sample.tokens) for sample in samples)
     return Pack(
@@ -169,58 +169,89 @@ def _build_routes(
 
     The last token of a sequence, of which the sampler says nothing, takes those of the token before
     it: nothing is predicted there, and the load that the expert bias follows is the same in any
-    pack. Padding at place t takes the experts t K, t K + 1... mod E: different ones, as Megatron's
-    dispatchers need, and spread over all experts.
+    pack. Any other token without experts of the sampler is not ``known``: its routers are to choose
+    for themselves. Padding at place t takes the experts t K, t K + 1... mod E: different ones, as
+    Megatron's dispatchers need, and spread over all experts.
     """
     if routing is None:
         return None
     first = np.arange(pack_tokens)[:, None] * routing.top_k + np.arange(routing.top_k)
     filler = (first % routing.num_experts).astype(id_type(routing.num_experts))
     ids = np.repeat(filler[:, None], len(routing.layers), axis=1)
+    known = np.ones(pack_tokens, dtype=bool)
     start = 0
     for sample in samples:
-        routed = sample.routed_experts
+        routed, length = sample.routed_experts, len(sample.tokens)
         assert routed is not None, "all samples of a pack with routes have them"
         columns = [routed.layers.index(layer) for layer in routing.layers]
-        chosen = routed.ids[:, columns]
-        ids[start : start + len(chosen)] = chosen
-        ids[start + len(chosen)] = chosen[-1]
-        start = round_up(start + len(sample.tokens), sequence_multiple)
-    return RoutedExperts(ids, routing.layers)
+        sure = _known(routed, length)
+        ids[start : start + length][sure] = routed.ids[:, columns][sure[: len(routed.ids)]]
+        if length > 1 and sure[-2] and not sure[-1]:
+            ids[start + length - 1] = ids[start + length - 2]
+            sure[-1] = True
+        known[start : start + length] = sure
+        start = round_up(start + length, sequence_multiple)
+    return RoutedExperts(ids, routing.layers, None if known.all() else known)
+
+
+def _known(routed: RoutedExperts, length: int) -> np.ndarray:
+    """Of which tokens of a sequence of ``length`` the sampler says the experts, bool [length]."""
+    known = np.zeros(length, dtype=bool)
+    known[: len(routed.ids)] = True if routed.known is None else routed.known
+    return known
 
 
 def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> None:
-    length, prompt = len(sample.tokens), sample.prompt_length
-    if not 1 <= prompt < length:
+    length = len(sample.tokens)
+    if not length:
+        raise ValueError(f"sample {index} has no tokens; expected at least one")
+    if sample.written.shape != (length,) or sample.written.dtype != np.bool_:
         raise ValueError(
-            f"sample {index}: prompt of {prompt} in {length} tokens; "
-            "both parts need at least one token"
+            f"sample {index}: what the policy wrote is {sample.written.dtype} of shape "
+            f"{sample.written.shape}; expected bool of the {length} tokens"
         )
     if with_rollout_logprobs:
         if sample.rollout_logprobs is None:
             raise ValueError(f"sample {index} has no rollout log-probabilities")
-        if len(sample.rollout_logprobs) != length - prompt:
+        if len(sample.rollout_logprobs) != length:
             found = len(sample.rollout_logprobs)
             raise ValueError(
-                f"sample {index}: {found} rollout log-probabilities for {length - prompt} tokens"
+                f"sample {index}: {found} rollout log-probabilities for {length} tokens"
+            )
+        if np.isnan(sample.rollout_logprobs[1:][sample.trained]).any():
+            raise ValueError(
+                f"sample {index}: no rollout log-probability of a token that the policy wrote"
             )
 
 
 def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
-    """Experts of every token but the last, for all layers asked for, K different ones below E."""
+    """Experts of the first tokens, for all layers asked for, K different ones below E."""
     routed = sample.routed_experts
     if routed is None:
         raise ValueError(f"sample {index} has no experts of the sampler")
     missing = sorted(set(routing.layers) - set(routed.layers))
     if missing:
         raise ValueError(f"sample {index} has no experts of the sampler in layers {missing}")
-    expected = (len(sample.tokens) - 1, len(routed.layers), routing.top_k)
-    if routed.ids.shape != expected:
+    length, expected = len(sample.tokens), (len(routed.layers), routing.top_k)
+    if routed.ids.shape[1:] != expected or len(routed.ids) > length:
         raise ValueError(
             f"sample {index}: the sampler's experts have shape {routed.ids.shape}; expected "
-            f"{expected}: one token fewer than the sequence, layers, experts a token"
+            f"{(length - 1, *expected)}: at most {length} tokens, layers, experts a token"
         )
-    ordered = np.sort(routed.ids, axis=-1).astype(np.int64)
+    if routed.known is None:
+        if len(routed.ids) < length - 1:
+            raise ValueError(
+                f"sample {index}: the sampler's experts are of {len(routed.ids)} tokens; expected "
+                f"{length - 1}, or word of those that are known"
+            )
+    elif routed.known.shape != routed.ids.shape[:1] or routed.known.dtype != np.bool_:
+        raise ValueError(
+            f"sample {index}: the known experts are {routed.known.dtype} of shape "
+            f"{routed.known.shape}; expected bool of {len(routed.ids)} tokens"
+        )
+    ordered = np.sort(routed.ids[_known(routed, length)[: len(routed.ids)]], axis=-1).astype(
+        np.int64
+    )
     if ordered.size and (ordered.min() < 0 or ordered.max() >= routing.num_experts):
         raise ValueError(
             f"sample {index}: the sampler's experts are {ordered.min()} to {ordered.max()}; "

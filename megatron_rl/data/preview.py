@@ -64,10 +64,10 @@ def lengths_text(data: DataSet[Any]) -> str:
 
 def _lengths(items: Sequence[Prompt | Sample]) -> str:
     samples = isinstance(items[0], Sample)
-    lengths = [item.prompt_length if samples else len(item.tokens) for item in items]
+    answers = [int(item.written.sum()) if samples else 0 for item in items]
+    lengths = [len(item.tokens) - count for item, count in zip(items, answers, strict=True)]
     text = f"{len(items):,} {'samples' if samples else 'problems'}, prompts of {_range(lengths)}"
     if samples:
-        answers = [len(item.tokens) - item.prompt_length for item in items]
         text += f", answers of {_range(answers)}"
     return text
 
@@ -84,22 +84,30 @@ def _example(
     item: Prompt | Sample, place: str, tokenizer: Tokenizer, longest: int
 ) -> Iterator[str]:
     ids = item.tokens.tolist()
+    marked = np.zeros(len(ids), dtype=bool)
     if isinstance(item, Prompt):
-        start = len(ids)
         trained = f"trained on: the answers sampled to it, of up to {longest} tokens"
-        yield f"{place}: a prompt of {start} tokens; {trained}"
+        yield f"{place}: a prompt of {len(ids)} tokens; {trained}"
     else:
-        start = item.prompt_length
-        yield f"a prompt of {start} tokens; trained on: the {len(ids) - start} after it, marked *"
+        marked[1:] = item.trained
+        yield _trained_part(marked)
     yield textwrap.indent(_visible(_cut(tokenizer.show(ids))), "  | ", lambda line: True)
     words = [
-        f"{'*' if place >= start else ''}{_token(tokenizer, token)}"
-        for place, token in enumerate(ids)
+        f"{'*' if trained else ''}{_token(tokenizer, token)}"
+        for trained, token in zip(marked, ids, strict=True)
     ]
     if len(words) > 2 * SHOWN_ENDS:
         left_out = f"... {len(words) - 2 * SHOWN_ENDS} more ..."
         words = [*words[:SHOWN_ENDS], left_out, *words[-SHOWN_ENDS:]]
     yield _wrapped(words)
+
+
+def _trained_part(marked: np.ndarray) -> str:
+    """What of a sample is trained on; ``marked``: bool [M]."""
+    count, start = int(marked.sum()), int(marked.argmax())
+    if count and marked[start:].all():
+        return f"a prompt of {start} tokens; trained on: the {count} after it, marked *"
+    return f"a sample of {len(marked)} tokens; trained on: the {count} marked *"
 
 
 def _token(tokenizer: Tokenizer, token: int) -> str:

@@ -111,9 +111,9 @@ def load_samples(
 
     def sample_of(problem: Problem) -> tuple[Sample, int]:
         prompt, _ = rendering.prompt(problem.prompt, file.notes, problem.tools)
-        tokens = prompt + rendering.completion(problem.completion or "", file.notes)
-        sample = Sample(np.array(tokens, dtype=np.int64), prompt_length=len(prompt))
-        return sample, len(tokens) if prompt else 0
+        completion = rendering.completion(problem.completion or "", file.notes)
+        sample = Sample.of(np.array(prompt, dtype=np.int64), np.array(completion, dtype=np.int64))
+        return sample, len(sample.tokens) if prompt else 0
 
     return _load(file, "prompt and completion", sample_of, limit, overlong)
 

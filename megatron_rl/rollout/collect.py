@@ -48,7 +48,7 @@ def shape_overlong(
         replace(
             scored,
             rewards=tuple(
-                shaped(reward, len(answer.tokens))
+                shaped(reward, answer.longest_turn)
                 for reward, answer in zip(scored.rewards, scored.group.completions, strict=True)
             ),
         )
@@ -65,12 +65,13 @@ def to_samples(
         prompt = scored.group.prompt.tokens
         for completion, advantage in zip(scored.group.completions, row, strict=True):
             samples.append(
-                Sample(
-                    tokens=np.concatenate([prompt, completion.tokens]),
-                    prompt_length=len(prompt),
-                    advantage=float(advantage),
-                    rollout_logprobs=completion.logprobs,
-                    routed_experts=completion.routed_experts,
+                Sample.of(
+                    prompt,
+                    completion.tokens,
+                    float(advantage),
+                    completion.logprobs,
+                    completion.routed_experts,
+                    written=completion.written,
                 )
             )
     return samples
@@ -88,7 +89,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, flo
     return {
         "reward/mean": _sum_and_count(reward.value for reward in rewards),
         "reward/std": _sum_and_count(scored.values.std() for scored in groups),
-        "response/length_mean": _sum_and_count(len(answer.tokens) for answer in completions),
+        "response/length_mean": _sum_and_count(answer.num_written for answer in completions),
         "response/finished_fraction": _sum_and_count(answer.finished for answer in completions),
         "groups/zero_variance_fraction": _sum_and_count(
             np.ptp(scored.values) == 0.0 for scored in groups
@@ -143,7 +144,7 @@ def sample_rows(groups: Sequence[ScoredGroup], limit: int) -> list[dict[str, Any
                 "completion": completion.text,
                 "reward": reward.value,
                 "reason": reward.reason,
-                "tokens": len(completion.tokens),
+                "tokens": completion.num_written,
                 "finished": completion.finished,
             }
         )

@@ -64,7 +64,9 @@ class RewardWorkers:
             UserError: a record lacks what the verifier needs; RunFailed: the verifier raised. Both
                 on all ranks. Stopped: a signal asked the run to stop; on all ranks.
         """
-        answers = [(group.prompt, answer.text) for group in groups for answer in group.completions]
+        answers = [
+            (group.prompt, answer.judged_text) for group in groups for answer in group.completions
+        ]
         model, context = self._groups.model, self._groups.context
         peers = model.size() * context.size()
         mine = self._judge(answers[model.rank() + model.size() * context.rank() :: peers])

@@ -15,11 +15,12 @@ and 0.19.2.
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Mapping, Sequence
+import functools
+from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_replay import RouterReplayAction
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.router.capture import RouterError
@@ -46,7 +47,12 @@ class RouteReplay:
                 )
 
     @contextlib.contextmanager
-    def routes(self, chunk: int, expert_ids: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    def routes(
+        self,
+        chunk: int,
+        expert_ids: Mapping[int, torch.Tensor],
+        known: torch.Tensor | None = None,
+    ) -> Iterator[None]:
         """The forward pass of a chunk inside takes these experts.
 
         Its recomputation takes them again: Megatron keeps them in a queue for each router, since
@@ -58,9 +64,13 @@ class RouteReplay:
             expert_ids: of each MoE layer of the chunk, by global number from 1: integers
                 [T_local, K], all different in a row (padding too: dispatchers count K experts a
                 token).
+            known: bool [T_local]: where it is False the routers choose for themselves, whatever the
+                ids say; None: nowhere. Only in passes without gradients: a recomputation would
+                choose once more.
 
         Raises:
-            RouterError: they are not those of the chunk's layers, or K is another.
+            RouterError: they are not those of the chunk's layers, or K is another; not all are
+                known in a pass with gradients.
         """
         routers = self._routers[chunk]
         if set(expert_ids) != set(routers):
@@ -74,6 +84,8 @@ class RouteReplay:
                     f"layer {number}: routes of shape {tuple(ids.shape)}; expected "
                     f"[T_local, {routers[number].topk}]"
                 )
+        if known is not None and torch.is_grad_enabled():
+            raise RouterError("routes of some tokens in a pass with gradients; expected all")
         queued = self._recomputes[chunk] and torch.is_grad_enabled()
         for number, router in routers.items():
             ids, replay = expert_ids[number].long(), router.router_replay
@@ -82,12 +94,16 @@ class RouteReplay:
             else:
                 replay.target_topk_idx = ids
             replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+            if known is not None:
+                replay.get_replay_topk = functools.partial(_where_known, replay, known)
         try:
             yield
         finally:
             for router in routers.values():
                 replay = router.router_replay
                 replay.target_topk_idx = None
+                if known is not None:
+                    del replay.get_replay_topk
                 if queued:
                     replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
                 elif not replay.replay_backward_list:
@@ -110,6 +126,24 @@ class RouteReplay:
 
     def _all(self) -> list[TopKRouter]:
         return [router for routers in self._routers for router in routers.values()]
+
+
+def _where_known(
+    replay: RouterReplay,
+    known: torch.Tensor,
+    scores: torch.Tensor,
+    topk: int,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Megatron's ``get_replay_topk``: scores [T_local, E] -> scores and ids of K experts a token,
+    the replayed ones where they are known, else the largest.
+    """
+    assert default_compute_topk is not None, "routers call with their own choice"
+    _, own = default_compute_topk(scores, topk, num_groups, group_topk)
+    ids = torch.where(known[:, None], replay.target_topk_idx.to(own.dtype), own)
+    return scores.gather(1, ids), ids
 
 
 def _recomputes_routers(config: TransformerConfig) -> bool:

@@ -69,7 +69,8 @@ def answer(
 
 def rows_of(group: RolloutGroup) -> list[Row]:
     """An object for each answer: the prompt's record (from 0) and the answer's number, what the
-    model saw and wrote, its tokens, whether it ended by itself, and its log-probability, nats.
+    model saw and wrote, its tokens, whether it ended by itself, and its log-probability, nats; of
+    a conversation those that the model wrote.
     """
     return [
         {
@@ -77,9 +78,9 @@ def rows_of(group: RolloutGroup) -> list[Row]:
             "sample": number,
             "prompt": group.prompt.text,
             "completion": completion.text,
-            "tokens": len(completion.tokens),
+            "tokens": completion.num_written,
             "finished": completion.finished,
-            "logprob": float(completion.logprobs.sum()),
+            "logprob": float(completion.written_logprobs.sum()),
         }
         for number, completion in enumerate(group.completions)
     ]

@@ -44,6 +44,8 @@ class PackTensors:
     #: the sampler's experts of this rank's tokens and layers, in host memory: global layer number
     #: (from 1) -> integers [T_local, K]; None: not replayed
     routes: Mapping[int, torch.Tensor] | None = None
+    #: bool [T_local], in host memory: of which of these tokens they are; None: of all
+    routes_known: torch.Tensor | None = None
 
 
 def to_device(
@@ -62,6 +64,7 @@ def to_device(
     def tensor(array: np.ndarray | None) -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
 
+    routes, known = _local_routes(pack, shards, tensor_group)
     return PackTensors(
         tokens=tensor(pack.tokens),
         targets=tensor(pack.targets),
@@ -72,22 +75,28 @@ def to_device(
         rollout_logprobs=tensor(pack.rollout_logprobs),
         shards=shards,
         layout=layout,
-        routes=_local_routes(pack, shards, tensor_group),
+        routes=routes,
+        routes_known=known,
     )
 
 
 def _local_routes(
     pack: Pack, shards: SequenceShards, tensor_group: ProcessGroup
-) -> dict[int, torch.Tensor] | None:
-    """What the sampler's experts are of the tokens that this rank's routers will see."""
-    if pack.routed_experts is None:
-        return None
-    local = torch.from_numpy(pack.routed_experts.ids)[shards.rows.cpu()]
-    local = tensor_slice(local, tensor_group)
-    return {
-        layer: local[:, column].contiguous()
-        for column, layer in enumerate(pack.routed_experts.layers)
-    }
+) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
+    """What the sampler's experts are of the tokens that this rank's routers will see, and of which
+    of these tokens they are known.
+    """
+    routed = pack.routed_experts
+    if routed is None:
+        return None, None
+    rows = shards.rows.cpu()
+
+    def local(array: np.ndarray) -> torch.Tensor:
+        return tensor_slice(torch.from_numpy(array)[rows], tensor_group)
+
+    ids = local(routed.ids)
+    routes = {layer: ids[:, i].contiguous() for i, layer in enumerate(routed.layers)}
+    return routes, None if routed.known is None else local(routed.known)
 
 
 def replayed_routing(config: Config, groups: Groups) -> Routing | None:

@@ -20,7 +20,7 @@ from megatron_rl.config.data import chosen_sources, data_text
 from megatron_rl.config.on_resume import Change, kind_of, shown
 from megatron_rl.config.optimizer import optimizer_of
 from megatron_rl.config.reward import chosen_verifiers
-from megatron_rl.config.rollout import engine_of
+from megatron_rl.config.rollout import engine_of, environment_of
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
 from megatron_rl.data.prompts import DataPart
@@ -58,7 +58,8 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
     the reference.
     """
     rows: list[Any] = [one.row for one in chosen_verifiers(config.reward)]
-    rows += [engine_of(config.rollout), optimizer_of(config.optimizer)]
+    rows += [engine_of(config.rollout), environment_of(config.rollout)]
+    rows.append(optimizer_of(config.optimizer))
     for split in ("train", "eval"):
         sources = chosen_sources(config.data, split)
         rows += [piece.row for source in sources for piece in source.pieces]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Sequence
 
 import torch
 
-from megatron_rl.config.rollout import engine_of, engine_settings
+from megatron_rl.catalogue.blame import blame
+from megatron_rl.catalogue.entry import EnvironmentEntry
+from megatron_rl.checkpoint.together import together
+from megatron_rl.config.rollout import (
+    engine_of,
+    engine_settings,
+    environment_of,
+    environment_settings,
+)
 from megatron_rl.device.launch import Launch
+from megatron_rl.rollout.conversation import ConversationEngine, Environment
 from megatron_rl.rollout.engine import Engine, EngineParts
 from megatron_rl.rollout.own_engine import own_engine
 from megatron_rl.router.capture import RouterCapture
@@ -18,11 +28,48 @@ from megatron_rl.training.session import Session
 def build_engine(
     session: Session, chunks: Sequence[torch.nn.Module], capture: RouterCapture | None = None
 ) -> Engine:
-    """Of ``rollout.engine``; to be closed. ``capture``: of the chunks' routers, for replay.
+    """Of ``rollout.engine`` and ``rollout.environment``; to be closed. ``capture``: of the chunks'
+    routers, for replay.
 
     Raises:
-        UserError: an engine of a user's own raises, or is none.
+        UserError: an engine of a user's own raises, or is none; an environment raises while it is
+            made.
     """
+    engine = _engine_of_answers(session, chunks, capture)
+    config = session.config
+    row = environment_of(config.rollout)
+    if row is None:
+        return engine
+    return ConversationEngine(
+        engine,
+        _environment(session, row),
+        row.name,
+        encode=partial(session.tokenizer.encode, control=config.data.chat == "rendered"),
+        max_turns=config.rollout.max_turns,
+        max_sequence_length=config.model.max_sequence_length,
+        groups=session.groups,
+        threads=session.launch.cores,
+        stop=session.stop.heard,
+    )
+
+
+def _environment(session: Session, row: EnvironmentEntry) -> Environment:
+    settings = environment_settings(session.config.rollout)
+    if not inspect.isclass(row.own):
+        return row.bind(settings)
+    made: list[Environment] = []
+
+    def make() -> None:
+        with blame(f"the environment {row.name!r}, while it is made,", "correct it"):
+            made.append(row.own() if settings is None else row.own(settings))
+
+    together(session.groups.world, make)
+    return made[0]
+
+
+def _engine_of_answers(
+    session: Session, chunks: Sequence[torch.nn.Module], capture: RouterCapture | None
+) -> Engine:
     rollout = session.config.rollout
     row, settings = engine_of(rollout), engine_settings(rollout)
     parts = EngineParts(

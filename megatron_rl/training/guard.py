@@ -79,7 +79,7 @@ def check_answers(answers: Sequence[ScoredGroup], world: ProcessGroup) -> None:
         scored.group.prompt.index
         for scored in answers
         for completion in scored.group.completions
-        if not np.isfinite(completion.logprobs).all()
+        if not np.isfinite(completion.written_logprobs).all()
     ]
     problem = None
     if bad:

@@ -41,6 +41,9 @@ def run_facts(session: Session, machine: Mapping[str, str]) -> dict[str, str]:
         facts["tokenizer"] = f"{tokenizer.path}, whose own code is executed (trust_remote_code)"
     if config.rollout.engine != "builtin":
         facts["rollout"] = _engine(config.rollout)
+    if config.rollout.environment is not None:
+        turns = f"up to {config.rollout.max_turns} answers a conversation"
+        facts["environment"] = f"{config.rollout.environment}, {turns}"
     return facts
 
 

@@ -93,7 +93,7 @@ class Reinforce:
             for base, metrics in source_sums(sampled, self._parts).items():
                 sums.add_parts(base, metrics)
         self._add_lag(sampled, sums)
-        lengths = [len(answer.tokens) for scored in sampled for answer in scored.group.completions]
+        lengths = [answer.num_written for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
         if session.counts_once:

@@ -78,7 +78,10 @@ def sampled_routes(
         layer: pack.routes[layer].to(device, non_blocking=True)
         for layer in policy.capture.layers_of(chunk)
     }
-    return policy.replay.routes(chunk, routes)
+    known = pack.routes_known
+    return policy.replay.routes(
+        chunk, routes, None if known is None else known.to(device, non_blocking=True)
+    )
 
 
 def score_reference(policy: Policy, scored: Sequence[ScoredPack]) -> list[ScoredPack]:

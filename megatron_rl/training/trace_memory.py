@@ -19,7 +19,9 @@ from megatron_rl.training.session import Session
 
 
 def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
-    """Tokens of the longest problem with the longest answer."""
+    """Tokens of the longest problem with the longest answer, or conversation."""
+    if config.rollout.environment is not None and config.rollout.max_turns > 1:
+        return config.model.max_sequence_length
     longest = max((len(problem.tokens) for problem in problems), default=1)
     return min(longest + config.rollout.max_new_tokens, config.model.max_sequence_length)
 

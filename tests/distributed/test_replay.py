@@ -75,7 +75,9 @@ QUICK = 4
 
 
 def routed_batch(case: Case) -> list:
-    """The usual sequences, each with random experts for every layer."""
+    """The usual sequences, each with random experts for every layer; in turns, of three tokens in
+    four.
+    """
     model = layouts.layout_config(case).model
     layers = tuple(i + 1 for i, is_moe in enumerate(moe_layers(model)) if is_moe)
     rng = np.random.default_rng(11)
@@ -84,7 +86,9 @@ def routed_batch(case: Case) -> list:
         scores = rng.random((len(sample.tokens) - 1, len(layers), model.num_experts))
         ids = scores.argsort(axis=-1)[..., : model.moe_top_k]
         ids = ids.astype(np.uint8 if model.num_experts <= 256 else np.int16)
-        samples.append(dataclasses.replace(sample, routed_experts=RoutedExperts(ids, layers)))
+        known = rng.random(len(ids)) < 0.75 if case.turns else None
+        routed = RoutedExperts(ids, layers, known)
+        samples.append(dataclasses.replace(sample, routed_experts=routed))
     return samples
 
 

@@ -22,7 +22,8 @@ def sample(name, length):
 
     rng = np.random.default_rng(name)
     logprobs = -rng.random(length - 1, dtype=np.float32)
-    return Sample(rng.integers(0, 128, length), 1, float(rng.normal()), logprobs)
+    tokens = rng.integers(0, 128, length)
+    return Sample.of(tokens[:1], tokens[1:], float(rng.normal()), logprobs)
 
 
 def trained(case):

@@ -1,5 +1,5 @@
 """The folder of a user who has the wheel installed and not this repository, with a loss, rewards,
-advantages, data, a rollout engine, an optimizer and a logger of its own.
+advantages, data, a rollout engine, an environment, an optimizer and a logger of its own.
 """
 
 import json
@@ -29,6 +29,12 @@ def done(folder, tmp_path_factory):
         "engine": [
             *("train", "run.yaml", *cpu, "--run_dir", "runs/engine"),
             *("--rollout.engine", "./my_engine.py:TransformersEngine"),
+        ],
+        "turns": [
+            *("train", "run.yaml", *cpu, "--run_dir", "runs/turns", "--rollout.max_turns", "2"),
+            *("--rollout.environment", "./my_environment.py:ask_again"),
+            *("--rollout.environment_settings.word", "+", "--observe.samples", "64"),
+            *("--algorithm.routing_replay", "r3"),
         ],
     }
     python = installed_in(tmp_path_factory.mktemp("installed"))
@@ -75,6 +81,21 @@ def test_its_engine_gives_the_answers_of_the_built_in_one(done):
         assert builtin["step"] == own["step"]
         for name in names:
             assert own[name] == pytest.approx(builtin[name], rel=1e-3, abs=1e-5), name
+
+
+def test_its_environment_asks_again(done):
+    """Behind some answers stands the problem, and then another answer, which is judged."""
+    results, mine = done
+    assert results["turns"].code == 0, results["turns"].err
+    assert "./my_environment.py:ask_again, up to 2 answers a conversation" in results["turns"].out
+    steps = [row for row in records(mine / "runs/turns/metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert all(row["grad_norm"] > 0.0 for row in steps)
+    samples = records(mine / "runs/turns/samples.jsonl")
+    asked = [row for row in samples if f"+{row['prompt']}" in row["completion"]]
+    assert 3 < len(asked) < len(samples)
+    for row in samples:  # what the environment says is no token of the policy's
+        assert row["tokens"] <= (32 if row in asked else 16)
 
 
 def test_its_logger_gets_each_step(done):

@@ -25,6 +25,7 @@ class Case:
     device: str = "cpu"  #: or cuda
     optimizer: Mapping[str, Any] = field(default_factory=dict)  #: other than plain adam
     seed: int = 0  #: of the initial weights and of the rollout batch
+    turns: bool = False  #: the policy wrote the sequences in turns, and some tokens of no turn
 
 
 SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}

@@ -119,14 +119,30 @@ def rollout_batch(case: Case) -> list[Sample]:
         prompt, answer = int(rng.integers(1, 8)), int(rng.integers(1, 17))
         prompt += max(0, 13 - prompt - answer) if case.one_per_pack else 0
         samples.append(
-            Sample(
-                tokens=rng.integers(0, vocab_size, prompt + answer),
-                prompt_length=prompt,
+            Sample.of(
+                *np.split(rng.integers(0, vocab_size, prompt + answer), [prompt]),
                 advantage=float(rng.normal() + 0.4),
-                rollout_logprobs=-rng.random(answer, dtype=np.float32),
+                logprobs=-rng.random(answer, dtype=np.float32),
             )
         )
-    return samples
+    return [in_turns(n, sample) for n, sample in enumerate(samples)] if case.turns else samples
+
+
+def in_turns(number: int, sample: Sample) -> Sample:
+    """The sample with another mask: turns of one to four tokens with others' text between them.
+
+    Every eighth has nothing that the policy wrote, and every eighth begins with the policy's words.
+    """
+    rng = np.random.default_rng(100 + number)
+    length = len(sample.tokens)
+    ends = np.cumsum(rng.integers(1, 5, length))
+    written = np.searchsorted(ends, np.arange(length), side="right") % 2 == (number % 8 == 1)
+    written = ~written if number % 8 != 2 else np.zeros(length, dtype=bool)
+    written[0] = number % 8 == 1
+    logprobs = np.where(written, -rng.random(length, dtype=np.float32), np.nan)
+    return dataclasses.replace(
+        sample, written=written, rollout_logprobs=logprobs.astype(np.float32)
+    )
 
 
 def run_case(case: Case) -> Run:
@@ -441,7 +457,9 @@ def compare(found: Run, expected: Run) -> Difference:
         **{kind: max(rows.values(), default=0.0) for kind, rows in errors.items()},
         replicas=found.replica_difference,
         worst=worst[1],
-        smallest_gamma=float(min((v.min() for v in expected.gamma.values()), default=1.0)),
+        smallest_gamma=float(
+            min((v.min(initial=1.0) for v in expected.gamma.values()), default=1.0)
+        ),
     )
 
 

@@ -255,7 +255,10 @@ def _packs(policy: Any) -> list[Any]:
     rng = np.random.default_rng(5)
     length = data.pack_tokens // SEQUENCES
     samples = [
-        Sample(rng.integers(0, policy.config.model.vocab_size, length), 8, float(rng.normal()))
+        Sample.of(
+            *np.split(rng.integers(0, policy.config.model.vocab_size, length), [8]),
+            advantage=float(rng.normal()),
+        )
         for _ in range(PACKS * SEQUENCES)
     ]
     mine = samples[groups.data.rank() :: groups.data.size()]

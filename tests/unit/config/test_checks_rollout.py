@@ -5,7 +5,9 @@ import pytest
 from megatron_rl.config.checks import check_config
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
+from tests.support.runs import ROOT
 
+TOOL = f"{ROOT / 'examples' / 'extend' / 'my_environment.py'}:ask_again"
 URLS = ["http://one:8000", "https://two"]
 
 
@@ -36,6 +38,7 @@ def lagging(engine="vllm", mismatch="tis", **rollout):
         make("sglang", urls=URLS, temperature=0.7, top_p=0.9),
         make(urls=URLS, sync="broadcast"),
         lagging(lag=3),
+        Config(rollout={"environment": TOOL, "environment_settings": {"word": "no, "}}),
     ],
 )
 def test_good_ones_pass(config):
@@ -79,6 +82,20 @@ def test_good_ones_pass(config):
         (
             Config(rollout={"settings": {"speed": 1}}),
             "rollout.settings.speed is no setting of the rollout engine builtin; expected n",
+        ),
+        (lagging(environment=TOOL), "rollout.lag is 1 with rollout.environment, which replies wh"),
+        (
+            Config(rollout={"environment": "no_tool"}),
+            "rollout.environment is 'no_tool'; expected one of your own: my_module:thing",
+        ),
+        (
+            Config(rollout={"environment": TOOL, "environment_settings": {"wrd": "a"}}),
+            "rollout.environment_settings.wrd is no setting of the environment",
+        ),
+        (
+            Config(rollout={"environment": TOOL.replace("ask_again", "AgainSettings")}),
+            f"rollout.environment is {TOOL.replace('ask_again', 'AgainSettings')!r}, a class "
+            "without __call__; expected an environment, with __call__(record, turns)",
         ),
         (lagging(mismatch="none"), "rollout.lag is 1 with algorithm.mismatch none: the answers a"),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),

@@ -1,5 +1,6 @@
 """What makes two data sets the same."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -43,11 +44,30 @@ def test_other_problems_are_told_apart(now, what):
 
 
 def test_samples_are_told_apart_by_their_tokens_and_by_where_the_answer_begins():
-    sample = Sample(np.array([1, 2, 3]), prompt_length=1)
-    assert difference(identity_of([sample]), identity_of([Sample(np.array([1, 2, 3]), 1)])) is None
-    for other in (Sample(np.array([1, 2, 4]), 1), Sample(np.array([1, 2, 3]), 2)):
+    sample, same = Sample.of([1], [2, 3]), Sample.of([1], [2, 3])
+    assert difference(identity_of([sample]), identity_of([same])) is None
+    others = [Sample.of([1], [2, 4]), Sample.of([1, 2], [3])]
+    for written in ([True, False], [False, False]):
+        others.append(Sample.of([1], [2, 3], written=np.array(written)))
+    for other in others:
         found = difference(identity_of([sample]), identity_of([other]))
         assert found.startswith("1 as before, with other tokens: other lines, or another tokenizer")
+
+
+def test_one_answer_has_the_identity_it_always_had():
+    """Of the places where the trained tokens begin and end; one answer ends where the sample does.
+
+    Else runs that were begun before samples could have several turns would find other data.
+    """
+    tokens, ids = [1, 2, 3, 4], np.arange(1, 5, dtype="<i8").tobytes()
+    for written, spans in (
+        ([False, True, True, True], b"1 4 "),
+        ([False, True, False, True], b"1 2 3 4 "),
+        ([False, True, True, False], b"1 3 4 "),
+        ([False, False, False, False], b"4 4 "),
+    ):
+        sample = Sample(np.array(tokens), np.array(written))
+        assert identity_of([sample])["tokens"] == hashlib.sha256(spans + ids).hexdigest()
 
 
 def test_no_problems_are_told_from_some():

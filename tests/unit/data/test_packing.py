@@ -18,7 +18,8 @@ from megatron_rl.records import RoutedExperts, Sample
 
 def sample(tokens, prompt_length, advantage=1.0, logprobs=None):
     values = None if logprobs is None else np.array(logprobs, dtype=np.float32)
-    return Sample(np.array(tokens, dtype=np.int64), prompt_length, advantage, values)
+    prompt, answer = np.split(np.array(tokens), [prompt_length])
+    return Sample.of(prompt, answer, advantage, values)
 
 
 def test_one_pack_by_hand():
@@ -133,9 +134,9 @@ def test_nothing_is_lost(samples, pack_tokens, extra):
             assert (pack.sequence_ids[row] == number).all()
             assert (pack.advantages[row] == item.advantage).all()
             # what the mask points at is the completion, with its log-probabilities
-            completion = item.tokens[item.prompt_length :].tolist()
-            assert pack.targets[row][trained].tolist() == completion
-            assert pack.rollout_logprobs[row][trained].tolist() == item.rollout_logprobs.tolist()
+            assert pack.targets[row][trained].tolist() == item.tokens[item.written].tolist()
+            logprobs = item.rollout_logprobs[item.written].tolist()
+            assert pack.rollout_logprobs[row][trained].tolist() == logprobs
         assert pack.mask.sum() == np.count_nonzero(pack.rollout_logprobs)
         rest = slice(starts[-1], None)
         assert (pack.sequence_ids[rest] == len(pack.lengths)).all()
@@ -151,12 +152,9 @@ def test_mistakes():
         plan_packs([4, 5], 4)
     with pytest.raises(ValueError, match="2 packs are needed, num_packs is 1"):
         pack_samples([sample([1, 2, 3], 1)] * 2, 4, 1, vocab_size=9)
-    for prompt_length in (0, 3):
-        with pytest.raises(ValueError, match="both parts"):
-            pack_samples([sample([1, 2, 3], prompt_length)], 4, vocab_size=9)
     with pytest.raises(ValueError, match="sample 1 has no rollout"):
         pack_samples([sample([1, 2], 1, logprobs=[0]), sample([1, 2], 1)], 4, vocab_size=9)
-    with pytest.raises(ValueError, match="1 rollout log-probabilities for 2 tokens"):
+    with pytest.raises(ValueError, match="2 rollout log-probabilities for 3 tokens"):
         pack_samples([sample([1, 2, 3], 1, logprobs=[0])], 4, vocab_size=9)
 
 
@@ -177,7 +175,7 @@ ROUTING = Routing(layers=(5, 2), top_k=2, num_experts=8)
 def routed(tokens, ids, layers=(2, 3, 5)):
     """A sample of a prompt of one token, with experts ids[token][layer]."""
     experts = RoutedExperts(np.array(ids, dtype=np.uint8), layers)
-    return Sample(np.array(tokens), 1, routed_experts=experts)
+    return Sample.of(tokens[:1], tokens[1:], routed_experts=experts)
 
 
 def test_routes_of_a_pack_by_hand():
@@ -225,7 +223,8 @@ def test_an_empty_pack_has_routes_and_without_routing_there_are_none():
     [
         (sample([1, 2], 1), "sample 0 has no experts of the sampler$"),
         (routed([1, 2], [[[0, 1]]], (2,)), r"no experts of the sampler in layers \[5\]"),
-        (routed([1, 2, 3], [[[0, 1]] * 3]), r"shape \(1, 3, 2\); expected \(2, 3, 2\)"),
+        (routed([1, 2, 3], [[[0, 1]] * 3]), "experts are of 1 tokens; expected 2"),
+        (routed([1, 2], [[[0, 1]] * 3] * 3), r"shape \(3, 3, 2\); expected \(1, 3, 2\)"),
         (routed([1, 2], [[[0]] * 3]), r"shape \(1, 3, 1\); expected \(1, 3, 2\)"),
         (routed([1, 2], [[[0, 8]] * 3]), "experts are 0 to 8; expected 0 to 7"),
         (routed([1, 2], [[[3, 3]] * 3]), "sent a token to one expert twice"),
@@ -234,3 +233,101 @@ def test_an_empty_pack_has_routes_and_without_routing_there_are_none():
 def test_routes_that_do_not_fit_are_refused(sample, message):
     with pytest.raises(ValueError, match=message):
         pack_samples([sample], 8, vocab_size=8, routing=ROUTING)
+
+
+def turns(tokens, written, advantage=1.0, logprobs=None, routed_experts=None):
+    """A sample with one letter a token: w, written by the policy, or anything else."""
+    values = None if logprobs is None else np.array(logprobs, dtype=np.float32)
+    mask = np.array([letter == "w" for letter in written])
+    return Sample(np.array(tokens), mask, advantage, values, routed_experts)
+
+
+def test_a_pack_of_turns_by_hand():
+    nan = np.nan
+    samples = [
+        # two turns, next to each other a third, and a tool's last word
+        turns([5, 6, 7, 8, 9, 3], ".w.ww.", 2.0, [nan, -1, nan, -2, -3, nan]),
+        turns([4, 2, 1], "w.w", -1.0, [-7, nan, -4]),  # nothing predicts its first token
+        turns([6, 6], "..", 3.0, [nan, nan]),
+        turns([7], "w", 4.0, [-9]),
+    ]
+    (pack,) = pack_samples(samples, 14, vocab_size=8)
+    assert pack.tokens.tolist() == [5, 6, 7, 8, 9, 3, 4, 2, 1, 6, 6, 7, 4, 5]
+    assert pack.targets.tolist() == [6, 7, 8, 9, 3, 0, 2, 1, 0, 6, 0, 0, 0, 0]
+    assert np.flatnonzero(pack.mask).tolist() == [0, 2, 3, 7]
+    assert pack.targets[pack.mask].tolist() == [6, 8, 9, 1]
+    assert pack.rollout_logprobs.tolist() == [-1, 0, -2, -3, 0, 0, 0, -4, *[0] * 6]
+    assert pack.sequence_ids.tolist() == [0] * 6 + [1] * 3 + [2] * 2 + [3] + [4] * 2
+    assert pack.advantages.tolist() == [2] * 6 + [-1] * 3 + [3] * 2 + [4] + [0] * 2
+    (padded,) = pack_samples(samples[:2], 16, vocab_size=8, sequence_multiple=4)
+    assert np.flatnonzero(padded.mask).tolist() == [0, 2, 3, 9]
+    assert padded.rollout_logprobs[padded.mask].tolist() == [-1, -2, -3, -4]
+
+
+def test_a_prompt_and_an_answer_are_a_sample_of_one_turn():
+    found = Sample.of([5, 6], [7, 8, 9], 0.5, [-1, -2, -3])
+    assert found.tokens.tolist() == [5, 6, 7, 8, 9] and found.tokens.dtype == np.int64
+    assert found.written.tolist() == [False, False, True, True, True]
+    assert np.isnan(found.rollout_logprobs[:2]).all() and found.rollout_logprobs.dtype == np.float32
+    assert found.rollout_logprobs[2:].tolist() == [-1, -2, -3]
+    part = Sample.of([5], [7, 8], written=np.array([False, True]))
+    assert part.written.tolist() == [False, False, True]
+    assert (part.advantage, part.rollout_logprobs, part.routed_experts) == (1.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (turns([], ""), "sample 0 has no tokens"),
+        (turns([1, 2], "w"), r"bool of shape \(1,\); expected bool of the 2 tokens"),
+        (Sample(np.array([1, 2]), np.array([0, 1])), "is int64 of shape"),
+        (turns([1, 2, 3], "..w", 1.0, [-1, -1, np.nan]), "no rollout log-probability of a token"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(sample, message):
+    with pytest.raises(ValueError, match=message):
+        pack_samples([sample], 8, vocab_size=8)
+
+
+ONE_LAYER = Routing(layers=(2,), top_k=2, num_experts=8)
+
+
+def routes(rows, known=None):
+    ids = np.array(rows, dtype=np.uint8)[:, None]
+    return RoutedExperts(ids, (2,), None if known is None else np.array(known))
+
+
+def test_routes_that_the_sampler_does_not_know_are_left_to_the_routers():
+    samples = [
+        # spliced text at 1, nothing beyond the fourth token
+        turns([5, 6, 7, 8, 9], ".w.w.", routed_experts=routes(
+            [[0, 1], [9, 9], [2, 3], [4, 5]], [True, False, True, True]
+        )),
+        turns([1, 2, 3], "..w", routed_experts=routes([[6, 7], [9, 9]], [True, False])),
+        turns([4, 5], ".w", routed_experts=routes([[1, 0], [3, 2]])),  # its last token as well
+    ]  # fmt: skip
+    (pack,) = pack_samples(samples, 12, vocab_size=8, routing=ONE_LAYER)
+    known = pack.routed_experts.known
+    assert np.flatnonzero(~known).tolist() == [1, 6, 7]
+    assert known.dtype == np.bool_ and len(known) == 12
+    assert pack.routed_experts.ids[known][:, 0].tolist() == [
+        [0, 1], [2, 3], [4, 5], [4, 5], [6, 7], [1, 0], [3, 2], [4, 5], [6, 7],
+    ]  # fmt: skip
+    # Of a pack whose experts are all known nothing more is said.
+    (pack,) = pack_samples(samples[2:], 4, vocab_size=8, routing=ONE_LAYER)
+    assert pack.routed_experts.known is None
+
+
+@pytest.mark.parametrize(
+    ("routed", "message"),
+    [
+        (routes([[0, 1]]), "experts are of 1 tokens; expected 2, or word of those that are known"),
+        (routes([[0, 1]] * 2, [True]), r"bool of shape \(1,\); expected bool of 2 tokens"),
+        (routes([[0, 1]] * 2, [1, 0]), r"int64 of shape \(2,\); expected bool of 2 tokens"),
+        (routes([[9, 9], [0, 9]], [False, True]), "experts are 0 to 9; expected 0 to 7"),
+    ],
+)
+def test_known_routes_that_do_not_fit_are_refused(routed, message):
+    sample = turns([1, 2, 3], ".ww", routed_experts=routed)
+    with pytest.raises(ValueError, match=message):
+        pack_samples([sample], 8, vocab_size=8, routing=ONE_LAYER)

@@ -1,12 +1,16 @@
 """The preview of a data set: lengths by hand, long examples, and what a terminal must not obey."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.preview import SHOWN_ENDS, lengths_text, preview
+from megatron_rl.data.prompts import DataPart
 from megatron_rl.data.run_data import load_run_data
+from megatron_rl.records import Sample
 from tests.support.chat_tokenizers import save_qwen
 
 
@@ -62,3 +66,25 @@ def test_a_terminal_obeys_none_of_it(tmp_path, qwen):
     )
     assert "\x1b" not in text and "\u202e" not in text
     assert "  | a\\x1b[31mb\\u202ec\n" in text
+
+
+def test_the_trained_tokens_of_a_sample_are_marked_wherever_they_stand(tmp_path, qwen):
+    data = run_data(tmp_path, qwen, "a")
+    ids = np.array(data.tokenizer.encode("1234"))
+    assert len(ids) == 4
+    masks = [False, False, True, True], [False, True, False, True], [True, False, True, False]
+    samples = [Sample(ids, np.array(mask)) for mask in masks]
+    train = replace(data.train, items=samples, parts=(DataPart("train", 1.0, 0, 3),))
+    shown = "\n".join(preview(replace(data, train=train), {2: "x"}, 64, 3)).splitlines()
+    assert any("train.jsonl, 3 samples, prompts of 2 to 2 tokens" in line for line in shown)
+    assert [line for line in shown if "trained on" in line] == [
+        "a prompt of 2 tokens; trained on: the 2 after it, marked *",
+        "a sample of 4 tokens; trained on: the 2 marked *",
+        "a sample of 4 tokens; trained on: the 1 marked *",  # nothing predicts the first
+    ]
+    words = [line.split() for line in shown if ":'1'" in line]
+    assert [[word[0] == "*" for word in line] for line in words] == [
+        [False, False, True, True],
+        [False, True, False, True],
+        [False, False, True, False],
+    ]

@@ -92,8 +92,10 @@ def test_long_lines_are_left_out_and_counted_when_told_to(tmp_path):
 def test_load_samples(tmp_path):
     path = write(tmp_path, '{"q": "ab", "a": "c"}', '{"q": "a", "a": ""}')
     first, last = samples_of(path).items
-    assert (first.tokens.tolist(), first.prompt_length) == ([1, 10, 11, 12, 2], 3)
-    assert (last.tokens.tolist(), last.prompt_length) == ([1, 10, 2], 2)
+    assert first.tokens.tolist() == [1, 10, 11, 12, 2]
+    assert first.written.tolist() == [False] * 3 + [True] * 2
+    assert last.tokens.tolist() == [1, 10, 2]
+    assert last.written.tolist() == [False] * 2 + [True]
     assert (first.advantage, first.rollout_logprobs) == (1.0, None)
 
 

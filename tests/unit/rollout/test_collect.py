@@ -56,9 +56,13 @@ def test_samples_carry_prompt_completion_and_advantage(scored):
         [5, 6, 7, 8, 9],
         [5, 6, 4],
     ]
-    assert [s.prompt_length for s in samples] == [3, 3, 2, 2]
+    assert [s.written.tolist() for s in samples[1:]] == [
+        [False] * 3 + [True],
+        [False] * 2 + [True] * 3,
+        [False] * 2 + [True],
+    ]
     assert [s.advantage for s in samples] == [1.0, -1.0, 0.5, 0.0]
-    assert [s.rollout_logprobs.tolist() for s in samples[:2]] == [[-1.0, -2.0, -3.0], [-1.0]]
+    assert [s.rollout_logprobs[3:].tolist() for s in samples[:2]] == [[-1.0, -2.0, -3.0], [-1.0]]
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 3)])

@@ -4,6 +4,8 @@ The judge is a router of this file: it makes weights and map of every token in a
 the logits and the experts given, and shares no code with Megatron's replay.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -148,6 +150,82 @@ def test_replayed_experts_give_the_outputs_and_gradients_of_the_loop(model, reco
         p.grad.norm() > 0 for name, p in chunk.named_parameters() if ".router.weight" in name
     )
     torch.testing.assert_close(forward(chunk), free)  # free again
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_routers_choose_for_themselves_where_no_expert_is_known(model):
+    """What they choose depends on the experts of the tokens and layers before, so the loop is given
+    what the replay has chosen, and a router of its own must choose that as well.
+    """
+    from megatron_rl.router.capture import RouterCapture
+    from megatron_rl.router.replay import RouteReplay
+
+    chunk, config = build(model)
+    layers = sorted(routers_of(chunk))
+    capture, replay = RouterCapture([chunk], [layers]), RouteReplay([chunk])
+    known = torch.rand(ROOM, generator=torch.Generator().manual_seed(7)) > 0.4
+    routes = any_routes(chunk, 3)
+    garbage = {n: torch.where(known[:, None], ids, 0) for n, ids in routes.items()}
+    with torch.no_grad():
+        with replay.routes(0, garbage, known), capture.record(0) as trace:
+            output = forward(chunk)
+        replay.finish()
+        chosen = {number: layer.expert_ids for number, layer in trace.items()}
+        for number, ids in routes.items():
+            assert torch.equal(chosen[number][known], ids[known].sort(dim=1).values)
+        own = 0
+        with replay.routes(0, chosen), watched_scores(chunk) as scores:
+            again = forward(chunk)
+        for number, (values, groups) in scores.items():
+            for token in (~known).nonzero().flatten().tolist():
+                best = slow_choice(values[token].tolist(), config.moe_top_k, *groups)
+                assert sorted(chosen[number][token].tolist()) == best
+                own += best != sorted(routes[number][token].tolist())
+    assert own > 0
+    torch.testing.assert_close(again, output, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(forward(chunk), forward(build(model)[0]))  # free again
+
+
+@contextlib.contextmanager
+def watched_scores(chunk):
+    """Inside, by layer: the scores that each router chooses by, and (groups, groups taken)."""
+    seen, routers = {}, routers_of(chunk)
+
+    def watch(number, replay):
+        inner = replay.get_replay_topk
+
+        def spy(scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+            seen[number] = scores.clone(), (num_groups, group_topk)
+            return inner(scores, topk, num_groups, group_topk, default_compute_topk)
+
+        replay.get_replay_topk = spy
+
+    for number, router in routers.items():
+        watch(number, router.router_replay)
+    yield seen
+    for router in routers.values():
+        del router.router_replay.get_replay_topk
+
+
+def slow_choice(scores, top_k, num_groups, groups_taken):
+    """The experts with the largest scores, of the groups whose best K / taken add up to most."""
+    allowed = list(range(len(scores)))
+    if groups_taken:
+        size = len(scores) // num_groups
+        parts = [allowed[i : i + size] for i in range(0, len(scores), size)]
+        best = lambda part: sum(sorted(scores[e] for e in part)[-(top_k // groups_taken) :])  # noqa: E731
+        allowed = [e for part in sorted(parts, key=best)[-groups_taken:] for e in part]
+    return sorted(sorted(allowed, key=lambda e: scores[e])[-top_k:])
+
+
+def test_routes_of_some_tokens_are_refused_where_gradients_are_wanted():
+    from megatron_rl.router.capture import RouterError
+    from megatron_rl.router.replay import RouteReplay
+
+    chunk, _ = build()
+    with pytest.raises(RouterError, match="routes of some tokens in a pass with gradients"):
+        with RouteReplay([chunk]).routes(0, any_routes(chunk, 1), torch.ones(ROOM).bool()):
+            pass
 
 
 def test_recomputation_takes_the_experts_of_its_own_micro_batch():

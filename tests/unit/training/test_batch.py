@@ -11,7 +11,8 @@ from tests.support.tiny import cpu_device, tiny_config
 
 
 def sample(length, advantage=1.0):
-    return Sample(np.arange(length) % 64, 1, advantage, np.full(length - 1, -0.5, dtype=np.float32))
+    tokens, logprobs = np.arange(length) % 64, np.full(length - 1, -0.5, dtype=np.float32)
+    return Sample.of(tokens[:1], tokens[1:], advantage, logprobs)
 
 
 def _packed(parallel, lengths_of_rank, data, mini_batches=1):

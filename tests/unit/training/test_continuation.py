@@ -36,7 +36,7 @@ def prompts(*targets):
     ]
 
 
-SAMPLES = [Sample(np.array([1, 2, 3]), 2)]
+SAMPLES = [Sample.of([1, 2], [3])]
 TRAIN, HELD_OUT = prompts(3, 4, 5), prompts(8, 9)
 
 

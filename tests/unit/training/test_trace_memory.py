@@ -28,6 +28,9 @@ def test_the_longest_sequence_is_the_longest_problem_with_an_answer():
     assert longest_sequence(CONFIG, PROBLEMS) == 50
     short = CONFIG.model.model_copy(update={"max_sequence_length": 40})
     assert longest_sequence(CONFIG.model_copy(update={"model": short}), PROBLEMS) == 40
+    for turns, longest in ((1, 50), (2, 64)):  # a conversation may take all the room there is
+        talk = CONFIG.rollout.model_copy(update={"environment": "my:tool", "max_turns": turns})
+        assert longest_sequence(CONFIG.model_copy(update={"rollout": talk}), PROBLEMS) == longest
 
 
 def test_the_header_shows_the_size():

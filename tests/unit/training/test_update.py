@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +69,7 @@ def alone(policy, sample):
         logits = forward_row(policy.chunks[0], tokens, layout).squeeze(0)
     logits = logits / policy.config.rollout.temperature
     logprobs = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
-    return logprobs[sample.prompt_length - 1 :]
+    return logprobs[torch.from_numpy(sample.trained)]
 
 
 def close(found, expected, tolerance=1e-6):
@@ -215,7 +216,7 @@ def test_supervised_accuracy_counts_targets_that_are_the_likeliest_token():
             return forward_row(policy.chunks[0], row.tokens, row.layout)[0].argmax(-1)
 
         for sample in samples:
-            places = range(sample.prompt_length, len(sample.tokens))
+            places = np.flatnonzero(sample.written)
             for place in places[::2]:
                 sample.tokens[place] = likeliest(sample)[place - 1]
             predicted = likeliest(sample).numpy()
@@ -225,6 +226,18 @@ def test_supervised_accuracy_counts_targets_that_are_the_likeliest_token():
         metrics = supervised(policy, packs)
     assert 0.4 < hits / count < 0.9
     assert metrics["accuracy"] == pytest.approx(hits / count, abs=1e-6)
+
+
+def test_the_supervised_loss_is_the_mean_over_the_tokens_of_all_turns():
+    samples = rollout_batch(dataclasses.replace(CASE, turns=True))[:8]
+    masks = ["".join(".w"[int(word)] for word in sample.written) for sample in samples]
+    assert any("w." in mask.strip(".") for mask in masks) and any("w" not in mask for mask in masks)
+    with trainer() as (policy, pack):
+        values = torch.cat([alone(policy, sample) for sample in samples])
+        (packs,) = pack(samples)
+        metrics = supervised(policy, packs)
+    assert len(values) == sum(mask[1:].count("w") for mask in masks)
+    assert metrics["loss"] == pytest.approx(-float(values.mean()), rel=2e-5)
 
 
 def supervised(policy, packs):

@@ -1,0 +1,225 @@
+"""Conversations with an environment: an engine whose completions have several turns."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Mapping, Protocol, Sequence
+
+import numpy as np
+
+from megatron_rl.catalogue.blame import raised
+from megatron_rl.checkpoint.together import together
+from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.waiting import wait_together
+from megatron_rl.records import Completion, Prompt, RolloutGroup
+from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.rollout.turns import join_turns
+
+
+class Environment(Protocol):
+    """What answers the policy: a function of the problem and of all that was said since.
+
+    It must give the same reply to the same arguments, and is called from several threads.
+    """
+
+    def __call__(self, record: Mapping[str, Any], turns: Sequence[str]) -> str | None:
+        """The reply to the last of the turns, which are the policy's and the environment's by
+        turns, the policy's first; None: the conversation is over.
+        """
+        ...
+
+
+@dataclass
+class _Conversation:
+    """With number ``number`` of the answers to a prompt."""
+
+    prompt: Prompt
+    number: int  #: which names its random numbers
+    answers: list[Completion]
+    replies: list[np.ndarray] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All so far, int64."""
+        said = itertools.zip_longest(self.answers, self.replies)
+        parts = [part for answer, reply in said for part in (answer.tokens, reply)]
+        return np.concatenate([self.prompt.tokens, *(part for part in parts if part is not None)])
+
+    def joined(self) -> Completion:
+        """One answer stays as it is."""
+        if len(self.answers) == 1:
+            return self.answers[0]
+        return join_turns(self.answers, self.replies, self.texts)
+
+
+class ConversationEngine:
+    """`Engine` that has an environment reply to another engine's answers, and go on.
+
+    A conversation ends when the environment says so, after ``max_turns`` answers, with an answer
+    that was cut off, or where a reply leaves no room for another answer of ``max_new_tokens``. A
+    reply that nothing follows is not kept: nobody would learn from it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        environment: Environment,
+        name: str,
+        encode: Callable[[str], Sequence[int]],
+        max_turns: int,
+        max_sequence_length: int,
+        groups: Groups,
+        threads: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            engine: samples every turn; closed with this one.
+            environment: asked on one of the ranks that hold a conversation.
+            name: of the environment, for messages.
+            encode: a reply's text to token ids.
+            max_turns: most answers of a conversation, >= 1.
+            max_sequence_length: longest prompt and completion, tokens.
+            groups: process groups.
+            threads: most calls of the environment at once on this rank.
+            stop: whether this rank has heard that the run is to stop.
+        """
+        self._engine, self._environment, self._name = engine, environment, name
+        self._encode, self._max_turns = encode, max_turns
+        self._max_sequence_length = max_sequence_length
+        self._groups, self._threads, self._stop = groups, threads, stop
+
+    def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
+        """See `Engine`. A collective over all ranks.
+
+        Raises:
+            RunFailed: the environment raised, or its reply is none; on all ranks.
+        """
+        return self.begin(prompts, settings)()
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Callable[[], list[RolloutGroup]]:
+        """See `Engine`; later turns are sampled only when the answers are taken."""
+        first = self._engine.begin(prompts, settings)
+        return lambda: self._converse(first(), settings)
+
+    @property
+    def version(self) -> int:
+        """See `Engine`."""
+        return self._engine.version
+
+    def weights_changed(self) -> None:
+        """See `Engine`."""
+        self._engine.weights_changed()
+
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`: those of the engine."""
+        return self._engine.metrics()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._engine.close()
+
+    def _converse(
+        self, groups: Sequence[RolloutGroup], settings: SamplingSettings
+    ) -> list[RolloutGroup]:
+        talks = [
+            _Conversation(
+                group.prompt,
+                group.prompt.first_sample(settings.samples) + number,
+                [answer],
+                texts=[answer.text],
+            )
+            for group in groups
+            for number, answer in enumerate(group.completions)
+        ]
+        room = self._max_sequence_length - settings.max_new_tokens
+        going = talks
+        for turn in range(1, self._max_turns):
+            going = [talk for talk in going if talk.answers[-1].finished]
+            going = self._replied(going, room)
+            if not any(gather_objects(bool(going), self._groups.world)):
+                break
+            again = replace(settings, samples=1, seed=turn_seed(settings.seed, turn))
+            answered = self._engine.generate([_as_prompt(talk) for talk in going], again)
+            for talk, group in zip(going, answered, strict=True):
+                (answer,) = group.completions
+                talk.answers.append(answer)
+                talk.texts.append(answer.text)
+        completions = (talk.joined() for talk in talks)
+        return [
+            RolloutGroup(group.prompt, tuple(next(completions) for _ in group.completions))
+            for group in groups
+        ]
+
+    def _replied(self, talks: Sequence[_Conversation], room: int) -> list[_Conversation]:
+        """Those of the conversations that go on, with the environment's replies. A collective."""
+        model, context = self._groups.model, self._groups.context
+        peers = model.size() * context.size()
+        mine = self._ask(talks[model.rank() + model.size() * context.rank() :: peers])
+        rows = gather_objects(gather_objects(mine, model), context)
+        replies: list[str | None] = [None] * len(talks)
+        for place, share in enumerate(itertools.chain.from_iterable(rows)):
+            replies[place::peers] = share
+        going = []
+        for talk, text in zip(talks, replies, strict=True):
+            ids = [] if text is None else self._encode(text)
+            if text is None or len(talk.tokens) + len(ids) > room:
+                continue
+            talk.replies.append(np.array(ids, dtype=np.int64))
+            talk.texts.append(text)
+            going.append(talk)
+        return going
+
+    def _ask(self, talks: Sequence[_Conversation]) -> list[str | None]:
+        world = self._groups.world
+        executor = ThreadPoolExecutor(self._threads, "environment")
+        try:
+            calls = [
+                executor.submit(_reply, self._environment, talk.prompt.record, tuple(talk.texts))
+                for talk in talks
+            ]
+            if wait_together(calls, world, stop=self._stop):
+                together(world, lambda: self._raise_first(talks, calls))
+            return [call.result() for call in calls]
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _raise_first(
+        self, talks: Sequence[_Conversation], calls: Sequence[Future[str | None]]
+    ) -> None:
+        for talk, call in zip(talks, calls, strict=True):
+            error = call.exception() if call.done() else None
+            if isinstance(error, UserError):
+                raise error
+            if error is not None:
+                raise RunFailed(
+                    f"the environment {self._name!r} raised {raised(error)} on problem "
+                    f"{talk.prompt.index} (from 0); expected a text, or None; correct the "
+                    "environment"
+                ) from error
+
+
+def _reply(environment: Environment, record: Mapping[str, Any], turns: Sequence[str]) -> str | None:
+    found = environment(record, turns)
+    if not isinstance(found, (str, type(None))):
+        raise TypeError(f"it returned {type(found).__name__}, not a text")
+    return found
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Seed of the answers of a turn, from 1, in [0, 2^63); the first has ``seed`` itself."""
+    state = np.random.SeedSequence([seed, turn]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def _as_prompt(talk: _Conversation) -> Prompt:
+    """What the policy is to answer next, with the random numbers of this answer of its problem."""
+    text = talk.prompt.text + "".join(talk.texts)
+    return replace(talk.prompt, tokens=talk.tokens, text=text, occurrence=talk.number)
