@@ -141,6 +141,7 @@ def _build_pack(
         advantages[start:stop] = sample.advantage
         mask[start : stop - 1] = sample.trained
         if logprobs is not None:
+            assert sample.rollout_logprobs is not None, "all samples have them, or none"
             known = np.where(sample.trained, sample.rollout_logprobs[1:], 0.0)
             logprobs[start : stop - 1] = known
         start = round_up(stop, sequence_multiple)

@@ -63,13 +63,13 @@ def lengths_text(data: DataSet[Any]) -> str:
 
 
 def _lengths(items: Sequence[Prompt | Sample]) -> str:
-    samples = isinstance(items[0], Sample)
-    answers = [int(item.written.sum()) if samples else 0 for item in items]
-    lengths = [len(item.tokens) - count for item, count in zip(items, answers, strict=True)]
-    text = f"{len(items):,} {'samples' if samples else 'problems'}, prompts of {_range(lengths)}"
-    if samples:
-        text += f", answers of {_range(answers)}"
-    return text
+    answers = [int(item.written.sum()) for item in items if isinstance(item, Sample)]
+    if not answers:
+        prompts = [len(item.tokens) for item in items]
+        return f"{len(items):,} problems, prompts of {_range(prompts)}"
+    prompts = [len(item.tokens) - count for item, count in zip(items, answers, strict=True)]
+    text = f"{len(items):,} samples, prompts of {_range(prompts)}"
+    return f"{text}, answers of {_range(answers)}"
 
 
 def _range(lengths: Sequence[int]) -> str:
