@@ -7,7 +7,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Sequence
+from typing import Callable, NoReturn, Sequence
 
 from megatron_rl import __version__
 from megatron_rl.catalogue.kinds import KINDS
@@ -66,55 +66,58 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=None if verb in ("report", "list") else _CONFIG_HELP,
             allow_abbrev=False,
         )
-        if verb == "report":
-            sub.add_argument(
-                "run_dirs",
-                metavar="RUN_DIR",
-                type=partial(_path, "RUN_DIR"),
-                nargs="+",
-                help="a run's directory; several: compare them on one page",
-            )
-            continue
-        if verb == "list":
-            _add_list_arguments(sub)
-            continue
-        if verb == "convert":
-            _add_convert_arguments(sub)
-            continue
-        sub.add_argument(
-            "config", metavar="CONFIG", type=partial(_path, "CONFIG"), help="a YAML file"
-        )
-        if verb == "generate":
-            _add_generate_arguments(sub)
-        if verb == "data":
-            sub.add_argument(
-                "--examples",
-                type=partial(_whole, "--examples"),
-                default=3,
-                metavar="N",
-                help="of each file; default: 3",
-            )
-        if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
-            sub.add_argument(
-                "--base",
-                action="store_true",
-                help="of the weights a run starts from (checkpoint.init_from, else model.hf_path), "
-                "not of the run",
-            )
-        if verb == "check":
-            sub.add_argument(
-                "--world-size",
-                type=partial(_whole, "--world-size"),
-                metavar="N",
-                help="ranks; default: as the config says",
-            )
-        if verb == "preflight":
-            _add_preflight_arguments(sub)
-        if verb in ("check", "preflight", "data"):
-            sub.add_argument(
-                "--for", dest="purpose", choices=_RUNS, default="train", help="default: train"
-            )
+        if verb in _WITHOUT_CONFIG:
+            _WITHOUT_CONFIG[verb](sub)
+        else:
+            _add_config_arguments(verb, sub)
     return parser
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_dirs",
+        metavar="RUN_DIR",
+        type=partial(_path, "RUN_DIR"),
+        nargs="+",
+        help="a run's directory; several: compare them on one page",
+    )
+
+
+def _add_config_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
+    """Of a verb that reads a configuration."""
+    parser.add_argument(
+        "config", metavar="CONFIG", type=partial(_path, "CONFIG"), help="a YAML file"
+    )
+    if verb == "generate":
+        _add_generate_arguments(parser)
+    if verb == "data":
+        parser.add_argument(
+            "--examples",
+            type=partial(_whole, "--examples"),
+            default=3,
+            metavar="N",
+            help="of each file; default: 3",
+        )
+    if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
+        parser.add_argument(
+            "--base",
+            action="store_true",
+            help="of the weights a run starts from (checkpoint.init_from, else model.hf_path), "
+            "not of the run",
+        )
+    if verb == "check":
+        parser.add_argument(
+            "--world-size",
+            type=partial(_whole, "--world-size"),
+            metavar="N",
+            help="ranks; default: as the config says",
+        )
+    if verb == "preflight":
+        _add_preflight_arguments(parser)
+    if verb in ("check", "preflight", "data"):
+        parser.add_argument(
+            "--for", dest="purpose", choices=_RUNS, default="train", help="default: train"
+        )
 
 
 def _path(name: str, text: str) -> Path:
@@ -262,3 +265,10 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
             if "=" not in word and rest and not rest[0].startswith("--"):
                 overrides.append(rest.pop(0))
     return own, overrides
+
+
+_WITHOUT_CONFIG: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "report": _add_report_arguments,
+    "list": _add_list_arguments,
+    "convert": _add_convert_arguments,
+}

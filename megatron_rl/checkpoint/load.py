@@ -23,10 +23,10 @@ from megatron_rl.checkpoint.optimizer_state import optimizer_shards, restore_opt
 from megatron_rl.checkpoint.random_state import load_random_state, random_file
 from megatron_rl.checkpoint.safe_index import check_index
 from megatron_rl.checkpoint.save import SHARDS, model_shards
-from megatron_rl.checkpoint.together import together
 from megatron_rl.checkpoint.torch_dist import read_shards
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.together import together
 
 
 def load_checkpoint(

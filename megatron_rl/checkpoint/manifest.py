@@ -18,10 +18,10 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from torch.distributed import ProcessGroup
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.errors import UserError
 from megatron_rl.files import read_bounded
+from megatron_rl.parallel.together import together
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

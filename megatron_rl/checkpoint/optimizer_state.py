@@ -34,9 +34,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed import ProcessGroup
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.optimizers import state as any_state
 from megatron_rl.optimizers.members import main_parameters, members
+from megatron_rl.parallel.together import together
 
 PREFIX = "optimizer.state"
 MOMENTS = ("exp_avg", "exp_avg_sq")

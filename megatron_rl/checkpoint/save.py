@@ -5,6 +5,8 @@ step_N/
   state.json       the caller's state (data cursor, scheduler...)
   shards/          weights and optimizer state, in Megatron-Core's torch_dist format
   random/          rank_R.pt: random state of every rank
+
+A run killed at any moment leaves a complete newest checkpoint: this one or the one before.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -29,9 +32,9 @@ from megatron_rl.checkpoint.identity import as_json
 from megatron_rl.checkpoint.manifest import STATE, Manifest, fingerprints, write_manifest
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, optimizer_step
 from megatron_rl.checkpoint.random_state import RANDOM, random_file, save_random_state
-from megatron_rl.checkpoint.together import by_first, together
 from megatron_rl.checkpoint.torch_dist import shard_files, take_shards
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.together import by_first, together
 
 SHARDS = "shards"
 
@@ -51,65 +54,70 @@ def save_checkpoint(
     score: float | None = None,
     background: BackgroundWriter | None = None,
 ) -> Path:
-    """Write and publish ``root/step_N``, then delete all but the newest ``keep`` and the best.
-
-    A collective over all ranks. A run killed at any moment leaves a complete newest checkpoint:
-    this one or the one before.
+    """Write and publish ``root/step_N``, then delete all but the newest ``keep`` and the best; a
+    collective over all ranks. Gives the checkpoint's directory.
 
     Args:
         root: directory of checkpoints, on storage that every rank sees.
-        step: N.
         chunks: this rank's bare GPTModels.
         optimizer: None to save the weights alone.
         state: JSON-able; rank 0's is stored and given back by `load_checkpoint`.
-        architecture: of `identity.architecture_of`; a checkpoint of another one is not loaded.
-        layout: of `identity.layout_of`.
+        architecture, layout: of `identity`; a checkpoint of another architecture is not loaded.
         groups: the process groups.
         keep: newest complete checkpoints left over afterwards, this one included; at least 1.
         keep_best: complete checkpoints of the highest score left over beside them.
         score: of this step, higher is better; None: it has none.
-        background: writes a copy in host memory of what this rank stores, and publishes it, after
-            the return; its ``wait`` raises what would be raised here.
-
-    Returns:
-        The checkpoint's directory.
+        background: writes a copy in host memory, later; its ``wait`` raises what went wrong.
 
     Raises:
         OSError: writing failed; raised on all ranks, and nothing is published.
     """
     world, is_first = groups.world, groups.world.rank() == 0
-    state, architecture, layout = as_json(state), as_json(architecture), as_json(layout)
+    manifest = _manifest(step, as_json(architecture), as_json(layout), score)
+    text = as_json(state)
     partial = by_first(world, lambda: _begin(root, step))
+
+    def finish(files: dict[str, list[Any]]) -> None:
+        write_manifest(partial, replace(manifest, optimizer_step=updates, files=files))
+        publish(root, step, keep, keep_best)
 
     def write_and_publish(group: ProcessGroup) -> None:
         with _nothing_half_done(partial, is_first):
             write_shards(group)
             written = together(group, lambda: fingerprints(partial, _own_files(partial, group)))
-
-            def finish() -> None:
-                files = {n: entry for entries in written for n, entry in sorted(entries.items())}
-                versions = {name: version(name) for name in ("torch", "megatron-core")}
-                known = score if score is not None and math.isfinite(score) else None
-                manifest = Manifest(step, architecture, layout, updates, files, versions, known)
-                write_manifest(partial, manifest)
-                publish(root, step, keep, keep_best)
-
-            together(group, lambda: finish() if is_first else None)
+            files = {n: entry for entries in written for n, entry in sorted(entries.items())}
+            together(group, lambda: finish(files) if is_first else None)
 
     with _nothing_half_done(partial, is_first):
-        sharded = {"model": model_shards(chunks, groups)}
-        updates = None
-        if optimizer is not None:
-            updates = optimizer_step(optimizer, world)
-            sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=False)
-        write_shards = take_shards(sharded, partial / SHARDS, world, copy=background is not None)
-        del sharded
-        together(world, lambda: _write_small_files(partial, world.rank(), state))
+        updates = None if optimizer is None else optimizer_step(optimizer, world)
+        shards = _shards(chunks, optimizer, groups)
+        write_shards = take_shards(shards, partial / SHARDS, world, copy=background is not None)
+        del shards
+        together(world, lambda: _write_small_files(partial, world.rank(), text))
     if background is None:
         write_and_publish(world)
     else:
         background.start(write_and_publish)
     return step_directory(root, step)
+
+
+def _shards(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: Groups
+) -> dict[str, Any]:
+    """What this rank stores of weights and optimizer."""
+    shards: dict[str, Any] = {"model": model_shards(chunks, groups)}
+    if optimizer is not None:
+        shards["optimizer"] = optimizer_shards(optimizer, shards["model"], loading=False)
+    return shards
+
+
+def _manifest(
+    step: int, architecture: dict[str, Any], layout: dict[str, Any], score: float | None
+) -> Manifest:
+    """Without what is known when all is written."""
+    versions = {name: version(name) for name in ("torch", "megatron-core")}
+    known = score if score is not None and math.isfinite(score) else None
+    return Manifest(step, architecture, layout, None, {}, versions, known)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ from torch.distributed import ProcessGroup, checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.checkpoint.safe_index import check_index
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.estimate import size_text
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.together import together
 
 
 class InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):

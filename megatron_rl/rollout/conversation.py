@@ -10,10 +10,10 @@ from typing import Any, Callable, Mapping, Protocol, Sequence
 import numpy as np
 
 from megatron_rl.catalogue.blame import raised
-from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rollout.engine import Engine, SamplingSettings

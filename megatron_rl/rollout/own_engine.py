@@ -10,8 +10,8 @@ import numpy as np
 from megatron_rl.catalogue.blame import blame
 from megatron_rl.catalogue.entry import EngineEntry
 from megatron_rl.catalogue.kinds import ENGINES
-from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.together import together
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import Engine, EngineParts, SamplingSettings
 from megatron_rl.rollout.servers.api import Answer, BadAnswer, check_answers

@@ -8,10 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 from megatron_rl.catalogue.blame import raised
-from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.observe.console import SilentConsole
 from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -73,17 +73,7 @@ class RouteReplay:
                 known in a pass with gradients.
         """
         routers = self._routers[chunk]
-        if set(expert_ids) != set(routers):
-            raise RouterError(
-                f"routes of layers {sorted(expert_ids)}; expected {sorted(routers)}, "
-                "which are the chunk's"
-            )
-        for number, ids in expert_ids.items():
-            if ids.dim() != 2 or ids.shape[1] != routers[number].topk:
-                raise RouterError(
-                    f"layer {number}: routes of shape {tuple(ids.shape)}; expected "
-                    f"[T_local, {routers[number].topk}]"
-                )
+        _check_routes(routers, expert_ids)
         if known is not None and torch.is_grad_enabled():
             raise RouterError("routes of some tokens in a pass with gradients; expected all")
         queued = self._recomputes[chunk] and torch.is_grad_enabled()
@@ -126,6 +116,20 @@ class RouteReplay:
 
     def _all(self) -> list[TopKRouter]:
         return [router for routers in self._routers for router in routers.values()]
+
+
+def _check_routes(routers: Mapping[int, Any], expert_ids: Mapping[int, torch.Tensor]) -> None:
+    if set(expert_ids) != set(routers):
+        raise RouterError(
+            f"routes of layers {sorted(expert_ids)}; expected {sorted(routers)}, "
+            "which are the chunk's"
+        )
+    for number, ids in expert_ids.items():
+        if ids.dim() != 2 or ids.shape[1] != routers[number].topk:
+            raise RouterError(
+                f"layer {number}: routes of shape {tuple(ids.shape)}; expected "
+                f"[T_local, {routers[number].topk}]"
+            )
 
 
 def _where_known(

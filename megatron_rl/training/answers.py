@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import UserError
 from megatron_rl.files import written_for_the_user
 from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.together import together
 from megatron_rl.records import Prompt, RolloutGroup
 from megatron_rl.rollout.engine import Engine, SamplingSettings
 from megatron_rl.training.session import Session

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.schema import Config
 from megatron_rl.observe.run_files import last_evaluated
+from megatron_rl.parallel.together import together
 from megatron_rl.training.session import Session
 
 

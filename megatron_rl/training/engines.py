@@ -10,7 +10,6 @@ import torch
 
 from megatron_rl.catalogue.blame import blame
 from megatron_rl.catalogue.entry import EnvironmentEntry
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.rollout import (
     engine_of,
     engine_settings,
@@ -18,6 +17,7 @@ from megatron_rl.config.rollout import (
     environment_settings,
 )
 from megatron_rl.device.launch import Launch
+from megatron_rl.parallel.together import together
 from megatron_rl.rollout.conversation import ConversationEngine, Environment
 from megatron_rl.rollout.engine import Engine, EngineParts
 from megatron_rl.rollout.own_engine import own_engine

@@ -12,7 +12,6 @@ from typing import Iterator, Mapping
 import torch
 
 from megatron_rl.checkpoint.directory import newest_first
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.loggers import chosen_loggers
 from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
@@ -27,6 +26,7 @@ from megatron_rl.observe.run_files import METRICS_FILE, SAMPLES_FILE
 from megatron_rl.observe.timers import Timers, peak_memory_gib
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_rl.parallel.together import together
 from megatron_rl.rollout.servers.keys import check_key
 from megatron_rl.training.run_lock import RunLock
 from megatron_rl.training.stop import StopRequest

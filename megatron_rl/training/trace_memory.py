@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Sequence
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.estimate import (
     size_text,
     trace_bytes,
@@ -14,6 +13,7 @@ from megatron_rl.config.estimate import (
 from megatron_rl.config.schema import Config
 from megatron_rl.device.memory import available_bytes
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.together import together
 from megatron_rl.records import Prompt
 from megatron_rl.training.session import Session
 

@@ -18,7 +18,6 @@ from megatron_rl.checkpoint.directory import find_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.checkpoint.save import save_checkpoint
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.hf_config import family_of, model_type_of
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import Config, ModelConfig
@@ -29,6 +28,7 @@ from megatron_rl.errors import UserError, shown
 from megatron_rl.families.common.family import Family
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_rl.parallel.together import together
 from megatron_rl.weights.companions import keep_companions, kept_companions
 from megatron_rl.weights.export import describe
 from megatron_rl.weights.load import load_hf_weights

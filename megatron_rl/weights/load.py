@@ -9,13 +9,13 @@ from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.families.common.family import Rule
 from megatron_rl.models.parameters import ParameterView, weight_views
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.together import together
 from megatron_rl.weights.left_over import refuse_left_over
 from megatron_rl.weights.rules import join, rule_of
 from megatron_rl.weights.source import HuggingFaceTensors

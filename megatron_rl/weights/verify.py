@@ -10,7 +10,6 @@ import torch
 
 from megatron_rl.checkpoint.identity import architecture_of
 from megatron_rl.checkpoint.load import load_weights
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
@@ -20,6 +19,7 @@ from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collectives import gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.together import together
 from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed import ProcessGroup
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.together import together
 from megatron_rl.weights.companions import copy_companions
 from megatron_rl.weights.rules import alone
 from megatron_rl.weights.source import INDEX

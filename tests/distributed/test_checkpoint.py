@@ -150,7 +150,7 @@ def fail_on_rank_one():
     """On a rank: what the ranks hear of a disk that is full on rank 1."""
     import torch.distributed as dist
 
-    from megatron_rl.checkpoint.together import together
+    from megatron_rl.parallel.together import together
 
     def write():
         if dist.get_rank() == 1:

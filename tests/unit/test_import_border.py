@@ -182,11 +182,14 @@ SOURCES = [
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_and_functions_stay_small(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 500
+    own = path.is_relative_to(PACKAGE)
+    assert len(text.splitlines()) <= (400 if own else 500)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.lineno + 1
-            assert length <= 80, f"line {node.lineno}: {node.name} has {length} lines"
+            assert length <= (60 if own else 80), (
+                f"line {node.lineno}: {node.name} has {length} lines"
+            )
 
 
 def test_the_package_names_no_file_that_a_wheel_lacks():

@@ -8,11 +8,11 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 
-from megatron_rl.checkpoint.together import together
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.data.packing import id_type
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.collectives import gather_objects, scatter_objects
+from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import EngineParts, SamplingSettings

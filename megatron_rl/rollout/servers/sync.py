@@ -14,10 +14,10 @@ from typing import Any, Callable, Sequence
 import numpy as np
 import torch
 
-from megatron_rl.checkpoint.together import by_first, together
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import RunFailed, one_line
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.together import by_first, together
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call, ServerApi
