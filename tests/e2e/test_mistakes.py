@@ -85,7 +85,8 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def refusals(folder, sft_run):
     """All mistakes, each in a process by itself."""
-    (folder / "bad.jsonl").write_text('{"prompt": "1 2=3:"}\n{"prompt": \n')
+    problem = '{"prompt": "1 2=3:", "numbers": [1, 2], "target": 3}'
+    (folder / "bad.jsonl").write_text(f'{problem}\n{{"prompt": \n')
     (folder / "empty.jsonl").write_text("\n")
     lock = RunLock(folder / "runs" / "held")
     lock.acquire()
