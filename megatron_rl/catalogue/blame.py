@@ -7,7 +7,9 @@ import sysconfig
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from megatron_rl.catalogue.settings import Settings
 from megatron_rl.errors import RunFailed, Stopped, UserError, one_line
 
 #: Where Python's own modules and ours are.
@@ -35,6 +37,12 @@ class blame:
         ours = (UserError, RunFailed, Stopped)
         if isinstance(error, (Exception, SystemExit)) and not isinstance(error, ours):
             raise UserError(f"{self._who} raised {raised(error)}; {self._remedy}") from error
+
+
+def made(who: str, kind: type[Any], settings: Settings | None) -> Any:
+    """An object of a user's class, of the settings that it has. UserError: it raises."""
+    with blame(f"{who}, while it is made,", "correct it"):
+        return kind() if settings is None else kind(settings)
 
 
 def raised(error: BaseException) -> str:

@@ -14,6 +14,29 @@ from megatron_rl.catalogue.settings import Settings
 from megatron_rl.errors import UserError
 
 
+def with_key(
+    given: Mapping[str, Any], name: str, value: Any, key: str, field: str
+) -> dict[str, Any]:
+    """The mapping with a setting that a key of the configuration beside it gives.
+
+    Args:
+        given: settings as YAML gives them.
+        name: of the setting.
+        value: of the key, a number.
+        key: the key, such as ``optimizer.beta1``.
+        field: the mapping's place, such as ``optimizer.settings``.
+
+    Raises:
+        UserError: the mapping has another value.
+    """
+    if name in given and given[name] != value:
+        raise UserError(
+            f"{key} is {value:g} and {field}.{name} is {given[name]}; expected one of them; "
+            "remove one"
+        )
+    return {**given, name: value}
+
+
 def read_settings(
     field: str, of: str, settings: type[Settings] | None, values: Mapping[str, Any]
 ) -> Settings | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_rl.catalogue.entry import AdvantagesEntry, CorrectionEntry, LossEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import ADVANTAGES, CORRECTIONS, LOSSES
-from megatron_rl.catalogue.read import read_settings
+from megatron_rl.catalogue.read import read_settings, with_key
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.config.schema import AlgorithmConfig
 from megatron_rl.errors import UserError
@@ -61,12 +61,8 @@ def correction_settings(algorithm: AlgorithmConfig) -> Settings | None:
         value = getattr(algorithm, f"mismatch_{name}")
         if name not in names or value == defaults[f"mismatch_{name}"].default:
             continue
-        if name in given and given[name] != value:
-            raise UserError(
-                f"algorithm.mismatch_{name} is {value:g} and algorithm.mismatch_settings.{name} is "
-                f"{given[name]}; expected one of them; remove one"
-            )
-        given[name] = value
+        key = f"algorithm.mismatch_{name}"
+        given = with_key(given, name, value, key, "algorithm.mismatch_settings")
     name = f"the correction {algorithm.mismatch}"
     return read_settings("algorithm.mismatch_settings", name, row.settings, given)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_rl.catalogue.entry import OptimizerEntry, load
 from megatron_rl.catalogue.find import find, label_of
 from megatron_rl.catalogue.kinds import OPTIMIZERS
-from megatron_rl.catalogue.read import read_settings
+from megatron_rl.catalogue.read import read_settings, with_key
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.config.schema import Config, OptimizerConfig
 from megatron_rl.errors import UserError
@@ -35,12 +35,7 @@ def optimizer_settings(optimizer: OptimizerConfig) -> Settings | None:
                 f"optimizer.{name} is {value:g} with the optimizer {optimizer.name}, which has no "
                 f"such setting; expected the default; remove optimizer.{name}"
             )
-        if name in given and given[name] != value:
-            raise UserError(
-                f"optimizer.{name} is {value:g} and optimizer.settings.{name} is {given[name]}; "
-                "expected one of them; remove one"
-            )
-        given[name] = value
+        given = with_key(given, name, value, f"optimizer.{name}", "optimizer.settings")
     return read_settings(
         "optimizer.settings", f"the optimizer {optimizer.name}", row.settings, given
     )

@@ -4,7 +4,7 @@ nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -87,3 +87,30 @@ def gather_first_dim(
     if group.size() == 1:
         return tensor
     return _GatherFirstDim.apply(tensor, group, sum_gradients)
+
+
+def shared_out(
+    items: Sequence[Any],
+    work: Callable[[Sequence[Any]], list[Any]],
+    inner: ProcessGroup,
+    outer: ProcessGroup,
+) -> list[Any]:
+    """Each rank of two groups that cross, and that all hold the same items, does its share of the
+    work. A collective over both.
+
+    Args:
+        items: the same on every rank.
+        work: a result for each of this rank's items, possibly none.
+        inner: the first of the groups.
+        outer: the other.
+
+    Returns:
+        The results of all items, in order.
+    """
+    peers = inner.size() * outer.size()
+    mine = work(items[inner.rank() + inner.size() * outer.rank() :: peers])
+    results: list[Any] = [None] * len(items)
+    shares = [share for row in gather_objects(gather_objects(mine, inner), outer) for share in row]
+    for place, share in enumerate(shares):
+        results[place::peers] = share
+    return results

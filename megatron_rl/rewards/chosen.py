@@ -7,7 +7,7 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import Any, Awaitable, Callable, Mapping, Sequence
 
-from megatron_rl.catalogue.blame import blame
+from megatron_rl.catalogue.blame import blame, made
 from megatron_rl.catalogue.entry import load_check
 from megatron_rl.config.reward import ChosenVerifier, chosen_verifiers
 from megatron_rl.config.schema_reward import RewardConfig
@@ -125,8 +125,7 @@ def _judge(one: ChosenVerifier) -> Judge:
 @functools.lru_cache(maxsize=64)
 def _made(kind: type, settings: Any, name: str) -> Any:
     """An instance, the same for training and evaluations: it may hold a connection."""
-    with blame(f"the verifier {name!r}, while it is made,", "correct it"):
-        return kind() if settings is None else kind(settings)
+    return made(f"the verifier {name!r}", kind, settings)
 
 
 def _call(function: Callable[..., Reward], settings: Any, record: Any, completion: str) -> Reward:

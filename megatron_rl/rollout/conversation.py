@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_rl.catalogue.blame import raised
 from megatron_rl.errors import RunFailed, UserError
-from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.collectives import gather_objects, shared_out
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
@@ -160,13 +160,7 @@ class ConversationEngine:
 
     def _replied(self, talks: Sequence[_Conversation], room: int) -> list[_Conversation]:
         """Those of the conversations that go on, with the environment's replies. A collective."""
-        model, context = self._groups.model, self._groups.context
-        peers = model.size() * context.size()
-        mine = self._ask(talks[model.rank() + model.size() * context.rank() :: peers])
-        rows = gather_objects(gather_objects(mine, model), context)
-        replies: list[str | None] = [None] * len(talks)
-        for place, share in enumerate(itertools.chain.from_iterable(rows)):
-            replies[place::peers] = share
+        replies = shared_out(talks, self._ask, self._groups.model, self._groups.context)
         going = []
         for talk, text in zip(talks, replies, strict=True):
             ids = [] if text is None else self._encode(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 from megatron_rl.catalogue.blame import raised
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.observe.console import SilentConsole
-from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.collectives import shared_out
 from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Prompt, RolloutGroup
@@ -67,14 +66,8 @@ class RewardWorkers:
         answers = [
             (group.prompt, answer.judged_text) for group in groups for answer in group.completions
         ]
-        model, context = self._groups.model, self._groups.context
-        peers = model.size() * context.size()
-        mine = self._judge(answers[model.rank() + model.size() * context.rank() :: peers])
-        rows = gather_objects(gather_objects(mine, model), context)
-        rewards: list[Any] = [None] * len(answers)
-        for place, share in enumerate(itertools.chain.from_iterable(rows)):
-            rewards[place::peers] = share
-        given = iter(rewards)
+        shared = self._groups.model, self._groups.context
+        given = iter(shared_out(answers, self._judge, *shared))
         return [
             ScoredGroup(group, tuple(next(given) for _ in group.completions)) for group in groups
         ]

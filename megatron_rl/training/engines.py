@@ -8,7 +8,7 @@ from typing import Sequence
 
 import torch
 
-from megatron_rl.catalogue.blame import blame
+from megatron_rl.catalogue.blame import made
 from megatron_rl.catalogue.entry import EnvironmentEntry
 from megatron_rl.config.rollout import (
     engine_of,
@@ -57,14 +57,10 @@ def _environment(session: Session, row: EnvironmentEntry) -> Environment:
     settings = environment_settings(session.config.rollout)
     if not inspect.isclass(row.own):
         return row.bind(settings)
-    made: list[Environment] = []
-
-    def make() -> None:
-        with blame(f"the environment {row.name!r}, while it is made,", "correct it"):
-            made.append(row.own() if settings is None else row.own(settings))
-
-    together(session.groups.world, make)
-    return made[0]
+    environment: list[Environment] = []
+    who = f"the environment {row.name!r}"
+    together(session.groups.world, lambda: environment.append(made(who, row.own, settings)))
+    return environment[0]
 
 
 def _engine_of_answers(
