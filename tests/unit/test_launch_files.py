@@ -138,18 +138,23 @@ def test_a_container_that_nothing_can_run_is_refused(tmp_path):
 def submit(folder, programs, pyxis=False, **settings):
     """slurm.sbatch in a folder, with programs that print their words and nothing else of the kind.
 
-    scontrol knows one host.
+    scontrol knows 99,000 hosts, the first of which is called 1000, and the help of srun is as long:
+    whoever leaves such a pipe early breaks it.
     """
     bin_folder = folder / "bin"
     bin_folder.mkdir()
     texts = {name: 'echo "${0##*/} $@"' for name in programs}
-    texts["scontrol"] = 'case "$2" in hostnames) echo n1 ;; *) echo NodeAddr=10.0.0.1 ;; esac'
+    texts["scontrol"] = (
+        'case "$2 $3" in host*) seq 1000 99999 ;; "node 1000") echo NodeAddr=10.0.0.1 ;; esac'
+    )
     if pyxis:
-        texts["srun"] = '[ "$1" != --help ] || echo "--container-image"; ' + texts["srun"]
+        texts["srun"] = (
+            '[ "$1" != --help ] || { echo "--container-image"; seq 99999; }; ' + texts["srun"]
+        )
     for name, text in texts.items():
         (bin_folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (bin_folder / name).chmod(0o755)
-    for name in ("bash", "sh", "head", "grep", "cut"):  # an apptainer of this machine is not found
+    for name in ("bash", "sh", "seq", "grep", "cut"):  # an apptainer of this machine is not found
         (bin_folder / name).symlink_to(shutil.which(name))
     environment = {"PATH": str(bin_folder), "SLURM_JOB_NUM_NODES": "1"}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", **settings}

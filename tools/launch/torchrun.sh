@@ -91,7 +91,8 @@ if [ -n "${LOGS:-}" ]; then
     words+=(--log-dir "$LOGS/node_$node" --redirects 3 --tee 3)
 fi
 # torch waits 30 s by default and then kills: too short for a large checkpoint. Older ones cannot be told.
-if "$python" -m torch.distributed.run --help | grep -q -e --shutdown-timeout; then
+# (The help is held whole: grep -q would leave the pipe early, which pipefail takes for a failure now and then.)
+if [[ $("$python" -m torch.distributed.run --help) == *--shutdown-timeout* ]]; then
     words+=(--shutdown-timeout "$shutdown" --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 
