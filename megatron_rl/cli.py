@@ -235,16 +235,16 @@ def _start(args: argparse.Namespace, config: Config) -> None:
 
     # First, because Megatron-Core adapts to torch while it is imported.
     select_device(config.device, read_launch())
-    from megatron_rl.training import run
+    from megatron_rl.run import verbs
 
     if args.verb == "train":
-        run.train(config, data)
+        verbs.train(config, data)
     elif args.verb == "sft":
-        run.sft(config, data)
+        verbs.sft(config, data)
     elif args.verb == "evaluate":
-        run.evaluate(config, data, base=args.base)
+        verbs.evaluate(config, data, base=args.base)
     else:
-        run.generate(
+        verbs.generate(
             config,
             data,
             problems,
@@ -282,7 +282,7 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
         raise UserError("neither data.train nor data.eval is given; expected one; set it")
     from megatron_rl.data.preview import preview
     from megatron_rl.data.run_data import encode_files, read_files
-    from megatron_rl.training.stop_tokens import stop_tokens_of
+    from megatron_rl.run.stop_tokens import stop_tokens_of
 
     data = encode_files(config, purpose, read_files(config, purpose))
     stops = stop_tokens_of(config, data.tokenizer)

@@ -25,8 +25,8 @@ from megatron_rl.checkpoint.safe_index import check_index
 from megatron_rl.checkpoint.save import SHARDS, model_shards
 from megatron_rl.checkpoint.torch_dist import read_shards
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.together import together
 
 
 def load_checkpoint(
@@ -67,7 +67,7 @@ def load_checkpoint(
             f"{path} holds weights only; resuming needs the optimizer's state as well; "
             "start a new run from it with checkpoint.init_from"
         )
-    state = together(groups.world, lambda: _state_of(path, manifest))[0]
+    state = collective_try(groups.world, lambda: _state_of(path, manifest))[0]
     sharded = {"model": model_shards(chunks, groups)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer_shards(optimizer, sharded["model"], loading=True)
@@ -116,10 +116,10 @@ def _checked(
         check_architecture(manifest.architecture, architecture, str(path), ignore)
         return manifest
 
-    manifest = together(groups.world, check)[0]
+    manifest = collective_try(groups.world, check)[0]
     verify(path, manifest, groups.world)
     is_first = groups.world.rank() == 0
-    together(groups.world, lambda: check_index(path / SHARDS) if is_first else None)
+    collective_try(groups.world, lambda: check_index(path / SHARDS) if is_first else None)
     return manifest
 
 

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.errors import UserError
 from megatron_rl.files import read_bounded
-from megatron_rl.parallel.together import together
+from megatron_rl.parallel.collective_try import collective_try
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -202,7 +202,7 @@ def verify(directory: Path, manifest: Manifest, world: ProcessGroup) -> None:
         Damaged: a file is missing, has another size or another checksum, or is not in the manifest;
             the message names it.
     """
-    together(world, lambda: verify_share(directory, manifest, world.rank(), world.size()))
+    collective_try(world, lambda: verify_share(directory, manifest, world.rank(), world.size()))
 
 
 def verify_share(directory: Path, manifest: Manifest, rank: int, ranks: int) -> None:

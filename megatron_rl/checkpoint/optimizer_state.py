@@ -36,7 +36,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl.optimizers import state as any_state
 from megatron_rl.optimizers.members import main_parameters, members
-from megatron_rl.parallel.together import together
+from megatron_rl.parallel.collective_try import collective_try
 
 PREFIX = "optimizer.state"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -96,7 +96,7 @@ def restore_optimizer(
 def optimizer_step(optimizer: MegatronOptimizer, world: ProcessGroup) -> int:
     """Updates made so far; a collective, because a rank may hold no part of the state."""
     steps = [any_state.step_of(member.optimizer) for member in members(optimizer)]
-    return max(together(world, lambda: max(steps, default=0)))
+    return max(collective_try(world, lambda: max(steps, default=0)))
 
 
 def _prime(adam: torch.optim.Optimizer) -> None:

@@ -33,8 +33,8 @@ from megatron_rl.checkpoint.manifest import STATE, Manifest, fingerprints, write
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, optimizer_step
 from megatron_rl.checkpoint.random_state import RANDOM, random_file, save_random_state
 from megatron_rl.checkpoint.torch_dist import shard_files, take_shards
+from megatron_rl.parallel.collective_try import by_first, collective_try
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.together import by_first, together
 
 SHARDS = "shards"
 
@@ -84,16 +84,16 @@ def save_checkpoint(
     def write_and_publish(group: ProcessGroup) -> None:
         with _nothing_half_done(partial, is_first):
             write_shards(group)
-            written = together(group, lambda: fingerprints(partial, _own_files(partial, group)))
+            written = collective_try(group, lambda: _own_fingerprints(partial, group))
             files = {n: entry for entries in written for n, entry in sorted(entries.items())}
-            together(group, lambda: finish(files) if is_first else None)
+            collective_try(group, lambda: finish(files) if is_first else None)
 
     with _nothing_half_done(partial, is_first):
         updates = None if optimizer is None else optimizer_step(optimizer, world)
         shards = _shards(chunks, optimizer, groups)
         write_shards = take_shards(shards, partial / SHARDS, world, copy=background is not None)
         del shards
-        together(world, lambda: _write_small_files(partial, world.rank(), text))
+        collective_try(world, lambda: _write_small_files(partial, world.rank(), text))
     if background is None:
         write_and_publish(world)
     else:
@@ -161,7 +161,7 @@ def _write_small_files(partial: Path, rank: int, state: dict[str, Any]) -> None:
         (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
-def _own_files(partial: Path, group: ProcessGroup) -> list[Path]:
-    """The files that this rank wrote."""
+def _own_fingerprints(partial: Path, group: ProcessGroup) -> dict[str, list[Any]]:
+    """Of the files that this rank wrote."""
     own = [*shard_files(partial / SHARDS), random_file(partial, group.rank())]
-    return [*own, partial / STATE] if group.rank() == 0 else own
+    return fingerprints(partial, [*own, partial / STATE] if group.rank() == 0 else own)

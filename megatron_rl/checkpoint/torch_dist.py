@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rl.checkpoint.safe_index import check_index
 from megatron_rl.config.estimate import size_text
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.together import together
+from megatron_rl.parallel.collective_try import collective_try
 
 
 class InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):
@@ -99,7 +99,7 @@ def take_shards(
         for failure in failures:
             raise failure
 
-    together(world, report)
+    collective_try(world, report)
     return strategy.write
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from megatron_rl.catalogue.blame import raised
 from megatron_rl.errors import RunFailed, UserError
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_objects, shared_out
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rollout.engine import Engine, SamplingSettings
@@ -180,7 +180,7 @@ class ConversationEngine:
                 for talk in talks
             ]
             if wait_together(calls, world, stop=self._stop):
-                together(world, lambda: self._raise_first(talks, calls))
+                collective_try(world, lambda: self._raise_first(talks, calls))
             return [call.result() for call in calls]
         finally:
             executor.shutdown(wait=False, cancel_futures=True)

@@ -11,7 +11,7 @@ from megatron_rl.catalogue.blame import blame
 from megatron_rl.catalogue.entry import EngineEntry
 from megatron_rl.catalogue.kinds import ENGINES
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.together import together
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import Engine, EngineParts, SamplingSettings
 from megatron_rl.rollout.servers.api import Answer, BadAnswer, check_answers
@@ -42,7 +42,7 @@ def own_engine(
                 )
 
     engine: list[Engine] = []
-    together(parts.groups.world, made)
+    collective_try(parts.groups.world, made)
     return OwnEngine(who, engine[0], parts)
 
 
@@ -94,7 +94,7 @@ class OwnEngine:
             with self._blame():
                 action()
 
-        together(self._parts.groups.world, blamed)
+        collective_try(self._parts.groups.world, blamed)
 
     def _checked(
         self,
@@ -109,7 +109,7 @@ class OwnEngine:
                 groups.extend(answers())
             self._check(groups, prompts, settings)
 
-        together(self._parts.groups.world, taken)
+        collective_try(self._parts.groups.world, taken)
         return groups
 
     def _check(

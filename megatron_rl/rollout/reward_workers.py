@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 from megatron_rl.catalogue.blame import raised
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.observe.console import SilentConsole
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import shared_out
-from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward
@@ -92,7 +92,7 @@ class RewardWorkers:
             futures = [future for future, _, _ in calls]
             show = _Progress(self._console, world.size())
             if wait_together(futures, world, show, stop=self._stop):
-                together(world, lambda: _raise_first(calls))
+                collective_try(world, lambda: _raise_first(calls))
             self._say_late(timed, len(answers))
             verdicts = iter(future.result() for future in futures)
             return [combine(self._judges, [next(verdicts) for _ in self._judges]) for _ in answers]

@@ -27,8 +27,8 @@ from megatron_rl.device.select import Device, joined, select_device
 from megatron_rl.errors import UserError, shown
 from megatron_rl.families.common.family import Family
 from megatron_rl.models.build import build_chunks, transformer_config
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
-from megatron_rl.parallel.together import together
 from megatron_rl.weights.companions import keep_companions, kept_companions
 from megatron_rl.weights.export import describe
 from megatron_rl.weights.load import load_hf_weights
@@ -68,9 +68,9 @@ def to_megatron(
     with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
         if verified:
-            together(world, lambda: refuse_unknown_to_transformers(model_type_of(source)))
-        sizes = together(world, lambda: HuggingFaceTensors(source).num_bytes)
-        together(world, lambda: _prepare(target, sizes[0]) if first else None)
+            collective_try(world, lambda: refuse_unknown_to_transformers(model_type_of(source)))
+        sizes = collective_try(world, lambda: HuggingFaceTensors(source).num_bytes)
+        collective_try(world, lambda: _prepare(target, sizes[0]) if first else None)
         transformer = transformer_config(config.model, config.parallel, device)
         chunks = build_chunks(config.model, transformer, groups, device, seed=None)
         load_hf_weights(chunks, groups, config.model, source, progress)
@@ -92,7 +92,7 @@ def to_megatron(
             keep_companions(source, partial)
             os.rename(partial, target)
 
-        together(world, lambda: finish() if first else None)
+        collective_try(world, lambda: finish() if first else None)
         if verified:
             verify(find_checkpoint(target), source, config, groups, device, progress)
 
@@ -128,16 +128,16 @@ def to_hugging_face(
     """
     with _ranks(config, launch) as (device, groups), _tidied(target, launch):
         world, first = groups.world, launch.rank == 0
-        checkpoint, model, origin = together(
+        checkpoint, model, origin = collective_try(
             world, lambda: _stored_model(source, like, config.model.family)
         )[0]
         found: list[tuple[Family, dict[str, Any]]] = []  # not gathered: a family holds functions
-        together(world, lambda: found.append(describe(model, origin)))
+        collective_try(world, lambda: found.append(describe(model, origin)))
         ((family, described),) = found
         if verified:
-            together(world, lambda: refuse_unknown_to_transformers(described["model_type"]))
+            collective_try(world, lambda: refuse_unknown_to_transformers(described["model_type"]))
         weights = StoredWeights(checkpoint, model, family)
-        together(world, lambda: _prepare_hf(target, weights.num_bytes) if first else None)
+        collective_try(world, lambda: _prepare_hf(target, weights.num_bytes) if first else None)
         mine = weights.stream(launch.rank, launch.world_size)
         count = weights.num_tensors(launch.rank, launch.world_size)
         write_hf_directory(

@@ -14,8 +14,8 @@ from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.families.common.family import Rule
 from megatron_rl.models.parameters import ParameterView, weight_views
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.together import together
 from megatron_rl.weights.left_over import refuse_left_over
 from megatron_rl.weights.rules import join, rule_of
 from megatron_rl.weights.source import HuggingFaceTensors
@@ -39,7 +39,7 @@ def load_hf_weights(
             not in the model; see also `refuse_left_over`.
     """
     directory = Path(directory)
-    used = together(groups.world, lambda: _fill(chunks, groups, model, directory, progress))
+    used = collective_try(groups.world, lambda: _fill(chunks, groups, model, directory, progress))
 
     def look_at_the_rest() -> None:
         if groups.world.rank() == 0:
@@ -47,7 +47,7 @@ def load_hf_weights(
             source = HuggingFaceTensors(directory, family)
             refuse_left_over(source, set().union(*used), model, family)
 
-    together(groups.world, look_at_the_rest)
+    collective_try(groups.world, look_at_the_rest)
 
 
 def _fill(

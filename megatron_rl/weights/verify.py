@@ -17,9 +17,9 @@ from megatron_rl.errors import RunFailed, UserError, shown
 from megatron_rl.models.attention import packed_layout
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.models.forward import forward_stages
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.together import together
 from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights
@@ -116,7 +116,7 @@ def _same_logits(
         expected = _transformers_logits(directory, tokens)
         return float((found.cpu() - expected).abs().max()), float(expected.abs().max())
 
-    difference, largest = next(filter(None, together(groups.world, compare)))
+    difference, largest = next(filter(None, collective_try(groups.world, compare)))
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise RunFailed(
             f"the logits of {checkpoint} differ from those transformers computes from {directory} "

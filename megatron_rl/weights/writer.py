@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.distributed import ProcessGroup
 
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.together import together
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.weights.companions import copy_companions
 from megatron_rl.weights.rules import alone
 from megatron_rl.weights.source import INDEX
@@ -78,7 +78,7 @@ def write_hf_directory(
     """
     rank = world.rank()
     partial = partial_of(target)
-    together(world, lambda: _begin(target, partial, replace) if rank == 0 else None)
+    collective_try(world, lambda: _begin(target, partial, replace) if rank == 0 else None)
     shards = _Shards(partial, rank, shard_bytes)
     failure: OSError | None = None
     for name, tensor in tensors:
@@ -95,8 +95,8 @@ def write_hf_directory(
         return shards.written
 
     try:
-        written = together(world, finish_own)
-        together(
+        written = collective_try(world, finish_own)
+        collective_try(
             world,
             lambda: (
                 _publish(target, partial, sum(written, []), config, like, replace)

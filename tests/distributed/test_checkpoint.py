@@ -150,7 +150,7 @@ def fail_on_rank_one():
     """On a rank: what the ranks hear of a disk that is full on rank 1."""
     import torch.distributed as dist
 
-    from megatron_rl.parallel.together import together
+    from megatron_rl.parallel.collective_try import collective_try
 
     def write():
         if dist.get_rank() == 1:
@@ -158,7 +158,7 @@ def fail_on_rank_one():
         return dist.get_rank()
 
     try:
-        together(dist.group.WORLD, write)
+        collective_try(dist.group.WORLD, write)
     except OSError as error:
         return str(error)
 

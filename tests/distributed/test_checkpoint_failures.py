@@ -123,7 +123,7 @@ def _interrupted_save(root):
     import torch.distributed as dist
     from torch.distributed.checkpoint import FileSystemWriter
 
-    from megatron_rl.training.stop import StopRequest
+    from megatron_rl.parallel.stop_request import StopRequest
     from tests.support.tiny_training import build_training
     from tests.unit.checkpoint.test_save_load import save
 

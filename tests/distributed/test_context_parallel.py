@@ -23,7 +23,7 @@ ONE = Case("one process", 1, {})
 def supervised(case):
     """On a rank: loss and weights of one supervised step."""
     from megatron_rl.observe.metrics import MetricSums
-    from megatron_rl.training.update import supervised_update
+    from megatron_rl.policy.update import supervised_update
 
     with policy_of(layout_config(case)) as policy:
         packs = packed_mini_batches(policy, rollout_batch(case))[0]
@@ -46,9 +46,9 @@ def test_supervised_training_is_that_of_a_single_process():
 def counted_tokens(case):
     """On a rank: tokens its routers counted, trained tokens of its packs, and mask's size there."""
     from megatron_rl.observe.metrics import MetricSums
+    from megatron_rl.policy.score import score
+    from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
-    from megatron_rl.training.score import score
-    from megatron_rl.training.update import update
 
     with policy_of(layout_config(case)) as policy:
         packs = packed_mini_batches(policy, rollout_batch(case))[0]

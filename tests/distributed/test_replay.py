@@ -145,7 +145,7 @@ def test_replay_and_the_quantile_change_what_is_learned(references):
 
 def _scored(case: Case, replayed: bool) -> dict:
     """On a rank: log-probabilities of the scoring pass, with the engine's or the slow routes."""
-    from megatron_rl.training.score import score
+    from megatron_rl.policy.score import score
     from tests.unit.router.test_replay import judge
 
     samples = routed_batch(case)

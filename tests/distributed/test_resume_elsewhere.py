@@ -57,9 +57,9 @@ def of_checkpoint(policy: Any, case: Case) -> dict[str, Any]:
 
 def updates(policy: Any, case: Case, first: int, count: int) -> list[dict[str, float]]:
     """Updates on the fixed batch, scored anew before the first mini-batch of each round."""
+    from megatron_rl.policy.score import score
+    from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
-    from megatron_rl.training.score import score
-    from megatron_rl.training.update import update
 
     model = policy.config.model
     telemetry = RouterTelemetry(model.num_layers, model.num_experts, policy.device.torch_device)

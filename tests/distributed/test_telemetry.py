@@ -20,9 +20,9 @@ RSPO = {"name": "rspo", "settings": {"clip_low": 0.01, "clip_high": 0.01}}
 def _telemetry(case: Case) -> dict:
     """On a rank: the router metrics of three updates."""
     from megatron_rl.config.algorithm import keeps_trace
+    from megatron_rl.policy.score import score
+    from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
-    from megatron_rl.training.score import score
-    from megatron_rl.training.update import update
 
     with layouts.policy_of(layouts.layout_config(case)) as policy:
         model = policy.config.model

@@ -30,10 +30,10 @@ def trained(case):
     """On a rank: packs of each mini-batch, metrics and weights after one update on each."""
     with policy_of(layout_config(case)) as policy:
         from megatron_rl.observe.metrics import MetricSums
+        from megatron_rl.policy.batch import pack_mini_batches
+        from megatron_rl.policy.score import score
+        from megatron_rl.policy.update import update
         from megatron_rl.router.telemetry import RouterTelemetry
-        from megatron_rl.training.batch import pack_mini_batches
-        from megatron_rl.training.score import score
-        from megatron_rl.training.update import update
 
         device, model = policy.device.torch_device, policy.config.model
         mine = range(2) if policy.groups.data.size() == 1 else [policy.groups.data.rank()]

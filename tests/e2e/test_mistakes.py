@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from megatron_rl.training.run_lock import RunLock
+from megatron_rl.run.run_lock import RunLock
 from tests.support.runs import run
 
 ONE_RANK = ("--parallel.expert=1", "--parallel.world_size=1")

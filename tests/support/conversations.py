@@ -66,8 +66,8 @@ def sampled(policy: Any, routes: bool = False) -> list[Sample]:
 
 def scored(policy: Any, samples: list[Sample]) -> list[Any]:
     """The samples' packs, scored."""
-    from megatron_rl.training.batch import pack_mini_batches
-    from megatron_rl.training.score import score
+    from megatron_rl.policy.batch import pack_mini_batches
+    from megatron_rl.policy.score import score
 
     device = policy.device.torch_device
     (packs,) = pack_mini_batches([samples], policy.config, policy.groups, device)
@@ -79,8 +79,8 @@ def two_updates(case: Case, judge: bool) -> dict[str, Any]:
 
     ``judge``: work the expectations out, on one rank: ``slow`` loss and gradients.
     """
+    from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
-    from megatron_rl.training.update import update
 
     config = layout_config(case)
     optimizer = config.optimizer.model_copy(update={"clip_grad": 0.0, "lr": 3e-4})

@@ -1,7 +1,7 @@
 """Training under different parallel layouts, and how far each is from a single process.
 
 A layout builds a policy, packs and scores one fixed rollout batch and takes three optimizer steps
-of RSPO on it: the path of `training/reinforce.py` without the sampling. What comes out is named
+of RSPO on it: the path of `tasks/reinforce.py` without the sampling. What comes out is named
 independently of the layout and compared tensor by tensor, norm(a - b) / norm(b).
 """
 
@@ -182,9 +182,9 @@ def train_on_rank(case: Case) -> dict[str, Any]:
 
 
 def _train(policy: Any, case: Case) -> dict[str, Any]:
+    from megatron_rl.policy.score import score, score_reference
+    from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
-    from megatron_rl.training.score import score, score_reference
-    from megatron_rl.training.update import update
 
     config = policy.config
     mini_batches = packed_mini_batches(policy, rollout_batch(case))
@@ -224,7 +224,7 @@ def policy_of(config: Config) -> Iterator[Any]:
     from megatron.core import parallel_state
 
     from megatron_rl.parallel.groups import build_groups, destroy_groups
-    from megatron_rl.training.policy import build_policy
+    from megatron_rl.policy.policy import build_policy
 
     if parallel_state.model_parallel_is_initialized():
         destroy_groups()
@@ -247,7 +247,7 @@ def policy_of(config: Config) -> Iterator[Any]:
 
 def packed_mini_batches(policy: Any, samples: list[Sample]) -> list[list[Any]]:
     """This rank's packs of the rollout batch, a list for each mini-batch."""
-    from megatron_rl.training.batch import pack_mini_batches
+    from megatron_rl.policy.batch import pack_mini_batches
 
     config, data = policy.config, policy.groups.data
     share = SEQUENCES // data.size()

@@ -35,7 +35,7 @@ def build(
 
     from megatron_rl.models.build import build_chunks, transformer_config
     from megatron_rl.parallel.groups import build_groups, destroy_groups
-    from megatron_rl.training.initial_weights import load_initial_weights
+    from megatron_rl.policy.initial_weights import load_initial_weights
 
     if parallel_state.model_parallel_is_initialized():
         destroy_groups()

@@ -99,8 +99,8 @@ def _serve() -> None:
 
     megatron_on_cpu.install()
     import megatron_rl.rollout.builtin.generate
-    import megatron_rl.training.run
-    import megatron_rl.training.supervised  # noqa: F401
+    import megatron_rl.run.verbs
+    import megatron_rl.tasks.supervised  # noqa: F401
 
     gc.freeze()
     for line in sys.stdin:

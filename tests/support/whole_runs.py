@@ -74,13 +74,13 @@ def run_here(config, at_wave: Mapping[int, Callable[[], None]] = {}) -> tuple[bo
     from megatron_rl.device.launch import Launch
     from megatron_rl.observe.console import Console, SilentConsole
     from megatron_rl.observe.timers import Timers
+    from megatron_rl.parallel.stop_request import StopRequest
     from megatron_rl.rollout.builtin.generate import BuiltinEngine
-    from megatron_rl.training.continuation import run_identity
-    from megatron_rl.training.engines import build_engine
-    from megatron_rl.training.loop import run_loop
-    from megatron_rl.training.reinforce import Reinforce
-    from megatron_rl.training.session import Session
-    from megatron_rl.training.stop import StopRequest
+    from megatron_rl.run.continuation import run_identity
+    from megatron_rl.run.loop import run_loop
+    from megatron_rl.run.session import Session
+    from megatron_rl.tasks.build import build_engine
+    from megatron_rl.tasks.reinforce import Reinforce
 
     rank, size = dist.get_rank(), dist.get_world_size()
     seen = {"waves": 0, "tokens": 0}

@@ -40,9 +40,9 @@ def run_yaml(tmp_path, monkeypatch):
 
 @pytest.fixture
 def training(monkeypatch):
-    """Stands in for megatron_rl.training.run and records the calls."""
+    """Stands in for megatron_rl.run.verbs and records the calls."""
     calls = []
-    module = types.ModuleType("megatron_rl.training.run")
+    module = types.ModuleType("megatron_rl.run.verbs")
     for verb in ("train", "sft"):
         setattr(module, verb, lambda config, data, verb=verb: calls.append((verb, config, data)))
     module.evaluate = lambda config, data, base: calls.append(("evaluate", config, data, base))
@@ -52,8 +52,8 @@ def training(monkeypatch):
     device = types.ModuleType("megatron_rl.device.select")
     device.select_device = lambda config, launch: None
     monkeypatch.setitem(sys.modules, "megatron_rl.device.select", device)
-    monkeypatch.setitem(sys.modules, "megatron_rl.training.run", module)
-    monkeypatch.setattr("megatron_rl.training.run", module, raising=False)
+    monkeypatch.setitem(sys.modules, "megatron_rl.run.verbs", module)
+    monkeypatch.setattr("megatron_rl.run.verbs", module, raising=False)
     return calls
 
 
@@ -314,7 +314,7 @@ def test_a_users_error_of_many_lines_is_printed_as_one(run_yaml, training, monke
     def fail(config, data):
         raise UserError("first\nsecond")
 
-    monkeypatch.setattr(sys.modules["megatron_rl.training.run"], "train", fail)
+    monkeypatch.setattr(sys.modules["megatron_rl.run.verbs"], "train", fail)
     assert refusal(capsys, "train", run_yaml) == "first second"
 
 
@@ -324,13 +324,13 @@ def test_a_number_that_is_not_finite_is_one_line_and_exit_code_1(
     def fail(config, data):
         raise FloatingPointError("the loss is nan")
 
-    monkeypatch.setattr(sys.modules["megatron_rl.training.run"], "train", fail)
+    monkeypatch.setattr(sys.modules["megatron_rl.run.verbs"], "train", fail)
     assert main(["train", run_yaml]) == 1
     assert capsys.readouterr().err == "megatron-rl: error: the loss is nan\n"
 
 
 def test_interruption_is_130_and_other_errors_propagate(run_yaml, training, monkeypatch):
-    module = sys.modules["megatron_rl.training.run"]
+    module = sys.modules["megatron_rl.run.verbs"]
 
     def stop(error):
         def fail(config, data):

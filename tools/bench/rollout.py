@@ -145,10 +145,10 @@ def _builtin(directory: Path, prompts: list[np.ndarray], arguments: argparse.Nam
 
     from megatron_rl.models.build import build_chunks, transformer_config
     from megatron_rl.parallel.groups import build_groups
+    from megatron_rl.policy.initial_weights import load_initial_weights
     from megatron_rl.records import Prompt
     from megatron_rl.rollout.builtin.generate import BuiltinEngine
     from megatron_rl.rollout.engine import SamplingSettings
-    from megatron_rl.training.initial_weights import load_initial_weights
 
     groups = build_groups(config.parallel)
     transformer = transformer_config(config.model, config.parallel, device)

@@ -166,7 +166,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from megatron_rl.parallel.groups import build_groups, destroy_groups
-    from megatron_rl.training.policy import build_policy
+    from megatron_rl.policy.policy import build_policy
 
     groups = build_groups(rspo.parallel)
     policy = build_policy(rspo, device, groups, optimizer_steps=1000)
@@ -180,9 +180,9 @@ def _measure(arguments: argparse.Namespace) -> None:
 def _times(policy: Any, without: Any, pairs: int) -> dict[str, Any]:
     """Seconds of updates and of scoring passes, with and without router shift, in pairs."""
     from megatron_rl.observe.metrics import MetricSums
+    from megatron_rl.policy.score import score
+    from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
-    from megatron_rl.training.score import score
-    from megatron_rl.training.update import update
 
     model, device = policy.config.model, policy.device.torch_device
     packs = _packs(policy)
@@ -230,16 +230,16 @@ def _timed(run: Callable, policy: Any) -> tuple[float, float]:
     import torch
     import torch.distributed as dist
 
-    def together() -> None:
+    def collective_try() -> None:
         if policy.device.kind == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
 
-    together()
+    collective_try()
     start, cpu = time.perf_counter(), time.thread_time()
     run()
     busy = torch.tensor(time.thread_time() - cpu, dtype=torch.float64)
-    together()
+    collective_try()
     wall = time.perf_counter() - start
     busy = busy.to(policy.device.torch_device)
     dist.all_reduce(busy)
@@ -248,8 +248,8 @@ def _timed(run: Callable, policy: Any) -> tuple[float, float]:
 
 def _packs(policy: Any) -> list[Any]:
     """This data-parallel rank's share of the step's full packs."""
+    from megatron_rl.policy.batch import pack_mini_batches
     from megatron_rl.records import Sample
-    from megatron_rl.training.batch import pack_mini_batches
 
     data, groups = policy.config.data, policy.groups
     rng = np.random.default_rng(5)

@@ -11,8 +11,8 @@ import numpy as np
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.data.packing import id_type
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_objects, scatter_objects
-from megatron_rl.parallel.together import together
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import EngineParts, SamplingSettings
@@ -100,7 +100,7 @@ class ServerEngine:
             on all ranks where one that waits hears that the run is to stop.
         """
         groups = self._groups
-        together(groups.world, lambda: self._check(prompts))
+        collective_try(groups.world, lambda: self._check(prompts))
         if self.sync.sent != self._version:
             if self._lag <= 1:
                 # No answer is to begin with some weights and end with others.
@@ -116,7 +116,7 @@ class ServerEngine:
             found: list[list[RolloutGroup]] = []
             waited = [asking] if asking else []
             wait_together(waited, groups.world, to_the_end=True, stop=self._stop)
-            together(groups.world, lambda: found.append(asking.result()) if asking else None)
+            collective_try(groups.world, lambda: found.append(asking.result()) if asking else None)
             return self._mine(found)
 
         return finish

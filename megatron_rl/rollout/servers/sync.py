@@ -16,8 +16,8 @@ import torch
 
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import RunFailed, one_line
+from megatron_rl.parallel.collective_try import by_first, collective_try
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.together import by_first, together
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call, ServerApi
@@ -142,7 +142,7 @@ class WeightSync:
         model = self._config.model
         family, _ = describe(model, model.hf_path)
         self._hold()
-        together(world, lambda: self._join() if is_first else None)
+        collective_try(world, lambda: self._join() if is_first else None)
         weights = gather_weights(self._chunks, self._groups, model, family)
         if self._sender is not None:  # on rank 0
             joined = [url for url in self.asked.urls if url not in self._lost]

@@ -68,7 +68,7 @@ def test_the_header_names_what_executes_code():
 
     device = cpu_device()
     from megatron_rl.device.launch import Launch
-    from megatron_rl.training.header import run_facts
+    from megatron_rl.run.run_summary import run_facts
 
     def facts(machine=None, **tokenizer):
         data = {"tokenizer": {"kind": "huggingface", "path": "hf", **tokenizer}}

@@ -16,7 +16,7 @@ from megatron_rl.config.presets import MODEL_PRESETS
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.families import FAMILIES
-from megatron_rl.training.continuation import own_code
+from megatron_rl.run.continuation import own_code
 from tests.support import hugging_face
 from tests.support.own_family import FILE
 

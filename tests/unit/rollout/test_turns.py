@@ -96,7 +96,7 @@ def test_generate_writes_what_the_policy_wrote():
     from tests.support.tiny import cpu_device
 
     cpu_device()
-    from megatron_rl.training.answers import rows_of
+    from megatron_rl.tasks.answers import rows_of
 
     two = join_turns(
         [answer([5, 6], [-1, -2], "a"), answer([7], [-3], "b")], [[8] * 9], ["a", "t", "b"]

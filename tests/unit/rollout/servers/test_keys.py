@@ -28,7 +28,7 @@ from megatron_rl.rollout.servers.keys import (
     own_address,
 )
 from megatron_rl.rollout.servers.pool import Question, ServerPool
-from megatron_rl.training.engines import _meeting
+from megatron_rl.tasks.build import _meeting
 from tests.support.fake_server import FakeServer, toy_model
 
 

@@ -1,0 +1,101 @@
+"""The policy being trained: this rank's part of the model, its optimizer and the capture of its
+routers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.config.layout import moe_layers
+from megatron_rl.config.schema import Config
+from megatron_rl.device.select import Device
+from megatron_rl.models.build import build_chunks, transformer_config
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_rl.policy.reference import ReferenceWeights
+from megatron_rl.router.capture import RouterCapture
+from megatron_rl.router.relay import DistanceRelay
+from megatron_rl.router.replay import RouteReplay
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything a pass over the model needs; built once."""
+
+    config: Config
+    device: Device
+    groups: Groups
+    transformer: TransformerConfig
+    chunks: tuple[GPTModel, ...]  #: bare model chunks of this rank, in order of virtual stages
+    wrapped: tuple[DistributedDataParallel, ...]  #: the same, wrapped for data parallelism
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    capture: RouterCapture
+    relay: DistanceRelay
+    replay: RouteReplay | None  #: None: every router chooses for itself
+    num_moe_layers: int  #: L, over all pipeline stages
+    reference: ReferenceWeights | None = None  #: None: no reference policy is scored
+
+    def chunk_index(self, model: torch.nn.Module) -> int:
+        """Which chunk Megatron's schedule is running."""
+        return next(i for i, chunk in enumerate(self.wrapped) if chunk is model)
+
+
+def build_policy(
+    config: Config,
+    device: Device,
+    groups: Groups,
+    optimizer_steps: int,
+    *,
+    with_reference: bool = False,
+) -> Policy:
+    """Build the model of this rank, its optimizer and its router capture.
+
+    Args:
+        config: the whole configuration.
+        device: chosen device.
+        groups: process groups.
+        optimizer_steps: length of the learning-rate schedule.
+        with_reference: make room for a reference policy; its weights are still to be taken.
+    """
+    transformer = transformer_config(
+        config.model,
+        config.parallel,
+        device,
+        routing_replay=config.algorithm.routing_replay != "none",
+    )
+    chunks = build_chunks(config.model, transformer, groups, device, config.seed)
+    wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
+    optimizer = build_optimizer(config, wrapped, transformer, groups)
+    moe = moe_layers(config.model)
+    expected = [
+        [layer.layer_number for layer in chunk.decoder.layers if moe[layer.layer_number - 1]]
+        for chunk in chunks
+    ]
+    return Policy(
+        config=config,
+        device=device,
+        groups=groups,
+        transformer=transformer,
+        chunks=tuple(chunks),
+        wrapped=tuple(wrapped),
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.optimizer, optimizer, optimizer_steps),
+        capture=RouterCapture(chunks, expected),
+        replay=RouteReplay(chunks) if config.algorithm.routing_replay != "none" else None,
+        relay=DistanceRelay(
+            groups.relay,
+            len(chunks),
+            config.algorithm.router_shift.layers,
+            [sum(moe[: chunk.decoder.layers[0].layer_number - 1]) for chunk in chunks],
+        ),
+        num_moe_layers=sum(moe),
+        reference=ReferenceWeights(chunks) if with_reference else None,
+    )

@@ -1,0 +1,160 @@
+"""The policy loss of one pack, and what the packs of a mini-batch have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import reduce
+from typing import Callable, Mapping, Sequence
+
+import torch
+
+from megatron_rl.algorithms import LossInputs, LossOutputs, SamplerWeights
+from megatron_rl.algorithms.aggregate import EMPTY, Segments, SumAndCount, count_of, make_segments
+from megatron_rl.algorithms.mismatch import mismatch_metrics
+from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
+from megatron_rl.algorithms.router_shift import normalise_shift
+from megatron_rl.catalogue.kinds import CORRECTIONS, LOSSES
+from megatron_rl.config.algorithm import (
+    correction_of,
+    correction_settings,
+    loss_of,
+    loss_settings,
+    uses_router_shift,
+)
+from megatron_rl.observe.metrics import METRICS, MetricSums
+from megatron_rl.parallel.collectives import all_reduce
+from megatron_rl.policy.batch import PackTensors
+from megatron_rl.policy.pass_over_pack import pack_logprobs
+from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.score import ScoredPack
+from megatron_rl.policy.shift_pass import gamma_mean, gamma_of
+from megatron_rl.router.telemetry import RouterTelemetry
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """Settings, and what has to be known of the whole mini-batch before its first loss."""
+
+    loss: Callable[[LossInputs], LossOutputs]
+    denominators: tuple[torch.Tensor, ...]  #: 0-d, of this rank's packs
+    regularisers: Regularisers
+    denominator_per_token: torch.Tensor | None  #: 0-d; None where no term is a mean over tokens
+    correction: Callable[[LossInputs], SamplerWeights] | None  #: None: no sampler weights
+    gamma_mean: torch.Tensor | None  #: 0-d; None: gamma~ is not normalised
+
+
+def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
+    """Work out the plan of a mini-batch. A collective where the configuration needs one."""
+    algorithm = policy.config.algorithm
+    loss, correction = loss_of(algorithm), correction_of(algorithm)
+    packs = [item.pack for item in scored]
+    denominators = tuple(count_of(loss.denominator, _segments(pack)) for pack in packs)
+    beside = Regularisers(algorithm.kl_coef, algorithm.kl_estimator, algorithm.entropy_coef)
+    normalise = uses_router_shift(algorithm) and algorithm.router_shift.normalise == "batch_mean"
+    return LossPlan(
+        loss=LOSSES.bind(loss, loss_settings(algorithm)),
+        denominators=denominators,
+        regularisers=beside,
+        denominator_per_token=_per_token(policy, packs, denominators) if beside.active else None,
+        correction=None
+        if correction is None
+        else CORRECTIONS.bind(correction, correction_settings(algorithm)),
+        gamma_mean=gamma_mean(policy, scored) if normalise else None,
+    )
+
+
+def policy_loss(
+    policy: Policy,
+    item: ScoredPack,
+    logits: torch.Tensor,
+    distance: torch.Tensor | None,
+    plan: LossPlan,
+    sums: MetricSums,
+    telemetry: RouterTelemetry,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and denominator of the loss of a pack, on the last stage. A collective.
+
+    Args:
+        policy: the policy.
+        item: the pack, scored.
+        logits: of this rank's tokens.
+        distance: of the routers, see `forward_compared`; None without router shift.
+        plan: of the mini-batch.
+        sums: receives the loss's metrics.
+        telemetry: receives the clip fraction by gamma.
+    """
+    pack, algorithm = item.pack, policy.config.algorithm
+    logprobs, entropy = pack_logprobs(
+        logits,
+        pack,
+        policy.config.rollout.temperature,
+        policy.groups,
+        differentiable_entropy=algorithm.entropy_coef > 0,
+    )
+    gamma, shift = None, algorithm.router_shift
+    if distance is not None:
+        gamma, mean_distance = gamma_of(policy, pack, distance)
+        _add_shift(sums, mean_distance, shift.floor, pack.mask)
+        if plan.gamma_mean is not None:
+            gamma = normalise_shift(gamma, plan.gamma_mean)
+    assert item.old_logprobs is not None, "scored where the loss is computed"
+    inputs = LossInputs(
+        logprobs=logprobs,
+        old_logprobs=item.old_logprobs,
+        advantages=pack.advantages,
+        mask=pack.mask,
+        sequence_ids=pack.sequence_ids,
+        router_shift=gamma,
+        rollout_logprobs=pack.rollout_logprobs,
+        ref_logprobs=item.ref_logprobs,
+        num_sequences=pack.num_sequences,
+        shift_mode=shift.mode,
+        entropy=entropy,
+    )
+    if plan.correction is not None:
+        given = plan.correction(inputs)
+        sums.add_all(mismatch_metrics(given, inputs))
+        inputs = dataclasses.replace(inputs, sampler_weights=given.weights)
+    result = plan.loss(inputs)
+    if distance is not None and result.clipped is not None:
+        telemetry.clip_split.add(mean_distance, result.clipped, pack.mask)
+    result = add_regularisers(result, inputs, plan.regularisers, plan.denominator_per_token)
+    sums.add("loss", result.loss_sum, result.denominator)
+    sums.add("entropy", (entropy.detach() * pack.mask).sum(), pack.mask.sum())
+    _add_metrics(sums, result.metrics)
+    return result.loss_sum, result.denominator
+
+
+def _add_shift(
+    sums: MetricSums, mean_distance: torch.Tensor, floor: float, mask: torch.Tensor
+) -> None:
+    gamma = torch.exp(-mean_distance)
+    count = mask.sum()
+    sums.add("router/shift_mean", (gamma * mask).sum(), count)
+    sums.add("router/shift_min", torch.where(mask, gamma, 1.0).min(), count)
+    sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
+
+
+def _add_metrics(sums: MetricSums, metrics: Mapping[str, SumAndCount]) -> None:
+    """A loss's metrics; a user's own under loss/NAME where the table has no row for them."""
+    sums.add_all({name: pair for name, pair in metrics.items() if name in METRICS})
+    own = {name: pair for name, pair in metrics.items() if name not in METRICS}
+    sums.add_parts("loss", own)
+
+
+def _segments(pack: PackTensors) -> Segments:
+    return make_segments(pack.mask, pack.sequence_ids, pack.num_sequences, pack.advantages.dtype)
+
+
+def _per_token(
+    policy: Policy, packs: Sequence[PackTensors], denominators: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """D / N, 0-d: the loss's denominator over the trained tokens, both of all packs and ranks.
+
+    See `add_regularisers`. A collective over the data ranks: the context ranks share their packs.
+    """
+    trained = reduce(torch.add, [pack.mask.sum() for pack in packs])
+    local = torch.stack([reduce(torch.add, denominators).double(), trained.double()])
+    denominator, total = all_reduce(local, policy.groups.data)
+    return denominator / total.clamp(min=EMPTY)

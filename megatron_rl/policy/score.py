@@ -1,0 +1,96 @@
+"""The scoring pass: log-probabilities and router traces of the old policy."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Sequence
+
+import torch
+
+from megatron_rl.policy.batch import PackTensors
+from megatron_rl.policy.pass_over_pack import forward_pack, pack_logprobs
+from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.schedule import run_schedule
+from megatron_rl.router.trace import RouterTrace
+
+
+@dataclass(frozen=True)
+class ScoredPack:
+    """A pack with what the old policy said of it: log-probabilities of the whole row, traces of the
+    tokens this rank's routers saw.
+    """
+
+    pack: PackTensors
+    old_logprobs: torch.Tensor | None  #: fp32 [T]; None on stages that do not compute the loss
+    traces: tuple[RouterTrace, ...]  #: one per model chunk of this rank; empty without router shift
+    ref_logprobs: torch.Tensor | None = None  #: fp32 [T]; None without a reference policy
+
+
+@torch.no_grad()
+def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) -> list[ScoredPack]:
+    """Run every pack once without gradients. The trace stays on the rank that made it.
+
+    Packs with routes (R3) are scored with the sampler's experts, where a trace is wanted: then the
+    trace, and so the update, has these.
+    """
+    traces: list[list[RouterTrace]] = [[] for _ in policy.chunks]
+    temperature = policy.config.rollout.temperature
+    store = policy.config.algorithm.trace_store
+
+    def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:
+        pack = packs[index]
+        if with_traces:
+            routes = sampled_routes(policy, chunk, pack)
+            with routes, policy.capture.record(chunk, store) as trace:
+                output = forward_pack(model, pack)
+            traces[chunk].append(trace)
+        else:
+            output = forward_pack(model, pack)
+
+        def keep(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logprobs, _ = pack_logprobs(logits, pack, temperature, policy.groups)
+            return torch.zeros((), device=logits.device), logprobs
+
+        return output, keep
+
+    logprobs = run_schedule(policy, packs, forward_step, forward_only=True)
+    if policy.replay is not None:
+        policy.replay.finish()
+    return [
+        ScoredPack(
+            pack,
+            logprobs[i] if logprobs else None,
+            tuple(chunk[i] for chunk in traces) if with_traces else (),
+        )
+        for i, pack in enumerate(packs)
+    ]
+
+
+def sampled_routes(
+    policy: Policy, chunk: int, pack: PackTensors
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, the chunk's routers take the sampler's experts, where the pack has them (R3)."""
+    if pack.routes is None or policy.replay is None:
+        return contextlib.nullcontext()
+    device = policy.device.torch_device
+    routes = {
+        layer: pack.routes[layer].to(device, non_blocking=True)
+        for layer in policy.capture.layers_of(chunk)
+    }
+    known = pack.routes_known
+    return policy.replay.routes(
+        chunk, routes, None if known is None else known.to(device, non_blocking=True)
+    )
+
+
+def score_reference(policy: Policy, scored: Sequence[ScoredPack]) -> list[ScoredPack]:
+    """The same packs with the reference policy's log-probabilities, from a second pass, in which
+    its routers choose for themselves.
+    """
+    assert policy.reference is not None, "asked for where there is one"
+    with policy.reference.in_place():
+        reference = score(policy, [item.pack for item in scored], with_traces=False)
+    return [
+        replace(item, ref_logprobs=other.old_logprobs) for item, other in zip(scored, reference)
+    ]

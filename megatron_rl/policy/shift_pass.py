@@ -1,0 +1,115 @@
+"""The forward pass that measures how far the routers have moved, and the weight it gives."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Sequence
+
+import torch
+
+from megatron_rl.algorithms.router_shift import (
+    acting_sum,
+    layer_divisor,
+    layer_quantile,
+    shift_weight,
+)
+from megatron_rl.config.algorithm import uses_router_shift
+from megatron_rl.parallel.collectives import all_reduce, gather_first_dim
+from megatron_rl.parallel.sequence_shards import tensor_slice
+from megatron_rl.policy.batch import PackTensors
+from megatron_rl.policy.pass_over_pack import forward_pack
+from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.schedule import run_schedule
+from megatron_rl.policy.score import ScoredPack
+from megatron_rl.router.telemetry import RouterTelemetry
+from megatron_rl.router.trace import RouterTrace, on_device
+
+
+def forward_compared(
+    policy: Policy,
+    chunk: int,
+    model: torch.nn.Module,
+    item: ScoredPack,
+    telemetry: RouterTelemetry | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a chunk on a pack: its output, and on the last one the distance of all layers, [T_local]
+    (for a quantile that of each layer, [L, T_local]).
+
+    None instead of the distance on other chunks, and without router shift. Under routing replay the
+    routers take the experts of the trace. The telemetry counts whatever there is to see.
+    """
+    pack, algorithm = item.pack, policy.config.algorithm
+    mask = tensor_slice(pack.shards.local(pack.mask), policy.groups.tensor)
+    layers = algorithm.router_shift.layers
+    trace = None
+    if item.traces:
+        trace = on_device(item.traces[chunk], policy.device.torch_device)
+    with (
+        _replayed(policy, chunk, trace),
+        policy.capture.compare(chunk, trace, mask, telemetry, layers) as distance,
+    ):
+        output = forward_pack(model, pack)
+    if not uses_router_shift(algorithm):
+        return output, None
+    return output, policy.relay.pass_on(chunk, distance())
+
+
+def _replayed(
+    policy: Policy, chunk: int, trace: RouterTrace | None
+) -> contextlib.AbstractContextManager[None]:
+    if policy.replay is None:
+        return contextlib.nullcontext()
+    assert trace is not None, "a policy that replays has traces"
+    return policy.replay.routes(chunk, {n: layer.expert_ids for n, layer in trace.items()})
+
+
+def finish_pass(policy: Policy) -> None:
+    """End what the forward passes of a schedule have begun; call once it has ended."""
+    policy.relay.finish()
+    if policy.replay is not None:
+        policy.replay.finish()
+
+
+def gamma_of(
+    policy: Policy, pack: PackTensors, distance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight gamma~ of a pack's tokens and the distance in its exponent, [T]. A collective.
+
+    distance: [T_local], of all layers; for a quantile [L, T_local].
+    """
+    shift = policy.config.algorithm.router_shift
+    if shift.layers == "quantile":
+        distance = layer_quantile(distance.T, shift.quantile)
+    distance = pack.shards.whole(gather_first_dim(distance, policy.groups.tensor))
+    layers = layer_divisor(policy.num_moe_layers, shift.layers)
+    return shift_weight(distance, layers, shift.floor), distance / layers
+
+
+@torch.no_grad()
+def gamma_mean(policy: Policy, scored: Sequence[ScoredPack]) -> torch.Tensor:
+    """The mean of gamma~ over the tokens of the mini-batch that it acts on, 0-d. A collective.
+
+    The loss of the first pack needs it, and it is known only when the last pack has gone forward
+    on the last rank: so all packs go forward once more, without gradients. On the last stage only;
+    1 elsewhere, and where gamma~ acts on no token.
+    """
+    mode = policy.config.algorithm.router_shift.mode
+    device = policy.device.torch_device
+    sums = [torch.zeros(2, dtype=torch.float64, device=device)]
+
+    def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:
+        item = scored[index]
+        output, distance = forward_compared(policy, chunk, model, item, None)
+
+        def keep(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+            assert distance is not None, "of a loss with router shift"
+            gamma, _ = gamma_of(policy, item.pack, distance)
+            sums.append(torch.stack(acting_sum(gamma, item.pack.advantages, item.pack.mask, mode)))
+            return torch.zeros((), device=logits.device), None
+
+        return output, keep
+
+    run_schedule(policy, [item.pack for item in scored], forward_step, forward_only=True)
+    finish_pass(policy)
+    total, count = all_reduce(torch.stack(sums).sum(0), policy.groups.data)
+    return torch.where(count > 0.5, total / count.clamp(min=1.0), 1.0)

@@ -1,0 +1,185 @@
+"""A run on one rank: a task's session with the run's directory, and how it is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import torch
+
+from megatron_rl.checkpoint.directory import newest_first
+from megatron_rl.config.loggers import chosen_loggers
+from megatron_rl.config.schema import Config
+from megatron_rl.data.tokenizers import Tokenizer
+from megatron_rl.device.launch import read_launch
+from megatron_rl.device.select import joined, select_device
+from megatron_rl.errors import UserError
+from megatron_rl.files import move_aside, written_for_the_user
+from megatron_rl.observe.configurations import keep_configuration
+from megatron_rl.observe.console import Console, SilentConsole
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.observe.run_files import METRICS_FILE, SAMPLES_FILE
+from megatron_rl.observe.timers import Timers, peak_memory_gib
+from megatron_rl.observe.writers import RunWriter
+from megatron_rl.parallel.collective_try import collective_try
+from megatron_rl.parallel.groups import build_groups, destroy_groups
+from megatron_rl.parallel.stop_request import StopRequest
+from megatron_rl.rollout.servers.keys import check_key
+from megatron_rl.run.run_lock import RunLock
+from megatron_rl.run.stop_tokens import model_directories, stop_tokens_of
+from megatron_rl.tasks.task_session import TaskSession
+from megatron_rl.weights.companions import FOLDER as COMPANIONS
+from megatron_rl.weights.companions import keep_companions, kept_companions
+
+#: Verbs that add to a run.
+TRAINING = ("train", "sft")
+
+
+@dataclass(frozen=True)
+class Session(TaskSession):
+    """One run on one rank. Rank 0 alone has a writer."""
+
+    lock: RunLock | None = None  #: on rank 0, of verbs that write in the run directory
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return self.config.run_dir
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.run_dir / "checkpoints"
+
+    def open_writer(self, resume_step: int | None) -> RunWriter | None:
+        """The writer of metrics and samples on rank 0; None elsewhere. A collective.
+
+        Raises:
+            UserError: a file of the run cannot be read or written; on all ranks.
+        """
+        opened = []
+
+        def open_files() -> None:
+            if not self.is_main:
+                return
+            with written_for_the_user(f"run_dir {self.run_dir}", "make room, or set run_dir"):
+                writer = RunWriter(
+                    self.run_dir,
+                    loggers=chosen_loggers(self.config.observe),
+                    config=self.config.model_dump(mode="json"),
+                    resume_step=resume_step,
+                    warn=self.console.warn,
+                )
+                opened.append(writer)
+                writer.configuration = keep_configuration(self.run_dir, self.config, resume_step)
+                if resume_step is None:
+                    self._clear_for_a_new_run()
+                origin = next(iter(model_directories(self.config)), None)
+                kept = kept_companions(self.run_dir)
+                if kept is not None and (kept / "config.json").is_file():
+                    origin = kept  # those the run has started from, whatever hf_path is now
+                keep_companions(origin, self.run_dir, tuple(self.stop_tokens))
+
+        collective_try(self.groups.world, open_files)
+        return opened[0] if opened else None
+
+    def _clear_for_a_new_run(self) -> None:
+        """What an old run left is no part of the new one: its checkpoints would be resumed from,
+        and its tokenizer exported.
+        """
+        companions = self.run_dir / COMPANIONS
+        if newest_first(self.checkpoints):
+            for path in (self.checkpoints, companions):
+                move_aside(path)
+            self.console.note(f"moved the checkpoints in {self.run_dir} aside: a new run")
+        elif companions.is_dir():
+            shutil.rmtree(companions)
+
+    def confirm_lock(self) -> None:
+        """Before what only the owner of the run directory may write. A collective.
+
+        Raises:
+            RunFailed: another run has taken it over; on all ranks.
+        """
+        collective_try(self.groups.world, lambda: self.lock.confirm() if self.lock else None)
+
+    def new_sums(self) -> MetricSums:
+        """Empty sums for the metrics of a step."""
+        return MetricSums(self.config.model.num_layers, self.device.torch_device)
+
+    def reduce(self, sums: MetricSums) -> dict[str, float]:
+        """The step's metrics over all ranks, with the times since the last call and the peak
+        memory. A collective.
+        """
+        for name, seconds in self.timers.seconds().items():
+            sums.add(name, seconds)
+        self.timers.reset()
+        sums.add("memory/peak_gib", peak_memory_gib(self.device.kind))
+        metrics = sums.reduce(self.groups.world)
+        if "tokens/step" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens/step"] / metrics["time/step_s"]
+        return metrics
+
+
+@contextlib.contextmanager
+def open_session(
+    config: Config, verb: str, total_steps: int | None, tokenizer: Tokenizer
+) -> Iterator[Session]:
+    """Choose the device, join the other ranks, build the groups; undo it at the end."""
+    stops = stop_tokens_of(config, tokenizer)
+    launch = read_launch()
+    device = select_device(config.device, launch)
+    main = launch.rank == 0
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(joined(device, launch, config.device))
+        groups = build_groups(config.parallel)
+        undo.callback(destroy_groups)
+        console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()
+        undo.enter_context(console)
+        timers = Timers(_synchronise if device.kind == "cuda" else None)
+        lock = RunLock(config.run_dir, console.note) if main and _writes(config, verb) else None
+        collective_try(groups.world, lambda: check_key(config) if main and verb != "sft" else None)
+        collective_try(groups.world, lambda: lock.acquire() if lock else None)
+        collective_try(
+            groups.world, lambda: _check_writable(config) if main and verb in TRAINING else None
+        )
+        if lock is not None:
+            undo.callback(lock.release)
+        yield Session(
+            config,
+            launch,
+            device,
+            groups,
+            tokenizer,
+            stops,
+            console,
+            timers,
+            StopRequest(),
+            lock,
+        )
+
+
+def _writes(config: Config, verb: str) -> bool:
+    """Whether a verb writes in the run directory: the runs themselves, and engines other than the
+    built-in one; weights for servers come and go there.
+    """
+    return verb in TRAINING or config.rollout.engine != "builtin"
+
+
+def _check_writable(config: Config) -> None:
+    """What a run that goes on adds to can be written: said now, not at its first checkpoint."""
+    for name in ("checkpoints", METRICS_FILE, SAMPLES_FILE):
+        path = config.run_dir / name
+        if config.checkpoint.resume != "never" and path.exists() and not os.access(path, os.W_OK):
+            raise UserError(
+                f"{path} is read-only; expected to add to it; give the right to write there, or "
+                "set run_dir"
+            )
+
+
+def _synchronise() -> None:
+    torch.cuda.synchronize()

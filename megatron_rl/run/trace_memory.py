@@ -1,0 +1,59 @@
+"""Room for the router trace, before the first step."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from megatron_rl.config.estimate import (
+    size_text,
+    trace_bytes,
+    trace_bytes_per_token,
+    trace_text,
+)
+from megatron_rl.config.schema import Config
+from megatron_rl.device.memory import available_bytes
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.collective_try import collective_try
+from megatron_rl.records import Prompt
+from megatron_rl.run.session import Session
+
+
+def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
+    """Tokens of the longest problem with the longest answer, or conversation."""
+    if config.rollout.environment is not None and config.rollout.max_turns > 1:
+        return config.model.max_sequence_length
+    longest = max((len(problem.tokens) for problem in problems), default=1)
+    return min(longest + config.rollout.max_new_tokens, config.model.max_sequence_length)
+
+
+def trace_fact(config: Config, world_size: int, longest: int) -> str:
+    """The size of the trace, for the header."""
+    return (
+        f"{trace_bytes_per_token(config.model):,} bytes a token over all pipeline stages; "
+        + trace_text(config, world_size, longest)
+    )
+
+
+def check_trace_fits(session: Session, longest: int) -> None:
+    """Refuse a run whose trace is larger than the memory that is free beside the model. A
+    collective.
+
+    Raises:
+        UserError: it is; on all ranks.
+    """
+    algorithm = session.config.algorithm
+
+    def check() -> None:
+        size = trace_bytes(session.config, session.launch.world_size, longest)
+        pinned = algorithm.trace_store == "pinned"
+        free = available_bytes(session.device, session.launch, host=pinned)
+        if size > free:
+            remedy = "lower rollout.prompts_per_step or rollout.samples_per_prompt"
+            if session.device.kind == "cuda" and not pinned:
+                remedy = f"set algorithm.trace_store pinned, or {remedy}"
+            raise UserError(
+                f"the router trace of a rollout batch takes up to {size_text(size)} on a rank; "
+                f"{size_text(free)} are free; {remedy}"
+            )
+
+    collective_try(session.groups.world, check)

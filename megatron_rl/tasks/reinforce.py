@@ -1,0 +1,292 @@
+"""One step of reinforcement learning: sample, reward, score, update."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Any, Callable, Mapping, Sequence, TypeVar
+
+import torch
+
+from megatron_rl.algorithms.kl import k3
+from megatron_rl.catalogue.kinds import ADVANTAGES
+from megatron_rl.config.algorithm import (
+    advantages_of,
+    advantages_settings,
+    keeps_trace,
+    updates_per_step,
+    uses_router_shift,
+)
+from megatron_rl.config.schema import Config
+from megatron_rl.data.mixture import source_of
+from megatron_rl.data.prompts import DataPart, number_occurrences
+from megatron_rl.observe.metrics import MetricSums
+from megatron_rl.parallel.collectives import gather_first_dim
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.batch import pack_mini_batches
+from megatron_rl.policy.finite_checks import check_answers, not_finite, raise_together
+from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.score import ScoredPack, score, score_reference
+from megatron_rl.policy.update import update
+from megatron_rl.records import Prompt, RolloutGroup, Sample
+from megatron_rl.rollout.collect import (
+    ScoredGroup,
+    part_sums,
+    rollout_metrics,
+    sample_rows,
+    shape_overlong,
+    source_sums,
+    to_samples,
+)
+from megatron_rl.rollout.dynamic import collect_informative
+from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settings
+from megatron_rl.router.telemetry import RouterTelemetry
+from megatron_rl.tasks.build import reward_workers
+from megatron_rl.tasks.evaluate import evaluate
+from megatron_rl.tasks.task_session import TaskSession
+
+
+class Reinforce:
+    """The task of `train`: see `task.Task`."""
+
+    def __init__(
+        self,
+        session: TaskSession,
+        policy: Policy,
+        engine: Engine,
+        train_prompts: Sequence[Prompt],
+        eval_prompts: Sequence[Prompt],
+        identity: Mapping[str, Any],
+        parts: Sequence[DataPart] = (),
+    ) -> None:
+        config = session.config
+        self.identity = identity
+        self._session, self._policy, self._engine = session, policy, engine
+        self._source = source_of(train_prompts, parts, config.seed, config.data.shuffle)
+        self._parts, self._eval_prompts = parts, eval_prompts
+        self._rewards = reward_workers(session)
+        self._last: Sequence[ScoredGroup] = ()
+        #: Of the steps whose answers are being sampled already, the next first: where the source
+        #: stood before their problems were drawn, and what gives the answers.
+        self._ahead: deque[tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]] = deque()
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a step."""
+        return updates_per_step(self._session.config.algorithm)
+
+    def step(self, number: int, sums: MetricSums) -> dict[str, float]:
+        """Sample, reward, score, and take the optimizer steps of one rollout batch.
+
+        Raises:
+            Stopped: a signal asked for it before the first update. On all ranks.
+        """
+        session, config = self._session, self._session.config
+        with session.timers("rollout"):
+            session.console.phase("rollout")
+            groups, sampled = self._roll_out(number, sums)
+            check_answers(sampled, session.groups.world)
+        session.check_stop()
+        sums.add_each(self._engine.metrics())
+        sums.add_all(rollout_metrics(sampled))
+        sums.add_parts("reward", part_sums(sampled))
+        if len(self._parts) > 1:
+            for base, metrics in source_sums(sampled, self._parts).items():
+                sums.add_parts(base, metrics)
+        self._add_lag(sampled, sums)
+        lengths = [answer.num_written for scored in sampled for answer in scored.group.completions]
+        sums.add("response/length_max", max(lengths, default=0), len(lengths))
+        samples = to_samples(groups, global_advantages(groups, config, session.groups))
+        if session.counts_once:
+            sums.add("tokens/step", sum(len(sample.tokens) for sample in samples))
+        with session.timers("score"):
+            session.console.phase("score")
+            mini_batches = self._score(samples, sums)
+        session.check_stop()
+        with session.timers("update"):
+            telemetry = self._update(mini_batches, sums)
+            self._engine.weights_changed()
+            self._last = groups
+            return telemetry.reduce(session.groups.world)
+
+    def _roll_out(
+        self, number: int, sums: MetricSums
+    ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+        """This rank's groups of the step's batch, and all it has sampled for it."""
+        session, config = self._session, self._session.config
+        wanted = config.rollout.prompts_per_step
+        if not config.rollout.dynamic_sampling:
+            _, take = self._ahead.popleft() if self._ahead else self._ask(number)
+            answers = take()
+            last = min(number + config.rollout.lag, config.train.steps)
+            for step in range(number + len(self._ahead) + 1, last + 1):
+                self._ahead.append(self._ask(step))
+            groups = self._rewarded(answers)
+            return groups, groups
+        drawn: Counter[int] = Counter()  # in all rounds
+        batch = collect_informative(
+            lambda count: number_occurrences(self._source.next_batch(count), drawn),
+            lambda prompts, attempt: self._collect(prompts, number, attempt),
+            wanted,
+            config.rollout.max_rounds,
+            session.groups.data,
+        )
+        sums.add("groups/rounds", batch.rounds)
+        if session.counts_once:
+            sums.add("groups/drawn", len(batch.drawn))
+        return my_share(batch.chosen, config, session.groups), batch.drawn
+
+    def _ask(self, number: int) -> tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]:
+        """Draw a step's problems and begin to sample answers to this rank's; see ``_ahead``."""
+        config = self._session.config
+        cursor = self._source.state_dict()
+        batch = self._source.next_batch(config.rollout.prompts_per_step)
+        batch = number_occurrences(batch, Counter())
+        mine = my_share(batch, config, self._session.groups)
+        return cursor, self._engine.begin(mine, self._sampling(number))
+
+    def _collect(self, prompts: Sequence[Prompt], number: int, attempt: int) -> list[ScoredGroup]:
+        """Sample and reward; ``attempt``: the round of dynamic sampling, < 256."""
+        return self._rewarded(self._engine.generate(prompts, self._sampling(number, attempt)))
+
+    def _sampling(self, number: int, attempt: int = 0) -> SamplingSettings:
+        config = self._session.config
+        return sampling_settings(
+            config.rollout,
+            samples=config.rollout.samples_per_prompt,
+            greedy=False,
+            seed=(config.seed << 32) + (attempt << 24) + number,
+            routes=config.algorithm.routing_replay == "r3",
+        )
+
+    def _rewarded(self, answers: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        rollout, reward = self._session.config.rollout, self._session.config.reward
+        groups = self._rewards.score(answers)
+        if not reward.overlong_buffer:
+            return groups
+        return shape_overlong(
+            groups, rollout.max_new_tokens, reward.overlong_buffer, reward.overlong_penalty
+        )
+
+    def _score(self, samples: Sequence[Sample], sums: MetricSums) -> list[list[ScoredPack]]:
+        """Pack the mini-batches and score all packs with the policy as it is before the first
+        update.
+        """
+        session, config = self._session, self._session.config
+        size = len(samples) // config.algorithm.mini_batches
+        slices = [samples[i : i + size] for i in range(0, len(samples), size)]
+        packed = pack_mini_batches(slices, config, session.groups, session.device.torch_device)
+        scored = score(
+            self._policy,
+            [pack for packs in packed for pack in packs],
+            with_traces=keeps_trace(config.algorithm),
+        )
+        for item in scored:
+            _add_mismatch(item, sums)
+        raise_together(_bad_score(scored), session.groups.world)
+        if self._policy.reference is not None:
+            scored = score_reference(self._policy, scored)
+        count = len(packed[0])
+        return [scored[i : i + count] for i in range(0, len(scored), count)]
+
+    def _update(self, mini_batches: list[list[ScoredPack]], sums: MetricSums) -> RouterTelemetry:
+        model, algorithm = self._session.config.model, self._session.config.algorithm
+        telemetry = RouterTelemetry(
+            model.num_layers,
+            model.num_experts,
+            self._session.device.torch_device,
+            floor=algorithm.router_shift.floor if uses_router_shift(algorithm) else 0.0,
+        )
+        total = algorithm.epochs * len(mini_batches)
+        for done in range(total):
+            self._session.console.phase("update", done, total)
+            update(self._policy, mini_batches[done % len(mini_batches)], sums, telemetry)
+        return telemetry
+
+    def _add_lag(self, sampled: Sequence[ScoredGroup], sums: MetricSums) -> None:
+        """By how many steps the weights that sampled are older than those that are trained, and how
+        many answers are by several.
+        """
+        answers = [answer for scored in sampled for answer in scored.group.completions]
+        answers = [answer for answer in answers if answer.version is not None]
+        if answers:
+            now = self._engine.version
+            lags = [now - a.version for a in answers if a.version is not None]
+            sums.add("rollout/lag", sum(lags), len(answers))
+            carried = sum(a.last_version != a.version for a in answers)
+            sums.add("rollout/carried_fraction", carried, len(answers))
+
+    def evaluate(self, sums: MetricSums) -> None:
+        """Held-out problems, greedy and sampled."""
+        answers = evaluate(self._session, self._engine, self._eval_prompts, sums)
+        sums.add_each(self._engine.metrics())
+        self._last = self._last or answers
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Completions of the last step on this rank."""
+        return sample_rows(self._last, self._session.config.observe.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the prompt cursor stands; everything else follows from seed and step. Problems that
+        are being answered ahead are drawn, and asked, again after resuming.
+        """
+        return {"prompts": self._ahead[0][0] if self._ahead else self._source.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
+        """Continue from such a state; what is being answered ahead is left. ``other_data``: its
+        problems may have been others.
+        """
+        self._ahead.clear()
+        self._source.load_state_dict(state["prompts"], other_data=other_data)
+
+
+Item = TypeVar("Item", Prompt, ScoredGroup)
+
+
+def my_share(batch: Sequence[Item], config: Config, groups: Groups) -> list[Item]:
+    """This data-parallel rank's prompts (or groups), mini-batch by mini-batch.
+
+    Mini-batch m is the m-th slice of the whole batch whatever the number of ranks, so the optimizer
+    sees the same mini-batches under every layout.
+    """
+    slice_size = len(batch) // config.algorithm.mini_batches
+    share = slice_size // groups.data.size()
+    first = groups.data.rank() * share
+    return [
+        item
+        for start in range(0, len(batch), slice_size)
+        for item in batch[start + first : start + first + share]
+    ]
+
+
+def global_advantages(
+    groups: Sequence[ScoredGroup], config: Config, parallel: Groups
+) -> torch.Tensor:
+    """Advantages [P, G] of this rank's groups, normalised as the estimator wants over the groups of
+    all ranks.
+    """
+    rewards = torch.tensor([[r.value for r in group.rewards] for group in groups])
+    everyone = gather_first_dim(rewards, parallel.data)
+    algorithm = config.algorithm
+    estimate = ADVANTAGES.bind(advantages_of(algorithm), advantages_settings(algorithm))
+    return estimate(everyone).chunk(parallel.data.size())[parallel.data.rank()]
+
+
+def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
+    """How far the sampler's log-probabilities are from the scoring pass's."""
+    if item.old_logprobs is None or item.pack.rollout_logprobs is None:
+        return
+    mask = item.pack.mask
+    difference = torch.where(mask, item.old_logprobs - item.pack.rollout_logprobs, 0.0)
+    estimate = k3(torch.zeros_like(difference), difference)
+    sums.add("mismatch/kl", estimate.sum(), mask.sum())
+    sums.add("mismatch/logprob_max", difference.abs().max(), mask.sum())
+
+
+def _bad_score(scored: Sequence[ScoredPack]) -> str | None:
+    """The problem, if a log-probability of the scoring pass is not finite."""
+    here = [(one.old_logprobs, one.pack.mask) for one in scored if one.old_logprobs is not None]
+    return not_finite(
+        "the scoring pass's log-probability",
+        [logprobs for logprobs, _ in here],
+        [mask for _, mask in here],
+    )
