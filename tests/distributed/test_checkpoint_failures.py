@@ -52,7 +52,7 @@ def writer(save, training, root, in_background):
     return write
 
 
-@pytest.mark.parametrize("failing", ["_own_files", "save_random_state"])
+@pytest.mark.parametrize("failing", ["_own_fingerprints", "save_random_state"])
 @pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in background"])
 def test_all_ranks_give_up_together_and_the_old_one_is_intact(tmp_path, failing, in_background):
     names = run_on_ranks(2, _save, tmp_path, failing, in_background)
