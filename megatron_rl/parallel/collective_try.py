@@ -1,4 +1,4 @@
-"""Steps that every rank takes and that either succeed everywhere or raise everywhere."""
+"""Collective tries: steps that succeed on every rank or raise on every rank."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_rl.errors import RunFailed, Stopped, UserError
 
 Result = TypeVar("Result")
 
-#: What one rank may meet and the others then raise as well.
+#: Errors of one rank that all other ranks raise as well.
 _SHARED = (UserError, RunFailed, Stopped, OSError)
 
 
 def collective_try(group: ProcessGroup, action: Callable[[], Result]) -> list[Result]:
-    """Run ``action`` on every rank of the group; a collective.
+    """Run ``action`` on every rank of the group. A collective.
 
     A rank whose disk is full would otherwise leave the others waiting in their next collective.
 
@@ -24,10 +24,11 @@ def collective_try(group: ProcessGroup, action: Callable[[], Result]) -> list[Re
         The ranks' results, in rank order.
 
     Raises:
-        UserError, RunFailed, Stopped, OSError: the first one that any rank met, on all ranks.
+        UserError, RunFailed, Stopped, OSError: the error of the first rank that failed, on all
+            ranks.
     """
     failure: UserError | RunFailed | Stopped | OSError | None = None
-    result: Any = None  # of a rank that failed; its outcome is not looked at
+    result: Any = None  # the rank failed; its outcome is not read
     try:
         result = action()
     except _SHARED as error:
@@ -50,8 +51,8 @@ def collective_try(group: ProcessGroup, action: Callable[[], Result]) -> list[Re
 
 
 def by_first(group: ProcessGroup, action: Callable[[], Result]) -> Result:
-    """Run ``action`` on the group's first rank alone; its result, on all ranks. A collective, which
-    raises as `collective_try` does.
+    """Run ``action`` on the group's first rank only and return its result on all ranks. A
+    collective; raises as `collective_try` does.
     """
     is_first = group.rank() == 0
     results: list[Any] = collective_try(group, lambda: action() if is_first else None)

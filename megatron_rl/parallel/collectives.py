@@ -1,4 +1,4 @@
-"""Collectives over an explicit group; over a group of one rank each is the identity and sends
+"""Collectives over an explicit group. In a group of one rank each is the identity and sends
 nothing.
 """
 
@@ -35,7 +35,7 @@ def broadcast(tensor: torch.Tensor, group: ProcessGroup, source: int = 0) -> tor
 
 
 def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
-    """Every rank's picklable value, in rank order."""
+    """The picklable values of all ranks, in rank order."""
     if group.size() == 1:
         return [value]
     values: list[Any] = [None] * group.size()
@@ -44,7 +44,9 @@ def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
 
 
 def scatter_objects(values: list[Any] | None, group: ProcessGroup) -> Any:
-    """This rank's of the picklable values that the group's rank 0 gives, one a rank."""
+    """This rank's value of the picklable values that the group's rank 0 gives, one for each
+    rank.
+    """
     if group.size() == 1:
         assert values is not None, "this rank is the group's rank 0"
         return values[0]
@@ -79,10 +81,9 @@ def gather_first_dim(
 ) -> torch.Tensor:
     """[n, ...] on each rank -> [n * size, ...] in rank order, differentiable.
 
-    ``sum_gradients`` False: every rank is taken to compute the same function of the result, so the
-    backward pass is each rank's own slice of its gradient, without a sum. True: each rank computes
-    a part of its own, and the backward pass is the rank's slice of the sum of all ranks' gradients,
-    a collective.
+    ``sum_gradients`` False: all ranks compute the same function of the result, so the backward pass
+    takes each rank's slice of its own gradient, without a sum. True: each rank computes a different
+    part, and the backward pass sums all ranks' gradients (a collective) and takes the rank's slice.
     """
     if group.size() == 1:
         return tensor
@@ -95,12 +96,12 @@ def shared_out(
     inner: ProcessGroup,
     outer: ProcessGroup,
 ) -> list[Any]:
-    """Each rank of two groups that cross, and that all hold the same items, does its share of the
-    work. A collective over both.
+    """Share work among the ranks of two crossing groups that all hold the same items. A collective
+    over both groups.
 
     Args:
         items: the same on every rank.
-        work: a result for each of this rank's items, possibly none.
+        work: gives a result for each of this rank's items, which may be none.
         inner: the first of the groups.
         outer: the other.
 

@@ -13,12 +13,12 @@ from megatron_rl.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Groups:
-    """Every group this rank is a member of. A group of one rank is a group like any other."""
+    """Every group that this rank is in, groups of one rank included."""
 
     world: ProcessGroup
     tensor: ProcessGroup
     pipeline: ProcessGroup
-    relay: ProcessGroup  #: the pipeline's ranks again, for messages beside the activations
+    relay: ProcessGroup  #: the pipeline's ranks again, for messages beside activations
     context: ProcessGroup
     data: ProcessGroup  #: ranks with other data, same shard of the dense weights
     data_context: ProcessGroup  #: data x context: ranks over which dense gradients are summed
@@ -42,7 +42,7 @@ class Groups:
 
 
 def build_groups(config: ParallelConfig) -> Groups:
-    """Make Megatron's groups, in the same order on every rank. torch.distributed has to be
+    """Make Megatron's groups, in the same order on every rank; torch.distributed must be
     initialised.
     """
     parallel_state.initialize_model_parallel(
@@ -75,8 +75,8 @@ def build_groups(config: ParallelConfig) -> Groups:
 
 
 def _twin(group: ProcessGroup) -> ProcessGroup:
-    """A second group of the same ranks. Every rank makes all of them, in the same order; a group of
-    one is its own.
+    """A second group of the same ranks. Every rank makes all such groups, in the same order. A
+    group of one rank is returned as it is.
     """
     if group.size() == 1:
         return group
@@ -88,10 +88,10 @@ def _twin(group: ProcessGroup) -> ProcessGroup:
 
 
 def destroy_groups() -> None:
-    """Forget Megatron's groups and end their communicators, so that others can be built here."""
+    """Destroy Megatron's groups and their communicators, so that this process can build others."""
     made = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
     for group in made:
-        # Ranks that are no members hold None or a number in a group's place.
+        # A rank outside a group has None or a number in its place.
         if isinstance(group, ProcessGroup) and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)

@@ -2,7 +2,7 @@
 
 Context-parallel ranks (C of them): every sequence is padded to a multiple of 2C tokens and cut into
 2C chunks; rank r holds chunks r and 2C - 1 - r. Under a causal mask chunk number i looks at i + 1
-chunks, so each rank has the same work. It is the convention of Transformer Engine
+chunks, so each rank has the same work. This is Transformer Engine's convention
 (``thd_get_partitioned_indices``). Tensor-parallel ranks then hold contiguous slices of those tokens
 (sequence parallelism).
 """
@@ -20,16 +20,17 @@ from megatron_rl.parallel.collectives import gather_first_dim
 
 
 def sequence_multiple(context_size: int) -> int:
-    """What the length of every sequence in a pack is padded to a multiple of."""
+    """Every sequence in a pack is padded to a multiple of this many tokens."""
     return 1 if context_size == 1 else 2 * context_size
 
 
 def padded_spans(lengths: Sequence[int], num_tokens: int, multiple: int) -> list[int]:
-    """The parts of a row that are cut on their own: each sequence with the padding behind it, then
+    """Lengths of the parts of a row that are cut separately: each sequence with its padding, then
     the row's padding in parts of ``multiple`` tokens.
 
     Raises:
-        ValueError: the sequences do not fit, or what is left is no multiple of ``multiple``.
+        ValueError: the sequences do not fit, or the remaining padding is no multiple of
+            ``multiple``.
     """
     spans = [-(-length // multiple) * multiple for length in lengths]
     left = num_tokens - sum(spans)
@@ -42,7 +43,7 @@ def padded_spans(lengths: Sequence[int], num_tokens: int, multiple: int) -> list
 
 
 def zigzag_rows(spans: Sequence[int], rank: int, size: int) -> torch.Tensor:
-    """Rows of a pack that context rank ``rank`` of ``size`` holds, in its order.
+    """The rows of a pack that context rank ``rank`` of ``size`` holds, in its order.
 
     Args:
         spans: lengths of the parts of the row, multiples of 2 size.
@@ -55,7 +56,7 @@ def zigzag_rows(spans: Sequence[int], rank: int, size: int) -> torch.Tensor:
     chunks = torch.tensor(spans, dtype=torch.int64) // (2 * size)
     starts = torch.tensor([0, *itertools.accumulate(spans)], dtype=torch.int64)[:-1]
     chunk, start = chunks.repeat_interleave(2 * chunks), starts.repeat_interleave(2 * chunks)
-    column = torch.arange(len(chunk)) - start // size  # place among the rank's tokens of the part
+    column = torch.arange(len(chunk)) - start // size  # index among the rank's tokens of the part
     second = column >= chunk
     # The second chunk's tokens have columns from ``chunk`` on, hence one chunk less.
     return start + column + torch.where(second, 2 * size - 2 - rank, rank) * chunk
@@ -63,11 +64,13 @@ def zigzag_rows(spans: Sequence[int], rank: int, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SequenceShards:
-    """A row of T tokens over the context-parallel ranks; over one rank all is the identity."""
+    """A row of T tokens, spread over the context-parallel ranks; on one rank every method is the
+    identity.
+    """
 
     group: ProcessGroup
     rows: torch.Tensor  #: int64 [T / size], the rows this rank holds
-    places: torch.Tensor  #: int64 [T], where each row is when the ranks' rows are put in rank order
+    places: torch.Tensor  #: int64 [T], index of each row after the ranks' rows are concatenated
 
     def local(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a tensor [T, ...]."""
@@ -76,9 +79,9 @@ class SequenceShards:
     def whole(self, local: torch.Tensor) -> torch.Tensor:
         """[T / size, ...] of every rank -> [T, ...], differentiable. A collective.
 
-        Every rank is taken to compute the same function of the result (the loss of whole
-        sequences), so the backward pass is the own rows of the gradient, without a sum: over all
-        ranks each token's gradient is counted once.
+        All ranks compute the same function of the result (the loss of whole sequences), so the
+        backward pass takes the rank's own rows of the gradient, without a sum: each token's
+        gradient counts once over all ranks.
         """
         if self.group.size() == 1:
             return local
@@ -88,7 +91,7 @@ class SequenceShards:
 def sequence_shards(
     spans: Sequence[int], group: ProcessGroup, device: torch.device
 ) -> SequenceShards:
-    """How a row that consists of these parts is spread over the context-parallel group."""
+    """The shards of a row with these parts on the context-parallel group."""
     if group.size() == 1:
         rows = torch.arange(sum(spans), device=device)
         return SequenceShards(group, rows, rows)

@@ -1,4 +1,4 @@
-"""Stopping cleanly: a signal asks, the ranks agree where nothing is lost by it."""
+"""Stopping cleanly: a signal asks, and the ranks agree to stop where no work is lost."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_rl.parallel.collectives import all_max
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-#: Seconds between two looks at whether another rank was asked.
+#: Seconds between two checks whether another rank was asked.
 LOOK_EVERY_S = 1.0
-#: Numbers the requests of a process: each has a key of its own in the store, the same on all ranks.
+#: Numbers the requests of a process: each has its own key in the store, the same on all ranks.
 _MADE = itertools.count()
 
 
 class StopRequest:
     """Remembers that a signal came; a second SIGINT interrupts at once. A context manager; every
-    rank makes as many.
+    rank must enter the same number of them.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,8 @@ class StopRequest:
         self.requested = True
 
     def heard(self) -> bool:
-        """Whether this rank was asked to stop, or another has told it that it was: through the
-        store that the ranks have met at, so that it needs no collective. Ranks hear it at different
-        times.
+        """Whether this rank or another was asked to stop. Ranks tell each other through the
+        rendezvous store, without a collective, so they hear it at different times.
         """
         if self._told:
             return True

@@ -1,8 +1,8 @@
 """Log-probabilities from logits whose vocabulary is sharded over the tensor-parallel group.
 
-Works through the tokens in chunks in both directions, so that beside the logits themselves (in the
-model's type) nothing of size [T, V] is kept: the backward pass computes the softmax again from the
-logits and the saved normaliser [T].
+Both passes work on the tokens in chunks and keep nothing of size [T, V] but the logits (in the
+model's type): the backward pass computes the softmax again from the logits and the saved normaliser
+[T].
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Waiting for work of unequal length on all ranks, without taking a slow rank for a lost one."""
+"""Wait on all ranks for work of unequal length, without taking a slow rank for a lost one."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ def wait_together(
 ) -> bool:
     """Wait until every rank's futures are done, or one of any rank has raised. A collective.
 
-    The ranks exchange how far they are every ``TICK_S``, so that none waits longer than that in a
-    collective while another works in other threads; a rank that has died is noticed there, as in
-    any collective.
+    The ranks exchange their progress every ``TICK_S``. So no rank waits longer than that in a
+    collective while another works in threads, and a dead rank is noticed as in any collective.
 
     Args:
-        futures: this rank's, possibly none.
+        futures: of this rank; may be empty.
         group: the ranks that wait for each other.
-        show: told at every exchange but the last of the rank with most left: rank, done, total.
-        to_the_end: wait for the others as well when one has raised.
-        stop: whether this rank has heard that nobody need wait any longer.
+        show: called at every exchange but the last with the slowest rank: rank, done, total.
+        to_the_end: keep waiting for the others after one has raised.
+        stop: True once this rank knows that the wait can end.
 
     Returns:
         Whether one has raised; the same on every rank.
 
     Raises:
-        Stopped: on every rank, where ``stop`` said so on one before all futures were done.
+        Stopped: on every rank, if ``stop`` was True on one before all futures were done.
     """
     while True:
         wait(futures, timeout=TICK_S, return_when=ALL_COMPLETED if to_the_end else FIRST_EXCEPTION)

@@ -39,21 +39,19 @@ class PackTensors:
     num_sequences: int
     advantages: torch.Tensor
     rollout_logprobs: torch.Tensor | None
-    shards: SequenceShards  #: which rows that part is
+    shards: SequenceShards  #: the rows of that part
     layout: Layout
     #: the sampler's experts of this rank's tokens and layers, in host memory: global layer number
     #: (from 1) -> integers [T_local, K]; None: not replayed
     routes: Mapping[int, torch.Tensor] | None = None
-    #: bool [T_local], in host memory: of which of these tokens they are; None: of all
+    #: bool [T_local], in host memory: the tokens whose experts are known; None: all
     routes_known: torch.Tensor | None = None
 
 
 def to_device(
     pack: Pack, device: torch.device, context: ProcessGroup, tensor_group: ProcessGroup
 ) -> PackTensors:
-    """Copy a pack to the device, spread it over the context-parallel ranks and lay out its
-    sequences.
-    """
+    """Copy a pack to the device and cut its sequences for the context-parallel ranks."""
     spans = padded_spans(pack.lengths, pack.num_tokens, pack.sequence_multiple)
     shards = sequence_shards(spans, context, device)
     if pack.sequence_multiple > 1:
@@ -83,8 +81,8 @@ def to_device(
 def _local_routes(
     pack: Pack, shards: SequenceShards, tensor_group: ProcessGroup
 ) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
-    """What the sampler's experts are of the tokens that this rank's routers will see, and of which
-    of these tokens they are known.
+    """The sampler's experts for the tokens that this rank's routers will see, and a mask of the
+    tokens whose experts are known.
     """
     routed = pack.routed_experts
     if routed is None:
@@ -100,7 +98,7 @@ def _local_routes(
 
 
 def replayed_routing(config: Config, groups: Groups) -> Routing | None:
-    """Which of the sampler's experts this rank's packs carry; None: they are not replayed."""
+    """The sampler's experts that this rank's packs hold; None: they are not replayed."""
     if config.algorithm.routing_replay != "r3":
         return None
     model, is_moe = config.model, moe_layers(config.model)
@@ -115,10 +113,11 @@ def pack_mini_batches(
     """Pack each mini-batch of this rank; all ranks get equally many packs of equal length. A
     collective.
 
-    Packs are as long as the largest mini-batch of any rank needs in one piece, ``data.pack_tokens``
-    at most, rounded up to ``data.pack_multiple``. With context parallelism each sequence is padded
-    to a multiple of 2 x context tokens. Ranks with less to do are given empty packs, and so are all
-    ranks until the interleaved schedule can deal its packs out evenly over the pipeline stages.
+    Packs are long enough to hold the largest mini-batch of any rank in one pack, at most
+    ``data.pack_tokens``, rounded up to ``data.pack_multiple``. With context parallelism each
+    sequence is padded to a multiple of 2 x context tokens. Ranks with less to do are given empty
+    packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
+    the pipeline stages.
     """
     multiple = sequence_multiple(groups.context.size())
     routing = replayed_routing(config, groups)
@@ -129,7 +128,7 @@ def pack_mini_batches(
     num_packs = all_max(max(counts), groups.data_context, device)
     if groups.virtual_stages:
         num_packs = round_up(num_packs, groups.pipeline_stages)
-    # A rank without a sequence cannot see whether the others' packs carry these.
+    # A rank without a sequence cannot see whether the others' packs hold these.
     found = any(s.rollout_logprobs is not None for batch in mini_batches for s in batch)
     with_rollout_logprobs = bool(all_max(int(found), groups.data_context, device))
     return [

@@ -1,4 +1,4 @@
-"""Stops the run when a step was not finite, and says what went wrong."""
+"""Finite checks: stop the run when a value is NaN or infinite, and name the value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class NotFinite(FloatingPointError):
 
 
 def raise_together(problem: str | None, world: ProcessGroup) -> None:
-    """Raise `NotFinite` on every rank if any rank has a problem, naming the first. A collective.
+    """Raise `NotFinite` on every rank if any rank has a problem; the error names the first. A
+    collective.
 
     A rank that raised alone would leave the others waiting in their next collective.
     """
@@ -56,14 +57,12 @@ def check_step(policy: Policy, succeeded: bool, grad_norm: float | None) -> None
 
 
 def _main_grad(parameter: Any) -> torch.Tensor:
-    """Megatron's mark, an attribute."""
+    """The gradient that Megatron keeps as an attribute of the parameter."""
     return parameter.main_grad
 
 
 def check_weights(policy: Policy) -> None:
-    """Raise `NotFinite` if a weight is not finite, so that no such checkpoint is written. A
-    collective.
-    """
+    """Raise `NotFinite` if a weight is not finite, before a checkpoint is written. A collective."""
     bad = [
         view.name
         for view in parameter_views(policy.chunks, policy.groups)
@@ -93,8 +92,8 @@ def check_answers(answers: Sequence[ScoredGroup], world: ProcessGroup) -> None:
 def not_finite(
     name: str, tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
 ) -> str | None:
-    """The problem, if a per-token quantity of some packs has a value that is not finite where the
-    mask is set. One wait for the device, whatever the number of packs.
+    """Describe the first value of a per-token quantity that is not finite where the mask is set;
+    None: all are finite. Waits for the device once, however many packs there are.
     """
     if not tensors:
         return None

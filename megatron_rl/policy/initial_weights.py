@@ -17,9 +17,9 @@ from megatron_rl.weights.load import load_hf_weights
 def load_initial_weights(
     config: Config, chunks: Sequence[torch.nn.Module], groups: Groups
 ) -> Path | None:
-    """Fill the chunks as ``checkpoint.init_from``, else ``model.hf_path`` says. A collective.
+    """Load the weights of ``checkpoint.init_from``, else of ``model.hf_path``. A collective.
 
-    An optimizer that exists already needs its ``reload_model_params`` afterwards.
+    Call ``reload_model_params`` of an existing optimizer afterwards.
 
     Returns:
         Where the weights are from; None: neither is given, and the chunks are as they were.

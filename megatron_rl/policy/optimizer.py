@@ -34,7 +34,7 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        check_for_nan_in_grad=False,  # policy/finite_checks.py says which weight it was
+        check_for_nan_in_grad=False,  # policy/finite_checks.py names the weight
     )
     wrapped = [
         # Only the first chunk's gradients are worth overlapping early; Megatron disables buckets
@@ -54,9 +54,7 @@ def build_optimizer(
     transformer: TransformerConfig,
     groups: Groups,
 ) -> MegatronOptimizer:
-    """The optimizer of the configuration with fp32 main weights; experts have one of their own
-    inside the chain.
-    """
+    """The configured optimizer with fp32 main weights; the chain has a separate one for experts."""
     settings, row = config.optimizer, optimizer_of(config.optimizer)
     own = optimizer_settings(settings)
     adam = own if row.of_megatron and isinstance(own, AdamSettings) else AdamSettings()
@@ -100,8 +98,8 @@ def build_scheduler(
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # Loading a state takes the number of updates from it and nothing else: Megatron's default
-        # takes lengths, shape, rates and weight decay of the run that wrote it.
+        # Loading a state restores only the number of updates: by default Megatron would also
+        # restore lengths, shape, rates and weight decay of the run that wrote it.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
@@ -110,14 +108,14 @@ def build_scheduler(
 def continue_schedule(
     scheduler: OptimizerParamScheduler, state: Mapping[str, Any], updates_left: int
 ) -> None:
-    """Go on behind the updates that a stored schedule has made, with the settings of the scheduler:
-    those of the configuration.
+    """Continue after the updates that a stored schedule has made, with the configuration's
+    settings.
 
     Args:
         scheduler: new, of `build_scheduler`.
         state: its ``state_dict`` at the checkpoint.
         updates_left: optimizer steps that are still to come. The decay ends with the last of them,
-            also where the steps before were of another number of mini-batches.
+            even if earlier steps had another number of mini-batches.
     """
     scheduler.lr_decay_steps = _decay_steps(
         state["num_steps"] + updates_left, scheduler.lr_warmup_steps
@@ -126,5 +124,5 @@ def continue_schedule(
 
 
 def _decay_steps(updates: int, warmup_steps: int) -> int:
-    """Megatron wants the decay to end behind the warm-up."""
+    """Megatron requires the decay to end after the warm-up."""
     return max(updates, warmup_steps + 1)

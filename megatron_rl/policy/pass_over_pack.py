@@ -1,7 +1,7 @@
-"""A pack through a model chunk, and from its logits to values of the whole row.
+"""Run a pack through a model chunk, and turn its logits into values of the whole row.
 
-The context-parallel ranks that share a pack run the model each on their own tokens. Here the small
-[T] results are made whole, so that losses are computed on whole sequences, alike on every rank.
+Context-parallel ranks that share a pack each run the model on their own tokens. This module gathers
+the small [T] results, so that every rank computes losses on whole sequences.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The policy being trained: this rank's part of the model, its optimizer and the capture of its
-routers.
-"""
+"""The policy being trained: this rank's part of the model, its optimizer and its router capture."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ class Policy:
     device: Device
     groups: Groups
     transformer: TransformerConfig
-    chunks: tuple[GPTModel, ...]  #: bare model chunks of this rank, in order of virtual stages
+    chunks: tuple[GPTModel, ...]  #: this rank's model chunks, unwrapped, in order of virtual stages
     wrapped: tuple[DistributedDataParallel, ...]  #: the same, wrapped for data parallelism
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -44,7 +42,7 @@ class Policy:
     reference: ReferenceWeights | None = None  #: None: no reference policy is scored
 
     def chunk_index(self, model: torch.nn.Module) -> int:
-        """Which chunk Megatron's schedule is running."""
+        """Index of the chunk that Megatron's schedule is running."""
         return next(i for i, chunk in enumerate(self.wrapped) if chunk is model)
 
 
@@ -63,7 +61,7 @@ def build_policy(
         device: chosen device.
         groups: process groups.
         optimizer_steps: length of the learning-rate schedule.
-        with_reference: make room for a reference policy; its weights are still to be taken.
+        with_reference: make room for a reference policy; the caller loads its weights.
     """
     transformer = transformer_config(
         config.model,

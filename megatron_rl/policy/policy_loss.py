@@ -1,4 +1,4 @@
-"""The policy loss of one pack, and what the packs of a mini-batch have in common."""
+"""The policy loss of one pack, and the plan that the packs of a mini-batch share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_rl.router.telemetry import RouterTelemetry
 
 @dataclass(frozen=True)
 class LossPlan:
-    """Settings, and what has to be known of the whole mini-batch before its first loss."""
+    """Settings, and the sums over the whole mini-batch that its first loss needs."""
 
     loss: Callable[[LossInputs], LossOutputs]
     denominators: tuple[torch.Tensor, ...]  #: 0-d, of this rank's packs
@@ -73,7 +73,7 @@ def policy_loss(
     sums: MetricSums,
     telemetry: RouterTelemetry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum and denominator of the loss of a pack, on the last stage. A collective.
+    """Sum and denominator of a pack's loss; runs on the last stage. A collective.
 
     Args:
         policy: the policy.
@@ -137,7 +137,9 @@ def _add_shift(
 
 
 def _add_metrics(sums: MetricSums, metrics: Mapping[str, SumAndCount]) -> None:
-    """A loss's metrics; a user's own under loss/NAME where the table has no row for them."""
+    """Add a loss's metrics; a user's own metric without a row in the table is shown as
+    loss/NAME.
+    """
     sums.add_all({name: pair for name, pair in metrics.items() if name in METRICS})
     own = {name: pair for name, pair in metrics.items() if name not in METRICS}
     sums.add_parts("loss", own)

@@ -1,4 +1,6 @@
-"""The reference policy: a frozen copy of the weights in host memory, swapped in for its pass."""
+"""The reference policy: a frozen copy of the weights in host memory, swapped in to score with
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import torch
 class ReferenceWeights:
     """A copy of this rank's weights and persistent buffers; the device holds one model at a time.
 
-    The weights in use change place with the copy tensor by tensor, so that beside the copy only
-    one tensor's worth of device memory is needed. Main weights and moments of the optimizer are
-    not looked at; where the weights are their own main weights (fp32), these are back, bit for bit,
-    at the end of `in_place`.
+    The weights in use and the copy change places one tensor at a time, so that the swap needs
+    device memory for one tensor only. It leaves the optimizer's main weights and moments alone. In
+    fp32 the weights are their own main weights: at the end of `in_place` they are restored bit for
+    bit.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -23,15 +25,16 @@ class ReferenceWeights:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Keep the weights as they are now."""
+        """Copy the current weights."""
         self._kept = {name: _host_copy(tensor) for name, tensor in self._live().items()}
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model has the reference's weights; afterwards its own, even on an error.
+        """A context in which the model has the reference weights. Its own return afterwards, also
+        after an error.
 
         Raises:
-            RuntimeError: nothing has been kept yet.
+            RuntimeError: `take` was not called.
         """
         if not self._kept:
             raise RuntimeError("the reference weights were never taken")
@@ -56,7 +59,7 @@ class ReferenceWeights:
         for number, chunk in enumerate(self._chunks):
             for name, tensor in chunk.state_dict().items():
                 if not isinstance(tensor, torch.Tensor) or name.endswith("_extra_state"):
-                    continue  # Transformer Engine's own; no weight
+                    continue  # state of Transformer Engine, not a weight
                 if tensor.numel() and tensor.data_ptr() not in seen:
                     seen.add(tensor.data_ptr())
                     found[f"{number}.{name}"] = tensor

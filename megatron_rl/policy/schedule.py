@@ -19,8 +19,8 @@ def run_schedule(
     """Run every pack forward (and backward) through the pipeline.
 
     Returns:
-        What the loss function reported for each pack, in order, on the last stage; an empty list
-        elsewhere.
+        On the last stage: the loss function's report for each pack, in order. Elsewhere: an empty
+        list.
     """
 
     def step(iterator: Iterator[int], model: Any) -> tuple[Any, Callable[..., Any]]:

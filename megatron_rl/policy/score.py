@@ -17,8 +17,8 @@ from megatron_rl.router.trace import RouterTrace
 
 @dataclass(frozen=True)
 class ScoredPack:
-    """A pack with what the old policy said of it: log-probabilities of the whole row, traces of the
-    tokens this rank's routers saw.
+    """A pack with results of the scoring pass: log-probabilities of the whole row, and traces of
+    the tokens that this rank's routers saw.
     """
 
     pack: PackTensors
@@ -31,8 +31,8 @@ class ScoredPack:
 def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) -> list[ScoredPack]:
     """Run every pack once without gradients. The trace stays on the rank that made it.
 
-    Packs with routes (R3) are scored with the sampler's experts, where a trace is wanted: then the
-    trace, and so the update, has these.
+    If a trace is needed, packs with routes (R3) are scored with the sampler's experts: then the
+    trace, and so the update, uses these experts.
     """
     traces: list[list[RouterTrace]] = [[] for _ in policy.chunks]
     temperature = policy.config.rollout.temperature
@@ -70,7 +70,9 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
 def sampled_routes(
     policy: Policy, chunk: int, pack: PackTensors
 ) -> contextlib.AbstractContextManager[None]:
-    """Inside, the chunk's routers take the sampler's experts, where the pack has them (R3)."""
+    """A context in which the chunk's routers use the sampler's experts, if the pack has them
+    (R3).
+    """
     if pack.routes is None or policy.replay is None:
         return contextlib.nullcontext()
     device = policy.device.torch_device
@@ -85,8 +87,8 @@ def sampled_routes(
 
 
 def score_reference(policy: Policy, scored: Sequence[ScoredPack]) -> list[ScoredPack]:
-    """The same packs with the reference policy's log-probabilities, from a second pass, in which
-    its routers choose for themselves.
+    """Add the reference policy's log-probabilities to the packs, from a second pass in which its
+    routers choose their own experts.
     """
     assert policy.reference is not None, "asked for where there is one"
     with policy.reference.in_place():

@@ -1,4 +1,4 @@
-"""The forward pass that measures how far the routers have moved, and the weight it gives."""
+"""The forward pass that measures how far the routers have moved, and the weight gamma."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def forward_compared(
     item: ScoredPack,
     telemetry: RouterTelemetry | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a chunk on a pack: its output, and on the last one the distance of all layers, [T_local]
-    (for a quantile that of each layer, [L, T_local]).
+    """Run a chunk on a pack. Returns its output, and on the last chunk the distance over all
+    layers, [T_local] (for a quantile the distance of each layer, [L, T_local]).
 
-    None instead of the distance on other chunks, and without router shift. Under routing replay the
-    routers take the experts of the trace. The telemetry counts whatever there is to see.
+    The distance is None on other chunks and without router shift. With routing replay the routers
+    use the experts of the trace. The telemetry counts in every case.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     mask = tensor_slice(pack.shards.local(pack.mask), policy.groups.tensor)
@@ -59,12 +59,12 @@ def _replayed(
 ) -> contextlib.AbstractContextManager[None]:
     if policy.replay is None:
         return contextlib.nullcontext()
-    assert trace is not None, "a policy that replays has traces"
+    assert trace is not None, "routing replay needs traces"
     return policy.replay.routes(chunk, {n: layer.expert_ids for n, layer in trace.items()})
 
 
 def finish_pass(policy: Policy) -> None:
-    """End what the forward passes of a schedule have begun; call once it has ended."""
+    """Finish the relay's sends of a schedule's forward passes; call after the schedule."""
     policy.relay.finish()
     if policy.replay is not None:
         policy.replay.finish()
@@ -73,7 +73,8 @@ def finish_pass(policy: Policy) -> None:
 def gamma_of(
     policy: Policy, pack: PackTensors, distance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight gamma~ of a pack's tokens and the distance in its exponent, [T]. A collective.
+    """The weight gamma~ of a pack's tokens and the distance in its exponent, both [T]. A
+    collective.
 
     distance: [T_local], of all layers; for a quantile [L, T_local].
     """
@@ -89,9 +90,9 @@ def gamma_of(
 def gamma_mean(policy: Policy, scored: Sequence[ScoredPack]) -> torch.Tensor:
     """The mean of gamma~ over the tokens of the mini-batch that it acts on, 0-d. A collective.
 
-    The loss of the first pack needs it, and it is known only when the last pack has gone forward
-    on the last rank: so all packs go forward once more, without gradients. On the last stage only;
-    1 elsewhere, and where gamma~ acts on no token.
+    The loss of the first pack needs this mean, which is known only after the last pack's forward
+    pass on the last rank. So all packs go forward an extra time, without gradients. It is 1 on
+    other stages than the last, and if gamma~ acts on no token.
     """
     mode = policy.config.algorithm.router_shift.mode
     device = policy.device.torch_device

@@ -26,15 +26,15 @@ def update(
 ) -> None:
     """Forward, backward and one optimizer step over the packs of a mini-batch.
 
-    Each router measures its distance to the old policy in this same forward pass; the stages add
-    theirs to a running sum that reaches the loss with its micro-batch. The loss returns a sum and a
-    denominator; Megatron adds both over packs and data-parallel ranks and divides once.
+    Each router measures its distance to the old policy in this forward pass; each stage adds its
+    layers to a running sum, which reaches the loss with its micro-batch. The loss returns a sum and
+    a denominator; Megatron adds both over packs and data-parallel ranks and divides once.
 
     Args:
         policy: the policy.
         scored: this rank's packs of the mini-batch, with old log-probabilities and traces.
         sums: receives the loss's metrics.
-        telemetry: receives the routers' sums, whatever the loss.
+        telemetry: receives the routers' sums, with any loss.
     """
     packs = [item.pack for item in scored]
     plan = plan_loss(policy, scored)
@@ -55,12 +55,12 @@ def update(
 
 
 def _counted_once(denominator: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """The denominator as Megatron wants it: an integer, on one of the ranks that share the pack.
+    """The denominator in Megatron's form: an integer, on only one of the ranks that share the pack.
 
     Megatron adds gradients and denominators over packs and over the data x context ranks, and
-    divides. Every context rank computes the loss of the whole pack, but its gradients are those
-    through its own tokens only, so their sum counts the loss once; the denominators must not be
-    counted once a rank.
+    divides. Every context rank computes the loss of the whole pack but has gradients of its own
+    tokens only, so the sum of gradients counts the loss once. The sum of denominators must count it
+    once too.
     """
     counts = denominator if policy.groups.context.rank() == 0 else torch.zeros_like(denominator)
     return counts.round().to(torch.int)
@@ -85,7 +85,9 @@ def _scale_router_losses(
 def _optimizer_step(
     policy: Policy, packs: Sequence[PackTensors], forward_step: ForwardStep, sums: MetricSums
 ) -> None:
-    """Gradients of the packs, then one guarded step of the optimizer and of the learning rate."""
+    """Compute the packs' gradients, take one optimizer step with finite checks, advance the
+    learning rate.
+    """
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()

@@ -1,4 +1,6 @@
-"""Answers of `generate`: sampled over all ranks, shown or written in the order of the prompts."""
+"""The answers of `generate`: sampled on all ranks, then shown or written in the order of the
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ from megatron_rl.records import Prompt, RolloutGroup
 from megatron_rl.rollout.engine import Engine, SamplingSettings
 from megatron_rl.tasks.task_session import TaskSession
 
-#: A line of the output.
+#: One line of the output.
 Row = dict[str, Any]
 
 
 def check_output(path: Path) -> None:
-    """UserError: the file is there already, or its directory is not."""
+    """Raise UserError if the file exists or its directory does not."""
     if path.exists() or path.is_symlink():
         raise UserError(f"--output {path} exists; expected a new file; name another, or move it")
     if not path.parent.is_dir():
@@ -37,20 +39,20 @@ def answer(
     settings: SamplingSettings,
     output: Path | None,
 ) -> None:
-    """Answer every prompt, each data-parallel rank its share; some at a time, so that what there is
-    is seen before all is done. A collective.
+    """Answer every prompt. Each data-parallel rank answers its share, a batch at a time, so that
+    the first answers show early. A collective.
 
     Args:
         session: the run.
         engine: generates the answers.
         prompts: all of them, on every rank.
-        settings: how answers are drawn, and how many to a prompt.
-        output: a new file for JSON lines, an answer each (see `rows_of`); None: prompts and answers
-            are shown as text.
+        settings: how answers are sampled, and how many to a prompt.
+        output: a new file for JSON lines, one an answer (see `rows_of`); None: show prompts and
+            answers as text.
 
     Raises:
         UserError: the file cannot be written; on all ranks.
-        Stopped: a signal asked for it; whole lines are in the file.
+        Stopped: a signal asked the run to stop; the lines in the file are whole.
     """
     data = session.groups.data
     at_once = max(1, session.config.rollout.max_batch // settings.samples) * data.size()
@@ -68,9 +70,9 @@ def answer(
 
 
 def rows_of(group: RolloutGroup) -> list[Row]:
-    """An object for each answer: the prompt's record (from 0) and the answer's number, what the
-    model saw and wrote, its tokens, whether it ended by itself, and its log-probability, nats; of
-    a conversation those that the model wrote.
+    """One object for each answer: the prompt's record and the answer's number (both from 0), prompt
+    and completion as text, token ids, whether it ended with a stop token, and its log-probability,
+    nats. In a conversation tokens and log-probability cover what the model wrote.
     """
     return [
         {

@@ -30,12 +30,11 @@ from megatron_rl.tasks.task_session import TaskSession
 def build_engine(
     session: TaskSession, chunks: Sequence[torch.nn.Module], capture: RouterCapture | None = None
 ) -> Engine:
-    """Of ``rollout.engine`` and ``rollout.environment``; to be closed. ``capture``: of the chunks'
-    routers, for replay.
+    """The engine of ``rollout.engine``, with ``rollout.environment``; the caller closes it.
+    ``capture``: of the chunks' routers, for replay.
 
     Raises:
-        UserError: an engine of a user's own raises, or is none; an environment raises while it is
-            made.
+        UserError: a user's engine raises or is no engine; an environment raises in its constructor.
     """
     engine = _engine_of_answers(session, chunks, capture)
     config = session.config
@@ -87,14 +86,14 @@ def _engine_of_answers(
 
 
 def _meeting(launch: Launch) -> str | None:
-    """The address of rank 0's machine, where ranks run on others."""
+    """The address of rank 0's machine, if some ranks run on other machines."""
     if launch.local_world_size == launch.world_size or launch.master is None:
         return None
     return launch.master[0]
 
 
 def reward_workers(session: TaskSession) -> RewardWorkers:
-    """Of the section ``reward``, as many at once as this rank has cores."""
+    """The reward workers of the section ``reward``, one a core of this rank."""
     return RewardWorkers(
         judges(session.config.reward),
         session.launch.cores,

@@ -12,8 +12,8 @@ from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settin
 from megatron_rl.tasks.build import reward_workers
 from megatron_rl.tasks.task_session import TaskSession
 
-#: Keeps the samples of an evaluation apart from those of training; the same at every evaluation of
-#: a run.
+#: Separates the random numbers of evaluation from those of training; the same at every evaluation
+#: of a run.
 EVALUATION_SEED = 0x5EED
 
 
@@ -32,7 +32,7 @@ def evaluate(
         This rank's greedy answers.
 
     Raises:
-        Stopped: a signal asked for it; nothing was added to ``sums``. On all ranks.
+        Stopped: a signal asked the run to stop; nothing was added to ``sums``. On all ranks.
     """
     config = session.config
     data = session.groups.data
@@ -48,7 +48,7 @@ def evaluate(
             session.console.phase("evaluate, sampled")
             settings = _settings(session, samples=config.evaluate.samples, greedy=False)
             sampled = rewards.score(engine.generate(mine, settings))
-    # Only now: of an evaluation that is given up nothing is kept.
+    # Only now: an interrupted evaluation adds nothing.
     parts = part_sums(greedy)
     _add_solved(sums, "eval/pass@1", parts)
     sums.add_parts("eval", parts)
@@ -67,6 +67,6 @@ def _settings(session: TaskSession, *, samples: int, greedy: bool) -> SamplingSe
 
 
 def _add_solved(sums: MetricSums, name: str, parts: dict[str, tuple[float, float]]) -> None:
-    """Takes ``solved`` out of the parts; a verifier that does not say it leaves the metric out."""
+    """Add the metric of ``solved``, if the verifier reports it, and remove it from the parts."""
     if "solved" in parts:
         sums.add(name, *parts.pop("solved"))

@@ -65,8 +65,8 @@ class Reinforce:
         self._parts, self._eval_prompts = parts, eval_prompts
         self._rewards = reward_workers(session)
         self._last: Sequence[ScoredGroup] = ()
-        #: Of the steps whose answers are being sampled already, the next first: where the source
-        #: stood before their problems were drawn, and what gives the answers.
+        #: Steps whose answers are being sampled ahead, the next first: the source's state before
+        #: their problems were drawn, and the pending answers.
         self._ahead: deque[tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]] = deque()
 
     @property
@@ -78,7 +78,7 @@ class Reinforce:
         """Sample, reward, score, and take the optimizer steps of one rollout batch.
 
         Raises:
-            Stopped: a signal asked for it before the first update. On all ranks.
+            Stopped: a signal asked the run to stop before the first update. On all ranks.
         """
         session, config = self._session, self._session.config
         with session.timers("rollout"):
@@ -111,7 +111,7 @@ class Reinforce:
     def _roll_out(
         self, number: int, sums: MetricSums
     ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """This rank's groups of the step's batch, and all it has sampled for it."""
+        """This rank's groups of the step's batch, and all groups that it has sampled for it."""
         session, config = self._session, self._session.config
         wanted = config.rollout.prompts_per_step
         if not config.rollout.dynamic_sampling:
@@ -136,7 +136,9 @@ class Reinforce:
         return my_share(batch.chosen, config, session.groups), batch.drawn
 
     def _ask(self, number: int) -> tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]:
-        """Draw a step's problems and begin to sample answers to this rank's; see ``_ahead``."""
+        """Draw a step's problems and begin to sample answers to this rank's share; see
+        ``_ahead``.
+        """
         config = self._session.config
         cursor = self._source.state_dict()
         batch = self._source.next_batch(config.rollout.prompts_per_step)
@@ -145,7 +147,7 @@ class Reinforce:
         return cursor, self._engine.begin(mine, self._sampling(number))
 
     def _collect(self, prompts: Sequence[Prompt], number: int, attempt: int) -> list[ScoredGroup]:
-        """Sample and reward; ``attempt``: the round of dynamic sampling, < 256."""
+        """Sample answers and reward them; ``attempt``: the round of dynamic sampling, below 256."""
         return self._rewarded(self._engine.generate(prompts, self._sampling(number, attempt)))
 
     def _sampling(self, number: int, attempt: int = 0) -> SamplingSettings:
@@ -203,8 +205,8 @@ class Reinforce:
         return telemetry
 
     def _add_lag(self, sampled: Sequence[ScoredGroup], sums: MetricSums) -> None:
-        """By how many steps the weights that sampled are older than those that are trained, and how
-        many answers are by several.
+        """Staleness: how many steps the sampling weights are behind the trained ones. Partial
+        rollouts: the share of answers sampled by several versions of the weights.
         """
         answers = [answer for scored in sampled for answer in scored.group.completions]
         answers = [answer for answer in answers if answer.version is not None]
@@ -226,14 +228,14 @@ class Reinforce:
         return sample_rows(self._last, self._session.config.observe.samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the prompt cursor stands; everything else follows from seed and step. Problems that
-        are being answered ahead are drawn, and asked, again after resuming.
+        """The state of the prompt cursor; everything else follows from seed and step. A resumed run
+        draws the problems that are being answered ahead again, and samples them anew.
         """
         return {"prompts": self._ahead[0][0] if self._ahead else self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
-        """Continue from such a state; what is being answered ahead is left. ``other_data``: its
-        problems may have been others.
+        """Continue from such a state and drop the answers being sampled ahead. ``other_data``: the
+        data set may have changed since.
         """
         self._ahead.clear()
         self._source.load_state_dict(state["prompts"], other_data=other_data)
@@ -261,8 +263,8 @@ def my_share(batch: Sequence[Item], config: Config, groups: Groups) -> list[Item
 def global_advantages(
     groups: Sequence[ScoredGroup], config: Config, parallel: Groups
 ) -> torch.Tensor:
-    """Advantages [P, G] of this rank's groups, normalised as the estimator wants over the groups of
-    all ranks.
+    """Advantages [P, G] of this rank's groups; the estimator normalises over the groups of all
+    ranks.
     """
     rewards = torch.tensor([[r.value for r in group.rewards] for group in groups])
     everyone = gather_first_dim(rewards, parallel.data)
@@ -272,7 +274,9 @@ def global_advantages(
 
 
 def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
-    """How far the sampler's log-probabilities are from the scoring pass's."""
+    """Add metrics of the difference between the sampler's log-probabilities and the scoring
+    pass's.
+    """
     if item.old_logprobs is None or item.pack.rollout_logprobs is None:
         return
     mask = item.pack.mask
@@ -283,7 +287,7 @@ def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
 
 
 def _bad_score(scored: Sequence[ScoredPack]) -> str | None:
-    """The problem, if a log-probability of the scoring pass is not finite."""
+    """Describe a log-probability of the scoring pass that is not finite; None: all are finite."""
     here = [(one.old_logprobs, one.pack.mask) for one in scored if one.old_logprobs is not None]
     return not_finite(
         "the scoring pass's log-probability",

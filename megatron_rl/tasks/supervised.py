@@ -69,9 +69,9 @@ class Supervised:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data cursor stands."""
+        """The state of the data cursor."""
         return {"samples": self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool) -> None:
-        """Continue from such a state; ``other_data``: its samples may have been others."""
+        """Continue from such a state; ``other_data``: the data set may have changed since."""
         self._source.load_state_dict(state["samples"], other_data=other_data)

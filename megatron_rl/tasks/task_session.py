@@ -18,8 +18,8 @@ from megatron_rl.parallel.stop_request import StopRequest
 
 @dataclass(frozen=True)
 class TaskSession:
-    """One rank of a run, without the run's directory, which is the run's business alone. Rank 0
-    alone has a console that shows anything.
+    """One rank of a run, without the run's directory (see `run.session.Session`). Rank 0 alone has
+    a console that shows anything.
     """
 
     config: Config
@@ -27,7 +27,7 @@ class TaskSession:
     device: Device
     groups: Groups
     tokenizer: Tokenizer
-    stop_tokens: Mapping[int, str]  #: that end an answer, each with what names it
+    stop_tokens: Mapping[int, str]  #: ids that end an answer, with what names each
     console: SilentConsole
     timers: Timers
     stop: StopRequest
@@ -44,10 +44,11 @@ class TaskSession:
         return groups.model.rank() == 0 and groups.context.rank() == 0
 
     def check_stop(self) -> None:
-        """Where a step can be given up: nothing of it has changed the weights yet. A collective.
+        """Stop here if a signal asked for it: the step has not changed the weights yet. A
+        collective.
 
         Raises:
-            Stopped: a signal asked for it; on all ranks.
+            Stopped: a signal asked the run to stop; on all ranks.
         """
         if self.stop.agreed(self.groups.world, self.device.torch_device):
             raise Stopped
