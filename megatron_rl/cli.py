@@ -282,7 +282,7 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
         raise UserError("neither data.train nor data.eval is given; expected one; set it")
     from megatron_rl.data.preview import preview
     from megatron_rl.data.run_data import encode_files, read_files
-    from megatron_rl.run.stop_tokens import stop_tokens_of
+    from megatron_rl.run.model_stop_tokens import stop_tokens_of
 
     data = encode_files(config, purpose, read_files(config, purpose))
     stops = stop_tokens_of(config, data.tokenizer)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores of the affinity mask, or fewer where a control group (a container's limit) gives less
-    processor time than these have; at least 1. ``root``: of the file system that is looked at.
+    """Cores of the affinity mask, or fewer if a control group (a container's limit) allows less
+    processor time; at least 1. ``root``: of the file system to read.
     """
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _quota(root))))
 
 
 def _quota(root: Path) -> float:
-    """Cores' worth of processor time of the tightest control group; inf without a limit."""
+    """Processor time that the tightest control group allows, in cores; inf without a limit."""
     least = math.inf
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
@@ -23,7 +23,7 @@ def _quota(root: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        # A container sees its own group at the top, whatever it is called outside.
+        # A container sees its own group at the top, under any outside name.
         folder = top / path.strip("/")
         for group in (folder, *folder.parents):
             least = min(least, _limit(group))

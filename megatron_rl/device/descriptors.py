@@ -6,19 +6,19 @@ import resource
 
 from megatron_rl.errors import UserError
 
-#: What one rank alone has open at most (94 seen: its libraries, logs, gloo's groups), and what each
-#: further rank adds (14 seen, over gloo), with some room.
+#: Most files that one rank alone has open (94 seen: libraries, logs, gloo's groups), and what each
+#: further rank adds (14 seen, with gloo), with some room.
 ALONE, EACH_RANK = 128, 16
-#: More than this is not asked for.
+#: The highest limit that is set.
 PLENTY = 65536
 
 
 def allow_descriptors(world_size: int) -> None:
-    """Raise this process's limit of open files (``ulimit -n``) as far as it may.
+    """Raise this process's limit of open files (``ulimit -n``) as far as allowed.
 
     Raises:
-        UserError: it may not be raised far enough for this many ranks: libraries would fail in the
-            middle of a run, in ways that do not say why.
+        UserError: the limit is too low for this many ranks; libraries would fail in the middle of a
+            run without naming the reason.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY

@@ -1,15 +1,15 @@
-"""Signs of life of the ranks, so that one that is stopped or stuck is named within a minute.
+"""Heartbeats of the ranks: a stopped or stuck rank is named within a minute.
 
-A rank that is stopped, swapped out or on a frozen machine keeps its connections: the others would
-wait in their next collective until ``device.timeout_s``, and not know for whom. A thread of each
-rank therefore posts a counter to the store at which the ranks have met, over a connection of its
-own (gloo and NCCL alike). Rank 0 watches all ranks; the first rank of each node those of its node
-and rank 0; rank 1 watches rank 0. What they see they say on stderr. They end nothing: a stopped
-rank may be resumed, and otherwise the collective ends the run.
+A rank that is stopped, swapped out or on a frozen machine keeps its connections. The others would
+wait in their next collective until ``device.timeout_s`` without knowing for which rank. So a thread
+of each rank posts a counter to the rendezvous store over its own connection (with gloo and NCCL).
+Rank 0 watches all ranks; the first rank of each node watches the ranks of its node and rank 0; rank
+1 watches rank 0. They warn on stderr and end nothing: a stopped rank may be resumed, and otherwise
+the collective ends the run.
 
-The first rank of a node also touches a file, while no rank of its node is silent: what a liveness
-probe asks is whether the processes live. Whether they get on is no question for a probe: a step may
-take hours, and ranks that wait for others end by themselves.
+The first rank of a node also touches a file while no rank of its node is silent, for a liveness
+probe. The file shows that the processes live. It does not show progress: a step may take hours, and
+ranks that wait in vain end by ``device.timeout_s``.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from megatron_rl.device.launch import Launch, join_address
 from megatron_rl.device.silence import ENDED, STORE, Silences
 from megatron_rl.errors import UserError
 
-#: Signs in the time after which a rank counts as silent: a machine may be busy.
+#: Signs within the silence limit: several, because a machine may be busy.
 SIGNS_IN_LIMIT = 9
-#: Longest wait for the threads at the end, seconds: one may be asking a machine that is frozen.
+#: Longest wait for the threads at the end, seconds: one may wait for a frozen machine.
 PATIENCE_S = 5.0
 
 
 class Heartbeat:
-    """Gives signs of life and watches those of others, in threads that end with the block.
-
-    One asks the store, and may have to wait without end for its answer; the other watches the
-    first, and touches the file.
+    """Gives signs of life and watches those of others, in threads that end with the block. One
+    thread talks to the store and may wait for its answer without end; the other watches the first
+    and touches the file.
     """
 
     def __init__(
@@ -50,19 +49,19 @@ class Heartbeat:
         limit_s: float,
         timeout_s: float,
         file: Path | None = None,
-        say: Callable[[str], None] | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
-            launch: with the place where the ranks meet.
+            launch: with the rendezvous address.
             limit_s: silence after which a rank is named, seconds.
-            timeout_s: after which a collective ends the run, seconds: for the message.
-            file: what the first rank of a node touches; None: nothing.
-            say: shows a line; None: on stderr.
+            timeout_s: wait after which a collective ends the run, seconds; for the message.
+            file: the first rank of a node touches it; None: no file.
+            warn: shows a line; None: on stderr.
         """
         self._launch, self._limit_s, self._timeout_s = launch, limit_s, timeout_s
         self._file = file if launch.local_rank == 0 else None
-        self._say = say or _warn
+        self._show = warn or _warn
         self._pause_s = limit_s / SIGNS_IN_LIMIT
         self._store: Store | None = None
         self._round = 0  #: that the store has answered
@@ -94,14 +93,16 @@ class Heartbeat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._clean = error is None  # a rank that fails falls silent: others may still wait for it
+        self._clean = error is None  # a failed rank falls silent: others may still wait for it
         self._stop.set()
         for thread in self._threads:
             thread.join(PATIENCE_S)
 
     def _ask(self) -> None:
-        """Give signs, and look at those of the others."""
-        with contextlib.suppress(RuntimeError):  # torch's: the store is gone, and so will all be
+        """Give signs and read those of the others."""
+        with contextlib.suppress(
+            RuntimeError
+        ):  # torch's error: the store is gone, and the run will end
             self._store = self._connect()
             while True:
                 silent, again = self._ranks.look(time.monotonic(), self._signs(self._store))
@@ -113,7 +114,7 @@ class Heartbeat:
                 self._store.set(str(self._launch.rank), ENDED)
 
     def _watch(self) -> None:
-        """See that the store answers, and touch the file."""
+        """Check that the store answers, and touch the file."""
         asks = len(self._threads) > 1
         while not self._stop.wait(self._pause_s):
             if asks:
@@ -123,7 +124,7 @@ class Heartbeat:
                     self._file.touch()
 
     def _signs(self, store: Store) -> dict[int, str | None]:
-        """Give a sign, and read those of the others; None: there is none yet."""
+        """Give a sign, and read those of the others; None: a rank has given none yet."""
         sign = f"{self._round} {socket.gethostname()} {os.getpid()}"
         store.set(str(self._launch.rank), sign)
         ranks = watched(self._launch)
@@ -132,13 +133,13 @@ class Heartbeat:
 
     def _tell(self, silent: Sequence[int], again: Sequence[int]) -> None:
         if silent:
-            self._say(self._of_silent(silent))
+            self._show(self._of_silent(silent))
         if again:
             names = ("the machine of rank 0" if p == STORE else f"rank {p}" for p in again)
-            self._say(f"{', '.join(names)} answers now")
+            self._show(f"{', '.join(names)} answers now")
 
     def _connect(self) -> Store:
-        assert self._launch.master is not None, "asked only where the ranks meet"
+        assert self._launch.master is not None, "a sign needs the rendezvous address"
         host, port = self._launch.master
         timeout = timedelta(seconds=self._timeout_s)
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -147,7 +148,9 @@ class Heartbeat:
     def _of_silent(self, parties: Sequence[int]) -> str:
         ends = f"the run ends once a collective has waited {self._timeout_s:g} s (device.timeout_s)"
         if STORE in parties:
-            assert self._launch.master is not None, "the store is watched only where the ranks meet"
+            assert self._launch.master is not None, (
+                "watching the store needs the rendezvous address"
+            )
             place = join_address(*self._launch.master)
             return (
                 f"no answer from {place}, where the ranks meet, for {self._limit_s:g} s; "
@@ -167,7 +170,7 @@ class Heartbeat:
 
 
 def watched(launch: Launch) -> list[int]:
-    """The ranks that a rank watches; where there are any, it watches the store as well."""
+    """The ranks that a rank watches; if there are any, it watches the store as well."""
     ranks: set[int] = set()
     if launch.rank == 0:
         ranks = set(range(launch.world_size))
@@ -206,5 +209,5 @@ def _first_touch(file: Path) -> None:
 
 
 def _warn(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a stderr that is full, or closed
+    with contextlib.suppress(OSError, ValueError):  # stderr is full or closed
         print(f"megatron-rl: warning: {line}", file=sys.stderr, flush=True)

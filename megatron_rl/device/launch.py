@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks: the one reader of torchrun's variables. No torch."""
+"""The place of this process among the ranks; the one reader of torchrun's variables. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Launch:
     local_rank: int  #: 0..local_world_size-1, on this machine
     local_world_size: int
     launched: bool  #: False: started by hand, one process without torchrun
-    master: tuple[str, int] | None = None  #: address (no brackets) and port where the ranks meet
+    master: tuple[str, int] | None = None  #: rendezvous address (no brackets) and port
 
     @property
     def cores(self) -> int:
@@ -33,8 +33,8 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without
     the first three this is the only rank.
 
-    Raises UserError when only some of the first three are set, one is no number, a rank is not
-    below its size, or there is no such address or port.
+    Raises UserError if only some of the first three are set, one is no number, a rank is not below
+    its size, or address or port are invalid.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [name for name in names if name in environment]
@@ -59,10 +59,10 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def split_address(text: str, name: str) -> tuple[str, int]:
-    """``HOST:PORT`` -> (host, port). An IPv6 address may stand in brackets; the host has none.
+    """``HOST:PORT`` -> (host, port). An IPv6 address may have brackets; the returned host has none.
 
     Raises:
-        UserError: it is no such pair; ``name`` says what it is.
+        UserError: the text is no such pair; the message calls it ``name``.
     """
     host, _, port = text.rpartition(":")
     found = re.fullmatch(r"\[([^][]+)\]|([^][\s/]+)", host)
@@ -76,7 +76,9 @@ def split_address(text: str, name: str) -> tuple[str, int]:
 
 
 def _is_ipv6(text: str) -> bool:
-    """Not so what is left of an address whose last group was read as the port."""
+    """Whether the host is a whole IPv6 address. It is not, if its last group was read as the
+    port.
+    """
     try:
         ipaddress.IPv6Address(text)
     except ValueError:

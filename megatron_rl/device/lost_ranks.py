@@ -1,10 +1,10 @@
-"""Tell the loss of other ranks from errors of one's own."""
+"""Tells errors caused by lost ranks from errors of this rank."""
 
 from __future__ import annotations
 
 import re
 
-#: What gloo, NCCL and the rendezvous store say when a peer is gone or silent.
+#: Messages of gloo, NCCL and the rendezvous store when a peer is gone or silent.
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Read timeout|Socket Timeout"
     r"|recvValue failed|failed to recv|remote process exited|Watchdog caught collective"
@@ -14,7 +14,7 @@ _LOST = re.compile(
 
 
 def lost_ranks(error: BaseException) -> str | None:
-    """What was heard of ranks that are gone, on one line; None: the error is another."""
+    """The message about lost ranks, on one line; None: the error has another cause."""
     text = " ".join(str(error).split())
     found = _LOST.search(text) if isinstance(error, RuntimeError) else None
     if found is None:

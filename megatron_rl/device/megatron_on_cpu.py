@@ -2,10 +2,10 @@
 CUDA.
 
 Megatron-Core asks ``torch.cuda`` for devices, streams and random states, and creates a few tensors
-with ``device="cuda"``. Each patch below says why it is needed, on which version it was seen and
-when it can go. `install` replaces the few functions Megatron calls, not every call of torch (a
-global TorchFunctionMode costs a third to a half of the decoding speed). It is never called when the
-run uses CUDA.
+with ``device="cuda"``. Each patch below states its reason, the versions that need it and when it
+can go. `install` replaces the few functions Megatron calls, not every call of torch (a global
+TorchFunctionMode costs a third to a half of the decoding speed). It is never called when the run
+uses CUDA.
 """
 
 from __future__ import annotations
@@ -84,17 +84,17 @@ def install() -> None:
 
 
 def _hide_cuda_libraries() -> None:
-    """Where they are installed, Megatron takes its optimizer, gradient norms and router products
-    from Transformer Engine or Apex, whatever the device (0.16, 0.19).
+    """If Transformer Engine or Apex is installed, Megatron takes its optimizer, gradient norms and
+    router products from it on any device (0.16, 0.19).
     """
     modules: dict[str, Any] = sys.modules
     for name in ("transformer_engine", "apex"):
-        modules[name] = None  # as if it could not be imported
+        modules[name] = None  # makes its import fail
 
 
 def _patch_torch_cuda() -> None:
-    """Megatron 0.16-0.19 calls these unconditionally. Can go when it takes the device from its
-    configuration.
+    """Megatron 0.16 to 0.19 calls these functions unconditionally. Can go when it takes the device
+    from its configuration.
     """
     cuda: Any = torch.cuda  # the stand-ins have types of their own
     cuda.current_device = lambda: CPU
@@ -165,7 +165,7 @@ def _disable_jit_fuser() -> None:
 def _leave_as_it_is(
     function: Callable[..., Any] | None = None, **options: Any
 ) -> Callable[..., Any]:
-    """A decorator, with or without options, that returns the function."""
+    """A decorator, with or without options, that returns the function unchanged."""
     return _leave_as_it_is if function is None else function
 
 
@@ -203,8 +203,8 @@ def _patch_dispatcher() -> None:
 
 def _patch_unequal_parts() -> None:
     """With expert and expert-tensor parallelism the all-to-all dispatcher gathers and
-    reduce-scatters unequal numbers of rows (0.16, 0.19); gloo refuses those. Can go when gloo takes
-    them.
+    reduce-scatters unequal numbers of rows (0.16, 0.19); gloo refuses them. Can go when gloo
+    accepts them.
     """
     from megatron.core.tensor_parallel import mappings
 

@@ -1,4 +1,4 @@
-"""Memory that is free for a rank."""
+"""Free memory of a rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron_rl.device.select import Device
 
 
 def available_bytes(device: Device, launch: Launch, *, host: bool) -> int:
-    """Free memory of this rank's device; of the host, and on a CPU, its share among the ranks of
-    the machine.
+    """Free memory of this rank's device. For the host, and on a CPU, this rank's share of the
+    machine's free memory.
     """
     if device.kind == "cuda" and not host:
         return torch.cuda.mem_get_info(device.torch_device)[0]

@@ -1,4 +1,4 @@
-"""What a node says of itself before a run: versions, code, configuration and data files."""
+"""The facts of a node before a run: versions, code, configuration and data files."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from megatron_rl.config.load import load_config
 from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.errors import UserError
 
-#: Packages whose version decides numbers, or the form of files.
+#: Packages whose version affects numbers or file formats.
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "numpy", "transformers", "tokenizers"),
     *("sentencepiece", "safetensors", "sympy"),
 )
-#: Of larger files the size, the beginning and the end are compared: 64 MiB each.
+#: Larger files are compared by size and by 64 MiB of their beginning and end.
 WHOLE_BYTES = 2**28
 ENDS_BYTES = 2**26
-#: Of larger files in a directory (weights) the size alone.
+#: Larger files in a directory (weights) are compared by size alone.
 IN_DIRECTORY_BYTES = 2**24
 
 #: JSON: host, pid, run_dir, error (why there is no configuration), and ``same``: name -> value of
-#: all that has to be alike.
+#: what must be equal on all nodes.
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Described:
-    """What the configuration of a run says to a node."""
+    """The configuration of a run, as a node compares it."""
 
     values: Mapping[str, Any]  #: dotted key -> value, JSON
     files: Mapping[str, Path]  #: dotted key -> what the run reads
@@ -44,8 +44,8 @@ class Described:
 
 
 def described(path: Path, overrides: Sequence[str], ranks: int, purpose: str) -> Described:
-    """The configuration of a run of some ranks, checked for a verb; UserError as that says, and
-    where a process may have too few files open for it.
+    """The configuration of a run with this many ranks, checked for a verb. Raises UserError if a
+    check fails, or if the limit of open files is too low.
     """
     config = load_config(path, overrides, purpose)
     check_config(config, ranks, purpose)
@@ -53,17 +53,17 @@ def described(path: Path, overrides: Sequence[str], ranks: int, purpose: str) ->
     files = {**input_files(config), "model.hf_path": config.model.hf_path}
     there = {name: file for name, file in files.items() if file is not None and file.exists()}
     values = dict(leaf_values(config.model_dump(mode="json")))
-    # An infinite bound of a loss, which JSON cannot hold, as text.
+    # JSON cannot hold an infinite bound of a loss; text can.
     values = json.loads(json.dumps(values), parse_constant=str)
     return Described(values, there, config.run_dir)
 
 
 def facts_of_this_node(describe: Callable[[], Described], nodes: int, ranks: int) -> Facts:
-    """What this node says of itself; in ``error`` why it has no configuration.
+    """The facts of this node; ``error`` holds why it has no configuration.
 
     Args:
         describe: the resolved configuration; raises UserError.
-        nodes: of the run, as this node was told.
+        nodes: number of nodes that this node was given.
         ranks: of this node.
     """
     same = {
@@ -119,7 +119,7 @@ def _version(package: str) -> str:
 
 
 def _package_files() -> dict[str, str]:
-    """All its Python files: a version number says little of a copy under development."""
+    """Hashes of the package's Python files: copies under development share a version number."""
     root = Path(megatron_rl.__file__).parent
     return {
         f"file megatron_rl/{path.relative_to(root).as_posix()}": hashlib.sha256(

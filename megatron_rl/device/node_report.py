@@ -1,4 +1,4 @@
-"""What is wrong with the nodes that have come to a preflight, worked out from their facts alone."""
+"""Finds what is wrong with the nodes of a preflight, from their facts alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_rl.device.launch import split_address
 from megatron_rl.device.node_facts import Facts
 from megatron_rl.errors import UserError
 
-#: Most differences of a kind that are told one by one.
+#: Most differences of a kind that get a line each.
 MOST_LINES = 12
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the nodes meet, and which of them this is."""
+    """The rendezvous of the nodes, and this node's number."""
 
     node: int  #: 0..nodes-1
     nodes: int
@@ -27,10 +27,12 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Report:
-    """What keeps the nodes from starting, a line each."""
+    """Reasons why the nodes cannot start, one a line."""
 
-    differences: tuple[str, ...] = ()  #: to be put right first
-    missing: tuple[str, ...] = ()  #: nodes that were not there in time; they may be the next time
+    differences: tuple[str, ...] = ()  #: mistakes, to be corrected first
+    missing: tuple[
+        str, ...
+    ] = ()  #: nodes that came too late; they may come in time at the next attempt
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -39,7 +41,7 @@ class Report:
 
 
 def read_meeting(node: int, nodes: int, meet: str, seconds: float) -> Meeting:
-    """The meeting that the options of the command line name; UserError: there is none such."""
+    """The meeting that the command line describes. Raises UserError if an option is wrong."""
     host, port = split_address(meet, "--meet")
     if not 0 <= node < nodes:
         raise UserError(f"--node is {node} with --nodes {nodes}; expected 0 to N - 1")
@@ -49,12 +51,12 @@ def read_meeting(node: int, nodes: int, meet: str, seconds: float) -> Meeting:
 
 
 def report(meeting: Meeting, known: Sequence[Facts], blind: Mapping[int, Sequence[int]]) -> Report:
-    """What is wrong with the nodes that have come.
+    """Find what is wrong with the nodes that have come.
 
     Args:
-        meeting: how many nodes there should be.
+        meeting: with the expected number of nodes.
         known: the facts of each, in the order of their arrival.
-        blind: arrival -> the arrivals whose tokens it has not found.
+        blind: arrival -> the arrivals whose tokens it did not find.
     """
     present = {facts["node"] for facts in known}
     missing = [
@@ -80,7 +82,7 @@ def report(meeting: Meeting, known: Sequence[Facts], blind: Mapping[int, Sequenc
 
 
 def crowded(meeting: Meeting, known: Sequence[Facts]) -> list[str]:
-    """Nodes that came more than once or that there should not be, and numbers of nodes."""
+    """Nodes that came twice or are not expected, and node numbers out of range."""
     found = _unlike(known, ["NODES"])
     for node in sorted({facts["node"] for facts in known}):
         hosts = sorted(facts["host"] for facts in known if facts["node"] == node)
@@ -98,11 +100,11 @@ def crowded(meeting: Meeting, known: Sequence[Facts]) -> list[str]:
 
 
 def _unlike(known: Sequence[Facts], names: Iterable[str] | None = None) -> list[str]:
-    """A line for each fact (None: of all) that is not the same on all nodes."""
+    """One line for each fact (None: among all facts) that differs between nodes."""
     if names is None:
         names = dict.fromkeys(name for facts in known for name in facts["same"])
         if any("error" in facts for facts in known):
-            # a node without a configuration lacks its keys, which is said already
+            # a node without a configuration lacks its keys; its error is reported already
             names = [name for name in names if all(name in facts["same"] for facts in known)]
     lines, order = [], sorted(known, key=_number)
     for name in names:

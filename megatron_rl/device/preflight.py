@@ -1,10 +1,9 @@
-"""What has to be alike on all nodes of a run, compared before its ranks start: one process a node.
+"""Compares before the ranks start what must be equal on all nodes: one process a node.
 
 The nodes meet at a TCPStore of node 0, tell each other their facts, write a token into the run
-directory and look for those of the others. Every node, node 0 too, goes to the store by the address
-that all were given: so two nodes that both take themselves for node 0 find each other there. Every
-step has a deadline, so that a node that is missing, or cannot be reached, is a line of the report
-and no hang.
+directory and look for those of the others. Every node, also node 0, connects to the store by the
+address that all were given, so two nodes that both believe to be node 0 find each other. Every step
+has a deadline: a node that is missing or cannot be reached is a line of the report, not a hang.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from megatron_rl.files import write_whole
 
 #: In the run directory, while nodes look for each other's tokens.
 FOLDER = ".preflight"
-#: How long a token may take to be seen on another node: network file systems keep listings.
+#: Seconds until another node must see a token: network file systems cache listings.
 SEEN_WITHIN_S = 5.0
-#: How long the nodes that are missing may still take once two are found to be one too many.
+#: Seconds that missing nodes still have once a node has come twice.
 LATE_S = 3.0
 
 
 def compare(meeting: Meeting, facts: Facts) -> None:
-    """Meet the other nodes; that all is well is shown, or on stderr what keeps them from starting.
+    """Meet the other nodes. Print that they agree, or on stderr why they cannot start.
 
     Raises:
         UserError: something differs; as `preflight`.
@@ -64,12 +63,12 @@ def compare(meeting: Meeting, facts: Facts) -> None:
 
 
 def preflight(meeting: Meeting, facts: Facts) -> Report:
-    """Meet the other nodes and compare; alike on all that have come in time.
+    """Meet the other nodes and compare; the result is equal on all nodes that came in time.
 
     Takes ``meeting.seconds`` at most, and a few times `SEEN_WITHIN_S` more.
 
     Raises:
-        UserError: node 0 cannot listen, or is not where the others look for it.
+        UserError: node 0 cannot listen, or the address that all were given is not its own.
         RunFailed: node 0 cannot be reached, or does not answer.
     """
     done: list[Report | BaseException] = []
@@ -80,7 +79,7 @@ def preflight(meeting: Meeting, facts: Facts) -> Report:
         except (UserError, RunFailed, RuntimeError) as error:
             done.append(error)
 
-    # A store that takes the connection and then says nothing is waited for without end.
+    # torch waits without end for a store that accepts the connection and stays silent.
     thread = threading.Thread(target=meet, daemon=True)
     thread.start()
     thread.join(meeting.seconds + 5 * SEEN_WITHIN_S)
@@ -118,7 +117,9 @@ def _meet(meeting: Meeting, facts: Facts) -> Report:
 
 @contextlib.contextmanager
 def _server(meeting: Meeting) -> Iterator[bool]:
-    """The store, on node 0. False elsewhere, and where another node 0 of this machine has it."""
+    """The store, on node 0. False on other nodes, and if another node 0 on this machine has the
+    port.
+    """
     if meeting.node > 0:
         yield False
         return
@@ -143,7 +144,7 @@ def _server(meeting: Meeting) -> Iterator[bool]:
 def _reach(meeting: Meeting, end: float, serves: bool) -> TCPStore:
     """The store of node 0, by the address that all nodes were given."""
     place, here = join_address(meeting.host, meeting.port), socket.gethostname()
-    while True:  # a store that is refused waits for as long again
+    while True:  # a refused store waits for the same time again
         try:
             left = max(0.1, end - time.monotonic())
             socket.create_connection((meeting.host, meeting.port), timeout=left).close()
@@ -169,8 +170,8 @@ def _reach(meeting: Meeting, end: float, serves: bool) -> TCPStore:
 
 
 def _arrivals(store: TCPStore, meeting: Meeting, place: int, end: float) -> list[Facts]:
-    """The facts of the nodes that have come, this one's among them; the first to come decides when
-    it is too late for others.
+    """The facts of the nodes that have come, this one included. The first node to come decides when
+    others are too late.
     """
     known: list[Facts] = []
     while True:
@@ -193,7 +194,7 @@ def _arrivals(store: TCPStore, meeting: Meeting, place: int, end: float) -> list
 
 
 def _answers(store: TCPStore, kind: str, count: int, end: float) -> dict[int, Any]:
-    """What the nodes, by their arrival, have set under ``kind`` before the end."""
+    """The values that the nodes set under ``kind`` before the deadline, by arrival."""
     found = {}
     for place in range(count):
         left = max(0.1, end - time.monotonic())
@@ -204,7 +205,7 @@ def _answers(store: TCPStore, kind: str, count: int, end: float) -> dict[int, An
 
 
 def _json(said: bytes) -> Any:
-    """What a node has set; whoever reaches the port can set something."""
+    """Read a value that a node set; anyone who reaches the port can set one."""
     try:
         return parse_json(said)
     except BadJson as error:
@@ -212,7 +213,7 @@ def _json(said: bytes) -> Any:
 
 
 def _facts(said: bytes) -> Facts:
-    """What `node_facts.facts_of_this_node` makes, the number of the node and its token."""
+    """The facts of `node_facts.facts_of_this_node` with the node's number and token."""
     facts = _json(said)
     if not isinstance(facts, dict):
         raise _no_node("fields of another kind")
@@ -228,7 +229,7 @@ def _facts(said: bytes) -> Facts:
 
 
 def _places(found: dict[int, Any], count: int) -> dict[int, list[int]]:
-    """Of each arrival a list of others."""
+    """For each arrival a list of other arrivals."""
     for places in found.values():
         whole = isinstance(places, list) and all(type(place) is int for place in places)
         if not whole or not all(0 <= place < count for place in places):

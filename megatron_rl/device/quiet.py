@@ -1,6 +1,5 @@
-"""What Megatron-Core and torch say about themselves, and nobody who runs them can help: not shown.
-
-Each entry names the version that says it. Everything else they say still reaches the user.
+"""Hides warnings of Megatron-Core and torch that a user cannot act on. Each entry names the version
+that warns. All other warnings still reach the user.
 """
 
 from __future__ import annotations
@@ -8,11 +7,11 @@ from __future__ import annotations
 import logging
 import warnings
 
-#: Beginnings (regular expressions) of warnings.
+#: Beginnings of warnings, as regular expressions.
 WARNINGS = (
     # Megatron 0.16 and 0.19 call the all-gather and reduce-scatter that torch 2.13 has renamed.
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
-    # Megatron 0.16's own default for CUDA graphs is one that it calls deprecated.
+    # Megatron 0.16 calls its own default for CUDA graphs deprecated.
     "full scope is deprecated",
     # Megatron 0.19 imports its multimodal models with every optimizer.
     "MimoModelConfig is experimental",
@@ -20,22 +19,22 @@ WARNINGS = (
     # asks torch for, and passes the arguments of torch's load in their old order.
     r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
     "The argument order of load has been changed",
-    # Megatron 0.16 and 0.19, of a norm that stands in no layer here.
+    # Megatron 0.16 and 0.19, about a norm that no layer here uses.
     r"Apex is not installed\. Falling back to",
-    # Transformer Engine 2.20, of its part for another framework.
+    # Transformer Engine 2.20, about its part for another framework.
     "Detected a Jax installation but could not find the shared object file",
     # torch 2.11: barriers use the device that `select_device` has set.
     r"barrier\(\): using the device under current context",
 )
-#: The same on a CPU only: that CUDA libraries are missing (six modules of Megatron 0.16 and 0.19 on
+#: The same, on a CPU only: missing CUDA libraries (six modules of Megatron 0.16 and 0.19 on
 #: import), and a setting of CUDA.
 CPU_WARNINGS = (
     r"Transformer Engine and Apex are not installed\. Falling back to",
     ".* environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
-#: Logger -> beginning of what it is not to say.
+#: Logger -> beginning of the message to hide.
 LOG_RECORDS = {
-    # 0.19 would have every model built from its HybridModel, whose stock layers want CUDA.
+    # 0.19 advises to build every model from its HybridModel, whose stock layers need CUDA.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     # A CUDA build of torch on a machine without CUDA, once 0.19 imports the extension compiler.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
@@ -43,7 +42,7 @@ LOG_RECORDS = {
 
 
 def silence(kind: str) -> None:
-    """Hide these on a device of this kind ("cpu" or "cuda"), from now on."""
+    """Hide these warnings from now on; the device is "cpu" or "cuda"."""
     for message in WARNINGS + (CPU_WARNINGS if kind == "cpu" else ()):
         warnings.filterwarnings("ignore", message=message)
     for name, beginning in LOG_RECORDS.items():
@@ -53,7 +52,7 @@ def silence(kind: str) -> None:
 
 
 class _Without(logging.Filter):
-    """Lets everything through but records that begin with a text."""
+    """A filter that drops records that begin with a text."""
 
     def __init__(self, beginning: str) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ from megatron_rl.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """What the ranks compute and talk with."""
+    """The device of this rank and the backend of its collectives."""
 
     kind: Literal["cpu", "cuda"]
     torch_device: torch.device
@@ -29,11 +29,11 @@ class Device:
 
 
 def select_device(config: DeviceConfig, launch: Launch) -> Device:
-    """Choose the device, and on a CPU prepare torch and Megatron-Core for it. Call before Megatron
-    is imported.
+    """Choose the device; on a CPU prepare torch and Megatron-Core for it. Call before Megatron is
+    imported.
 
     Raises:
-        UserError: CUDA is asked for and not there, or this machine has more ranks than GPUs.
+        UserError: CUDA is asked for and missing, or this machine has more ranks than GPUs.
     """
     available = torch.cuda.is_available()
     if config.kind == "cuda" and not available:
@@ -61,7 +61,7 @@ def connect(device: Device, launch: Launch, timeout_s: float) -> None:
     """Join the ranks of the launch; a single process started by hand becomes a world of one.
 
     Raises:
-        UserError: ranks were started without a place to meet.
+        UserError: ranks were started without a rendezvous address.
     """
     options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_s)}
     if not launch.launched:
@@ -72,14 +72,14 @@ def connect(device: Device, launch: Launch, timeout_s: float) -> None:
             "and a port that is free there; start several ranks with torchrun, or unset RANK, "
             "WORLD_SIZE and LOCAL_RANK"
         )
-    else:  # torch reads it there, and takes no brackets
+    else:  # torch reads the address there, without brackets
         os.environ["MASTER_ADDR"] = launch.master[0]
     dist.init_process_group(device.backend, **options)
 
 
 @contextlib.contextmanager
 def joined(device: Device, launch: Launch, config: DeviceConfig) -> Iterator[None]:
-    """Be one of the ranks, and give signs of life; at the end the world is left.
+    """Join the ranks and give signs of life; leave the process group at the end.
 
     Raises:
         UserError: as `connect` and `Heartbeat`.

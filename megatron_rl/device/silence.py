@@ -1,35 +1,35 @@
-"""Who has given no sign of life for too long, worked out from signs and times alone."""
+"""Finds who has given no sign of life for too long, from signs and times alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Iterable, Mapping
 
-#: What a rank posts when it has ended as it should: nothing more is expected of it.
+#: A rank posts this when it has ended well: no more signs are expected.
 ENDED = "ended"
-#: Not a rank: the store through which the signs go, which is on the machine of rank 0.
+#: Not a rank: the store that passes on the signs, on the machine of rank 0.
 STORE = -1
 
 
 @dataclass
 class _Party:
-    sign: str | None  #: the last one; None: there has been none
-    awake_s: float = 0.0  #: time that the watcher was awake since then
-    named: bool = False  #: it has been said that it is silent
+    sign: str | None  #: the last sign; None: there was none
+    awake_s: float = 0.0  #: seconds since then that the watcher was awake
+    named: bool = False  #: it was named as silent
 
 
 class Silences:
     """Counts for how long each party's sign has stayed the same.
 
-    A watcher that was itself stopped or starved has heard nobody: of a pause that is far longer
-    than the one between two looks, no more than that is counted.
+    A watcher that was itself stopped or starved heard nobody. So if the time since the last look is
+    far longer than the usual pause, only the usual pause counts.
     """
 
     def __init__(self, parties: Iterable[int], limit_s: float, pause_s: float, now: float) -> None:
         """
         Args:
-            parties: ranks, or STORE.
-            limit_s: silence from which on a party is named, seconds.
+            parties: ranks and STORE.
+            limit_s: silence after which a party is named, seconds.
             pause_s: usual time between two looks, seconds.
             now: monotonic clock, seconds.
         """
@@ -37,15 +37,14 @@ class Silences:
         self._limit_s, self._most_s, self._last = limit_s, 2.0 * pause_s, now
 
     def look(self, now: float, signs: Mapping[int, str | None]) -> tuple[list[int], list[int]]:
-        """Note the signs as they are now.
+        """Record the present signs.
 
         Args:
-            signs: of the parties that could be asked; None: it has given none yet. The silence of
-                others is not counted.
+            signs: of the parties that could be asked; None: no sign yet. The silence of others does
+                not grow.
 
         Returns:
-            Parties that have been silent for limit_s since the last look, and parties that had been
-            named and are heard again.
+            Parties that newly reached limit_s, and named parties that are heard again.
         """
         passed, self._last = min(now - self._last, self._most_s), now
         silent, again = [], []
@@ -64,7 +63,7 @@ class Silences:
         return silent, again
 
     def any_silent(self, parties: Iterable[int]) -> bool:
-        """Whether one of them has been named and not been heard since."""
+        """Whether a party was named and has not been heard since."""
         return any(self._parties[p].named for p in parties if p in self._parties)
 
     def sign(self, party: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The matrices of a transformer, whole and apart, as an optimizer of matrices wants them.
+"""The matrices of a transformer, each whole and separate, for optimizers that work on matrices.
 
 A parameter of the model is a slice of a matrix under tensor parallelism, a stack of matrices where
 it holds experts, and several matrices in one where query, key and value, or gate and up, are fused.
@@ -16,38 +16,39 @@ if TYPE_CHECKING:
     from megatron_rl.models.parameters import ParameterView
 
 _HIDDEN = re.compile(r"decoder\.layers\.\d+\..*\.(weight|gate_weight)")
-#: Weights that give a score per expert, or one in all: no maps from one hidden space to another.
-_SCORES = re.compile(r".*\.(router\.weight|shared_experts\.gate_weight)")
+#: Gates: weights that give one number for each expert, or one number in all.
+_GATES = re.compile(r".*\.(router\.weight|shared_experts\.gate_weight)")
 
 
 @dataclass(frozen=True)
 class Matrix:
     """One weight matrix of a layer, of which this rank may hold a slice: rows are outputs.
 
-    ``split`` and ``join`` are inverse; between them are matrices as Hugging Face stores them: q, k
-    and v apart, gate and up apart, each expert by itself.
+    ``split`` gives matrices as Hugging Face stores them: q, k, v, gate, up and each expert
+    separate. ``join`` is its inverse.
     """
 
     view: ParameterView
-    #: rows of query, key and value of a query group, where the matrix is all three; None: it is not
+    #: rows of query, key and value in a query group, if the matrix holds all three; None: it does
+    #: not
     qkv: tuple[int, int, int] | None = None
 
     @property
     def name(self) -> str:
-        """Of the whole model: decoder.layers.3.mlp.experts.5.linear_fc1.weight."""
+        """Name in the whole model: decoder.layers.3.mlp.experts.5.linear_fc1.weight."""
         return self.view.name
 
     @property
-    def scores(self) -> bool:
-        """Whether it is of a router, or of the gate of a shared expert."""
-        return _SCORES.fullmatch(self.name) is not None
+    def is_gate(self) -> bool:
+        """Whether it belongs to a router or to the gate of a shared expert."""
+        return _GATES.fullmatch(self.name) is not None
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This matrix's (slice's) place in a tensor shaped like the parameter; no copy."""
+        """A view of this matrix (or slice) in a tensor shaped like the parameter."""
         return self.view.of(tensor)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The whole matrices [m, n] of a tensor shaped like the parameter (gradient, momentum).
+        """The whole matrices [m, n] in a tensor shaped like the parameter (gradient, momentum).
 
         A collective over the ranks that hold slices of it.
         """
@@ -58,7 +59,7 @@ class Matrix:
         return list(whole.chunk(2)) if self.view.gated else [whole]
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The slice of this rank, shaped as ``of`` gives it, of whole matrices."""
+        """This rank's slice of whole matrices, in the shape of ``of``."""
         if self.qkv is not None:
             groups = len(parts[1]) // self.qkv[1]
             whole = torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
@@ -68,12 +69,11 @@ class Matrix:
 
 
 def matrices_of(views: Sequence[ParameterView], qkv: tuple[int, int, int]) -> tuple[Matrix, ...]:
-    """The matrices in one parameter; () where it is none: a norm, a bias, the embedding, the output
-    layer.
+    """The matrices in one parameter; () for a norm, a bias, the embedding and the output layer.
 
     Args:
         views: of the parameter.
-        qkv: see `Matrix`; of the model's layers without latent attention.
+        qkv: see `Matrix`; for layers without latent attention.
     """
     return tuple(
         Matrix(view, qkv if view.name.endswith(".linear_qkv.weight") else None)

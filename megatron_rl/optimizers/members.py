@@ -1,4 +1,4 @@
-"""The optimizers in Megatron's chain, and the weights that each steps."""
+"""The optimizers in Megatron's chain, and the weights that each one steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer import (
 
 
 def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chain, for dense and expert parameters; without empty ones."""
+    """The optimizers of a chain, for dense and for expert parameters, without empty ones."""
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [member for member in chain if not getattr(member, "is_stub_optimizer", False)]
 
@@ -22,8 +22,8 @@ def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def main_parameters(
     member: MegatronOptimizer,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(parameter of the model, main parameter of the optimizer); the same where it is fp32. Not of
-    the distributed optimizer.
+    """(parameter of the model, main parameter of the optimizer); an fp32 parameter is its own main
+    parameter. Not for the distributed optimizer.
     """
     if isinstance(member, FP32Optimizer):
         for group in member.optimizer.param_groups:

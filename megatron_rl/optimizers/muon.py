@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Muon(torch.optim.Optimizer):
-    """Of a matrix W [m, n] with gradient G, at rate lr and weight decay wd:
+    """For a matrix W [m, n] with gradient G, at rate lr and weight decay wd:
 
         M <- beta M + (1 - beta) G
         D  = beta M + (1 - beta) G (Nesterov), or M
@@ -28,8 +28,8 @@ class Muon(torch.optim.Optimizer):
     The scale is 0.2 sqrt(max(m, n)) ("rms": a step's elements have the root mean square 0.2 that
     Adam's have, so that both take the same lr), or sqrt(max(1, m / n)) ("spectral").
 
-    Whole matrices are orthogonalised, whatever the layout: tensor-parallel ranks gather them, and
-    each does all of the work.
+    Whole matrices are orthogonalised in every layout: tensor-parallel ranks gather them, and each
+    rank does all of the work.
     """
 
     def __init__(self, params: Sequence[dict[str, Any]], settings: MuonSettings) -> None:
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
             for parameter, matrices in zip(group["params"], group["matrices"], strict=True):
                 if parameter.grad is None:
                     continue
-                if matrices and (self._settings.routers or not matrices[0].scores):
+                if matrices and (self._settings.routers or not matrices[0].is_gate):
                     self._step_matrices(parameter, matrices, group)
                 else:
                     rest.append(parameter)
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(
         self, parameter: torch.Tensor, matrices: Sequence[Matrix], group: dict[str, Any]
     ) -> None:
-        """Of one parameter: a matrix, or a stack of them that have one shape."""
+        """Step one parameter: a matrix, or a stack of matrices of one shape."""
         settings, state, gradient = self._settings, self.state[parameter], parameter.grad
         assert gradient is not None, "step leaves the others out"
         if not state:
@@ -78,14 +78,14 @@ class Muon(torch.optim.Optimizer):
             matrix.of(parameter).sub_(matrix.join(update), alpha=group["lr"])
 
     def scale(self, rows: int, columns: int) -> float:
-        """Factor of an orthogonalised direction."""
+        """The factor of an orthogonalised direction."""
         settings = self._settings
         if settings.scale == "spectral":
             return settings.scale_factor * max(1.0, rows / columns) ** 0.5
         return settings.scale_factor * 0.2 * max(rows, columns) ** 0.5
 
     def _step_rest(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """By torch's AdamW."""
+        """Step the other parameters with torch's AdamW."""
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states):
             if not state:
@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            # It counts up by itself.
+            # torch counts the steps itself.
             [torch.tensor(float(group["step"] - 1)) for _ in parameters],
             amsgrad=False,
             beta1=self._settings.beta1,

@@ -1,16 +1,16 @@
-"""The nearest semi-orthogonal matrix, approximately: what Muon makes of a direction."""
+"""Approximates the nearest semi-orthogonal matrix; Muon applies it to a direction."""
 
 from __future__ import annotations
 
 import torch
 
 #: a, b, c of x -> a x + b x^3 + c x^5 on singular values (Keller Jordan, "Muon: An optimizer for
-#: hidden layers in neural networks", 2024). Five steps bring those from 0.004 of the Frobenius norm
-#: on into [0.68, 1.14]; smaller ones grow 485 times.
+#: hidden layers in neural networks", 2024). Five steps bring values from 0.004 of the Frobenius
+#: norm upward into [0.68, 1.14]; smaller ones grow 485 times.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
-#: Elements that are worked on at a time, so that a layer's stack of experts takes no more memory
-#: than a few of its matrices.
+#: Elements in work at a time, so that a stack of experts takes no more memory than a few of its
+#: matrices.
 _AT_A_TIME = 1 << 26
 
 
@@ -20,9 +20,9 @@ def orthogonalise(
     """U S' V^T for matrices U S V^T, by Newton-Schulz iteration: S' are about 1.
 
     Args:
-        matrices: [..., m, n]; each by itself. One of zeros stays so.
+        matrices: [..., m, n], each treated separately. A matrix of zeros stays zero.
         steps: of the iteration.
-        dtype: of the products; bf16 is faster on a GPU, and its results are rounded so.
+        dtype: of the products; bf16 is faster on a GPU and rounds its results.
 
     Returns:
         [..., m, n] in the dtype of ``matrices``.
@@ -34,17 +34,17 @@ def orthogonalise(
 
 
 def _iterate(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
-    """The same of [k, m, n]."""
+    """The iteration on matrices [k, m, n]."""
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.float()
-    # First by the largest element, since squares of small ones underflow; zeros stay zeros.
+    # Divide by the largest element first, since squares of small ones underflow; zeros stay zeros.
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1.0)).to(dtype)
     x = x.mT if tall else x  # the smaller square products
     for _ in range(steps):
         square = x @ x.mT
-        # A product and a sum in one call are rounded once.
+        # One call for product and sum rounds once.
         factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, factor, x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)

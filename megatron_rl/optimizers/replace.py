@@ -1,6 +1,6 @@
-"""Puts another torch optimizer in the place of the Adam that Megatron has made.
+"""Replaces the Adam that Megatron has made by another torch optimizer.
 
-Megatron's wrapper stays: main weights in fp32, clipping, the learning rate of each group.
+Megatron's wrapper stays: fp32 main weights, clipping, the learning rate of each group.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def replace_optimizer(
     groups: Groups,
     model: ModelConfig,
 ) -> None:
-    """Let the row's optimizer step the parameters, in the groups in which Adam would.
+    """Let the row's optimizer step the parameters, in the same groups as Adam.
 
     Args:
         optimizer: of ``get_megatron_optimizer``, not distributed; it has not stepped yet.

@@ -1,5 +1,5 @@
-"""What an optimizer keeps of each parameter, so that a checkpoint can hold it: any torch optimizer
-whose state is tensors of the parameter's shape and a count of steps.
+"""An optimizer's state as a checkpoint holds it. It works for any torch optimizer whose state is
+tensors of the parameter's shape and a count of steps.
 """
 
 from __future__ import annotations
@@ -7,22 +7,22 @@ from __future__ import annotations
 import torch
 
 STEP = "step"
-#: What a checkpoint calls the fp32 main weight beside the state.
+#: Name of the fp32 main weight in a checkpoint, beside the state.
 MAIN_WEIGHT = "param"
-#: Key of a group: for each parameter the matrices of layers in it.
+#: Key of a parameter group: the matrices in each of its parameters.
 MATRICES = "matrices"
 
 
 def state_tensors(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a parameter's state by name, in the names' order; without the count."""
+    """The tensors of a parameter's state by name, sorted, without the count."""
     state = optimizer.state[parameter]
     return {name: state[name] for name in sorted(state, key=str) if name != STEP}
 
 
 def strange_state(optimizer: torch.optim.Optimizer) -> str | None:
-    """What of its state a checkpoint cannot hold, in words; None: nothing."""
+    """Describe the state that a checkpoint cannot hold; None: it can hold all."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for name, value in optimizer.state[parameter].items():
@@ -38,12 +38,12 @@ def strange_state(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def was_replaced(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it stands in the place of Megatron's Adam (`optimizers.replace`)."""
+    """Whether it has replaced Megatron's Adam (`optimizers.replace`)."""
     return any(MATRICES in group for group in optimizer.param_groups)
 
 
 def step_of(optimizer: torch.optim.Optimizer) -> int:
-    """Updates made so far; 0 of an optimizer that does not count."""
+    """Updates made so far; 0 if the optimizer does not count."""
     groups = optimizer.param_groups
     states = [optimizer.state.get(parameter, {}) for g in groups for parameter in g["params"]]
     return max((int(holder[STEP]) for holder in (*groups, *states) if STEP in holder), default=0)
@@ -51,8 +51,8 @@ def step_of(optimizer: torch.optim.Optimizer) -> int:
 
 @torch.no_grad()
 def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer that has not stepped the state that it makes in its first step: it takes
-    one with gradients of 0 at rate 0, which leaves weights alone. A collective where a step is.
+    """Make the state that an optimizer creates in its first step, by one step with gradients of 0
+    at learning rate 0, which leaves the weights alone. A collective if a step is one.
     """
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -75,7 +75,7 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the number of updates made so far, wherever the optimizer keeps it."""
+    """Set the number of updates made so far, in each place where the optimizer keeps it."""
     for group in optimizer.param_groups:
         for holder in (group, *(optimizer.state[parameter] for parameter in group["params"])):
             if isinstance(holder.get(STEP), torch.Tensor):

@@ -1,5 +1,5 @@
-"""Tries a user's own optimizer on small weights before a run starts, as `optimizers.replace` and
-checkpoints will use it.
+"""Tries a user's own optimizer on small weights before a run starts, in the way
+`optimizers.replace` and checkpoints use it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _RATE = 1e-3
 
 
 def check_optimizer(row: OptimizerEntry, settings: Settings | None) -> None:
-    """UserError: the optimizer raises, is none of torch's, leaves weights as they are, moves them
-    at learning rate 0, or does not go on from its state as if it had not been interrupted.
+    """Raise UserError if the optimizer raises, is no torch optimizer, leaves weights unchanged,
+    moves them at learning rate 0, or resumes from its state with other results.
     """
     who = f"the optimizer {row.name!r}, tried on small weights,"
     with blame(who, _REMEDY):
@@ -58,7 +58,7 @@ def _try(who: str, row: OptimizerEntry, settings: Settings | None) -> None:
 
 
 def _check_rate(who: str, row: OptimizerEntry, settings: Settings | None) -> None:
-    """The schedule sets the learning rate in the groups; it may begin with 0."""
+    """The schedule sets the learning rate in the groups and may begin with 0."""
     optimizer, weights = _made(who, row, settings)
     before = _copies(weights)
     for group in optimizer.param_groups:
@@ -78,7 +78,7 @@ def _check_continuation(
     first: torch.optim.Optimizer,
     weights: list[torch.Tensor],
 ) -> None:
-    """What `state_tensors` and `step_of` give is all that it goes on by."""
+    """Check that the optimizer resumes from `state_tensors` and `step_of` alone."""
     second, others = _made(who, row, settings)
     prime(second)
     for mine, other in zip(weights, others, strict=True):
@@ -106,12 +106,12 @@ def _check_continuation(
 def _made(
     who: str, row: OptimizerEntry, settings: Settings | None
 ) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
-    """The optimizer over a matrix, a stack of two experts' matrices, and a vector."""
+    """Make the optimizer for a matrix, a stack of two experts' matrices, and a vector."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((4, 6), (2, 6, 4), (6,))
     matrix, experts, vector = (torch.randn(shape, generator=generator) for shape in shapes)
     layer = "decoder.layers.0"
-    whole: Any = _Whole  # has what a matrix asks of a view
+    whole: Any = _Whole  # has all that Matrix reads of a view
     of_matrix = (Matrix(whole(f"{layer}.self_attention.linear_proj.weight", None)),)
     of_experts = tuple(
         Matrix(whole(f"{layer}.mlp.experts.{number}.linear_fc2.weight", number))
@@ -151,7 +151,7 @@ def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Whole:
-    """In the place of a `ParameterView`: a weight that this rank has whole."""
+    """Stands in for a `ParameterView`: a weight that this rank holds whole."""
 
     name: str
     expert: int | None

@@ -64,7 +64,7 @@ def _replayed(
 
 
 def finish_pass(policy: Policy) -> None:
-    """Finish the relay's sends of a schedule's forward passes; call after the schedule."""
+    """Finish the relay and the replay of a schedule's forward passes; call after the schedule."""
     policy.relay.finish()
     if policy.replay is not None:
         policy.replay.finish()

@@ -1,4 +1,4 @@
-"""How a run goes on from its checkpoints, and how it leaves them."""
+"""How a run resumes from its checkpoints and saves them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Loaded = TypeVar("Loaded")
 def load_newest(
     session: Session, load: Callable[[Path], Loaded], resume: str
 ) -> tuple[Path, Loaded] | None:
-    """Load the run's newest checkpoint, or with ``resume`` auto the newest that is undamaged; None
-    if there is none. A collective over all ranks.
+    """Load the run's newest checkpoint; with ``resume`` auto the newest undamaged one. None: there
+    is no checkpoint. A collective over all ranks.
 
     Args:
         load: a collective that raises `Damaged` before it changes anything.
@@ -57,8 +57,8 @@ def load_newest(
 
 
 def resume(session: Session, policy: Policy, task: Task) -> int | None:
-    """Load the newest checkpoint of the run, or the weights it starts from; steps done, None for a
-    new run.
+    """Load the run's newest checkpoint, or the weights it starts from. Returns the steps done; None
+    for a new run.
     """
     fresh = session.config.checkpoint.resume == "never" or not newest_first(session.checkpoints)
     origin = None
@@ -66,7 +66,7 @@ def resume(session: Session, policy: Policy, task: Task) -> int | None:
         origin = load_initial_weights(session.config, policy.chunks, session.groups)
         policy.optimizer.reload_model_params()
     if policy.reference is not None:
-        policy.reference.take()  # of the weights the run starts from, on resuming as well
+        policy.reference.take()  # of the initial weights, also when resuming
 
     def load(path: Path) -> dict[str, Any]:
         return load_checkpoint(
@@ -88,7 +88,7 @@ def resume(session: Session, policy: Policy, task: Task) -> int | None:
 
 
 def check_best_metric(config: Config, metrics: Mapping[str, float]) -> None:
-    """``metrics``: of an evaluation. UserError: the best checkpoints could not be told by it."""
+    """Raise UserError if ``metrics``, those of an evaluation, lack ``checkpoint.best_metric``."""
     settings = config.checkpoint
     if settings.keep_best and settings.best_metric not in metrics:
         found = [name for name in sorted(metrics) if name.startswith("eval/")]
@@ -102,9 +102,9 @@ def check_best_metric(config: Config, metrics: Mapping[str, float]) -> None:
 def _go_on(
     session: Session, policy: Policy, task: Task, path: Path, state: Mapping[str, Any]
 ) -> None:
-    """Schedule and data cursor behind a checkpoint that was loaded; says what has changed."""
+    """Restore schedule and data cursor of the loaded checkpoint; note what has changed since."""
     config, console = session.config, session.console
-    # It may be an older one than `check_continuation` has seen.
+    # This checkpoint may be older than the one that `check_continuation` read.
     check_state(config, path, state, task.identity)
     steps_left = max(0, config.train.steps - state["step"])
     continue_schedule(policy.scheduler, state["scheduler"], steps_left * task.updates_per_step)
@@ -120,27 +120,28 @@ def _go_on(
 
 
 class Checkpoints:
-    """Saves the run, at once or beside the training (``checkpoint.asynchronous``)."""
+    """Saves the run, in the foreground or beside the training (``checkpoint.asynchronous``)."""
 
     def __init__(self, session: Session, policy: Policy, task: Task, done: int) -> None:
-        """done: the step of the checkpoint that the run goes on from, 0: of none. A collective over
-        all ranks."""
+        """done: the step of the checkpoint that the run resumes from; 0: there is none. A
+        collective over all ranks.
+        """
         self._session, self._policy, self._task = session, policy, task
         settings = session.config.checkpoint
         self._background = BackgroundWriter() if settings.asynchronous else None
-        self._writing = done  #: the step whose checkpoint was begun last
-        self._failed = 0  #: the last step whose checkpoint could not be written
+        self._writing = done  #: step of the newest checkpoint that was begun
+        self._failed = 0  #: last step whose checkpoint could not be written
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What all ranks raise together leaves them able to finish the checkpoint begun before."""
+        """After an error that all ranks raised, finish the pending checkpoint."""
         if kind is not None and issubclass(kind, (UserError, RunFailed, FloatingPointError)):
             self.wait()
 
     def save_before_leaving(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Leave the checkpoint of the last step done, unless it was begun already. A collective.
+        """Save the last step done, unless its checkpoint was begun already. A collective.
 
         Raises:
             RunFailed: it could not be written.
@@ -150,18 +151,18 @@ class Checkpoints:
             self.save(number, metrics, last=True)
 
     def save(self, number: int, metrics: Mapping[str, float], last: bool) -> None:
-        """Save a checkpoint. One that cannot be written is no reason to lose the run: the older
-        ones are as they were, and the next is tried when it is due. A collective.
+        """Save a checkpoint. If it cannot be written the run continues: older checkpoints are
+        untouched, and the next one is tried when it is due. A collective.
 
         Raises:
-            RunFailed: it could not be written, and there is no next try; or another run has taken
-                the directory over.
+            RunFailed: it could not be written and was the last one; or another run has taken over
+                the run directory.
         """
         self._session.console.phase("checkpoint")
         check_weights(self._policy)
         self._session.confirm_lock()
         with self._session.timers("checkpoint"):
-            self.wait()  # two at a time would be two copies in memory
+            self.wait()  # two pending checkpoints would be two copies in memory
             self._writing = number
             try:
                 self._begin(number, metrics)
@@ -171,8 +172,8 @@ class Checkpoints:
                 self._report(error, last)
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk, or was given up with a
-        warning. A collective.
+        """Wait until the pending checkpoint is on the disk, or has failed with a warning. A
+        collective.
         """
         if self._background is None:
             return

@@ -1,7 +1,8 @@
-"""Whether a run can go on from a checkpoint as it is configured now, and what differs.
+"""Checks whether a run can resume from a checkpoint with its present configuration, and what
+differs.
 
-Small files alone are read: `check_continuation` comes before the ranks are joined, and every rank
-finds a mistake by itself.
+It reads only small files: `check_continuation` runs before the ranks join, and every rank finds a
+mistake by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.observe.configurations import changes_since
 from megatron_rl.records import Prompt, Sample
 
-#: Bytes of a weight file that stand for it, from its beginning: its index and the first tensors.
+#: Bytes from the beginning of a weight file that identify it: its index and first tensors.
 _READ = 1 << 22
 
 
@@ -39,8 +40,8 @@ def run_identity(
     held_out: Sequence[Prompt],
     parts: Sequence[DataPart] = (),
 ) -> dict[str, Any]:
-    """What a run is of, as its checkpoints keep it: the verb, the data and a user's own code by
-    content, the reference policy by where it is from. Fit for JSON. ``parts``: of a mixture.
+    """The identity of a run, which its checkpoints keep: the verb, hashes of the data and of a
+    user's own code, and the source of the reference policy. Fit for JSON. ``parts``: of a mixture.
     """
     identity = {
         "verb": verb,
@@ -54,9 +55,7 @@ def run_identity(
 
 
 def own_code(config: Config, verb: str) -> dict[str, str]:
-    """SHA-256 of the file of each thing that the configuration names and that is a user's own, by
-    the reference.
-    """
+    """SHA-256 of the files of a user's own that the configuration names, by reference."""
     rows: list[Any] = [one.row for one in chosen_verifiers(config.reward)]
     rows += [engine_of(config.rollout), environment_of(config.rollout)]
     rows.append(optimizer_of(config.optimizer))
@@ -73,12 +72,12 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
 
 
 def check_continuation(config: Config, identity: Mapping[str, Any]) -> None:
-    """Refuse to continue the run in ``config.run_dir`` with what its newest checkpoint cannot be
-    continued with. A damaged one is left to `checkpoints.load_newest`.
+    """Refuse a configuration that cannot resume from the newest checkpoint in ``config.run_dir``.
+    `checkpoints.load_newest` handles damaged checkpoints.
 
     Raises:
-        UserError: another architecture, seed, order or verb, other problems or another reference;
-            it names the key, both values and what to do.
+        UserError: architecture, seed, order, verb, problems or reference differ; it names the key,
+            both values and the remedy.
     """
     path = newest_checkpoint(config.run_dir / "checkpoints")
     if path is None or config.checkpoint.resume == "never":
@@ -95,11 +94,11 @@ def check_continuation(config: Config, identity: Mapping[str, Any]) -> None:
 def check_state(
     config: Config, path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
-    """The same of the state of one checkpoint, whose architecture is right.
+    """As `check_continuation`, for the state of one checkpoint whose architecture matches.
 
     Args:
         path: the checkpoint.
-        state: as it was given to `save_checkpoint`; {} where it holds weights only.
+        state: as given to `save_checkpoint`; {} if the checkpoint holds weights only.
         identity: of the run that wants to continue, `run_identity`.
     """
     if not state:
@@ -142,7 +141,7 @@ def _check_data(
 def what_differs(
     config: Config, state: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """What is not as it was when a checkpoint was written: lines to note, and to warn with."""
+    """What has changed since a checkpoint was written: lines to note, and lines to warn with."""
     step = state["step"]
     changed = changes_since(config.run_dir, step, config)
     stored, notes, warnings = state.get("identity"), [], []
@@ -172,23 +171,25 @@ def what_differs(
 
 
 def _is_refused(change: Change) -> bool:
-    if change.key == "model.freeze_router":  # frozen weights have no optimizer state to go on with
+    if change.key == "model.freeze_router":  # frozen weights have no optimizer state to restore
         return change.after is False
-    # What of the model counts is what it comes to: `check_architecture`.
+    # `check_architecture` compares the section model.
     return kind_of(change.key) == "refused" and not change.key.startswith("model.")
 
 
 def _verb_of(task: Mapping[str, Any]) -> str:
-    """Of a checkpoint that does not say it."""
+    """The verb of a checkpoint that does not store it."""
     return "sft" if "samples" in task else "train"
 
 
 def _initial_weights(config: Config) -> dict[str, str]:
-    """Where the weights a run starts from are, and a SHA-256 that tells them from others."""
+    """The source of a run's initial weights, and a SHA-256 that identifies them."""
     digest, model = hashlib.sha256(), config.model
     if config.checkpoint.init_from is not None:
         path = find_checkpoint(config.checkpoint.init_from)
-        digest.update((path / MANIFEST).read_bytes())  # it holds the checksum of every file
+        digest.update(
+            (path / MANIFEST).read_bytes()
+        )  # the manifest holds the checksum of every file
         return {"of": str(path), "sha256": digest.hexdigest()}
     if model.hf_path is None:
         name = f"random weights of seed {config.seed} with model.init_std {model.init_std}"

@@ -9,7 +9,9 @@ from megatron_rl.run.session import Session
 
 
 def due(every: int, number: int) -> bool:
-    """Whether it is time after step ``number`` for what is done every so many; 0: never."""
+    """Whether something that is done every ``every`` steps is due after step ``number``; 0:
+    never.
+    """
     return every > 0 and number % every == 0
 
 
@@ -20,8 +22,8 @@ def evaluation_due(config: Config, number: int) -> bool:
     return due(config.evaluate.every, number) or number == config.train.steps
 
 
-def evaluation_owed(session: Session, done: int) -> bool:
-    """Whether the step's record is there without the evaluation that was due. A collective."""
+def evaluation_missing(session: Session, done: int) -> bool:
+    """Whether the step was recorded without the evaluation that was due. A collective."""
     return (
         evaluation_due(session.config, done)
         and collective_try(

@@ -1,4 +1,4 @@
-"""The story of a run: resume, evaluate, then step after step until the end or a signal."""
+"""The loop of a run: resume, evaluate, then step after step until the end or a signal."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.observe.writers import RunWriter
 from megatron_rl.policy.policy import Policy
 from megatron_rl.run.checkpoints import Checkpoints, check_best_metric, resume
-from megatron_rl.run.due import due, evaluation_due, evaluation_owed
+from megatron_rl.run.due import due, evaluation_due, evaluation_missing
 from megatron_rl.run.session import Session
 from megatron_rl.tasks.task import Task
 
 
 def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) -> bool:
-    """Run all steps that are not done yet.
+    """Run the remaining steps. A signal also interrupts a rollout or an evaluation. The run then
+    drops it and keeps the checkpoint of the last step done; the next run begins it again.
 
-    A signal is heard in a rollout and in an evaluation as well. Of those nothing is kept: the
-    checkpoint is that of the last step done, and the next run begins them again.
-
-    Returns:
-        True when the run is complete, False when a signal ended it early.
+        Returns:
+            True when the run is complete, False when a signal ended it early.
     """
     total = session.config.train.steps
     task = make_task()
     done = resume(session, policy, task)
-    owed = done is not None and evaluation_owed(session, done)
-    if done is not None and done >= total and not owed:
+    missing = done is not None and evaluation_missing(session, done)
+    if done is not None and done >= total and not missing:
         session.console.note(
             f"all {total} steps are done, nothing left to do; for more raise train.steps, "
             "for a new run choose another run_dir"
@@ -38,7 +36,7 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
     checkpoints = Checkpoints(session, policy, task, done or 0)
     with session.stop, checkpoints, writer or contextlib.nullcontext():
         steps = _Steps(session, writer, checkpoints, task)
-        if owed or (done is None and session.config.data.eval is not None):
+        if missing or (done is None and session.config.data.eval is not None):
             if not steps.evaluate_first(done):
                 return False
         for number in range((done or 0) + 1, total + 1):
@@ -58,12 +56,12 @@ class _Steps:
         self._metrics: Mapping[str, float] = {}  #: of the last step done
 
     def evaluate_first(self, done: int | None) -> bool:
-        """Evaluate a new run before its first step (None), or make up for the evaluation of the
-        step that the run goes on from; False: a signal came first.
+        """Evaluate a new run (``done`` None) before its first step, or make up for a missed
+        evaluation after step ``done``. False: a signal came first.
         """
         sums = self._session.new_sums()
         if not self._evaluate(sums):
-            self._say_stopped(done or 0)
+            self._report_stop(done or 0)
             return False
         metrics = self._session.reduce(sums)
         if done is None:
@@ -79,8 +77,8 @@ class _Steps:
         return True
 
     def run(self, number: int) -> bool:
-        """One step with what is due after it; False: a signal asked to stop, and the checkpoint
-        is there.
+        """Run one step and what is due after it. False: a signal asked to stop, and the checkpoint
+        is saved.
         """
         session, config = self._session, self._session.config
         sums, before = session.new_sums(), self._task.state_dict()
@@ -91,7 +89,7 @@ class _Steps:
             self._task.load_state_dict(before, other_data=False)
             if number > 1:
                 self._checkpoints.save_before_leaving(number - 1, self._metrics)
-            self._say_stopped(number - 1)
+            self._report_stop(number - 1)
             return False
         if evaluation_due(config, number):
             self._evaluate(sums)
@@ -101,13 +99,13 @@ class _Steps:
         last = asked or number == config.train.steps
         if last or due(config.checkpoint.every, number):
             self._checkpoints.save(number, metrics, last)
-        if asked and (number < config.train.steps or evaluation_owed(session, number)):
-            self._say_stopped(number)
+        if asked and (number < config.train.steps or evaluation_missing(session, number)):
+            self._report_stop(number)
             return False
         return True
 
     def _evaluate(self, sums: MetricSums) -> bool:
-        """False: a signal came before the end, and nothing was added to ``sums``."""
+        """Evaluate into ``sums``. False: a signal came first, and nothing was added."""
         try:
             self._task.evaluate(sums)
         except Stopped:
@@ -115,7 +113,7 @@ class _Steps:
             return False
         return True
 
-    def _say_stopped(self, number: int) -> None:
+    def _report_stop(self, number: int) -> None:
         self._session.console.note(f"stopped after step {number}; run the same command to continue")
 
 

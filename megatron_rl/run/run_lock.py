@@ -1,15 +1,15 @@
-"""One run at a time in a run directory: the file ``run.lock`` says whose it is.
+"""One run at a time in a run directory: the file ``run.lock`` names its owner.
 
-A file that only one can make (O_EXCL, on NFS as well), with the owner's place and job in it. Who
-lives touches it every few seconds; no lock of the kernel is needed. An owner is dead
+Only one process can create the file (O_EXCL, on NFS as well). It holds the owner's host, process
+and job. A living owner touches it every few seconds, so no kernel lock is needed. An owner is dead
 
-* where its processes can be seen (same machine and process namespace): when the process is gone;
-* when it is an earlier attempt of the same Slurm job, queued again;
-* else when it has not touched the file for `DEAD_AFTER_S`, by the clock of the directory's disk.
+* if its process is gone, where it could be seen (same machine and process namespace);
+* if it is an earlier attempt of the same Slurm job, queued again;
+* otherwise, if it has not touched the file for `DEAD_AFTER_S`, by its disk's clock.
 
-A dead owner's lock is taken over by making ``run.lock.after-ITS-TOKEN``, which again only one can,
-and renaming that to ``run.lock``; so of many that come at once exactly one gets it, whatever moment
-another is killed at.
+To take over a dead owner's lock a run creates ``run.lock.after-ITS-TOKEN``, which again only one
+can, and renames it to ``run.lock``. So exactly one of many runs gets it, even if others are killed
+on the way.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ LOCK_FILE = "run.lock"
 _MOST_BYTES = 10_000
 #: Seconds between two touches of the lock.
 BEAT_S = 5.0
-#: Seconds without a touch after which an owner that cannot be seen is taken for dead. Many times
-#: BEAT_S: its machine may be busy, and a disk slow.
+#: Seconds without a touch after which an owner that cannot be seen counts as dead. Many times
+#: BEAT_S, because its machine may be busy and a disk slow.
 DEAD_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a run directory. Fields of a lock that cannot be read are empty."""
+    """The owner of a run directory. Fields of an unreadable lock are empty."""
 
-    token: str  #: of this one process and call
+    token: str  #: unique to this process and call
     host: str = ""
     pid: int = 0
-    started: str = ""  #: when the process did, in ticks since the machine did: pids come again
+    started: str = ""  #: start of the process in ticks since boot: process ids are used again
     boot: str = ""  #: of the kernel
-    namespace: str = ""  #: of process numbers: that of a container, or the machine's
+    namespace: str = ""  #: namespace of process ids: a container's, or the machine's
     since: str = ""
     slurm_job: str = ""
     slurm_restarts: int = 0
@@ -84,25 +84,27 @@ def this_process() -> Owner:
 class RunLock:
     """Holds a run directory from `acquire` to `release`."""
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
-        """run_dir: is made where it is missing. say: tells a person what is waited for."""
-        self._run_dir, self._say = run_dir, say
+    def __init__(self, run_dir: Path, note: Callable[[str], None] = lambda text: None) -> None:
+        """run_dir: created if missing. note: shows a person what the run waits for."""
+        self._run_dir, self._note = run_dir, note
         self._path = run_dir / LOCK_FILE
         self._me = this_process()
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the directory, over from a dead owner if need be.
+        """Take the directory, from a dead owner if there is one.
 
         Raises:
-            UserError: a living run has it, or it cannot be written.
+            UserError: a living run has it, or the directory cannot be written.
         """
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             while not self._try():
                 pass
-            for left in self._run_dir.glob(f"{LOCK_FILE}.after-*"):  # of those killed on the way
+            for left in self._run_dir.glob(
+                f"{LOCK_FILE}.after-*"
+            ):  # left by runs that were killed while taking over
                 left.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
@@ -113,13 +115,13 @@ class RunLock:
         self._heart.start()
 
     def confirm(self) -> None:
-        """Before something is written that another run would write as well.
+        """Check the ownership; call before writing what another run would write as well.
 
         Raises:
-            RunFailed: another run has taken the directory over, as happens to one that was stopped
-                or cut off for longer than `DEAD_AFTER_S`.
+            RunFailed: another run has taken over the directory, because this one was stopped or cut
+                off for longer than `DEAD_AFTER_S`.
         """
-        with contextlib.suppress(OSError):  # what cannot be read now is no one else's
+        with contextlib.suppress(OSError):  # an unreadable lock is not another run's
             owner = read_owner(self._path)
             if owner is None:  # deleted by hand, or with the directory
                 self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -142,7 +144,7 @@ class RunLock:
                 self._path.unlink()
 
     def _try(self) -> bool:
-        """One attempt: True: it is ours; False: things have changed meanwhile."""
+        """One attempt. True: the lock is ours; False: it changed meanwhile, try again."""
         if _make(self._path, self._me):
             return True
         first = read_owner(self._path)
@@ -152,22 +154,24 @@ class RunLock:
             successor = self._run_dir / f"{LOCK_FILE}.after-{owner.token}"
             if _make(successor, self._me):
                 now = read_owner(self._path)
-                if now is None or now.token != first.token:  # it was taken over before us
+                if now is None or now.token != first.token:  # another run was faster
                     successor.unlink(missing_ok=True)
                     return False
                 os.replace(successor, self._path)
-                self._say(f"run_dir {self._run_dir} was left behind by {first}; taken over")
+                self._note(f"run_dir {self._run_dir} was left behind by {first}; taken over")
                 return True
             path, owner = successor, read_owner(successor)
         return False
 
     def _refuse_if_alive(self, path: Path, owner: Owner) -> None:
-        """Return once the owner is known to be dead; it may take DEAD_AFTER_S to see."""
+        """Return once the owner is known to be dead, which may take DEAD_AFTER_S; refuse a living
+        one.
+        """
         silent = _silence(path)
         alive = _lives(owner, self._me)
         end = time.monotonic() + DEAD_AFTER_S - silent
         if alive is None and silent < DEAD_AFTER_S:
-            self._say(
+            self._note(
                 f"run_dir {self._run_dir} is held by {owner}, last heard of {silent:.0f} s ago; "
                 f"waiting up to {DEAD_AFTER_S - silent:.0f} s to see whether it lives"
             )
@@ -185,7 +189,7 @@ class RunLock:
             )
 
     def _beat(self) -> None:
-        """Until `release`; a disk that fails for a while is tried again."""
+        """Touch the lock until `release`; after a disk error try again."""
         while not self._ended.wait(BEAT_S):
             with contextlib.suppress(OSError):
                 owner = read_owner(self._path)
@@ -194,16 +198,16 @@ class RunLock:
 
 
 def touch(path: Path) -> None:
-    """Say "alive": the file's time is now, by the clock of its disk. OSError: it cannot be."""
+    """Set the file's time to now, by the clock of its disk. Raises OSError."""
     os.utime(path)
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Whose lock a file is; None: there is no such file. One that cannot be understood has an owner
-    of whom nothing is known but the file's time.
+    """The owner that a lock file names; None: there is no such file. An unreadable lock has an
+    owner with empty fields.
     """
     try:
-        content = read_bounded(path, _MOST_BYTES)  # to open is what makes NFS look again
+        content = read_bounded(path, _MOST_BYTES)  # opening makes NFS refresh the file
         number = os.stat(path).st_ino
     except FileNotFoundError:
         return None
@@ -223,7 +227,7 @@ _ANYONE = Owner("")
 
 
 def _make(path: Path, owner: Owner) -> bool:
-    """Make the file; False: there is one. OSError: it cannot be made, and is not."""
+    """Create the file; False: it exists. OSError: it cannot be created; nothing is left behind."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:
@@ -242,10 +246,10 @@ def _make(path: Path, owner: Owner) -> bool:
 
 
 def _lives(owner: Owner, me: Owner) -> bool | None:
-    """Whether it does; None: that can only be seen from its touches."""
+    """Whether the owner lives; None: only its touches can tell."""
     if owner.slurm_job and owner.slurm_job == me.slurm_job:
         if owner.slurm_restarts < me.slurm_restarts:
-            return False  # Slurm queues a job again when all of it has ended
+            return False  # Slurm queues a job again only after all of it has ended
     seen = owner.boot and (owner.boot, owner.namespace) == (me.boot, me.namespace)
     if seen and owner.pid > 0 and owner.started:
         start = _start_of(owner.pid)
@@ -255,7 +259,7 @@ def _lives(owner: Owner, me: Owner) -> bool | None:
 
 
 def _silence(path: Path) -> float:
-    """Seconds since the lock was touched, both by the clock of the disk; 0 for one that is gone."""
+    """Seconds since the lock was touched, by the clock of its disk; 0 for a lock that is gone."""
     last = _touched(path)
     probe = path.with_name(f".{LOCK_FILE}.{uuid.uuid4().hex}.tmp")
     os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -268,7 +272,7 @@ def _silence(path: Path) -> float:
 
 def _touched(path: Path) -> float | None:
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NFS looks again
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NFS refreshes
     except FileNotFoundError:
         return None
     try:
@@ -278,19 +282,19 @@ def _touched(path: Path) -> float | None:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did, "" for one that has ended and is a
-    zombie; None: there is none, or it is hidden.
+    """Start of a process in ticks since boot; "" for a zombie; None: there is none, or it is
+    hidden.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # behind the name, which may hold anything
+    fields = text.rpartition(")")[2].split()  # after the name, which may hold anything
     return "" if fields[0] in "ZX" else fields[19]
 
 
 def _exists(pid: int) -> bool:
-    """Also where /proc hides the processes of others."""
+    """Whether a process exists, also if /proc hides the processes of other users."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

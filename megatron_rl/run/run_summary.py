@@ -1,4 +1,4 @@
-"""What a run shows of itself before it starts: a fact a line."""
+"""The run summary: the facts that a run shows before it starts, one a line."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from megatron_rl.run.trace_memory import longest_sequence, trace_fact
 
 
 def run_facts(session: Session, machine: Mapping[str, str]) -> dict[str, str]:
-    """Facts of every verb: where the run is, the model, the layout, the device, and what the
-    verifiers found of this machine.
+    """Facts of every verb: run directory, model, layout, device, and what the verifiers found on
+    this machine.
     """
     config, ranks = session.config, session.launch.world_size
     facts = {
@@ -48,7 +48,9 @@ def run_facts(session: Session, machine: Mapping[str, str]) -> dict[str, str]:
 
 
 def stop_text(stop_tokens: Mapping[int, str]) -> str:
-    """``2 (tokenizer), 7, 9 (generation_config.json)``: the tokens, by what names them."""
+    """``2 (tokenizer), 7, 9 (generation_config.json)``: stop tokens by the sources that name
+    them.
+    """
     by_place: dict[str, list[int]] = {}
     for token, place in stop_tokens.items():
         by_place.setdefault(place, []).append(token)
@@ -100,7 +102,7 @@ def _engine(rollout: RolloutConfig) -> str:
     if engine_of(rollout).servers:
         which = ", ".join(servers.urls) or f"{servers.start} started with {servers.python}"
         which = f" servers: {which}"
-        # An option of vLLM and SGLang alike: what executes code is never left unsaid.
+        # An option of both vLLM and SGLang: the summary always shows what executes code.
         if any(word.startswith("--trust-remote-code") for word in servers.options):
             which += ", which execute code of the model's directory (--trust-remote-code)"
     steps = "one step" if rollout.lag == 1 else f"{rollout.lag} steps"

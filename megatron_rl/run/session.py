@@ -1,4 +1,4 @@
-"""A run on one rank: a task's session with the run's directory, and how it is opened."""
+"""A run on one rank: a task's session with the run directory, and how to open it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from megatron_rl.parallel.groups import build_groups, destroy_groups
 from megatron_rl.parallel.stop_request import StopRequest
 from megatron_rl.rollout.servers.keys import check_key
 from megatron_rl.run.run_lock import RunLock
-from megatron_rl.run.stop_tokens import model_directories, stop_tokens_of
+from megatron_rl.run.model_stop_tokens import model_directories, stop_tokens_of
 from megatron_rl.tasks.task_session import TaskSession
 from megatron_rl.weights.companions import FOLDER as COMPANIONS
 from megatron_rl.weights.companions import keep_companions, kept_companions
 
-#: Verbs that add to a run.
+#: Verbs that add steps to a run.
 TRAINING = ("train", "sft")
 
 
@@ -43,7 +43,7 @@ TRAINING = ("train", "sft")
 class Session(TaskSession):
     """One run on one rank. Rank 0 alone has a writer."""
 
-    lock: RunLock | None = None  #: on rank 0, of verbs that write in the run directory
+    lock: RunLock | None = None  #: on rank 0, for verbs that write in the run directory
 
     @property
     def run_dir(self) -> Path:
@@ -81,15 +81,15 @@ class Session(TaskSession):
                 origin = next(iter(model_directories(self.config)), None)
                 kept = kept_companions(self.run_dir)
                 if kept is not None and (kept / "config.json").is_file():
-                    origin = kept  # those the run has started from, whatever hf_path is now
+                    origin = kept  # the run started from these, even if hf_path has changed
                 keep_companions(origin, self.run_dir, tuple(self.stop_tokens))
 
         collective_try(self.groups.world, open_files)
         return opened[0] if opened else None
 
     def _clear_for_a_new_run(self) -> None:
-        """What an old run left is no part of the new one: its checkpoints would be resumed from,
-        and its tokenizer exported.
+        """Move an old run's files out of the way of a new run, which would resume from its
+        checkpoints and export its tokenizer.
         """
         companions = self.run_dir / COMPANIONS
         if newest_first(self.checkpoints):
@@ -100,10 +100,10 @@ class Session(TaskSession):
             shutil.rmtree(companions)
 
     def confirm_lock(self) -> None:
-        """Before what only the owner of the run directory may write. A collective.
+        """Call before writing what only the owner of the run directory may write. A collective.
 
         Raises:
-            RunFailed: another run has taken it over; on all ranks.
+            RunFailed: another run has taken over the directory; on all ranks.
         """
         collective_try(self.groups.world, lambda: self.lock.confirm() if self.lock else None)
 
@@ -164,14 +164,14 @@ def open_session(
 
 
 def _writes(config: Config, verb: str) -> bool:
-    """Whether a verb writes in the run directory: the runs themselves, and engines other than the
-    built-in one; weights for servers come and go there.
+    """Whether a verb writes in the run directory: training verbs do, and so do engines other than
+    the built-in one, which put weights for servers there.
     """
     return verb in TRAINING or config.rollout.engine != "builtin"
 
 
 def _check_writable(config: Config) -> None:
-    """What a run that goes on adds to can be written: said now, not at its first checkpoint."""
+    """Refuse now, not at the first checkpoint, to resume a run whose files cannot be written."""
     for name in ("checkpoints", METRICS_FILE, SAMPLES_FILE):
         path = config.run_dir / name
         if config.checkpoint.resume != "never" and path.exists() and not os.access(path, os.W_OK):

@@ -1,4 +1,4 @@
-"""Room for the router trace, before the first step."""
+"""Checks before the first step that the router trace fits in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_rl.run.session import Session
 
 
 def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
-    """Tokens of the longest problem with the longest answer, or conversation."""
+    """Tokens of the longest prompt with the longest answer or conversation."""
     if config.rollout.environment is not None and config.rollout.max_turns > 1:
         return config.model.max_sequence_length
     longest = max((len(problem.tokens) for problem in problems), default=1)
@@ -27,7 +27,7 @@ def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
 
 
 def trace_fact(config: Config, world_size: int, longest: int) -> str:
-    """The size of the trace, for the header."""
+    """The size of the trace, for the run summary."""
     return (
         f"{trace_bytes_per_token(config.model):,} bytes a token over all pipeline stages; "
         + trace_text(config, world_size, longest)
@@ -35,11 +35,10 @@ def trace_fact(config: Config, world_size: int, longest: int) -> str:
 
 
 def check_trace_fits(session: Session, longest: int) -> None:
-    """Refuse a run whose trace is larger than the memory that is free beside the model. A
-    collective.
+    """Refuse a run whose trace needs more than the free memory. A collective.
 
     Raises:
-        UserError: it is; on all ranks.
+        UserError: the trace does not fit; on all ranks.
     """
     algorithm = session.config.algorithm
 

@@ -1,6 +1,6 @@
 """The verbs that need the model: train, sft, evaluate, generate.
 
-Tokenizer and data have been read and checked by then (``data/run_data.py``), on every rank.
+Every rank has read and checked tokenizer and data before (``data/run_data.py``).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from megatron_rl.tasks.reinforce import Reinforce
 from megatron_rl.tasks.supervised import Supervised
 from megatron_rl.tasks.task import Task
 
-#: Builds a verb's task once session, policy and engine are there.
+#: Builds a verb's task from session, policy and engine.
 MakeTask = Callable[[Session, Policy, Engine], Task]
 
 
 def train(config: Config, data: RunData) -> None:
-    """Reinforcement learning from ``data.train``, evaluated on ``data.eval`` where it is given."""
+    """Reinforcement learning on ``data.train``, evaluated on ``data.eval`` if given."""
     assert data.train is not None, "what the verb reads"
     problems, parts, held_out = data.train.items, data.train.parts, _held_out(data)
     identity = run_identity(config, "train", problems, held_out, parts)
@@ -101,10 +101,10 @@ def _run(
 
 
 def _report(session: Session, complete: bool) -> None:
-    """The page of the run. One that cannot be written is no reason to call the run a failure."""
+    """Write the run's report. If that fails, warn: the run itself has succeeded."""
     run_dir = session.run_dir
     if not complete and not (run_dir / METRICS_FILE).stat().st_size:
-        return  # stopped before there was anything to show
+        return  # the run stopped before its first metrics
     try:
         with written_for_the_user("the report", f"make room and run: megatron-rl report {run_dir}"):
             report = write_report(run_dir)
@@ -117,8 +117,8 @@ def _report(session: Session, complete: bool) -> None:
 
 
 def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
-    """Evaluate the newest weights of the run on ``data.eval``; ``base``: those a new run would
-    start from.
+    """Evaluate the run's newest weights on ``data.eval``; ``base``: the weights a new run starts
+    from.
     """
     _check_weights(config, base)
     problems = _held_out(data)
@@ -147,7 +147,7 @@ def generate(
     samples: int = 1,
     output: Path | None = None,
 ) -> None:
-    """Answers to each problem, of the weights that `evaluate` takes: printed, or written to
+    """Answer each problem with the weights that `evaluate` uses; print the answers or write them to
     ``output`` as JSON lines.
     """
     _check_weights(config, base)
@@ -168,7 +168,9 @@ def _held_out(data: RunData) -> list[Prompt]:
 
 
 def _check_weights(config: Config, base: bool) -> None:
-    """The weights asked for are named. Other weights than the run's are never taken unasked."""
+    """Refuse if the weights asked for are not named: a verb never uses other weights than the run's
+    unless told to.
+    """
     if base and config.checkpoint.init_from is None and config.model.hf_path is None:
         raise UserError(
             "--base asks for the weights a run starts from, and neither checkpoint.init_from nor "
@@ -183,7 +185,7 @@ def _check_weights(config: Config, base: bool) -> None:
 
 
 def _load_engine(session: Session, base: bool) -> tuple[Engine, str, int]:
-    """The model without an optimizer, the checkpoint its weights are from, and that one's step."""
+    """The model without an optimizer, the checkpoint of its weights, and the checkpoint's step."""
     config, groups = session.config, session.groups
     transformer = transformer_config(config.model, config.parallel, session.device)
     chunks = build_chunks(config.model, transformer, groups, session.device, config.seed)
@@ -195,10 +197,10 @@ def _load_engine(session: Session, base: bool) -> tuple[Engine, str, int]:
     if base:
         found = load_initial_weights(config, chunks, groups)
     else:
-        # A configuration that has its runs start anew has them measured all the same.
+        # Read the checkpoint even if the configuration makes its runs start anew.
         resume = "newest" if config.checkpoint.resume == "newest" else "auto"
         loaded = load_newest(session, load, resume)
         found = None if loaded is None else loaded[0]
-    assert found is not None, "looked for before the ranks met"
+    assert found is not None, "checked before the ranks joined"
     step = read_manifest(found).step if found != config.model.hf_path else 0
     return build_engine(session, chunks), str(found), step

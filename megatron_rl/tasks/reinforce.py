@@ -92,7 +92,7 @@ class Reinforce:
         if len(self._parts) > 1:
             for base, metrics in source_sums(sampled, self._parts).items():
                 sums.add_parts(base, metrics)
-        self._add_lag(sampled, sums)
+        self._add_staleness(sampled, sums)
         lengths = [answer.num_written for scored in sampled for answer in scored.group.completions]
         sums.add("response/length_max", max(lengths, default=0), len(lengths))
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
@@ -204,7 +204,7 @@ class Reinforce:
             update(self._policy, mini_batches[done % len(mini_batches)], sums, telemetry)
         return telemetry
 
-    def _add_lag(self, sampled: Sequence[ScoredGroup], sums: MetricSums) -> None:
+    def _add_staleness(self, sampled: Sequence[ScoredGroup], sums: MetricSums) -> None:
         """Staleness: how many steps the sampling weights are behind the trained ones. Partial
         rollouts: the share of answers sampled by several versions of the weights.
         """
@@ -212,10 +212,10 @@ class Reinforce:
         answers = [answer for answer in answers if answer.version is not None]
         if answers:
             now = self._engine.version
-            lags = [now - a.version for a in answers if a.version is not None]
-            sums.add("rollout/lag", sum(lags), len(answers))
-            carried = sum(a.last_version != a.version for a in answers)
-            sums.add("rollout/carried_fraction", carried, len(answers))
+            staleness = [now - a.version for a in answers if a.version is not None]
+            sums.add("rollout/lag", sum(staleness), len(answers))
+            partial = sum(a.last_version != a.version for a in answers)
+            sums.add("rollout/carried_fraction", partial, len(answers))
 
     def evaluate(self, sums: MetricSums) -> None:
         """Held-out problems, greedy and sampled."""

@@ -37,7 +37,7 @@ class Letters:
 
 def stops(vocab_size=64, hf_path=None, init_from=None, more=(), texts=()):
     cpu_device()
-    from megatron_rl.run.stop_tokens import stop_tokens_of
+    from megatron_rl.run.model_stop_tokens import stop_tokens_of
 
     config = Config(
         model={"hf_path": hf_path, "vocab_size": vocab_size},
@@ -81,7 +81,7 @@ def test_one_outside_the_vocabulary_is_refused(folder):
         stops(init_from=folder / "run", vocab_size=9)
 
 
-def test_the_header_says_them_by_what_names_them():
+def test_the_run_summary_names_their_sources():
     cpu_device()
     from megatron_rl.run.run_summary import stop_text
 

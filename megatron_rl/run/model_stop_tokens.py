@@ -1,4 +1,4 @@
-"""The tokens that end an answer of a run's model."""
+"""The stop tokens of a run's model: those of its tokenizer, its files and the configuration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_rl.weights.companions import kept_companions, run_of
 
 
 def model_directories(config: Config) -> list[Path]:
-    """The Hugging Face files of the model that a run starts from: those of ``model.hf_path``, and
-    those that the run of ``checkpoint.init_from`` has kept.
+    """Directories with Hugging Face files of the initial model: ``model.hf_path``, and the files
+    that the run of ``checkpoint.init_from`` has kept.
     """
     hf_path, init_from = config.model.hf_path, config.checkpoint.init_from
     kept = None if init_from is None else kept_companions(run_of(init_from))
@@ -21,8 +21,8 @@ def model_directories(config: Config) -> list[Path]:
 
 
 def stop_tokens_of(config: Config, tokenizer: Tokenizer) -> dict[int, str]:
-    """Each with what names it. UserError as `stop_tokens`; also a text of ``rollout.stop_tokens``
-    that is no token.
+    """Stop token id -> the sources that name it. Raises UserError as `stop_tokens` does, or if a
+    text of ``rollout.stop_tokens`` is no token.
     """
     rollout, vocab_size = config.rollout, config.model.vocab_size
     more = {_token(tokenizer, text): "rollout.stop_tokens" for text in rollout.stop_tokens}
