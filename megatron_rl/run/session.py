@@ -29,8 +29,8 @@ from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.groups import build_groups, destroy_groups
 from megatron_rl.parallel.stop_request import StopRequest
 from megatron_rl.rollout.servers.keys import check_key
-from megatron_rl.run.run_lock import RunLock
 from megatron_rl.run.model_stop_tokens import model_directories, stop_tokens_of
+from megatron_rl.run.run_lock import RunLock
 from megatron_rl.tasks.task_session import TaskSession
 from megatron_rl.weights.companions import FOLDER as COMPANIONS
 from megatron_rl.weights.companions import keep_companions, kept_companions
