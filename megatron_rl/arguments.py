@@ -244,15 +244,15 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Command-line words -> (for argparse, overrides of config fields), each in its order.
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line argv -> (for argparse, overrides of config fields), each in its order.
 
     Every ``--name`` but the few flags of the command line itself is an override, and takes the next
     word as its value unless that is a flag again (``load_config`` reports the missing value).
     """
     own: list[str] = []
     overrides: list[str] = []
-    rest = list(words)
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         name = word.partition("=")[0]

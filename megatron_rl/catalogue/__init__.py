@@ -1,1 +1,3 @@
-"""What a configuration names: losses, advantages, corrections, verifiers (see README.md)."""
+"""The rows of all things that a configuration names: losses, verifiers, engines... (see
+README.md).
+"""

@@ -1,4 +1,4 @@
-"""What a user's own code raises, as one line that names the place."""
+"""Turns errors of a user's own code into one line that names the place."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.errors import RunFailed, Stopped, UserError, one_line
 
-#: Where Python's own modules and ours are.
+#: Folders of Python's own modules and of this package.
 _NOT_OF_USERS = (sysconfig.get_path("stdlib"), os.path.dirname(os.path.dirname(__file__)))
 
 
 class blame:
-    """Context in which a user's code runs: what it raises becomes a UserError that says who raised
-    what, and where. UserError, RunFailed and Stopped of the code itself pass.
+    """A context for a user's code: any error becomes a UserError with the code's name, the error
+    and its place. UserError, RunFailed and Stopped of the code itself pass.
     """
 
     def __init__(self, who: str, remedy: str) -> None:
@@ -40,14 +40,14 @@ class blame:
 
 
 def made(who: str, kind: type[Any], settings: Settings | None) -> Any:
-    """An object of a user's class, of the settings that it has. UserError: it raises."""
+    """Make an object of a user's class with its settings. UserError: the class raises."""
     with blame(f"{who}, while it is made,", "correct it"):
         return kind() if settings is None else kind(settings)
 
 
 def raised(error: BaseException) -> str:
-    """``ValueError no such thing (my_loss.py:12)``: an error and the line that raised it, or led to
-    it where a library raised it.
+    """``ValueError no such thing (my_loss.py:12)``: an error and the user's line that raised it, or
+    that called the library which did.
     """
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"SyntaxError {error.msg} ({error.filename}:{error.lineno})"

@@ -1,5 +1,5 @@
-"""The weights against the mismatch of sampler and training engine, rho = pi_old / mu, with their
-settings. To ship one: a row here, and its function in ``algorithms/mismatch.py``.
+"""The sampler corrections with their settings: weights against the mismatch of sampler and trainer,
+rho = pi_old / mu. To ship one: a row here, and its function in ``algorithms/mismatch.py``.
 """
 
 from __future__ import annotations

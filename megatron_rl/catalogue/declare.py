@@ -1,4 +1,4 @@
-"""Decorators with which a user's own function becomes a row of the catalogue."""
+"""Decorators that make a user's own function a row of the catalogue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_rl.catalogue.entry import (
 )
 from megatron_rl.catalogue.settings import Settings
 
-#: Where a decorated object holds its row.
+#: Attribute of a decorated object that holds its row.
 ATTRIBUTE = "__catalogue_entry__"
 
 Thing = TypeVar("Thing", bound=Callable[..., Any])
@@ -36,8 +36,9 @@ def loss(
 ) -> Callable[[Thing], Thing]:
     """Declare a policy loss, ``(LossInputs[, settings]) -> LossOutputs``.
 
-    The traits are those of `LossEntry`; a run tries the loss on a small batch before it starts and
-    refuses it where it does other than it declares. The summary is the docstring's first line.
+    For the traits see `LossEntry`. Before it starts a run tries the loss on a small batch and
+    refuses one whose behaviour differs from its declaration. The summary is the docstring's first
+    line.
     """
     traits = {
         "denominator": denominator,
@@ -75,12 +76,12 @@ def verifier(
     paper: str = "",
 ) -> Callable[[Thing], Thing]:
     """Declare a verifier, ``(record, completion[, settings]) -> Reward``: a function, an ``async
-    def``, or a class that is made once (of its settings) and called with record and completion.
-    One without settings and needs needs no decorator.
+    def``, or a class that is made once (with its settings) and called with record and completion. A
+    verifier without settings and needs requires no decorator.
 
     Args:
         settings: the class of its settings.
-        needs: keys that every record has to have.
+        needs: keys that every record must have.
         check: called with every record before the run starts; raises `UserError`.
         machine_check: called once before the run starts, and by ``check``; raises `UserError`.
         paper: where the definition is from.
@@ -97,7 +98,7 @@ def engine(
     paper: str = "",
 ) -> Callable[[Thing], Thing]:
     """Declare a rollout engine, ``(EngineParts[, settings]) -> Engine``: a class, or a function
-    that makes one. The traits are those of `EngineEntry`. One without settings and traits needs no
+    that makes one. For the traits see `EngineEntry`. An engine without settings and traits needs no
     decorator.
     """
     traits = {"beside_training": beside_training, "routes": routes}
@@ -108,8 +109,8 @@ def environment(
     *, settings: type[Settings] | None = None, paper: str = ""
 ) -> Callable[[Thing], Thing]:
     """Declare an environment, ``(record, turns[, settings]) -> text or None``: a function, or a
-    class that is made once (of its settings) and called with record and turns. One without settings
-    needs no decorator.
+    class that is made once (with its settings) and called with record and turns. One without
+    settings needs no decorator.
     """
     return lambda thing: _attach(thing, EnvironmentEntry, settings, paper=paper)
 
@@ -120,15 +121,15 @@ def optimizer(
     """Declare an optimizer, ``(params[, settings]) -> torch.optim.Optimizer``: a class, or a
     function that makes one. One with the defaults below needs no decorator.
 
-    ``params`` are groups as torch's optimizers take them. The run sets ``lr`` and ``weight_decay``
-    of each before every step. ``group["matrices"]`` holds for each parameter the matrices of layers
-    in it (``megatron_rl.optimizers.matrices.Matrix``), () for norms, biases, embeddings.
+    ``params`` are parameter groups, as torch's optimizers take them. Before every step the run sets
+    ``lr`` and ``weight_decay`` of each. ``group["matrices"]`` holds for each parameter its matrices
+    (``megatron_rl.optimizers.matrices.Matrix``), () for norms, biases and embeddings.
 
     Args:
         settings: the class of its settings.
-        split_weights: right where a rank holds slices of matrices, or some of a layer's experts:
-            it acts on each element by itself, or on ``group["matrices"]``. False: a run with such a
-            layout is refused.
+        split_weights: True if the optimizer is right when a rank holds slices of matrices, or some
+            of a layer's experts: it acts on each element separately, or on ``group["matrices"]``.
+            False: runs with such a layout are refused.
         paper: where the definition is from.
     """
     traits = {"split_weights": split_weights}
@@ -137,7 +138,7 @@ def optimizer(
 
 def logger(*, settings: type[Settings] | None = None) -> Callable[[Thing], Thing]:
     """Declare a logger, ``(run[, settings])`` -> an object with ``log(step, metrics)`` and
-    ``close()``, as a class has. One without settings needs no decorator.
+    ``close()``; usually a class. One without settings needs no decorator.
     """
     return lambda thing: _attach(thing, LoggerEntry, settings)
 
@@ -150,10 +151,10 @@ def source(*, settings: type[Settings] | None = None) -> Callable[[Thing], Thing
 
 
 def row_of(thing: Any, kind: type[Entry]) -> Entry:
-    """The row of an object: its decorator's, else one with the defaults of its kind. TypeError:
-    the kind has no default for some trait.
+    """The row of an object: its decorator's, else one with its kind's defaults. TypeError: the kind
+    has a trait without a default.
     """
-    # Not inherited: a class that derives from a decorated one is another thing.
+    # Not inherited: a subclass of a decorated class has no row.
     declared = vars(thing).get(ATTRIBUTE) if hasattr(thing, "__dict__") else None
     return declared or kind(**_described(thing))
 

@@ -1,4 +1,4 @@
-"""What a field of settings expects, in plain words: its type, bounds, meaning and unit."""
+"""Describes what a settings field expects: type, bounds, meaning and unit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words of a field that takes one of a few; () otherwise."""
+    """The values of a field that takes one of a few; () for other fields."""
     return tuple(
         word
         for kind in alternatives(field.annotation)
@@ -64,13 +64,13 @@ def _words(kind: Any) -> str:
         return "a mapping"
     if isinstance(kind, type) and issubclass(kind, Settings):
         return f"a mapping of {', '.join(kind.model_fields)}"
-    if hasattr(kind, "__metadata__"):  # Annotated: the bare type says enough
+    if hasattr(kind, "__metadata__"):  # Annotated: the bare type is enough
         kind = get_args(kind)[0]
     return _WORDS.get(kind) or f"a value of type {getattr(kind, '__name__', kind)}"
 
 
 def _bounds(field: FieldInfo) -> list[str]:
-    """The numeric limits of a field, ``Field(gt=0, le=1)``, in words."""
+    """The numeric limits of a field, ``Field(gt=0, le=1)``, as text."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return [
         f"{text} {bound if isinstance(bound := getattr(limit, name), int) else f'{bound:g}'}"

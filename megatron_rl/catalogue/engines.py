@@ -7,13 +7,13 @@ from megatron_rl.catalogue.entry import EngineEntry
 ENGINES: tuple[EngineEntry, ...] = (
     EngineEntry(
         name="builtin",
-        summary="generates with the training model itself, on the ranks that train it",
+        summary="the training model itself, on the ranks that train it",
         code="megatron_rl.rollout.builtin.generate:builtin_engine",
         routes=True,
     ),
     EngineEntry(
         name="vllm",
-        summary="asks vLLM servers, running ones or some that the run starts",
+        summary="vLLM servers: running ones, or some that the run starts",
         code="megatron_rl.rollout.servers.vllm_command:vllm_engine",
         servers=True,
         beside_training=True,
@@ -23,7 +23,7 @@ ENGINES: tuple[EngineEntry, ...] = (
     ),
     EngineEntry(
         name="sglang",
-        summary="asks SGLang servers, running ones or some that the run starts",
+        summary="SGLang servers: running ones, or some that the run starts",
         code="megatron_rl.rollout.servers.sglang:sglang_engine",
         servers=True,
         beside_training=True,

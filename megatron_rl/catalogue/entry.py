@@ -1,4 +1,6 @@
-"""A row of the catalogue: a thing that a configuration names, with what rules may ask of it."""
+"""The rows of the catalogue: a row is a thing that a configuration names, with traits for the
+rules.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,22 @@ from megatron_rl.catalogue.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every row holds. The code is imported by `load`, and by nothing else."""
+    """The fields of every row. Only `load` imports the code."""
 
-    name: str  #: as a configuration gives it: a row's name, or a reference to a user's own
+    name: str  #: as in a configuration: a row's name, or a reference to a user's own
     summary: str  #: one line
     code: str  #: "module:object"
-    settings: type[Settings] | None = None  #: class of its settings; None: it has none
+    settings: type[Settings] | None = None  #: class of its settings; None: no settings
     paper: str = ""  #: where the definition is from
     own: Any = None  #: of a user's own: the object itself
-    file: Path | None = None  #: of a user's own: the Python file it is in
+    file: Path | None = None  #: of a user's own: its Python file
 
     def load(self) -> Any:
         """The object."""
         return load(self.code) if self.own is None else self.own
 
     def bind(self, settings: Settings | None) -> Callable[..., Any]:
-        """The function with its settings, which are the last argument of one that has any."""
+        """The function with its settings bound as the last argument, if it has settings."""
         function = self.load()
         return function if settings is None else lambda *given: function(*given, settings)
 
@@ -36,12 +38,12 @@ class Entry:
 class LossEntry(Entry):
     """A policy loss: ``(LossInputs[, settings]) -> LossOutputs`` (``algorithms/interface.py``)."""
 
-    #: what its denominator counts: trained tokens, or sequences with a trained token
+    #: the denominator counts trained tokens, or sequences with a trained token
     denominator: Literal["tokens", "sequences"]
-    #: needed: the loss raises without gamma~; optional: it scales ratios where it is given;
-    #: ignored: the loss is the same with it
+    #: needed: the loss raises without gamma~; optional: gamma~ scales ratios if given; ignored:
+    #: gamma~ has no effect
     router_shift: Literal["needed", "optional", "ignored"] = "ignored"
-    #: one ratio a sequence, a geometric mean of its tokens' ratios
+    #: one ratio for each sequence, the geometric mean of its tokens' ratios
     geometric: bool = False
     #: its terms are multiplied by the weights of ``algorithm.mismatch``
     sampler_weights: bool = False
@@ -61,33 +63,35 @@ class CorrectionEntry(Entry):
 class EngineEntry(Entry):
     """A rollout engine: ``(EngineParts[, settings]) -> Engine`` (``rollout/engine.py``)."""
 
-    servers: bool = False  #: its answers are those of servers: ``rollout.servers`` is of it
-    beside_training: bool = False  #: it answers while the model trains, as ``rollout.lag`` asks
-    routes: bool = False  #: its completions can carry the experts of their tokens
-    broadcast: bool = False  #: running servers take weights through a process group
-    #: its log-probabilities are right with top-p or top-k at a temperature other than 1
+    servers: bool = False  #: its answers come from servers: it uses ``rollout.servers``
+    beside_training: bool = (
+        False  #: it can answer while the model trains, which ``rollout.lag`` needs
+    )
+    routes: bool = False  #: its completions can hold the experts of their tokens
+    broadcast: bool = False  #: running servers can receive weights through a process group
+    #: its log-probabilities are exact with top-p or top-k at other temperatures than 1
     tempered_cuts: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierEntry(Entry):
     """A verifier: ``(record, completion[, settings]) -> Reward``, a function, an ``async def``, or
-    a class that is made once, of the settings it has, and then called so.
+    a class that is made once with its settings and then called like a function.
     """
 
-    needs: tuple[str, ...] = ()  #: keys that every record has to have
-    #: "module:object", or a function: ``(record) -> None``; `UserError` for a record that no
-    #: completion could be judged by. Cheap: no process, no completion
+    needs: tuple[str, ...] = ()  #: keys that every record must have
+    #: "module:object", or a function: ``(record) -> None``; raises `UserError` for a record that
+    #: cannot judge any completion. Cheap: starts no process
     check: str | Callable[[Any], None] | None = None
-    #: without arguments: `UserError` where this machine lacks what the verifier needs. One of the
-    #: package returns facts of this machine for a run's header, {name: text}
+    #: no arguments; raises `UserError` if this machine lacks what the verifier needs. One of this
+    #: package may return facts for the run summary, {name: text}
     machine_check: str | Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentEntry(Entry):
-    """What replies to the policy: ``(record, turns[, settings]) -> text or None``, a function, or a
-    class that is made once, of the settings it has, and then called so.
+    """An environment, which replies to the policy: ``(record, turns[, settings]) -> text or None``,
+    a function, or a class that is made once with its settings and then called like a function.
     """
 
 
@@ -95,13 +99,13 @@ class EnvironmentEntry(Entry):
 class OptimizerEntry(Entry):
     """An optimizer: ``(parameter groups[, settings]) -> torch.optim.Optimizer``."""
 
-    #: Megatron makes it by itself, and can share its state out over the data-parallel ranks
+    #: Megatron makes it, and can shard its state over the data-parallel ranks
     #: (``parallel.distributed_optimizer``)
     of_megatron: bool = False
-    #: right where a rank holds slices of matrices, or some of a layer's experts: it acts on each
-    #: element by itself, or on the whole ``matrices`` of its groups
+    #: it is right if a rank holds slices of matrices, or some of a layer's experts: it acts on each
+    #: element separately, or on the whole ``matrices`` of its groups
     split_weights: bool = False
-    #: tensors of its state for a weight that is a matrix of a layer; others are taken to have 2
+    #: tensors of its state for a matrix of a layer; the estimate assumes 2 for other weights
     matrix_moments: int = 2
 
 
@@ -112,13 +116,13 @@ class LoggerEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceEntry(Entry):
-    """Where records come from: ``(path[, settings])`` for a row of this package, ``([settings])``
-    for a user's own; each call gives the records, mappings of JSON values, in the same order.
+    """A data source: ``(path[, settings])`` for a row of this package, ``([settings])`` for a
+    user's own. Each call gives the records, mappings of JSON values, in the same order.
     """
 
-    endings: tuple[str, ...] = ()  #: of the names of files that are read so
-    unit: str = "record"  #: what a record is called in messages: "line 7 of ..."
-    needs: str = ""  #: the library that reads it, where it is none of Python's
+    endings: tuple[str, ...] = ()  #: endings of the file names that it reads
+    unit: str = "record"  #: the word for a record in messages: "line 7 of ..."
+    needs: str = ""  #: the library that it needs, outside of Python's own
 
 
 def load(code: str) -> Any:
@@ -128,5 +132,5 @@ def load(code: str) -> Any:
 
 
 def load_check(check: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """A check of an entry as a function."""
+    """The function of an entry's check."""
     return load(check) if isinstance(check, str) else check

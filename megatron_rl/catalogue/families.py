@@ -15,7 +15,7 @@ class FamilyEntry(Entry):
 
     @classmethod
     def of(cls, family: Family, own: bool = True) -> FamilyEntry:
-        """The row of a family; ``own``: it is a user's own."""
+        """The row of a family; ``own``: a user's own."""
         return cls(
             name=family.model_type,
             summary=family.summary,

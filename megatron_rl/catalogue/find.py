@@ -1,9 +1,9 @@
-"""Finds what a configuration names: a row of the catalogue, or a user's own by reference.
+"""Finds the thing that a configuration names: a row of the catalogue, or a user's own by reference.
 
 References: ``my_package.my_module:thing`` and ``./my_file.py:thing``. A file's path is relative to
-the working directory, with ``~`` and ``${VAR}`` filled in. Modules are looked for where Python
-looks, then in the working directory; a file's own folder is put at the end of that list, so that it
-can import its neighbours. A file is imported once in a process.
+the working directory, with ``~`` and ``${VAR}`` filled in. Python looks for modules on its path,
+then in the working directory. A file's own folder is added at the end, so that the file can import
+its neighbours. A process imports a file once.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ def find(kind: Kind[Row], name: str, field: str | None = None) -> Row:
     """The row of a name or reference; a user's own is imported and its signature checked.
 
     Args:
-        kind: what it has to be.
+        kind: the expected kind.
         name: of a row, or a reference.
-        field: where the name stands, for messages; None: the kind's.
+        field: the configuration key of the name, for messages; None: the kind's own.
 
     Raises:
-        UserError: an unknown name (with the nearest), a file, module or object that is not there,
-            a module that raises, an object of another kind, a wrong signature, a trait that is not
-            declared.
+        UserError: an unknown name (with the nearest), a missing file, module or object, a module
+            that raises, an object of another kind, a wrong signature, an undeclared trait.
     """
     for row in kind.rows:
         if row.name == name:
@@ -66,17 +65,17 @@ def find(kind: Kind[Row], name: str, field: str | None = None) -> Row:
 
 
 def is_reference(name: str) -> bool:
-    """Whether a name is one of a user's own, by its form."""
+    """Whether a name has the form of a reference to a user's own."""
     return ":" in name or "/" in name or name.endswith(".py")
 
 
 def label_of(name: str) -> str:
-    """A short name: a row's, or that of the object of a reference."""
+    """A short name: a row's name, or the object's name in a reference."""
     return name.rpartition(":")[2].rpartition(".")[2] if is_reference(name) else name
 
 
 def code_digest(row: Entry) -> str | None:
-    """SHA-256 of the file that a user's own is in; None for a row of this package."""
+    """SHA-256 of the file of a user's own; None for a row of this package."""
     return None if row.file is None else hashlib.sha256(row.file.read_bytes()).hexdigest()
 
 
@@ -90,7 +89,7 @@ def _import(field: str, place: str, source: str) -> ModuleType:
             return importlib.import_module(source)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-                raise  # the module is there, and one that it imports is not
+                raise  # the module exists, but one that it imports does not
             raise UserError(
                 f"{place}, and there is no module {error.name!r}; expected one that Python finds, "
                 f"or a file: ./{source.replace('.', '/')}.py:thing; install it, correct the name, "
@@ -112,7 +111,7 @@ def _import_file(place: str, path: Path) -> ModuleType:
     assert spec is not None, "a file loader has a spec"
     module = importlib.util.module_from_spec(spec)
     _look_also_in(str(path.parent))
-    sys.modules[name] = module  # first: dataclasses and pydantic look their module up
+    sys.modules[name] = module  # before the import: dataclasses and pydantic look up their module
     complete = False
     try:
         with blame(f"{place}: importing {path.name}", "correct the file"):
@@ -125,7 +124,7 @@ def _import_file(place: str, path: Path) -> ModuleType:
 
 
 def _look_also_in(folder: str) -> None:
-    """At the end, so that no file of a user's takes the place of a module of another's."""
+    """Added at the end, so that a user's file never hides an installed module."""
     if folder not in sys.path:
         sys.path.append(folder)
 
@@ -170,13 +169,13 @@ def _of_instance(kind: Kind[Row], of: type[Any], thing: Any, place: str) -> Row:
     mistake = thing.mistake()
     if mistake is not None:
         raise UserError(f"{place}: {printable(mistake, 400)}")
-    row: Any = kind.row  # has ``of``, as every kind with an instance
+    row: Any = kind.row  # every kind with an instance has ``of``
     made: Row = row.of(thing)
     return made
 
 
 def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:
-    """The thing can be called with what a run gives it, and so can what it makes."""
+    """Check that the thing, and the object it makes, take the arguments that a run passes."""
     settings = () if row.settings is None else ("settings",)
     calls = {label_of(row.name): (row.own, (*kind.arguments, *settings))}
     if inspect.isclass(row.own):
@@ -192,7 +191,7 @@ def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:
     for name, (function, arguments) in calls.items():
         try:
             signature = inspect.signature(function)
-        except (TypeError, ValueError):  # of a builtin that does not tell
+        except (TypeError, ValueError):  # a builtin without a signature
             continue
         try:
             signature.bind(*arguments)
@@ -205,7 +204,7 @@ def _check_signature(kind: Kind[Any], row: Entry, place: str) -> None:
 
 
 def _method(own: type, name: str, place: str, expected: str) -> Any:
-    # Not getattr: a class itself can be called, and that is found too.
+    # Not getattr: it also finds that the class itself can be called.
     found = next((vars(base)[name] for base in own.__mro__ if name in vars(base)), None)
     if not callable(found):
         raise UserError(f"{place}, a class without {name}; expected {expected}")

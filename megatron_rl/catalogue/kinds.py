@@ -1,4 +1,4 @@
-"""The kinds of things that a configuration names, each with its rows."""
+"""The kinds of things that a configuration can name, each with its rows."""
 
 from __future__ import annotations
 
@@ -40,25 +40,26 @@ class Kind(Generic[Row]):
     """A kind of thing."""
 
     noun: str  #: "the NOUN grpo"
-    field: str  #: of the configuration, that names one
+    field: str  #: the configuration key that names one
     row: type[Row]
     rows: tuple[Row, ...]
-    arguments: tuple[str, ...]  #: of the function, without its settings
-    decorator: str  #: an example of what declares a user's own
-    #: what the arguments make has these methods, whose arguments are checked where they are given:
-    #: "close()"; (): the thing is called for its result
+    arguments: tuple[str, ...]  #: arguments of the function, without its settings
+    decorator: str  #: an example decorator for a user's own
+    #: methods of the object that the thing makes; arguments are checked if given: "close()". ():
+    #: the thing is called for its result
     methods: tuple[str, ...] = ()
-    #: its class, where it is no function: has ``mistake()``, and the class of the row ``of(thing)``
+    #: its class, if the kind is no function: it has ``mistake()``, and the row's class has
+    #: ``of(thing)``
     instance: type[Any] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the rows, in order."""
+        """Names of the rows, in order."""
         return tuple(row.name for row in self.rows)
 
     def bind(self, row: Row, settings: Settings | None) -> Callable[..., Any]:
-        """The function of a row, as a run calls it: with its settings; what a user's own raises
-        is a UserError that names it and the place.
+        """The function of a row with its settings bound. An error of a user's own becomes a
+        UserError that names it and the place.
         """
         function = row.bind(settings)
         if row.own is None:
@@ -151,7 +152,7 @@ ENVIRONMENTS = Kind(
     "@environment()",
 )
 
-#: By the word that `megatron-rl list` takes.
+#: Kinds by the word that `megatron-rl list` takes.
 KINDS: dict[str, Kind[Any]] = {
     "losses": LOSSES,
     "advantages": ADVANTAGES,

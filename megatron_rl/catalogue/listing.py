@@ -1,4 +1,4 @@
-"""The rows of a kind for reading: what `megatron-rl list` prints."""
+"""The text that `megatron-rl list` prints: the rows of a kind."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from megatron_rl.catalogue.kinds import Kind
 
 
 def listed(kind: Kind[Any], names: Sequence[str] = ()) -> list[str]:
-    """Lines: each row with its traits and its settings, with their defaults and meanings.
+    """Lines for each row: its traits, and its settings with defaults and meanings.
 
     Args:
         kind: of the things.
-        names: rows or references to a user's own; none: all rows.
+        names: rows, or references to a user's own; empty: all rows.
 
     Raises:
         UserError: as `find`.
@@ -41,7 +41,7 @@ def listed(kind: Kind[Any], names: Sequence[str] = ()) -> list[str]:
 
 
 def _traits(row: Entry) -> list[str]:
-    """What rules ask of a row, in words."""
+    """The traits of a row as text."""
     if isinstance(row, VerifierEntry) and row.needs:
         return [f"needs in every record: {', '.join(row.needs)}"]
     if isinstance(row, EngineEntry):

@@ -9,7 +9,7 @@ from megatron_rl.catalogue.settings import Settings
 
 
 class WandbSettings(Settings):
-    """Where the curves go."""
+    """Settings of the logger wandb."""
 
     project: str = Field(min_length=1)
     """Weights & Biases project; observe.wandb sets it too."""

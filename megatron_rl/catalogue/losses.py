@@ -21,7 +21,7 @@ class DrGrpoSettings(GrpoSettings):
     """Clip range as in grpo."""
 
     length_divisor: Positive = 3000.0
-    """What a sequence's sum is divided by: the longest answer allowed, tokens."""
+    """Divides a sequence's sum: the longest answer allowed, tokens."""
 
 
 class DapoSettings(GrpoSettings):
@@ -41,8 +41,8 @@ class GspoSettings(Settings):
 
 
 class GmpoSettings(Settings):
-    """The log-ratio of a token is clipped to [-clip_low, clip_high]. The floor gamma_min of rspo is
-    no setting of the loss: it is in the weight (``algorithm.router_shift.floor``).
+    """The log-ratio of a token is clipped to [-clip_low, clip_high]. The floor gamma_min of rspo
+    belongs to the weight, not to the loss (``algorithm.router_shift.floor``).
     """
 
     clip_low: Bound = 0.4
@@ -54,8 +54,8 @@ class GmpoSettings(Settings):
 class CispoSettings(Settings):
     """The weight is clipped to [1 - clip_low, 1 + clip_high].
 
-    clip_low = 1 is no lower bound, as in the paper, which leaves clip_high open; a cap of 5 is from
-    arXiv 2510.13786.
+    clip_low = 1 means no lower bound, as in the paper. The paper leaves clip_high open; the cap of
+    5 is from arXiv 2510.13786.
     """
 
     clip_low: Bound = 1.0

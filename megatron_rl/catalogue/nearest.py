@@ -5,15 +5,15 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import Iterable
 
-#: A longer text is no misspelt name, and to compare it takes time by the square of its length.
+#: A longer text is no misspelt name, and comparing takes time quadratic in its length.
 _LONGEST = 100
 
 
 def nearest(found: str, valid: Iterable[str]) -> str | None:
-    """The valid name most like ``found``; None where none is alike.
+    """The valid name most similar to ``found``; None: none is similar.
 
-    Dotted names are compared whole, and by their last part alone: ``model.temperature`` finds
-    ``rollout.temperature``. The whole name decides between equals.
+    Dotted names are compared whole and by their last part: ``model.temperature`` finds
+    ``rollout.temperature``. The whole name breaks ties.
     """
 
     def likeness(name: str) -> tuple[float, float]:

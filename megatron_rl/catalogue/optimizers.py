@@ -22,24 +22,24 @@ class AdamSettings(Settings):
 
 
 class MuonSettings(AdamSettings):
-    """Muon's, and those of Adam, which takes what is no matrix of a layer."""
+    """Settings of Muon, and of Adam, which steps all weights but the layers' matrices."""
 
     momentum: float = Field(0.95, ge=0.0, lt=1.0)
     """Decay of the mean of the gradients of a matrix, per step."""
     nesterov: bool = True
-    """Step along the mean as it will be with the next gradient like this one."""
+    """Nesterov momentum: step along the mean as the next gradient, if equal, would make it."""
     newton_schulz_steps: int = Field(5, ge=1, le=20)
-    """Steps of the iteration that makes a direction orthogonal."""
+    """Newton-Schulz steps that make a direction orthogonal."""
     scale: Literal["rms", "spectral"] = "rms"
     """Size of a step of a matrix [m, n]. rms: times 0.2 sqrt(max(m, n)), elements as large as in
     Adam's steps, so that both take optimizer.lr (arXiv 2502.16982); spectral: times
     sqrt(max(1, m / n)) (Keller Jordan)."""
     scale_factor: Positive = 1.0
-    """One more factor on it: optimizer.lr of matrices by optimizer.lr of the rest."""
+    """Ratio of the matrices' learning rate to optimizer.lr, which the other weights have."""
     routers: bool = False
     """Whether routers, and gates of shared experts, are stepped by Muon as well."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the products of the iteration; momentum and weights are fp32."""
+    """Type of the products of the iteration; momentum and weights are fp32."""
 
 
 OPTIMIZERS: tuple[OptimizerEntry, ...] = (

@@ -1,4 +1,4 @@
-"""Reads the settings of a thing from a mapping, with one line for a mistake."""
+"""Reads the settings of a thing from a mapping; a mistake becomes one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_rl.errors import UserError
 def with_key(
     given: Mapping[str, Any], name: str, value: Any, key: str, field: str
 ) -> dict[str, Any]:
-    """The mapping with a setting that a key of the configuration beside it gives.
+    """The mapping, with a setting added that another key of the configuration gives.
 
     Args:
         given: settings as YAML gives them.
@@ -40,7 +40,7 @@ def with_key(
 def read_settings(
     field: str, of: str, settings: type[Settings] | None, values: Mapping[str, Any]
 ) -> Settings | None:
-    """The settings that a mapping of a configuration gives; None for a thing that has none.
+    """The settings in a mapping of the configuration; None for a thing without settings.
 
     Args:
         field: the mapping's place, such as ``algorithm.settings``.
@@ -49,8 +49,8 @@ def read_settings(
         values: as YAML gives them.
 
     Raises:
-        UserError: a key that is no setting (with the nearest), a wrong type, a bound, a key that
-            is missing.
+        UserError: an unknown key (with the nearest), a wrong type, a value out of bounds, a missing
+            key.
     """
     names = () if settings is None else tuple(settings.model_fields)
     for key in values:
@@ -63,7 +63,7 @@ def read_settings(
     if settings is None:
         return None
     try:
-        # Through JSON, because pydantic's strict mode takes paths and tuples only from there.
+        # Through JSON, because pydantic's strict mode accepts paths and tuples only from JSON.
         return settings.model_validate_json(json.dumps(dict(values), default=str), strict=True)
     except ValidationError as error:
         raise UserError(_mistake(field, of, settings, error)) from error
@@ -73,7 +73,7 @@ def _mistake(field: str, of: str, settings: type[Settings], error: ValidationErr
     """The first mistake on one line."""
     first = error.errors()[0]
     place = ".".join([field, *map(str, first["loc"])])
-    if first["type"] in ("value_error", "assertion_error"):  # of a rule that the class has
+    if first["type"] in ("value_error", "assertion_error"):  # a rule of the settings class
         return f"{place}: {' '.join(first['msg'].partition(', ')[2].split())}; correct {field}"
     if len(first["loc"]) != 1:  # inside a list or a mapping
         message = " ".join(first["msg"].split())
@@ -90,6 +90,6 @@ def _mistake(field: str, of: str, settings: type[Settings], error: ValidationErr
 
 
 def _cut(value: Any) -> str:
-    """A value for reading, on one line."""
+    """A value as text on one line."""
     text = value if isinstance(value, str) and value.isidentifier() else repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."

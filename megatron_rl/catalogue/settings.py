@@ -1,4 +1,4 @@
-"""Settings of what a configuration names: typed, frozen and documented."""
+"""The base class of settings: typed, frozen and documented."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: A number above 0; and one that infinity switches off.
+#: A number above 0; a bound that infinity switches off.
 Positive = Annotated[float, Field(gt=0.0)]
 Bound = Annotated[float, Field(gt=0.0, allow_inf_nan=True)]
 

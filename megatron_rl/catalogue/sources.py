@@ -7,12 +7,12 @@ from pydantic import Field
 from megatron_rl.catalogue.entry import SourceEntry
 from megatron_rl.catalogue.settings import Settings
 
-#: What a file's name may end with beside its kind.
+#: Endings that a file's name may have after its kind.
 PACKED = (".gz", ".zst")
 
 
 class CsvSettings(Settings):
-    """How a table in text is read."""
+    """Settings of a table in text."""
 
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the columns; null: a comma, in files called .tsv a tab."""
@@ -61,7 +61,7 @@ SOURCES: tuple[SourceEntry, ...] = (
     ),
     SourceEntry(
         name="saved",
-        summary="a directory that save_to_disk of a Hugging Face dataset has written",
+        summary="a directory written by save_to_disk of a Hugging Face dataset",
         code="megatron_rl.data.hugging_face:read_saved",
         settings=ColumnsSettings,
         unit="row",

@@ -9,10 +9,10 @@ from megatron_rl.catalogue.settings import Settings
 
 
 class CountdownSettings(Settings):
-    """What an answer that does not solve the problem is worth."""
+    """Settings of the verifier countdown."""
 
     well_formed: float = Field(0.1, ge=0.0, le=1.0)
-    """Reward of an expression that can be read and is not the answer; a right one has 1."""
+    """Reward of a well-formed expression that is wrong; a right one has 1."""
 
 
 VERIFIERS: tuple[VerifierEntry, ...] = (

@@ -1,4 +1,4 @@
-"""What follows from the section ``algorithm``."""
+"""The rows and settings that the section ``algorithm`` names."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def correction_of(algorithm: AlgorithmConfig) -> CorrectionEntry | None:
 
 
 def correction_settings(algorithm: AlgorithmConfig) -> Settings | None:
-    """Its settings, of which ``mismatch_low`` and ``mismatch_high`` set low and high where it has
-    them. UserError: a mistake in them.
+    """Its settings; ``mismatch_low`` and ``mismatch_high`` set low and high, if it has them.
+    UserError: a mistake in them.
     """
     row = correction_of(algorithm)
     given = dict(algorithm.mismatch_settings)
@@ -68,14 +68,14 @@ def correction_settings(algorithm: AlgorithmConfig) -> Settings | None:
 
 
 def uses_router_shift(algorithm: AlgorithmConfig) -> bool:
-    """Router shift: as configured, else as the loss asks."""
+    """Whether router shift is on: as configured, else as the loss asks."""
     if algorithm.router_shift.enabled is not None:
         return algorithm.router_shift.enabled
     return loss_of(algorithm).router_shift == "needed"
 
 
 def keeps_trace(algorithm: AlgorithmConfig) -> bool:
-    """Whether the scoring pass records the routers: for their shift, or to replay them."""
+    """Whether the scoring pass records the routers, for router shift or routing replay."""
     return uses_router_shift(algorithm) or algorithm.routing_replay != "none"
 
 

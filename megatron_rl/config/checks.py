@@ -46,12 +46,12 @@ def verifiers_are_known(config: Config) -> None:
 
 
 def loggers_are_known(config: Config) -> None:
-    """Those of ``observe`` are loggers, each once, with settings of it."""
+    """The loggers of ``observe`` exist, each once, with settings of theirs."""
     chosen_loggers(config.observe)
 
 
 def groups_have_several_answers(config: Config) -> None:
-    """An advantage is taken against the other answers to the same prompt."""
+    """An advantage compares an answer with the other answers to its prompt."""
     if config.rollout.samples_per_prompt < 2:
         raise UserError(
             "rollout.samples_per_prompt is 1: its advantage is always 0; expected at least 2 "
@@ -60,7 +60,7 @@ def groups_have_several_answers(config: Config) -> None:
 
 
 def prompts_split_over_ranks(config: Config, world_size: int) -> None:
-    """Every data-parallel rank gets as many whole prompts, cut evenly in mini-batches."""
+    """Every data-parallel rank gets equally many whole prompts, cut evenly into mini-batches."""
     prompts, parts = config.rollout.prompts_per_step, config.algorithm.mini_batches
     replicas = data_parallel_size(config.parallel, world_size)
     if prompts % replicas:
@@ -77,7 +77,7 @@ def prompts_split_over_ranks(config: Config, world_size: int) -> None:
 
 
 def batch_splits_over_ranks(config: Config, world_size: int) -> None:
-    """Every data-parallel rank gets as many sequences of a fine-tuning batch as the others."""
+    """Every data-parallel rank gets equally many sequences of a fine-tuning batch."""
     replicas = data_parallel_size(config.parallel, world_size)
     if config.train.batch_size % replicas:
         raise UserError(
@@ -96,7 +96,7 @@ def learning_rate_decays(config: Config) -> None:
         )
 
 
-#: What a verb cannot do without.
+#: Fields that a verb needs.
 NEEDED_FILES: dict[str, tuple[str, ...]] = {
     "train": ("data.tokenizer.path", "data.train"),
     "sft": ("data.tokenizer.path", "data.train"),
@@ -207,10 +207,10 @@ RANK_RULES: dict[str, tuple[Callable[[Config, int], None], ...]] = {
 
 
 def check_config(config: Config, world_size: int | None, verb: str, files: bool = True) -> None:
-    """Refuse a config that ``verb`` (train, sft, evaluate, generate, convert) could not run.
+    """Refuse a config that ``verb`` (train, sft, evaluate, generate, convert) cannot run.
 
-    ``world_size``: ranks there are; None: unknown, so those the config asks for.
-    ``files``: also look whether the files it names exist.
+    ``world_size``: number of ranks; None: unknown, take the config's. ``files``: also check that
+    the named files exist.
     """
     rules = (*MODEL_RULES, *LAYOUT_RULES, *ROLLOUT_RULES, learning_rate_decays, *VERB_RULES[verb])
     for rule in rules:

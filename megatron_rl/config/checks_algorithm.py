@@ -36,7 +36,7 @@ def correction_is_known(config: Config) -> None:
 
 
 def losses_heed_what_is_switched_on(config: Config) -> None:
-    """Router shift and sampler weights act on losses that take them in alone."""
+    """Router shift and sampler weights need a loss that uses them."""
     algorithm = config.algorithm
     loss = loss_of(algorithm)
     found = None
@@ -54,8 +54,8 @@ def losses_heed_what_is_switched_on(config: Config) -> None:
 
 
 def own_code_works(config: Config) -> None:
-    """A user's own loss, advantage estimator and correction do what they declare, on a small batch
-    that is made for it.
+    """A user's own loss, advantage estimator and correction behave as declared, on a small made-up
+    batch.
     """
     algorithm = config.algorithm
     trials = (
@@ -69,7 +69,7 @@ def own_code_works(config: Config) -> None:
 
 
 def router_shift_losses_have_it(config: Config) -> None:
-    """Some losses cannot do without router shift."""
+    """A loss that needs router shift has it."""
     algorithm = config.algorithm
     if loss_of(algorithm).router_shift == "needed" and not uses_router_shift(algorithm):
         raise UserError(
@@ -80,7 +80,7 @@ def router_shift_losses_have_it(config: Config) -> None:
 
 
 def dense_models_have_no_routers(config: Config) -> None:
-    """What looks at routers needs a MoE model."""
+    """Features that read routers need a MoE model."""
     algorithm = config.algorithm
     if config.model.num_experts:
         return
@@ -98,7 +98,7 @@ def dense_models_have_no_routers(config: Config) -> None:
 
 
 def router_shift_variants_have_an_effect(config: Config) -> None:
-    """Settings of router shift are changed only where it is on and they do something."""
+    """Changed settings of router shift have an effect: it is on, and its mode uses them."""
     algorithm, shift = config.algorithm, config.algorithm.router_shift
     changed = [
         name
@@ -131,7 +131,7 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
 
 
 def replayed_routes_are_returned(config: Config) -> None:
-    """R3 replays the sampler's experts, so the engine has to tell them."""
+    """R3 replays the sampler's experts, so the engine must return them."""
     engine = config.rollout.engine
     if config.algorithm.routing_replay == "r3" and not engine_of(config.rollout).routes:
         raise UserError(
@@ -142,7 +142,7 @@ def replayed_routes_are_returned(config: Config) -> None:
 
 
 def kl_penalty_has_a_reference(config: Config) -> None:
-    """A KL penalty is taken towards some policy."""
+    """A KL penalty needs a reference policy."""
     algorithm = config.algorithm
     if algorithm.kl_coef > 0 and algorithm.reference == "none":
         raise UserError(
@@ -152,7 +152,7 @@ def kl_penalty_has_a_reference(config: Config) -> None:
 
 
 def overlong_buffer_fits(config: Config) -> None:
-    """The stretch over which long answers are punished is part of the longest answer."""
+    """The overlong buffer is no longer than the longest answer."""
     buffer, longest = config.reward.overlong_buffer, config.rollout.max_new_tokens
     if buffer > longest:
         raise UserError(

@@ -11,7 +11,7 @@ from megatron_rl.errors import UserError
 
 
 def data_is_found(config: Config) -> None:
-    """The data sets are of a known form: sources of a user's own and settings are checked."""
+    """The data sets have a known form; a user's own sources and all settings are valid."""
     chosen_sources(config.data, "train")
     chosen_sources(config.data, "eval")
 
@@ -25,7 +25,9 @@ _NO_VARIABLES = frozenset(
 
 
 def template_variables_are_free(config: Config) -> None:
-    """``data.chat_template_kwargs`` sets what the template leaves open, and there is a template."""
+    """``data.chat_template_kwargs`` sets only variables of the template, and there is a
+    template.
+    """
     data = config.data
     taken = next((name for name in data.chat_template_kwargs if name in _NO_VARIABLES), None)
     if taken is not None:
@@ -41,7 +43,7 @@ def template_variables_are_free(config: Config) -> None:
 
 
 def prompts_have_one_form(config: Config) -> None:
-    """A prompt is a column or a template; a message of the system needs a chat template."""
+    """A prompt is a column or a template; a system message needs a chat template."""
     data = config.data
     if data.template is not None and data.prompt_key != "prompt":
         raise UserError(

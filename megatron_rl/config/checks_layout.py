@@ -111,10 +111,10 @@ def layout_fits_world(config: Config, world_size: int) -> None:
 
 
 def ranks_are_as_configured(config: Config, world_size: int, verb: str) -> None:
-    """The ranks that run are those the config was written for."""
+    """The number of ranks is the one that the config asks for."""
     wanted = ranks_wanted(config.parallel)
     if world_size == 1 and wanted > 1:
-        layout_fits_world(config, wanted)  # else the command below would be refused as well
+        layout_fits_world(config, wanted)  # otherwise the command below would be refused too
         raise UserError(
             f"found 1 rank; the config's parallel section needs {wanted}; start it with: torchrun "
             f"--nproc-per-node {wanted} -m megatron_rl {verb} CONFIG"

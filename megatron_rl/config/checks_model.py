@@ -58,7 +58,7 @@ def yarn_needs_latent_attention(config: Config) -> None:
 
 
 def latent_attention_is_whole(config: Config) -> None:
-    """Latent attention has all its widths, and nothing of grouped-query attention."""
+    """Latent attention has all its widths, and no field of grouped-query attention."""
     model = config.model
     widths = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     given = [name for name in (*widths, "q_lora_rank") if getattr(model, name) is not None]
@@ -197,7 +197,7 @@ def shared_expert_gate_needs_expert(config: Config) -> None:
 
 
 def frozen_router_has_no_router_losses(config: Config) -> None:
-    """A balancing loss or bias update would move, or try to move, what is frozen."""
+    """Frozen routers have no balancing loss and no bias update."""
     model = config.model
     names = ("aux_loss_coeff", "z_loss_coeff", "expert_bias_update_rate")
     on = [name for name in names if getattr(model, name)]
@@ -218,13 +218,13 @@ def transformer_engine_needs_cuda(config: Config) -> None:
 
 
 def family_is_known(config: Config) -> None:
-    """``model.family`` is a family of ours, or a user's own that can be imported."""
+    """``model.family`` is a family of this package, or a user's own that can be imported."""
     if config.model.family is not None:
         find(FAMILIES, config.model.family)
 
 
 def family_has_every_weight(config: Config) -> None:
-    """What a model of a user's own family is made of has a counterpart in its files."""
+    """A user's own family has a rule for each weight of the model."""
     if config.model.family is None:
         return
     family = find(FAMILIES, config.model.family).load()

@@ -23,7 +23,7 @@ def engine_is_known(config: Config) -> None:
 
 
 def servers_are_named_or_started(config: Config) -> None:
-    """An engine of servers has urls or starts some; the others have neither."""
+    """A server engine has urls or starts servers; other engines do neither."""
     engine, servers = config.rollout.engine, config.rollout.servers
     if not engine_of(config.rollout).servers:
         if servers != ServersConfig():
@@ -45,7 +45,9 @@ def servers_are_named_or_started(config: Config) -> None:
 
 
 def broadcasts_reach_servers_of_others(config: Config) -> None:
-    """Servers of our own are started, and started again, from a directory."""
+    """Broadcast needs running servers: servers that a run starts read their weights from a
+    directory.
+    """
     rollout = config.rollout
     takes = engine_of(rollout).broadcast and not rollout.servers.start
     if rollout.servers.sync == "broadcast" and not takes:
@@ -74,21 +76,23 @@ def urls_are_urls(config: Config) -> None:
 
 
 def _is_address(url: str) -> bool:
-    """Of a server, perhaps below a path; without what would end up in the middle of a request."""
+    """Whether a text is a server's address, perhaps with a path, without characters that would
+    break a request.
+    """
     if not re.fullmatch(r"(?i:https?)://[!-~]+", url) or re.search(r"[?#\\]", url):
         return False
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError:  # brackets that do not close, a port that is none
+    except ValueError:  # unclosed brackets, an invalid port
         return False
     labels = (host or "").split(".")
     return bool(host) and port != 0 and all(len(label) <= 63 for label in labels)
 
 
 def servers_give_exact_logprobs(config: Config) -> None:
-    """vLLM's log-probabilities are those of temperature 1, or those after all of its sampling
-    settings: with top-p or top-k at another temperature neither is what the loss needs.
+    """vLLM gives log-probabilities at temperature 1, or after all of its sampling settings. With
+    top-p or top-k at another temperature neither is what the loss needs.
     """
     rollout = config.rollout
     cut = rollout.top_p < 1.0 or rollout.top_k > 0
@@ -101,7 +105,7 @@ def servers_give_exact_logprobs(config: Config) -> None:
 
 
 def lag_is_corrected(config: Config) -> None:
-    """Answers by older weights need an engine that works beside the trainer, and a correction."""
+    """Stale answers need an engine that works beside the trainer, and a sampler correction."""
     rollout = config.rollout
     if not rollout.lag:
         return
@@ -124,8 +128,8 @@ def lag_is_corrected(config: Config) -> None:
 
 
 def environment_is_known(config: Config) -> None:
-    """``rollout.environment`` is an environment, with settings of it, and has no answers to reply
-    to that are sampled ahead.
+    """``rollout.environment`` is an environment, with settings of it, and answers are not sampled
+    ahead.
     """
     rollout = config.rollout
     environment_settings(rollout)

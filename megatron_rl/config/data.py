@@ -1,4 +1,4 @@
-"""What follows from the section ``data``: the data sets of a split, with readers and columns."""
+"""The data sets that the section ``data`` names, with readers and columns."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from megatron_rl.paths import as_written
 
 Split = Literal["train", "eval"]
 
-#: Begins the name of a dataset of the Hugging Face hub.
+#: Prefix of a dataset of the Hugging Face hub.
 HUB = "hf:"
 #: ``my_source.py:thing`` and ``my_package.my_module:thing``.
 _OWN = re.compile(r"(?:.+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
-#: Files by which a directory is known as one that a Hugging Face dataset was saved to.
+#: Files that identify a directory written by a Hugging Face dataset's save_to_disk.
 _SAVED, _SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
-#: The columns of a part that may differ from those of ``data``.
+#: The column keys of a part that may differ from ``data``.
 _COLUMNS = ("prompt_key", "template", "system", "answer_key", "completion_key", "tools_key")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One thing that is read: a file, a dataset, a user's own source."""
+    """One thing to read: a file, a dataset, or a user's own source."""
 
     row: SourceEntry
     path: Path
@@ -53,12 +53,12 @@ class ChosenSource:
 
     @property
     def is_there(self) -> bool:
-        """Whether what it names exists, as far as a look can tell."""
+        """Whether the data set exists; True for hub datasets and a user's own source."""
         return _is_name(self.path) or self.path.exists()
 
 
 def parts_of(data: DataConfig, split: Split) -> dict[str, DataPart]:
-    """The parts of a split by their fields; {}: it is not given."""
+    """The parts of a split by configuration field; {}: the split is not given."""
     given: Path | tuple[DataPart, ...] | None = getattr(data, split)
     if given is None:
         return {}
@@ -70,20 +70,20 @@ def parts_of(data: DataConfig, split: Split) -> dict[str, DataPart]:
 
 
 def files_of(data: DataConfig) -> dict[str, Path]:
-    """Every file or directory that the splits name, by its field; datasets of the hub and sources
-    of a user's own are none.
+    """Every file or directory that the splits name, by field; without hub datasets and a user's own
+    sources.
     """
     parts = {**parts_of(data, "train"), **parts_of(data, "eval")}
     return {field: part.path for field, part in parts.items() if not _is_name(part.path)}
 
 
 def chosen_sources(data: DataConfig, split: Split) -> tuple[ChosenSource, ...]:
-    """The data sets of a split; () where it is not given.
+    """The data sets of a split; (): the split is not given.
 
     Raises:
-        UserError: an unknown format, a mistake in settings, a user's own source that is not found
-            or has another signature, a directory without data, two parts of one label, columns
-            that exclude each other.
+        UserError: an unknown format, a mistake in settings, a user's own source that is missing or
+            has a wrong signature, a directory without data, two parts with one label, columns that
+            exclude each other.
     """
     parts = parts_of(data, split)
     labels: list[str] = []
@@ -108,7 +108,7 @@ def chosen_sources(data: DataConfig, split: Split) -> tuple[ChosenSource, ...]:
 
 
 def data_text(given: Path | tuple[DataPart, ...] | None) -> str:
-    """For people: ``data/train.jsonl``, or ``0.7 a.jsonl + 0.3 b.csv``, by their shares."""
+    """The data sets as text: ``data/train.jsonl``, or ``0.7 a.jsonl + 0.3 b.csv`` with shares."""
     if given is None or isinstance(given, Path):
         return str(given)
     whole = sum(part.weight for part in given)
@@ -116,7 +116,7 @@ def data_text(given: Path | tuple[DataPart, ...] | None) -> str:
 
 
 def row_of_file(path: Path) -> SourceEntry | None:
-    """The row that claims a file by its name; None: no row does."""
+    """The row whose endings match a file's name; None: no row."""
     name = path.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -124,7 +124,7 @@ def row_of_file(path: Path) -> SourceEntry | None:
 
 
 def _is_name(path: Path) -> bool:
-    """Whether a path is the name of something that is no file here."""
+    """Whether a path names a hub dataset or a user's own source, and no file."""
     text = str(path)
     return not os.path.lexists(path) and (text.startswith(HUB) or _OWN.fullmatch(text) is not None)
 
@@ -144,7 +144,7 @@ def _pieces(field: str, part: DataPart) -> tuple[Piece, ...]:
         row = find(SOURCES, "hub")
     elif _is_name(path):
         place = field if field.count(".") == 1 else f"{field}.path"
-        source = find(SOURCES, as_written(text), place)  # as it is filled in once more
+        source = find(SOURCES, as_written(text), place)  # since it will be filled in again
         return (Piece(source, path, _settings(field, part, source)),)
     elif os.path.isdir(path):
         row = _row_of_directory(field, path)
@@ -156,7 +156,7 @@ def _pieces(field: str, part: DataPart) -> tuple[Piece, ...]:
 
 
 def _row_of_directory(field: str, path: Path) -> SourceEntry | None:
-    """The row of a directory that is one dataset; None: it holds files."""
+    """The row of a directory that holds one dataset; None: it holds files."""
     splits = path / _SAVED_SPLITS
     if os.path.exists(splits):
         names = sorted(child.name for child in path.iterdir() if child.is_dir())
@@ -170,7 +170,7 @@ def _row_of_directory(field: str, path: Path) -> SourceEntry | None:
 
 
 def _files_in(field: str, part: DataPart, row: SourceEntry | None) -> tuple[Piece, ...]:
-    """The files of a directory by name; of those below it, and of others, none."""
+    """The data files of a directory by name; without subdirectories and other files."""
     try:
         files = sorted(child for child in part.path.iterdir() if not child.name.startswith("."))
     except OSError as error:
@@ -200,7 +200,7 @@ def _settings(field: str, part: DataPart, row: SourceEntry) -> Settings | None:
 
 
 def _columns(field: str, part: DataPart, data: DataConfig) -> DataConfig:
-    """``data`` with the part's own columns; its own prompt_key goes before the template of all."""
+    """``data`` with the part's own columns; its prompt_key overrides the template of ``data``."""
     if part.template is not None and part.prompt_key is not None:
         raise UserError(
             f"{field} has a template and a prompt_key; expected one of them: where the prompt is, "
@@ -215,7 +215,7 @@ def _columns(field: str, part: DataPart, data: DataConfig) -> DataConfig:
 
 
 def _label(path: Path) -> str:
-    """A name for metrics from that of a path."""
+    """A name for metrics, made from a path."""
     text = str(path)
     if _is_name(path):
         name = text.removeprefix(HUB).partition("@")[0] if text.startswith(HUB) else label_of(text)

@@ -1,12 +1,12 @@
 """Size of a run before it starts: parameters, memory of the fullest rank, bytes of router trace.
 
 Pure arithmetic on the config; no torch. Weights, gradients and optimizer state follow from the
-layout; activations are an approximation, stated at ``activation_bytes``. Not counted: the KV cache
-of the rollout, communication buffers, the allocator's overhead, the libraries themselves.
+layout; activations are an approximation, stated at ``activation_bytes``. It leaves out the
+rollout's KV cache, communication buffers, the allocator's overhead and the libraries.
 
 Legend: D hidden, H query heads, G key/value heads, d head_dim, F dense MLP width, E experts,
-K top-K, Fe expert width, Fs shared-expert width, V vocabulary; of latent attention the ranks Rq and
-Rkv of what is compressed, r the rotated part of d, v the width of a value head.
+K top-K, Fe expert width, Fs shared-expert width, V vocabulary; for latent attention Rq and Rkv the
+compressed widths, r the rotated part of d, v the width of a value head.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Memory:
 
 
 def attention_parameters(model: ModelConfig) -> tuple[int, int]:
-    """Of a layer: (split over tensor ranks, whole on each), its two norms over D included.
+    """Parameters of a layer's attention: (split over tensor ranks, whole on each), with its two
+    norms over D.
 
     Split: q and o, 2 H d D; k and v, 2 G d D; with qkv_bias (H + 2 G) d. Whole: 2 D, and the norms
     of queries and keys, 2 d per head or (H + G) d over all heads. Latent attention: split Rq H d,
@@ -75,15 +76,15 @@ def _latent_attention_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def expert_parameters(model: ModelConfig) -> int:
-    """Of one expert: gate, up and down projections, 3 D Fe."""
+    """Parameters of one expert: gate, up and down projections, 3 D Fe."""
     return 3 * model.hidden_size * model.moe_ffn_hidden_size
 
 
 def mlp_parameters(model: ModelConfig, is_moe: bool) -> tuple[int, int]:
-    """Of a layer without its routed experts: (split over tensor ranks, whole on each).
+    """Parameters of a layer's MLP without routed experts: (split over tensor ranks, whole on each).
 
     Dense: 3 D F split. MoE: shared expert 3 D Fs split; router D E and shared gate D whole. The
-    expert bias is a buffer, no parameter.
+    expert bias is a buffer, not a parameter.
     """
     if not is_moe:
         return 3 * model.hidden_size * model.ffn_hidden_size, 0
@@ -137,14 +138,14 @@ def trace_bytes(config: Config, world_size: int, longest: int) -> int:
 
 
 def trace_text(config: Config, world_size: int, longest: int) -> str:
-    """`trace_bytes` in words."""
+    """`trace_bytes` as text."""
     place = "pinned host" if config.algorithm.trace_store == "pinned" else "device"
     size = size_text(trace_bytes(config, world_size, longest))
     return f"at most {size} of {place} memory on a rank, for sequences of {longest:,} tokens"
 
 
 def size_text(size: float) -> str:
-    """Bytes in the largest binary unit of which there is one at least: 1536 is 1.5 KiB."""
+    """Bytes in the largest binary unit that fits at least once: 1536 is 1.5 KiB."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]

@@ -13,7 +13,7 @@ from megatron_rl.config.section import Section
 
 
 def leaf_fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """Dotted name -> field, of every value (not section) of the tree, in schema order."""
+    """Dotted name -> field, for every value (not section) of the tree, in schema order."""
     found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         if is_section(field.annotation):
@@ -46,7 +46,9 @@ def is_dict(field: FieldInfo) -> bool:
 
 
 def is_text(field: FieldInfo) -> bool:
-    """Whether the field takes only a string or path (or null, or parts): there ``2024`` is text."""
+    """Whether the field takes only a string or path (or null, or parts), so that ``2024`` is
+    text.
+    """
     kinds = set(alternatives(field.annotation)) - {type(None)}
     return bool(kinds & {str, Path}) and all(
         kind in (str, Path) or _of_parts(kind) for kind in kinds

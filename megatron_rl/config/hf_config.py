@@ -1,10 +1,10 @@
-"""Map a Hugging Face config.json to ``ModelConfig`` fields; refuse what is not implemented.
+"""Maps a Hugging Face config.json to ``ModelConfig`` fields and refuses what is not implemented.
 
-Its family says what is read (``families/``). Both the spellings of transformers 4 (``rope_theta``,
-``num_experts``, ``torch_dtype``) and 5 (``rope_parameters``, ``num_local_experts``, ``dtype``) are.
-A wrong architecture still loads and saves every weight bit for bit, so a key neither mapped nor
-known to be harmless is an error. Types and bounds are those of the family's keys: nothing is worked
-out of a value before it is known to be one.
+The family (``families/``) decides which keys it reads. It reads the spellings of transformers 4
+(``rope_theta``, ``num_experts``, ``torch_dtype``) and 5 (``rope_parameters``,
+``num_local_experts``, ``dtype``). A wrong architecture would still load and save every weight bit
+for bit, so a key that is neither mapped nor known to be harmless is an error. The family's keys
+define types and bounds, which are checked before any value is used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PLAIN = (
     f"a plain config.json of {', '.join(FAMILIES.names)}, or one of a family of your own "
     "(model.family)"
 )
-#: Fields a config.json says nothing of: where the architecture came from, and how it is trained.
+#: Fields that no config.json has: the origin of the architecture, and how it is trained.
 NOT_DESCRIBED = {
     "preset",
     "hf_config",
@@ -52,37 +52,39 @@ DESCRIBED = frozenset(ModelConfig.model_fields) - NOT_DESCRIBED
 def read_hf_config(path: Path, family: str | None = None) -> dict[str, Any]:
     """The ``ModelConfig`` fields that a config.json (or the directory that holds it) determines.
 
-    ``max_sequence_length`` is set to ``max_position_embeddings``; balancing losses are not taken.
-    ``family``: the one that ``model.family`` names; None: that of the file's model_type.
+    ``max_sequence_length`` is set to ``max_position_embeddings``; balancing losses are not read.
+    ``family``: as in ``model.family``; None: the family of the file's model_type.
 
     Raises UserError for a file that cannot be read, an unknown model_type, a missing key, a value
     of another type or out of bounds, and any key whose meaning is not implemented (rope scaling,
-    sliding windows, clip_qkv, quantization, biases but Qwen2's).
+    sliding windows, clip_qkv, quantization, biases other than Qwen2's).
     """
     file = _open(path)
     return read_fields(file, row_of(file, family))
 
 
 def fields_of_values(values: Mapping[str, Any], family: str | None = None) -> dict[str, Any]:
-    """As ``read_hf_config``, of the content of a config.json."""
+    """As ``read_hf_config``, from the content of a config.json."""
     file = HuggingFaceFile(Path("config.json"), given(values), _PLAIN)
     return read_fields(file, row_of(file, family))
 
 
 def family_of(path: Path, family: str | None = None) -> Family:
-    """The family of a config.json (or the directory that holds it); else as ``read_hf_config``."""
+    """The family of a config.json (or of the directory that holds it). Raises as
+    ``read_hf_config``.
+    """
     return row_of(_open(path), family).load()
 
 
 def model_type_of(path: Path) -> str | None:
-    """What a config.json calls its family."""
+    """The model_type of a config.json."""
     found = _open(path).values.get("model_type")
     return found if isinstance(found, str) else None
 
 
 def row_of(file: HuggingFaceFile, named: str | None) -> FamilyEntry:
-    """The family that is named, else that of the file's model_type. UserError: there is none, or
-    the file is of another one of those that are shipped.
+    """The named family, else the family of the file's model_type. UserError: there is none, or the
+    file belongs to another shipped family.
     """
     model_type = file.values.get("model_type")
     known = isinstance(model_type, str) and model_type in FAMILIES.names
@@ -102,7 +104,7 @@ def row_of(file: HuggingFaceFile, named: str | None) -> FamilyEntry:
 
 
 def read_fields(file: HuggingFaceFile, row: FamilyEntry) -> dict[str, Any]:
-    """The fields that a file determines as the family reads it; UserError as ``read_hf_config``."""
+    """The fields that the family reads from a file. Raises as ``read_hf_config``."""
     family = row.load()
     keys = _typed(file, family.keys)
     with blamed(row, f"reading {file.path}"):
@@ -114,7 +116,7 @@ def read_fields(file: HuggingFaceFile, row: FamilyEntry) -> dict[str, Any]:
 
 
 def blamed(row: FamilyEntry, doing: str) -> ContextManager[None]:
-    """Where the functions of a family are called: what a user's own raises is one line."""
+    """A context for calling a family's functions: an error of a user's own becomes one line."""
     if row.own is None:
         return contextlib.nullcontext()
     return blame(f"model.family {printable(row.name)}: {doing}", "correct the family")
@@ -127,7 +129,9 @@ def _open(path: Path) -> HuggingFaceFile:
 
 
 def _typed(file: HuggingFaceFile, kind: type[Keys]) -> Keys:
-    """The values as the family's keys; refuses the first of a wrong type or out of bounds."""
+    """The values as the family's key class; refuses the first with a wrong type or out of
+    bounds.
+    """
     values, spelled = dict(file.values), spellings_of(kind)
     for name, spellings in spelled.items():
         found = {key: values.pop(key) for key in spellings if key in values}
@@ -162,7 +166,7 @@ def _refuse_the_rest(file: HuggingFaceFile, keys: Keys, family: Family) -> None:
 
 
 def _check_fields(file: HuggingFaceFile, fields: Mapping[str, Any], row: FamilyEntry) -> None:
-    """What a user's own family reads is what Megatron-Core's models can be."""
+    """Check that a user's own family reads only fields and values that models here can have."""
     unknown = sorted(set(fields) - DESCRIBED)
     if unknown:
         raise file.refuse(

@@ -23,12 +23,12 @@ def hf_config_of(model: ModelConfig) -> dict[str, Any]:
 def describing_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """``model.family``, else the first family that describes the model exactly; its config.json.
 
-    What it says is read back with ``read_hf_config``'s rules and compared field by field, so a
-    model no family describes (group-limited routing, a qk-norm on Mixtral...) cannot be exported as
-    something else.
+    The config.json is read back with ``read_hf_config``'s rules and compared field by field, so a
+    model that no family describes (group-limited routing, a qk-norm on Mixtral...) cannot be
+    exported as something else.
 
     Raises:
-        UserError: no family does; naming what the nearest one cannot say.
+        UserError: no family does; it names a field that the nearest family lacks.
     """
     rows = FAMILIES.rows if model.family is None else (find(FAMILIES, model.family),)
     wanted = _described(model)
@@ -38,7 +38,7 @@ def describing_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
         values = _written(model, row)
         try:
             said = _described(ModelConfig(**fields_of_values(values, row.name)))
-        except UserError as error:  # the family refuses what it would have to say
+        except UserError as error:  # the family refuses a value
             refusal = error
             continue
         misses[row.name] = [n for n in wanted if wanted[n] != said.get(n)]
@@ -57,7 +57,7 @@ def describing_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 
 def _written(model: ModelConfig, row: FamilyEntry) -> dict[str, Any]:
-    """config.json as a family writes it."""
+    """The config.json that a family writes."""
     family, fields = row.load(), model.model_dump()
     _, fields["num_query_groups"], fields["head_dim"] = heads_of(model)
     fields["moe_layer_freq"] = [int(mark) for mark in moe_layers(model)]
@@ -91,12 +91,12 @@ def check_describes(directory: Path, model: ModelConfig) -> None:
 
 
 def _described(model: ModelConfig) -> dict[str, Any]:
-    """The fields that a config.json describes, defaults filled in."""
+    """The fields that a config.json describes, with defaults filled in."""
     fields = model.model_dump(exclude=NOT_DESCRIBED)
     _, fields["num_query_groups"], fields["head_dim"] = heads_of(model)
     fields["moe_layer_freq"] = [int(mark) for mark in moe_layers(model)]
     if all(moe_layers(model)):
-        del fields["ffn_hidden_size"]  # of dense layers, which there are none
+        del fields["ffn_hidden_size"]  # of dense layers, which the model lacks
     if not model.num_experts:
         fields = {n: v for n, v in fields.items() if not n.startswith(_OF_EXPERTS)}
     if not model.qk_norm or model.kv_lora_rank:

@@ -1,7 +1,7 @@
-"""JSON that others wrote, in files and in answers: the one reader, whose bounds are checked here.
+"""The one reader of JSON that others wrote, in files and in servers' answers, with its bounds.
 
-What it gives holds text that can be written as UTF-8 and numbers that fit a float, so nothing that
-looks at the values fails on their size. No torch, no NumPy.
+Its values hold only text that UTF-8 can encode and numbers that fit a float, so later code cannot
+fail on their size. No torch, no NumPy.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, NoReturn
 from megatron_rl.errors import UserError
 from megatron_rl.files import read_bounded
 
-#: Largest text read where a caller says nothing else, bytes.
+#: Default limit of a text, bytes.
 MOST_BYTES = 16 << 20
-#: Deepest nesting. Python's own limit is reached in the middle of whatever looks at the values.
+#: Deepest nesting. Python's own limit would only show later, in code that uses the values.
 MOST_LEVELS = 64
-#: Digits of an integer: any of fewer is a float as well, and can be printed.
+#: Most digits of an integer: such an integer also fits a float, and can be printed.
 MOST_DIGITS = 300
 
 
 class BadJson(ValueError):
-    """A text that is no JSON, or out of bounds; it says why on one line, without the text."""
+    """A text that is no JSON, or out of bounds; the message is one line and omits the text."""
 
 
 def parse_json(
@@ -37,9 +37,9 @@ def parse_json(
         most_levels: deepest nesting of lists and objects.
 
     Raises:
-        BadJson: it is longer or deeper; no UTF-8, no JSON; it holds NaN, an infinity or a number
-            too large for a float, an integer of more than `MOST_DIGITS`, an object with a key
-            twice, or half a surrogate pair.
+        BadJson: the text is too long or too deep; it is no UTF-8 or no JSON; it holds NaN, an
+            infinity, a number too large for a float, an integer of more than `MOST_DIGITS` digits,
+            a key twice in an object, or half a surrogate pair.
     """
     if len(data) > most_bytes:
         raise BadJson(f"longer than {most_bytes:,} bytes")
@@ -62,9 +62,8 @@ def parse_json(
 def read_json_object(file: Path, expected: str, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """The object a JSON file holds.
 
-    ``expected``: what the file should have been, for the message. Raises UserError for a file that
-    cannot be read, is no regular file, is too large, or holds what `parse_json` refuses or no
-    object.
+    ``expected``: the expected file, for the message. Raises UserError for a file that cannot be
+    read, is no regular file, is too large, holds no object, or that `parse_json` refuses.
     """
     try:
         value = parse_json(read_bounded(file, most_bytes), most_bytes=most_bytes)
@@ -115,7 +114,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _check_characters(text: str, value: Any) -> None:
-    """Half a pair is no character: no file could hold it, no tokenizer takes it."""
+    """Refuse half a surrogate pair: no file can hold it, no tokenizer takes it."""
     try:
         text.encode("utf-8")
         json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -14,7 +14,7 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 
 def ranks_wanted(parallel: ParallelConfig) -> int:
-    """``parallel.world_size`` where it is given, else the fewest ranks the layout fits."""
+    """``parallel.world_size`` if given, else the fewest ranks the layout fits."""
     return parallel.world_size or smallest_world(parallel)
 
 
@@ -29,7 +29,7 @@ def expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def layout_text(parallel: ParallelConfig, world_size: int) -> str:
-    """The layout for reading: data-parallel size and every split there is, "data 4, expert 2"."""
+    """The layout as text: data-parallel size and every split above 1, "data 4, expert 2"."""
     names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
     splits = [(name, getattr(parallel, name)) for name in names]
     parts = [f"{name} {size}" for name, size in splits if size not in (None, 1)]

@@ -1,4 +1,4 @@
-"""Load a config: YAML, overrides, model preset -> ``Config``. Mistakes name their place.
+"""Loads a config: YAML, overrides, model preset -> ``Config``. Errors name the place of a mistake.
 
 Precedence: schema defaults < ``model.preset``, ``model.hf_path`` or ``model.hf_config`` < YAML <
 command line. A field written in the YAML therefore wins over a preset named on the command line.
@@ -30,7 +30,7 @@ from megatron_rl.paths import as_written, local_path
 
 
 class _Value(NamedTuple):
-    """A value and where it was written: ``run.yaml:3``, ``--seed``, ``preset tiny_moe``."""
+    """A value and its origin: ``run.yaml:3``, ``--seed``, ``preset tiny_moe``."""
 
     value: Any
     origin: str
@@ -43,18 +43,18 @@ class _Keys(NamedTuple):
     sections: frozenset[str]
 
 
-#: What optimizer.lr is where it is not given and a run starts from trained weights: the schema's
-#: default, which is for random ones, would undo them.
+#: Default optimizer.lr of a run that starts from trained weights: the schema's default is for
+#: random weights and would destroy trained ones.
 LEARNING_RATES = {"train": 1e-6, "sft": 1e-5}
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), purpose: str = "train") -> Config:
     """The resolved configuration: preset values filled in, overrides applied, every type checked.
 
-    ``overrides`` are command-line words, ``--section.key value`` or ``--section.key=value``, with
-    the value in YAML: ``--seed 3``, ``--algorithm.settings.clip 0.3``, ``--model.moe_layer_freq
-    [0,1]``. Of two for one key the last wins. ``path`` None: overrides alone. ``purpose``: the verb
-    the configuration is for, which decides the learning rate where none is given. Rules that span
+    ``overrides`` are command-line arguments, ``--section.key value`` or ``--section.key=value``,
+    with the value in YAML: ``--seed 3``, ``--algorithm.settings.clip 0.3``,
+    ``--model.moe_layer_freq [0,1]``. If a key is given twice the last one wins. ``path`` None:
+    overrides alone. ``purpose``: the verb, which decides the default learning rate. Rules that span
     fields are in ``checks.py``.
 
     Raises UserError: unknown key (with the nearest valid one), wrong type or bound, invalid YAML,
@@ -68,7 +68,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), purpose: str =
         name = flag[2:]
         field = _field_of(name, keys, flag)
         value = _parse_flag(flag, text, field)
-        if field is None:  # an entry of a dict: joins those that are there
+        if field is None:  # an entry of a dict: added to the others
             name, _, entry = name.rpartition(".")
             value = {**_entries(name, values, keys), entry: value}
         values[name] = _Value(value, flag)
@@ -98,8 +98,8 @@ def written_values(config: Config) -> dict[str, Any]:
 
 
 def _with_path(name: str, entry: _Value, keys: _Keys) -> _Value:
-    """The value; where the field takes a path, or a list of things that have one, with what stands
-    for a part of it filled in.
+    """The value; ``~`` and ``${VAR}`` are filled in if the field takes a path, or a list of
+    sections with one.
     """
     if not is_path(name, keys.leaves[name]):
         return entry
@@ -117,7 +117,7 @@ def _with_path(name: str, entry: _Value, keys: _Keys) -> _Value:
 
 
 def _place(name: str, origin: str) -> str:
-    """Where a value stands: ``--seed``, ``run.yaml:3: seed``."""
+    """The place of a value: ``--seed``, ``run.yaml:3: seed``."""
     return origin if origin == f"--{name}" else f"{origin}: {name}"
 
 
@@ -131,7 +131,7 @@ def _schema_keys() -> _Keys:
 def _flatten(
     tree: Any, keys: _Keys, lines: dict[str, str], file: str, prefix: str = ""
 ) -> dict[str, _Value]:
-    """Nested YAML -> dotted leaves; refuses unknown keys and values where a section belongs."""
+    """Nested YAML -> dotted leaves; refuses unknown keys, and a value in place of a section."""
     found: dict[str, _Value] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -167,10 +167,10 @@ def _field_of(name: str, keys: _Keys, origin: str) -> FieldInfo | None:
     raise UserError(f"{where}unknown key {key}{hint}")
 
 
-def _split_flags(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Command-line words -> (``--name``, text) pairs."""
+def _split_flags(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Command-line arguments -> (``--name``, text) pairs."""
     pairs: list[tuple[str, str]] = []
-    rest = list(words)
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         flag, equals, text = word.partition("=")
@@ -187,7 +187,7 @@ def _split_flags(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
-    """A flag's text as YAML; where the field takes a string or path, all but null stays text."""
+    """A flag's text as YAML; if the field takes a string or path, all but null stays text."""
     text_only = field is not None and is_text(field)
     try:
         value = parse_value(text)
@@ -203,7 +203,7 @@ def _parse_flag(flag: str, text: str, field: FieldInfo | None) -> Any:
 
 
 def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
-    """What the preset or the Hugging Face model determines, where one is named."""
+    """The fields that a named preset or Hugging Face model determines."""
     named = {
         name: entry
         for name in ("model.preset", "model.hf_path", "model.hf_config")
@@ -216,7 +216,7 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
             "one; set the other to null"
         )
     if not named or not isinstance((entry := next(iter(named.values()))).value, str):
-        return {}  # none named, or of a wrong type: validation says so
+        return {}  # none named, or a wrong type, which validation reports
     if "model.preset" in named:
         if entry.value not in MODEL_PRESETS:
             hint = did_you_mean(entry.value, MODEL_PRESETS)
@@ -237,7 +237,7 @@ def _architecture(values: dict[str, _Value]) -> dict[str, _Value]:
 
 
 def _learning_rate(values: dict[str, _Value], purpose: str) -> dict[str, _Value]:
-    """The learning rate of a run that starts from trained weights."""
+    """The default learning rate of a run that starts from trained weights."""
     trained = ("model.hf_path", "checkpoint.init_from")
     if purpose not in LEARNING_RATES or all(
         values.get(name, _Value(None, "")).value is None for name in trained
@@ -265,7 +265,7 @@ def _read_hugging_face(name: str, entry: _Value, family: Any) -> dict[str, Any]:
 
 
 def _entries(name: str, values: dict[str, _Value], keys: _Keys) -> dict[str, Any]:
-    """The entries a dict field has so far."""
+    """The entries of a dict field so far."""
     found = values.get(name, _Value({}, ""))
     if found.value is not None and not isinstance(found.value, dict):
         raise _wrong_value(name, found, keys)
@@ -282,21 +282,21 @@ def _validate(values: dict[str, _Value], keys: _Keys) -> Config:
             branch = branch.setdefault(part, {})
         branch[last] = entry.value
     try:
-        # through JSON, because pydantic's strict mode takes paths as strings only from there
+        # through JSON: pydantic's strict mode accepts strings as paths only from JSON
         return Config.model_validate_json(json.dumps(nested, default=str), strict=True)
     except ValidationError as error:
         raise _type_error(error, values, keys) from error
 
 
 def _type_error(error: ValidationError, values: dict[str, _Value], keys: _Keys) -> UserError:
-    """Name the first wrong value, where it stands, and what its field expects."""
-    # Of a list that stands where a path or a list may: what is wrong with the list.
+    """Name the first wrong value, its place, and what its field expects."""
+    # For a list in a field that takes a path or a list: the mistake in the list.
     first = next((one for one in error.errors() if "tuple" in str(one["loc"])), error.errors()[0])
     location = [str(part) for part in first["loc"] if not str(part).startswith("tuple[")]
     # pydantic appends the branch of a union and the index in a list to the field's name
     names = [".".join(location[:n]) for n in range(len(location), 0, -1)]
     name = next((n for n in names if n in keys.leaves), None)
-    if name is None:  # a string that is no Unicode text
+    if name is None:  # the string is no Unicode text
         raise UserError(f"the config is not valid: {first['msg']}") from error
     inside = location[name.count(".") + 1 :]
     if len(inside) > 1 and inside[0].isdigit():  # a key of a section in a list: reward.parts

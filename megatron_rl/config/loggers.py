@@ -1,4 +1,4 @@
-"""What follows from the section ``observe``: the loggers of a run, with their settings."""
+"""The loggers that the section ``observe`` names, with their settings."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class ChosenLogger:
 
 
 def chosen_loggers(observe: ObserveConfig) -> tuple[ChosenLogger, ...]:
-    """Those of ``tensorboard`` and ``wandb``, then those of ``loggers``.
+    """The loggers of ``tensorboard`` and ``wandb``, then those of ``loggers``.
 
     Raises:
-        UserError: there is none of a name, a mistake in its settings, one is there twice.
+        UserError: an unknown name, a mistake in the settings, a logger named twice.
     """
     given = list(observe.loggers)
     places = [f"observe.loggers.{number}" for number in range(len(given))]
     if observe.wandb is not None:
         given.insert(0, LoggerConfig(name="wandb", settings={"project": observe.wandb}))
         places.insert(0, "observe.wandb")
-    # It is on unless it is switched off, so naming it as well is no mistake.
+    # It is on by default, so naming it as well is no mistake.
     if observe.tensorboard and all(one.name != "tensorboard" for one in given):
         given.insert(0, LoggerConfig(name="tensorboard"))
         places.insert(0, "observe.tensorboard")

@@ -1,4 +1,6 @@
-"""What may change when a run is continued, and what has changed: two configurations, key by key."""
+"""Compares two configurations key by key: what may change when a run resumes, and what has
+changed.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from typing import Any, Literal, Mapping, NamedTuple
 from megatron_rl.config.fields import is_path, leaf_fields, leaf_values
 from megatron_rl.config.schema import Config
 
-#: silent: where and how the run is shown, stored and computed; said: changes what is trained or
-#: measured, and may; refused: the checkpoint cannot be continued under another value.
+#: silent: affects where and how the run is shown, stored and computed; said: affects what is
+#: trained or measured, allowed with a note; refused: the checkpoint cannot continue with another
+#: value.
 Kind = Literal["silent", "said", "refused"]
 
 NOT_SET = "(not set)"
@@ -33,8 +36,8 @@ tools_key
 """.split()
 _CHECKPOINT = "every asynchronous keep keep_best best_metric resume changed_data".split()
 
-#: Every key of the schema, by itself or by its section: the longest name counts. A key of model,
-#: data or checkpoint, and a section, have to be entered by themselves.
+#: Every key of the schema, by its own name or its section's: the longest match counts. Each key of
+#: model, data and checkpoint, and each section, needs an entry.
 ON_RESUME: dict[str, Kind] = {
     "run_dir": "silent",
     "seed": "refused",  # it orders the problems
@@ -42,8 +45,8 @@ ON_RESUME: dict[str, Kind] = {
     **{f"model.{name}": "said" for name in _TRAINING_OF_THE_MODEL},
     "parallel": "said",
     "device": "silent",
-    # Another file, tokenizer or key is no harm where it gives the same problems: the checkpoint
-    # knows them by their content (data/identity.py).
+    # Another file, tokenizer or key does no harm if it gives the same problems: the checkpoint
+    # identifies them by content (data/identity.py).
     **{f"data.{name}": "said" for name in _DATA},
     "data.shuffle": "refused",
     "reward": "said",
@@ -54,7 +57,7 @@ ON_RESUME: dict[str, Kind] = {
     "algorithm": "said",
     "algorithm.trace_store": "silent",
     "optimizer": "said",
-    "optimizer.name": "refused",  # its state is another
+    "optimizer.name": "refused",  # another optimizer has another state
     "train": "said",
     "evaluate": "said",
     **{f"checkpoint.{name}": "silent" for name in _CHECKPOINT},
@@ -64,7 +67,7 @@ ON_RESUME: dict[str, Kind] = {
 
 
 class Change(NamedTuple):
-    """A key with its values before and after, as YAML and JSON give them."""
+    """A key with its values before and after, as YAML and JSON hold them."""
 
     key: str
     before: Any
@@ -75,8 +78,8 @@ class Change(NamedTuple):
 
 
 def kind_of(key: str) -> Kind:
-    """The kind of a key, or of an entry of a dict field; of one that the schema no longer has:
-    said.
+    """The kind of a key, or of an entry of a dict field; "said" for a key that the schema no longer
+    has.
     """
     name = key
     while name and name not in ON_RESUME:
@@ -85,9 +88,8 @@ def kind_of(key: str) -> Kind:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """What differs between two resolved configurations and is not silent; the order is ``after``'s.
-
-    A key that only one of them has (they are of two versions) differs where its value is not the
+    """The differences between two resolved configurations that are not silent, in the order of
+    ``after``. A key that only one of them has (of another version) differs if its value is not the
     default.
     """
     old, new = dict(leaf_values(before)), dict(leaf_values(after))
@@ -104,12 +106,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
 
 def shown(value: Any) -> str:
-    """A value for reading."""
+    """A value as text."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _same(change: Change) -> bool:
-    """Equal, or two spellings of one path."""
+    """Whether two values are equal, or spell the same path."""
     before, after = change.before, change.after
     if before == after:
         return type(before) is type(after) or {type(before), type(after)} <= {int, float}

@@ -1,4 +1,4 @@
-"""What follows from the section ``optimizer``: the optimizer with its settings, and its rules."""
+"""The optimizer that the section ``optimizer`` names, with its settings and rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_rl.catalogue.settings import Settings
 from megatron_rl.config.schema import Config, OptimizerConfig
 from megatron_rl.errors import UserError
 
-#: Keys of the section that are settings of some optimizers.
+#: Keys of the section that set a setting of some optimizers.
 _SETTINGS = ("beta1", "beta2", "epsilon")
 
 
@@ -20,8 +20,8 @@ def optimizer_of(optimizer: OptimizerConfig) -> OptimizerEntry:
 
 
 def optimizer_settings(optimizer: OptimizerConfig) -> Settings | None:
-    """Its settings, of which ``optimizer.beta1``, ``beta2`` and ``epsilon`` set those of the same
-    name. UserError: a mistake in them, or it has none of that name.
+    """Its settings; ``optimizer.beta1``, ``beta2`` and ``epsilon`` set those of the same name.
+    UserError: a mistake in them, or it lacks a setting of that name.
     """
     row = optimizer_of(optimizer)
     names = () if row.settings is None else row.settings.model_fields
@@ -42,7 +42,7 @@ def optimizer_settings(optimizer: OptimizerConfig) -> Settings | None:
 
 
 def optimizer_text(optimizer: OptimizerConfig) -> str:
-    """For people: ``muon, momentum 0.9``."""
+    """The optimizer as text: ``muon, momentum 0.9``."""
     settings = [f"{name} {value}" for name, value in optimizer.settings.items()]
     return ", ".join([label_of(optimizer.name), *settings])
 
@@ -53,7 +53,7 @@ def optimizer_is_known(config: Config) -> None:
 
 
 def optimizer_fits_the_layout(config: Config) -> None:
-    """Some optimizers need whole weights on every rank, and most whole state."""
+    """The layout gives the optimizer whole weights and whole state, if it needs them."""
     row, parallel = optimizer_of(config.optimizer), config.parallel
     if parallel.distributed_optimizer and not row.of_megatron:
         able = ", ".join(one.name for one in OPTIMIZERS.rows if one.of_megatron)
@@ -76,8 +76,8 @@ def optimizer_fits_the_layout(config: Config) -> None:
 
 
 def own_optimizer_works(config: Config) -> None:
-    """A user's own optimizer steps, heeds the learning rate and can be continued from its state, on
-    small weights that are made for it.
+    """A user's own optimizer steps, uses the learning rate and resumes from its state, on small
+    made-up weights.
     """
     row = optimizer_of(config.optimizer)
     if row.own is not None:

@@ -1,4 +1,4 @@
-"""Model presets: plain values of ``ModelConfig`` fields, taken over with ``model.preset: NAME``.
+"""Model presets: plain values of ``ModelConfig`` fields, chosen with ``model.preset: NAME``.
 
 A field given in the YAML or on the command line wins over the preset's value. Training choices
 (balancing losses, frozen routers, Transformer Engine) are no part of a preset.
@@ -48,7 +48,7 @@ MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 128,
         "max_sequence_length": 256,
     },
-    # DeepSeek-V3 in small: latent attention, routing by sigmoid with bias and groups, a shared
+    # A small DeepSeek-V3: latent attention, routing by sigmoid with bias and groups, a shared
     # expert, the first layer dense.
     "tiny_deepseek_moe": {
         **_LATENT,

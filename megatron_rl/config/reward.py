@@ -1,4 +1,4 @@
-"""What follows from the section ``reward``: the verifiers, with weights and settings."""
+"""The verifiers that the section ``reward`` names, with weights and settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_rl.catalogue.settings import Settings
 from megatron_rl.config.schema_reward import RewardConfig, RewardPart
 from megatron_rl.errors import UserError
 
-#: Names of metrics reward/NAME and eval/NAME that are no parts of a reward.
+#: Names of metrics reward/NAME and eval/NAME that are not parts of a reward.
 TAKEN = frozenset(("mean", "std", "problems", "samples"))
-#: Parts that have a meaning of their own.
+#: Parts with a fixed meaning.
 _MEANT = frozenset(("solved", "well_formed", "overlong", "late"))
 PART = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -33,11 +33,11 @@ class ChosenVerifier:
 
 
 def chosen_verifiers(reward: RewardConfig) -> tuple[ChosenVerifier, ...]:
-    """The verifiers: one, or those of ``reward.parts``.
+    """The verifiers of a run: one, or those of ``reward.parts``.
 
     Raises:
-        UserError: there is none of a name, a mistake in its settings, two of one label, a label
-            that cannot be a metric's name, ``reward.name`` beside parts.
+        UserError: an unknown name, a mistake in the settings, two parts with one label, a label
+            that cannot name a metric, ``reward.name`` beside parts.
     """
     if not reward.parts:
         return (_chosen("reward", reward, None, 1.0),)
@@ -65,7 +65,7 @@ def chosen_verifiers(reward: RewardConfig) -> tuple[ChosenVerifier, ...]:
 
 
 def reward_text(reward: RewardConfig) -> str:
-    """For people: ``countdown``, or ``1 x countdown + 0.2 x brevity``."""
+    """The reward as text: ``countdown``, or ``1 x countdown + 0.2 x brevity``."""
     if not reward.parts:
         return reward.name
     return " + ".join(f"{part.weight:g} x {part.label or part.name}" for part in reward.parts)

@@ -1,4 +1,4 @@
-"""What follows from the section ``rollout``."""
+"""The engine and environment that the section ``rollout`` names, with their settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def engines_with(trait: str) -> str:
 
 
 def environment_of(rollout: RolloutConfig) -> EnvironmentEntry | None:
-    """The environment; None: an answer is all. UserError: there is none of that name."""
+    """The environment; None: there is none, each answer stands alone. UserError: unknown name."""
     if rollout.environment is None:
         return None
     return find(ENVIRONMENTS, rollout.environment)

@@ -20,18 +20,19 @@ from megatron_rl.config.section import Section
 
 class YarnConfig(Section):
     """YaRN (arXiv 2309.00071): rotary embeddings stretched to sequences longer than those of
-    pre-training. Latent attention only."""
+    pre-training. Latent attention only.
+    """
 
     factor: float = Field(ge=1.0)
-    """How many times as long sequences may be."""
+    """Longest sequence, as a multiple of that of pre-training."""
     original_max_position_embeddings: int = Field(ge=1)
     """Longest sequence of pre-training, tokens."""
     beta_fast: float = Field(32.0, gt=0.0)
-    """Turns within that length above which a channel keeps its frequency."""
+    """A channel with more turns than this within that length keeps its frequency."""
     beta_slow: float = Field(1.0, gt=0.0)
-    """Turns below which a channel's frequency is divided by factor."""
+    """A channel with fewer turns than this has its frequency divided by factor."""
     mscale: float = Field(1.0, gt=0.0)
-    """Together with the next: factor on sines and cosines."""
+    """With mscale_all_dim: factor on sines and cosines."""
     mscale_all_dim: float = Field(1.0, gt=0.0)
     """Scales attention scores by (0.1 mscale_all_dim ln(factor) + 1)^2."""
 
@@ -45,7 +46,7 @@ class ModelConfig(Section):
     """A Hugging Face model directory: its config.json gives the fields below their values, its
     weights start a new run, its tokenizer is used where data.tokenizer.path is null."""
     hf_config: Path | None = None
-    """A Hugging Face config.json (or its directory): the architecture alone."""
+    """A Hugging Face config.json (or its directory): gives the architecture only."""
     family: str | None = None
     """How config.json and tensors are read and written: a Hugging Face family by name, or your own,
     ./my_family.py:FAMILY; null: the one of config.json's model_type."""
@@ -109,8 +110,8 @@ class ModelConfig(Section):
     """head: each head is normalised by itself (Qwen3); layer: all heads together (OLMoE)."""
     kv_lora_rank: int | None = Field(None, ge=1)
     """Width of the compressed keys and values of multi-head latent attention (DeepSeek); null:
-    grouped-query attention. With it the three widths below are given, head_dim and
-    num_query_groups are not, and qk_norm is the norm of what is compressed."""
+    grouped-query attention. It needs the three head widths below, excludes head_dim and
+    num_query_groups, and makes qk_norm the norm of the compressed vectors."""
     q_lora_rank: int | None = Field(None, ge=1)
     """Width of the compressed queries of latent attention; null: queries are not compressed."""
     qk_nope_head_dim: int | None = Field(None, ge=1)
@@ -165,7 +166,7 @@ class ParallelConfig(Section):
 
 
 class DeviceConfig(Section):
-    """Where the run takes place."""
+    """The device, and the ranks' timeouts."""
 
     kind: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
@@ -174,10 +175,10 @@ class DeviceConfig(Section):
     timeout_s: float = Field(600.0, gt=0)
     """A collective that takes longer ends the run, seconds."""
     silence_s: float = Field(45.0, ge=1.0)
-    """A rank that gives no sign of life for this long is named on stderr, seconds; ends nothing."""
+    """A rank without a sign of life for this long is named on stderr, seconds; the run goes on."""
     heartbeat_file: Path | None = None
-    """What the first rank of each machine touches every few seconds while no rank of that machine
-    is silent: for a liveness probe; null: none."""
+    """A file for a liveness probe: the first rank of each machine touches it every few seconds
+    while no rank of that machine is silent; null: none."""
 
 
 class RouterShiftConfig(Section):
@@ -186,7 +187,7 @@ class RouterShiftConfig(Section):
     enabled: bool | None = None
     """null: as the loss asks (rspo, rspo_v1: yes; others: no)."""
     floor: float = Field(0.8, ge=0.0, le=1.0)
-    """gamma_min: lowest weight a token's ratio is scaled with."""
+    """gamma_min: lowest weight of a token's ratio."""
     mode: Literal["ratio", "negative_only", "range", "token_weight"] = "ratio"
     """Where gamma enters; ratio: the paper.
 
@@ -196,13 +197,13 @@ class RouterShiftConfig(Section):
     normalise: Literal["none", "batch_mean"] = "none"
     """batch_mean: divide gamma by its mean over the mini-batch; costs one more forward pass."""
     layers: Literal["mean", "max", "quantile"] = "mean"
-    """How the distances of the MoE layers become one; mean: the paper."""
+    """How the distances of the MoE layers are reduced to one; mean: the paper."""
     quantile: float = Field(0.9, gt=0.0, le=1.0)
-    """layers quantile: the share of the MoE layers that have moved no further; 1: the maximum."""
+    """layers quantile: the quantile of the layers' distances, 0 to 1; 1: the maximum."""
 
 
 class AlgorithmConfig(Section):
-    """The policy loss and what goes into it."""
+    """The policy loss and its inputs."""
 
     name: str = "rspo"
     """The loss: a name of `megatron-rl list losses`, or one of your own, ./my_loss.py:my_loss."""
@@ -215,13 +216,14 @@ class AlgorithmConfig(Section):
     router_shift: RouterShiftConfig = RouterShiftConfig()
     """The per-token weight against drifting routers."""
     routing_replay: Literal["none", "r2", "r3"] = "none"
-    """r2: in the update every token takes the experts of the scoring pass; r3: in the scoring pass
-    and the update those of the sampler. The routers still learn, by the weights they give."""
+    """r2: the update uses the experts that the scoring pass chose for each token; r3: scoring pass
+    and update use the experts that the sampler chose. The routers still learn, through the weights
+    they give."""
     trace_store: Literal["device", "pinned"] = "device"
-    """Where the router trace waits for the update; pinned: host memory (the same on a CPU)."""
+    """Where the router trace is kept until the update; pinned: host memory (the same on a CPU)."""
     mismatch: str = "none"
-    """Weight on the loss for what sampler and scoring pass disagree in, pi_old / mu: none, a name
-    of `megatron-rl list corrections`, or one of your own."""
+    """Weight on the loss that corrects the mismatch of sampler and scoring pass, from pi_old / mu:
+    none, a name of `megatron-rl list corrections`, or one of your own."""
     mismatch_settings: dict[str, Any] = {}
     """Settings of that correction that differ from its defaults."""
     mismatch_low: float = Field(0.5, ge=0.0)
@@ -250,10 +252,8 @@ class OptimizerConfig(Section):
     settings: dict[str, Any] = {}
     """Settings of the optimizer that differ from its defaults."""
     lr: float = Field(3e-4, gt=0.0)
-    """Peak learning rate.
-
-    Not given, and the run starts from trained weights (model.hf_path, checkpoint.init_from): 1e-6
-    for train, 1e-5 for sft."""
+    """Peak learning rate. If it is not given and the run starts from trained weights
+(model.hf_path, checkpoint.init_from): 1e-6 for train, 1e-5 for sft."""
     min_lr: float = Field(0.0, ge=0.0)
     """Learning rate at the end of the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -263,11 +263,11 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0.0)
     """Decoupled weight decay; not on biases and norms."""
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    """Of an optimizer with such a setting (adam, muon): decay of the mean of the gradients."""
+    """For optimizers with this setting (adam, muon): decay of the mean of the gradients."""
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    """Of such an optimizer: decay of the mean of their squares, per step."""
+    """For the same optimizers: decay of the mean of their squares, per step."""
     epsilon: float = Field(1e-8, gt=0.0)
-    """Of such an optimizer: added to the root of the mean square before dividing."""
+    """For the same optimizers: added to the root of the mean square before dividing."""
     clip_grad: float = Field(1.0, ge=0.0)
     """Clip the global gradient norm to this; 0: off."""
 
@@ -287,7 +287,7 @@ class EvaluateConfig(Section):
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
     problems: int | None = Field(None, ge=1)
-    """Use the first n problems, of several data sets as many of each; null: all."""
+    """Use the first n problems; of several data sets, equally many of each; null: all."""
     samples: int = Field(4, ge=0)
     """Sampled answers k a problem for mean@k, at rollout.temperature; 0: only greedy pass@1."""
 
@@ -298,23 +298,23 @@ class CheckpointConfig(Section):
     every: int = Field(10, ge=0)
     """Steps between checkpoints; 0: only at the end and when asked to stop."""
     asynchronous: bool = False
-    """Write beside the training, from a copy in host memory of what a rank stores."""
+    """Write in the background, from a copy in host memory of what a rank stores."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     keep_best: int = Field(0, ge=0)
-    """Best checkpoints kept beside them, of the steps that were evaluated."""
+    """Best checkpoints kept in addition, among the evaluated steps."""
     best_metric: str = Field("eval/pass@1", pattern=r"^eval/(pass@1|mean@k|[a-z][a-z0-9_]*)$")
-    """What the best ones are highest in: eval/pass@1, eval/mean@k, or eval/ and the name of a part
-    of the reward."""
+    """The metric that ranks them, highest first: eval/pass@1, eval/mean@k, or eval/ and the name of
+    a part of the reward."""
     init_from: Path | None = None
     """Run or checkpoint directory whose weights (and nothing else) a new run starts from; null: the
     weights of model.hf_path, else random ones."""
     resume: Literal["auto", "newest", "never"] = "auto"
-    """auto: continue from the newest undamaged checkpoint of the run, if it has any; newest: from
-    the newest, or not at all; never: start anew, with the old checkpoints moved aside."""
+    """auto: continue from the run's newest undamaged checkpoint, if any; newest: continue from the
+    newest, and refuse if it is damaged; never: start anew and move the old checkpoints aside."""
     changed_data: Literal["refuse", "accept"] = "refuse"
-    """Resuming where data.train gives other problems than those the run was trained on. accept: go
-    on with them, at the same place where they are as many, else with a new epoch."""
+    """What to do if data.train gives other problems than the run was trained on. accept: go on with
+    them, at the same place if there are equally many, else with a new epoch."""
 
 
 class Config(Section):
@@ -329,7 +329,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     """How the model is split over ranks."""
     device: DeviceConfig = DeviceConfig()
-    """Where the run takes place."""
+    """The device, and the ranks' timeouts."""
     data: DataConfig = DataConfig()
     """Tokenizer, problems and packing."""
     reward: RewardConfig = RewardConfig()

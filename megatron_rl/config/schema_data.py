@@ -28,25 +28,25 @@ class DataPart(Section):
     path: Path
     """A file, a directory, hf:ORGANISATION/NAME, or a source of your own: see ``data.train``."""
     format: str | None = None
-    """How its files are read: a name of `megatron-rl list sources`; null: by their names."""
+    """The format of its files: a name of `megatron-rl list sources`; null: by the files' names."""
     settings: dict[str, Any] = {}
     """Settings of the format, or of your own source, that differ from its defaults."""
     weight: float = Field(1.0, gt=0.0)
-    """Its share of the problems that are drawn, against the weights of the other parts."""
+    """Its share of the drawn problems, relative to the weights of the other parts."""
     label: str | None = None
-    """Its name in metrics, data/LABEL (reward) and share/LABEL; null: from the path."""
+    """Its name in metrics, data/LABEL (reward) and share/LABEL; null: made from the path."""
     prompt_key: str | None = None
     """Column of the prompt."""
     template: str | None = None
     """Text of the prompt, with columns in braces."""
     system: str | None = None
-    """Message of the system before the prompt."""
+    """System message before the prompt."""
     answer_key: str | None = None
     """Column of what the verifier compares with."""
     completion_key: str | None = None
     """Column of the reference answer (supervised fine-tuning)."""
     tools_key: str | None = None
-    """Column of the tools that the chat template is told of."""
+    """Column of the tools that the chat template gets."""
 
 
 class DataConfig(Section):
@@ -59,30 +59,32 @@ class DataConfig(Section):
     these, a Hugging Face dataset (saved on disk, or hf:ORGANISATION/NAME@REVISION/SPLIT), a source
     of your own, ./my_source.py:my_source; or a list of these with weights and columns."""
     eval: Path | tuple[DataPart, ...] | None = None
-    """Held-out problems, named as those of train; of a list all are taken, whatever their weights;
-    null: no evaluation."""
+    """Held-out problems, named as in train; a list uses all problems and ignores weights; null: no
+    evaluation."""
     prompt_key: str = "prompt"
     """Column of the prompt: a string, or a list of chat messages. A key within a key: a.b."""
     template: str | None = None
     """Text of the prompt in place of prompt_key, with columns in braces: "Problem: {question}";
     double braces are braces."""
     system: str | None = None
-    """Message of the system, put before prompts that have none; text becomes the user's message."""
+    """System message for prompts that have none; a text prompt becomes the user's message."""
     answer_key: str | None = None
-    """Column that the verifier is given as ``answer``; null: the column of that name."""
+    """Column that the verifier gets as ``answer``; null: the column of that name."""
     chat: Literal["auto", "template", "plain", "rendered"] = "auto"
-    """auto: chat messages by the tokenizer's template, text as it stands; template: text too, as
-    one message of the user; plain: text alone, chats are refused; rendered: text in which the
-    template's control tokens stand already, nothing is added. In the others they are text."""
+    """auto: chat messages through the tokenizer's template, text as it is; template: text too, as
+    one user message; plain: text only, chats are refused; rendered: text that holds the template's
+    control tokens already, nothing is added. In the other three, control tokens in a prompt are
+    text."""
     chat_template_kwargs: dict[str, Any] = {}
     """More variables of the chat template, such as enable_thinking."""
     tools_key: str | None = None
-    """Column of the tools that the chat template is told of, a list of JSON schemas; null: none."""
+    """Column of the tools that the chat template gets, a list of JSON schemas; null: none."""
     last_turn: Literal["refuse", "reference"] = "refuse"
-    """Chats whose last message is the assistant's. reference: it is kept out of the prompt and
-    stands for a completion (sft) or ``answer`` (train, evaluate) that the record lacks."""
+    """Chats whose last message is the assistant's. reference: that message is not part of the
+    prompt; it is the completion (sft) or ``answer`` (train, evaluate), if the record lacks one."""
     overlong: Literal["refuse", "skip"] = "refuse"
-    """Lines that are too long for model.max_sequence_length; skip: leave them out, counted."""
+    """Lines that are too long for model.max_sequence_length; skip: leave them out and count
+    them."""
     completion_key: str = "completion"
     """Column of the reference answer (supervised fine-tuning)."""
     shuffle: bool = True

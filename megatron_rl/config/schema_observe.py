@@ -10,7 +10,7 @@ from megatron_rl.config.section import Section
 
 
 class LoggerConfig(Section):
-    """A logger; its name alone stands for one without settings."""
+    """A logger; the name alone means a logger without settings."""
 
     name: str
     """The logger: a name of `megatron-rl list loggers`, or one of your own, ./my.py:MyLogger."""
@@ -20,12 +20,12 @@ class LoggerConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def a_name_is_enough(cls, given: Any) -> Any:
-        """``tensorboard`` for ``{name: tensorboard}``."""
+        """Accept ``tensorboard`` for ``{name: tensorboard}``."""
         return {"name": given} if isinstance(given, str) else given
 
 
 class ObserveConfig(Section):
-    """What is shown and written."""
+    """The display, and the files and loggers of metrics."""
 
     console: Literal["auto", "rich", "plain"] = "auto"
     """auto: a progress display on a terminal, plain lines otherwise."""
@@ -36,4 +36,4 @@ class ObserveConfig(Section):
     wandb: str | None = None
     """Weights & Biases project; needs the extra `wandb`: the logger wandb."""
     loggers: tuple[LoggerConfig, ...] = ()
-    """More loggers, which are given the metrics of every step; metrics.jsonl is written always."""
+    """More loggers, which get the metrics of every step; metrics.jsonl is always written."""

@@ -42,10 +42,9 @@ class RewardConfig(Section):
     reward/late. null: 60 for an ``async def``; none for others, which bound their time by
     themselves."""
     parts: tuple[RewardPart, ...] = ()
-    """Several verifiers in place of name and the keys above: the reward is the weighted sum of
-    their values."""
+    """Several verifiers in place of name and the keys above; the reward is their weighted sum."""
     overlong_buffer: int = Field(0, ge=0)
-    """Soft overlong punishment (arXiv 2503.14476, eq. 13): the last tokens of max_new_tokens, over
-    which the reward falls; 0: off."""
+    """Soft overlong punishment (arXiv 2503.14476, eq. 13): number of last tokens of max_new_tokens
+    over which the reward falls; 0: off."""
     overlong_penalty: float = Field(1.0, gt=0.0)
-    """What an answer of rollout.max_new_tokens tokens loses with it."""
+    """Reward that an answer of rollout.max_new_tokens tokens loses by it."""

@@ -8,8 +8,8 @@ from megatron_rl.catalogue.settings import Settings
 
 
 class Section(Settings):
-    """Frozen, no unknown keys; the string below a field documents it. Strict only where it is read
-    from a file (``load.py``).
+    """Frozen, no unknown keys; the string below a field documents it. Types are strict only when
+    read from a file (``load.py``).
     """
 
     model_config = ConfigDict(strict=False)

@@ -1,5 +1,5 @@
-"""The tokens that end an answer: the tokenizer's end-of-sequence token, those that the model's
-Hugging Face directory names, and those of the configuration.
+"""Collects the stop tokens: the tokenizer's end-of-sequence token, those that the model's Hugging
+Face directory names, and those of the configuration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Iterable, Mapping
 from megatron_rl.config.json_text import read_json_object
 from megatron_rl.errors import UserError
 
-#: Names the tokens at which generation stops; inference engines read it before config.json.
+#: The file with stop tokens; inference engines read it before config.json.
 GENERATION_CONFIG = "generation_config.json"
 KEY = "eos_token_id"
 
@@ -20,12 +20,12 @@ KEY = "eos_token_id"
 def stop_tokens(
     eos_id: int, directories: Iterable[Path], more: Mapping[int, str], vocab_size: int
 ) -> dict[int, str]:
-    """Every token that ends an answer, and what names it first.
+    """Every stop token, with the first source that names it.
 
     Args:
         eos_id: the tokenizer's end-of-sequence token.
         directories: Hugging Face model directories; see `read_stop_ids`.
-        more: those of the configuration, each with the key that names it.
+        more: stop tokens of the configuration, each with the key that names it.
         vocab_size: rows of the model's embedding.
 
     Raises:
@@ -44,9 +44,8 @@ def stop_tokens(
 
 
 def read_stop_ids(directory: Path) -> dict[int, Path]:
-    """The stop tokens of a Hugging Face model directory, and the file that names each first.
-
-    Those of generation_config.json, then those of config.json; either may be missing, or name none.
+    """The stop tokens of a Hugging Face model directory, each with the first file that names it:
+    generation_config.json, then config.json. Either may be missing, or name none.
 
     Raises:
         UserError: a file is no JSON object, or its eos_token_id neither a token nor a list of them.
@@ -59,10 +58,12 @@ def read_stop_ids(directory: Path) -> dict[int, Path]:
 
 
 def stop_ids_of(file: Path) -> list[int]:
-    """What one file says, in its order; [] where it is not there. UserError as `read_stop_ids`."""
+    """The stop tokens in one file, in order; [] if the file is missing. Raises as
+    `read_stop_ids`.
+    """
     value = read_json(file).get(KEY)
     tokens = value if isinstance(value, list) else [] if value is None else [value]
-    # true is an int to Python, and none to JSON
+    # true is an int in Python, but not in JSON
     if any(type(token) is not int or token < 0 for token in tokens):
         raise UserError(
             f"{file}: {KEY} is {json.dumps(value)[:80]}; expected a token id, a list of them or "
@@ -72,7 +73,7 @@ def stop_ids_of(file: Path) -> list[int]:
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
-    """The object of a JSON file; {} where it is not there. UserError: it holds something else."""
+    """The object in a JSON file; {} if the file is missing. UserError: it holds something else."""
     return read_json_object(file, "a JSON object") if os.path.exists(file) else {}
 
 

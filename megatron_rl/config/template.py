@@ -1,4 +1,4 @@
-"""Templates of prompts: text with columns in braces."""
+"""Prompt templates: text with columns in braces."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BRACES = re.compile(r"\{\{|\}\}|\{([^{}\n]+)\}|[{}]")
 
 
 def fill(template: str, value_of: Callable[[str], Any]) -> str:
-    """The text with each column's value: text as it is, anything else as JSON has it.
+    """Fill in each column's value: text as it is, other values as JSON.
 
     Args:
         template: "Problem: {question}"; ``{{`` and ``}}`` are braces.
         value_of: gives a column's value, or raises `UserError`.
 
     Raises:
-        UserError: a column is null; or of ``value_of``.
+        UserError: a column is null, or ``value_of`` raises.
     """
 
     def text(found: re.Match[str]) -> str:
@@ -38,7 +38,7 @@ def fill(template: str, value_of: Callable[[str], Any]) -> str:
 
 
 def check_template(template: str, field: str) -> None:
-    """UserError for a single brace, or where no column stands in the text."""
+    """Raise UserError for a single brace, or a text without a column."""
     found = _BRACES.findall(template)
     alone = next((m[0] for m in _BRACES.finditer(template) if m[0] in "{}"), None)
     if alone is not None or not any(found):

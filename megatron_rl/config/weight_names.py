@@ -1,4 +1,4 @@
-"""Which weights a model has, by name, without building it."""
+"""The names of a model's weights, without building it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from megatron_rl.config.schema import ModelConfig
 
 
 def layer_weights(model: ModelConfig) -> list[str]:
-    """Names within a layer of all weights that some layer has, as `models.parameters` gives them,
-    with ``{expert}`` for the number of an expert.
+    """Names within a layer, as in `models.parameters`, of every weight that some layer has;
+    ``{expert}`` stands for an expert's number.
     """
     marks = moe_layers(model)
     return [

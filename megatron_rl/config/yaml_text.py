@@ -1,8 +1,8 @@
-"""YAML in and out, the one reader: plain data with the line of every key; duplicate keys refused.
+"""The one reader and writer of YAML: plain data with the line of every key; duplicate keys refused.
 
-What it gives is a finite tree of text, numbers, lists and mappings, within bounds. Scalars follow
-the YAML 1.2 core schema where PyYAML's 1.1 surprises: ``3e-4`` is a number; ``no``, ``on``,
-``010`` and ``2024-01-01`` are strings.
+It gives a finite tree of text, numbers, lists and mappings, within bounds. Scalars follow the YAML
+1.2 core schema where PyYAML's 1.1 would surprise: ``3e-4`` is a number; ``no``, ``on``, ``010`` and
+``2024-01-01`` are strings.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 _DEEP = re.compile(rf"(?:[\[{{]\s*){{{MOST_LEVELS + 1}}}")
 
-#: Largest text, bytes: the parser takes some 20 s for a megabyte.
+#: Largest text, bytes: the parser needs about 20 s for a megabyte.
 MOST_BYTES = 1 << 18
-#: Largest tree, aliases counted as what they stand for: a few lines of them may stand for billions.
+#: Largest tree, with aliases written out: a few lines of aliases may expand to billions of nodes.
 MOST_NODES = 100_000
 
 
@@ -79,28 +79,30 @@ def parse_value(text: str) -> Any:
 def _loader(text: str) -> _Loader:
     if len(text) > MOST_BYTES:
         raise yaml.YAMLError(f"longer than {MOST_BYTES:,} bytes")
-    if _HALF.search(text):  # of a command line that is no UTF-8
+    if _HALF.search(text):  # from a command line that is no UTF-8
         raise yaml.YAMLError("half a surrogate pair, which is no character")
-    if _DEEP.search(text):  # the parser takes a second to see it
+    if _DEEP.search(text):  # the parser would need a second to notice
         raise yaml.YAMLError(f"nested more than {MOST_LEVELS} deep")
     return _Loader(text)
 
 
 def _compose(loader: _Loader) -> yaml.Node | None:
-    """The tree of the text, finite and of a size that can be looked at; a value is of its kind."""
+    """The tree of the text, checked: finite, not too large, and each value of its kind."""
     try:
         node = loader.get_single_node()
         if node is not None:
             _count(node, {}, [])
     except RecursionError:
         raise yaml.YAMLError(f"nested more than {MOST_LEVELS} deep") from None
-    except ValueError as error:  # a character's number, \U with one that is none
+    except ValueError as error:  # \U with an invalid character number
         raise yaml.YAMLError(f"a character that is none ({error})") from error
     return node
 
 
 def _count(node: yaml.Node, known: dict[yaml.Node, int], above: list[yaml.Node]) -> int:
-    """Nodes of a tree in which aliases are written out. ``above``: those this one is part of."""
+    """Count the nodes of a tree with aliases written out. ``above``: the nodes that contain this
+    one.
+    """
     if node in known:
         return known[node]
     if node in above:
@@ -122,7 +124,7 @@ def _count(node: yaml.Node, known: dict[yaml.Node, int], above: list[yaml.Node])
 
 
 def _check_kind(node: yaml.Node) -> None:
-    """A tag may be written in front of anything: ``!!bool maybe``, ``!!python/name:os.system``."""
+    """Refuse a tag that does not fit its value: ``!!bool maybe``, ``!!python/name:os.system``."""
     if isinstance(node, yaml.ScalarNode):
         if half := _HALF.search(node.value):
             raise _refused(node, f"{half[0]!a} is half a surrogate pair and no character")
@@ -139,7 +141,7 @@ def _check_kind(node: yaml.Node) -> None:
 
 
 def _check_keys(node: yaml.Node, known: set[yaml.Node]) -> None:
-    """Refuse a key that stands twice in any mapping of the tree."""
+    """Refuse a duplicate key in any mapping of the tree."""
     if node in known or isinstance(node, yaml.ScalarNode):
         return
     known.add(node)
@@ -170,9 +172,9 @@ def _shown(text: str) -> str:
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file as nested dicts, and ``FILE:LINE`` of every dotted key.
 
-    Raises UserError for a file that is missing, cannot be read or is too large; invalid YAML, tags
-    of other than plain data, more levels, nodes or digits than the bounds, an anchor that contains
-    itself; a duplicate key, a key that is no string, and a file that is no mapping.
+    Raises UserError for a file that is missing, unreadable or too large; for invalid YAML, tags
+    other than plain data, too many levels, nodes or digits, an anchor that contains itself; for a
+    duplicate key, a key that is no string, and a file that is no mapping.
     """
     try:
         text = read_bounded(path, MOST_BYTES).decode("utf-8")
@@ -188,7 +190,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: invalid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # a control character: no mark
+    except yaml.YAMLError as error:  # a control character: the error has no mark
         raise UserError(f"{path}: invalid YAML: {str(error).splitlines()[0]}") from error
 
 
@@ -199,7 +201,7 @@ def _parse_file(text: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            kind = node.id  # type: ignore[attr-defined]  # the stubs give it to the subclasses only
+            kind = node.id  # type: ignore[attr-defined]  # the stubs declare it for the subclasses only
             raise UserError(f"{file}: found a {kind} at the top; expected `section: ...` lines")
         lines: dict[str, str] = {}
         _record_lines(node, "", file, lines)
@@ -210,7 +212,9 @@ def _parse_file(text: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _record_lines(node: yaml.MappingNode, prefix: str, file: str, lines: dict[str, str]) -> None:
-    """Note the line of each key below ``node``; refuse duplicates and keys that are no strings."""
+    """Record the line of each key below ``node``; refuse duplicates and keys that are no
+    strings.
+    """
     seen: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
@@ -233,7 +237,7 @@ def _record_lines(node: yaml.MappingNode, prefix: str, file: str, lines: dict[st
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can be the name of a field, or stand in a message as one."""
+    """Whether a text can be a field's name, and so appear as one in a message."""
     return text.isprintable() and len(text) <= 200
 
 

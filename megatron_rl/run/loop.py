@@ -19,8 +19,8 @@ def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) ->
     """Run the remaining steps. A signal also interrupts a rollout or an evaluation. The run then
     drops it and keeps the checkpoint of the last step done; the next run begins it again.
 
-        Returns:
-            True when the run is complete, False when a signal ended it early.
+    Returns:
+        True when the run is complete, False when a signal ended it early.
     """
     total = session.config.train.steps
     task = make_task()
