@@ -1,4 +1,4 @@
-"""The words of the command line: verbs, their flags, and overrides of the configuration."""
+"""The command line's arguments: verbs, their flags, and overrides of the configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rl.catalogue.kinds import KINDS
 from megatron_rl.errors import UserError, shown
 from megatron_rl.paths import local_path
 
-#: Verb -> what it does, as the help shows it.
+#: Verb -> its description in the help.
 VERBS = {
     "train": "reinforcement learning on data.train",
     "sft": "supervised fine-tuning on data.train",
@@ -28,7 +28,7 @@ VERBS = {
     "preflight": "compare the nodes of a run before it starts: one process a node",
 }
 
-#: Flags that are no fields of the config: those with a value, and those without.
+#: Flags that are not fields of the config: with a value, and without.
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
 OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
 OWN_FLAGS |= {"--prompts", "--samples", "--output"}
@@ -42,14 +42,14 @@ _CONFIG_HELP = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line each."""
+    """A parser whose errors are one line each."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} -h")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; it raises `UserError` where argparse would exit."""
+    """The parser of all verbs; raises `UserError` where argparse would exit."""
     parser = _Parser(
         prog="megatron-rl",
         description="Reinforcement learning of Mixture-of-Experts models on Megatron-Core.",
@@ -84,7 +84,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
-    """Of a verb that reads a configuration."""
+    """Arguments of a verb that reads a configuration."""
     parser.add_argument(
         "config", metavar="CONFIG", type=partial(_path, "CONFIG"), help="a YAML file"
     )
@@ -98,7 +98,7 @@ def _add_config_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="of each file; default: 3",
         )
-    if verb in ("evaluate", "generate", "preflight"):  # that one gets the words of `evaluate`
+    if verb in ("evaluate", "generate", "preflight"):  # preflight gets evaluate's flags too
         parser.add_argument(
             "--base",
             action="store_true",
@@ -125,14 +125,14 @@ def _path(name: str, text: str) -> Path:
 
 
 def _whole(name: str, text: str) -> int:
-    """A whole number of at most nine digits: what counts ranks or examples has no more."""
+    """A whole number of at most nine digits: enough to count ranks or examples."""
     if not re.fullmatch("[+-]?[0-9]{1,9}", text):
         raise UserError(f"{name} is {shown(text)}; expected a whole number below 1,000,000,000")
     return int(text)
 
 
 def _number(name: str, text: str) -> float:
-    """A number that is one: neither infinite nor NaN, and below a thousand million."""
+    """A finite number below a thousand million."""
     try:
         value = float(text)
     except ValueError:
@@ -142,7 +142,7 @@ def _number(name: str, text: str) -> float:
     return value
 
 
-#: Verbs that need ranks.
+#: Verbs that run on ranks.
 _RUNS = ("train", "sft", "evaluate", "generate")
 
 
@@ -245,10 +245,10 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Command-line argv -> (for argparse, overrides of config fields), each in its order.
+    """Command-line arguments -> (for argparse, overrides of config fields), each in its order.
 
-    Every ``--name`` but the few flags of the command line itself is an override, and takes the next
-    word as its value unless that is a flag again (``load_config`` reports the missing value).
+    Every ``--name`` but the few flags of the command line itself is an override and takes the next
+    argument as its value, unless that is a flag again (``load_config`` reports the missing value).
     """
     own: list[str] = []
     overrides: list[str] = []

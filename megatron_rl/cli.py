@@ -2,8 +2,8 @@
 
 Arguments and config are read and checked before torch or Megatron is imported, so a mistake costs
 no time and no GPU. Exit codes: 0 success, 2 a user's mistake (one line on stderr), 130 interrupted,
-1 otherwise: one line where a number was not finite, the run failed or the machine did (a disk, lost
-ranks), a traceback for anything else.
+1 otherwise: one line if a number was not finite, the run failed or the machine did (a disk, lost
+ranks), a traceback for any other error.
 """
 
 from __future__ import annotations
@@ -46,26 +46,25 @@ from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.files import reason, written_for_the_user
 from megatron_rl.paths import as_written
 
-#: How long the first rank of a machine may take to reach an error after the others, seconds.
+#: Time that a machine's first rank has to reach an error after the others, seconds.
 PATIENCE_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Errors of other kinds than these propagate.
+    """Run one command and return its exit code. Unexpected errors propagate.
 
     As usual with argparse, ``-h`` and ``--version`` end in SystemExit(0).
     """
-    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _guarded(words)
+        return _exit_code(sys.argv[1:] if argv is None else argv)
     finally:
         _leave_output()
 
 
-def _guarded(words: Sequence[str]) -> int:
-    """Run one command; the exit code, after the line of an error that a user is meant to see."""
+def _exit_code(argv: Sequence[str]) -> int:
+    """Run one command; print an error that a user should see as one line. Returns the exit code."""
     try:
-        own, overrides = split_overrides(words)
+        own, overrides = split_overrides(argv)
         _run(make_parser().parse_args(own), overrides)
     except UserError as error:
         _print_error(error)
@@ -73,7 +72,7 @@ def _guarded(words: Sequence[str]) -> int:
     except (FloatingPointError, RunFailed) as error:
         _print_error(error)
         return 1
-    except OSError as error:  # the machine's: a disk, a descriptor, an address
+    except OSError as error:  # an error of the machine: a disk, a descriptor, an address
         _print_error(RunFailed(f"the machine says: {reason(error)}; mend it and start again"))
         return 1
     except RuntimeError as error:
@@ -94,8 +93,8 @@ def _guarded(words: Sequence[str]) -> int:
 
 
 def _leave_output() -> None:
-    """What cannot be shown any more (a log on a full disk, a reader that has gone) does not decide
-    the exit code: Python would try again when it ends, and fail.
+    """Drop output that cannot be written any more (a full disk, a closed pipe), so that it does not
+    decide the exit code: Python would try again at its end, and fail.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -105,7 +104,7 @@ def _leave_output() -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Check what the arguments name, then import and call what the verb needs."""
+    """Check the arguments, then import and call what the verb needs."""
     if args.verb is None:
         raise UserError(f"no verb given; expected one of {', '.join(VERBS)}; see megatron-rl -h")
     if args.verb == "report":
@@ -149,21 +148,21 @@ def _report(run_dirs: Sequence[Path]) -> None:
     if not runs:
         raise UserError(f"found no run in {', '.join(map(str, written))}; expected RUN_DIR")
     with written_for_the_user("the report", "make room and give the command again"):
-        # First, because it reads them all: one that is no run ends it before anything is written.
+        # First, because it reads all runs: a mistake shows before anything is written.
         pages = [write_comparison(runs)] if len(runs) > 1 else []
         for page in [*map(write_report, runs), *pages]:
             print(page)
 
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Compare the nodes; their differences a line each, and an error that counts them."""
+    """Compare the nodes; print one line for each difference, and an error with their number."""
     from megatron_rl.device.node_facts import described, facts_of_this_node
     from megatron_rl.device.node_report import read_meeting
 
     meeting = read_meeting(args.node, args.nodes, args.meet, args.within)
     if args.ranks_per_node < 1:
         raise UserError(f"--ranks-per-node is {args.ranks_per_node}; expected at least 1")
-    # The store's complaints are stack traces; what they mean is in the report.
+    # The store logs stack traces; the report explains them.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from megatron_rl.device.preflight import compare
 
@@ -173,7 +172,7 @@ def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Convert in the direction that the source asks for; no GPU is used unless asked for."""
+    """Convert in the source's direction; uses a GPU only if asked for."""
     launch, source = read_launch(), args.source
     if not source.is_dir():
         raise UserError(
@@ -218,7 +217,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _start(args: argparse.Namespace, config: Config) -> None:
-    """Read the data, prepare the device, import the training and hand over."""
+    """Read the data, prepare the device, import the training code and run the verb."""
     from megatron_rl.data.run_data import given_prompts, load_run_data, prompts_in
 
     allow_descriptors(read_launch().world_size)
@@ -271,7 +270,7 @@ def _check_generate(args: argparse.Namespace) -> None:
 
 
 def _show_data(config: Config, purpose: str, examples: int) -> None:
-    """Print the data sets as the model of ``purpose`` will see them."""
+    """Print the data sets as the model will see them under the verb ``purpose``."""
     verifiers_are_known(config)
     for rule in PROMPT_RULES:
         rule(config)
@@ -292,7 +291,7 @@ def _show_data(config: Config, purpose: str, examples: int) -> None:
 
 
 def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
-    """Check the config for ``purpose`` and print its size; files are listed, not required."""
+    """Check the config for the verb ``purpose`` and print its size; lists files, requires none."""
     if world_size is not None:
         if world_size < 1:
             raise UserError(f"--world-size is {world_size}; expected at least 1")
@@ -307,12 +306,12 @@ def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
 
     table = Table(show_header=False, title=f"valid for {purpose}")
     for name, text in rows:
-        table.add_row(name, Text(text))  # as it is: not for rich to read
+        table.add_row(name, Text(text))  # plain text: rich must not interpret it
     Console().print(table)
 
 
 def check_rows(config: Config) -> list[tuple[str, str]]:
-    """What ``check`` shows: (name, value) of ranks, layout, sizes and input files."""
+    """The rows of ``check``: (name, value) of ranks, layout, sizes and input files."""
     ranks = ranks_wanted(config.parallel)
     total, active = count_parameters(config.model)
     memory = rank_memory(config, ranks)
@@ -335,7 +334,7 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
 
 
 def data_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
-    """What ``check`` shows of the data sets that are there; their mistakes as a run meets them."""
+    """The rows of ``check`` for existing data sets; raises for their mistakes as a run does."""
     from megatron_rl.data.preview import lengths_text
     from megatron_rl.data.run_data import encode_files, read_files
 
@@ -352,7 +351,7 @@ def data_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
 
 
 def machine_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
-    """What the verifiers say of this machine, which need not be the one of the run."""
+    """What the verifiers find on this machine, which may differ from the run's."""
     from megatron_rl.data.run_data import SPLITS
     from megatron_rl.rewards.chosen import check_machine
 
@@ -369,10 +368,10 @@ def _file_state(path: Path | None) -> str:
 
 
 def _print_error(error: Exception) -> None:
-    """One line on stderr, once a machine: its other ranks meet the same error.
+    """Print one line on stderr, once on each machine, whose other ranks meet the same error.
 
-    They wait, because torchrun ends all ranks as soon as one has failed, and the one that prints
-    may be the last to get here. A rank that is still there afterwards is alone with its error.
+    They wait, because torchrun ends all ranks as soon as one fails, and the rank that prints may
+    come last. A rank that is still alive after the wait is alone with its error and prints it.
     """
     message, place = " ".join(str(error).split("\n")), ""
     try:

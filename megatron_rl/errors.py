@@ -1,6 +1,4 @@
-"""The errors a user is meant to see: one line that says what was found, what was expected and what
-to do.
-"""
+"""The errors that a user sees: one line with what was found, what was expected and what to do."""
 
 
 class UserError(Exception):
@@ -12,25 +10,25 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """The input was right, and the result is not: exit code 1, one line, no traceback."""
+    """The input was right but the run failed: exit code 1, one line, no traceback."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and all ranks have agreed to; raised on all together."""
+    """A signal asked the run to stop, and all ranks have agreed; raised on all ranks."""
 
 
 def printable(text: str, most: int = 200) -> str:
-    """A text of others for a message: its beginning, with what cannot be printed written out."""
+    """The beginning of a foreign text for a message, with escapes for unprintable characters."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and what it says, on one line."""
+    """The type and message of an error, on one line."""
     return " ".join(f"{type(error).__name__} {error}".split())
 
 
 def shown(value: object) -> str:
-    """A value for a message; the beginning of a long one."""
+    """A value for a message, cut if long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,5 +1,5 @@
-"""What a loss, reward, advantage estimator, sampler correction, rollout engine, environment,
-data source, optimizer, logger or Hugging Face family of a user's own imports.
+"""Imports for a user's own loss, reward, advantage estimator, sampler correction, rollout engine,
+environment, data source, optimizer, logger or Hugging Face family.
 
 No torch. ``LossInputs``, ``LossOutputs`` and ``SamplerWeights`` are in ``megatron_rl.algorithms``,
 ``EngineParts`` and ``WholeAnswers`` in ``megatron_rl.rollout.engine``.

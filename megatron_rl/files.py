@@ -1,5 +1,6 @@
-"""Reading files with bounds; writing them whole (a reader, or a run that was killed, sees the old
-content or the new), and making room for new ones."""
+"""Reads files with bounds, writes them whole (a reader, or a killed run, leaves the old content or
+the new), and moves old ones aside.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from megatron_rl.errors import UserError
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """The content of a file that others may have put there.
+    """The content of a file that others may have written.
 
     Raises:
-        OSError: it cannot be read, is no regular file (a pipe would be waited for, a device read
-            without end), or has more than ``most_bytes``.
+        OSError: the file is unreadable, no regular file (a pipe would be waited for, a device read
+            without end), or larger than ``most_bytes``.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -39,17 +40,17 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file, or make it, in one rename, after the content is on the disk.
+    """Create or replace a file in one rename, after its content is on the disk.
 
-    The content goes to a new file beside it first, of a name that nobody can have made a link of;
-    where ``path`` is a link, the link is replaced and what it points at is left alone.
+    The content first goes to a new file beside it, with a random name, so that nobody can have
+    placed a link there. If ``path`` is a link, the link is replaced and its target is left alone.
 
     Args:
-        path: in a directory that exists.
+        path: its directory must exist.
         content: text is written as UTF-8.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was, and nothing is left beside it.
+        OSError: the file cannot be written; ``path`` is unchanged, and nothing is left beside it.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -78,7 +79,9 @@ def move_aside(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_for_the_user(what: str, remedy: str) -> Iterator[None]:
-    """In the block an OSError becomes a `UserError`: the machine's reason, and what to do."""
+    """A context in which an OSError becomes a `UserError` with the machine's reason and a
+    remedy.
+    """
     try:
         yield
     except OSError as error:
@@ -89,6 +92,6 @@ def written_for_the_user(what: str, remedy: str) -> Iterator[None]:
 
 
 def reason(error: OSError) -> str:
-    """What the machine said, and of which file, on one line."""
+    """The machine's reason and the file, on one line."""
     text = " ".join(str(error.strerror or error).split())
     return f"{text}: {error.filename}" if error.filename else text

@@ -1,4 +1,4 @@
-"""Paths as people write them: ``~`` and ``${VAR}`` are filled in; addresses are no paths."""
+"""Paths as people write them: ``~`` and ``${VAR}`` are filled in; addresses are refused."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from megatron_rl.errors import UserError
 
 #: ``$$`` is a dollar sign; ``$VAR`` and ``${VAR}`` are variables of the environment.
 _VARIABLE = re.compile(r"\$(?:\$|\{([^{}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
-#: One slash is enough: a path's double slash is easily lost on the way here.
+#: One slash is enough: normalising a path drops the second one.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def local_path(name: str, text: str) -> str:
-    """The path that ``text`` means on this machine; ``name``: what it is given for, in messages.
+    """The path that ``text`` means on this machine; ``name``: the field, for messages.
 
-    Raises UserError: an address such as ``s3://bucket/key``, a variable that is not set or empty, a
-    home directory of nobody, an empty path, a NUL character or half of one of two parts.
+    Raises UserError: an address such as ``s3://bucket/key``, a variable that is unset or empty, an
+    unknown user's home, an empty path, a NUL character or half a surrogate pair.
     """
     found = f"{name} is {text if len(text) <= 300 else text[:297] + '...'!r}"
     if not text or "\0" in text:
@@ -59,5 +59,5 @@ def local_path(name: str, text: str) -> str:
 
 
 def as_written(path: str) -> str:
-    """The text from which `local_path` gives this path."""
+    """The inverse of `local_path`: a text that gives this path."""
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")

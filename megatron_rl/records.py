@@ -17,39 +17,40 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: its place in the data set, its token ids and the JSON object it came from."""
+    """One problem: its index in the data set, its token ids and its JSON object."""
 
     #: line of the data set, from 0; names the prompt in samples.jsonl and seeds its sampling
     index: int
     #: int64 [P], with the beginning-of-sequence token where the tokenizer has one
     tokens: np.ndarray
-    text: str  #: what the model sees of it: of a chat with the control tokens of the template
+    text: str  #: text as the model sees it; for a chat with the template's control tokens
     record: Mapping[str, Any]  #: what the verifier needs (numbers and target, answer, tests...)
-    #: how often its step has drawn the same problem before; see `first_sample`
+    #: earlier draws of the same problem in its step; see `first_sample`
     occurrence: int = 0
 
     def first_sample(self, samples: int) -> int:
-        """The number of the first of its answers, where every occurrence gets this many.
+        """The number of its first answer, if every occurrence gets this many.
 
         A problem that a step draws three times has the random numbers of one with three times as
-        many answers, so that no answer is drawn twice.
+        many answers, so no answer is sampled twice.
         """
         return self.occurrence * samples
 
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The experts that MoE routers chose for the tokens of a sequence, or of a pack.
+    """The experts that MoE routers chose for the tokens of a sequence or a pack.
 
-    Of a sampled sequence there are P + N - 1: the last token was never fed to the model (vLLM and
-    SGLang return as many). A pipeline stage of the built-in engine knows its own layers only, which
-    are all it needs; other engines give all of them. Tokens that no sampler has seen, such as
-    spliced text, are not ``known``; neither are those of a sequence behind the last of ``ids``.
+    A sampled sequence has P + N - 1 tokens with experts: the last token was never fed to the model
+    (vLLM and SGLang return the same number). A pipeline stage of the built-in engine knows only its
+    own layers, which is all it needs; other engines give all layers. Tokens that no sampler has
+    seen, such as spliced text, are not ``known``, nor are tokens of a sequence after the last of
+    ``ids``.
     """
 
     ids: np.ndarray  #: uint8, int16 or int32 [tokens, L', K], global expert ids, different in a row
     layers: tuple[int, ...]  #: L' global numbers (from 1) of MoE layers, ascending
-    #: bool [tokens]; the ids of other tokens mean nothing; None: all are known
+    #: bool [tokens]; ids of unknown tokens have no meaning; None: all are known
     known: np.ndarray | None = None
 
 
@@ -64,15 +65,15 @@ class Completion:
     logprobs: np.ndarray
     finished: bool  #: True: it ended with a stop token; False: cut at the length limit
     text: str  #: decoded, without special tokens and the stop token
-    #: of prompt and completion, P + N - 1 tokens; None: the engine was not asked, or cannot tell
+    #: of prompt and completion, P + N - 1 tokens; None: not requested, or the engine lacks them
     routed_experts: RoutedExperts | None = None
-    #: of the weights that made it: how often they had changed by then in this process
+    #: version of the sampling weights: number of earlier changes in this process
     version: int | None = None
-    #: of the weights that sampled its last token, where they changed meanwhile
+    #: version of the weights that sampled its last token (partial rollout)
     last_version: int | None = None
-    #: bool [N], the tokens that the policy wrote; the others' ``logprobs`` mean nothing; None: all
+    #: bool [N], tokens that the policy wrote; other ``logprobs`` have no meaning; None: all
     written: np.ndarray | None = None
-    #: of several turns, what the policy wrote in the last; None: there is one, see ``text``
+    #: with several turns, the policy's text in the last; None: one turn, see ``text``
     last_text: str | None = None
 
     @property
@@ -87,7 +88,7 @@ class Completion:
 
     @property
     def longest_turn(self) -> int:
-        """Most tokens that the policy wrote one behind the other."""
+        """Length of the longest unbroken run of tokens that the policy wrote."""
         if self.written is None:
             return len(self.tokens)
         changes = np.flatnonzero(np.diff(self.written.astype(np.int8), prepend=0, append=0))
@@ -111,11 +112,11 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to train on, with what the loss needs to know of it.
+    """One sequence to train on, with all that the loss needs.
 
-    The tokens that the policy wrote may stand anywhere: behind a prompt, in several turns with an
-    environment's text between them, nowhere. A policy's token at place 0 is not trained on, since
-    no token stands before it to predict it.
+    The policy's tokens may be anywhere: after a prompt, in several turns with an environment's text
+    between them, or nowhere. A policy's token at place 0 is not trained on, since no token before
+    it predicts it.
 
     Supervised fine-tuning makes the same record with ``advantage`` 1 and ``rollout_logprobs`` None.
     """
@@ -123,9 +124,11 @@ class Sample:
     tokens: np.ndarray  #: int64 [M], M >= 1
     written: np.ndarray  #: bool [M], the tokens that the policy wrote
     advantage: float = 1.0
-    #: float32 [M], log-probability of each written token under the sampler; of others not read
+    #: float32 [M], log-probability of each written token under the sampler; others are not read
     rollout_logprobs: np.ndarray | None = None
-    routed_experts: RoutedExperts | None = None  #: the sampler's, of the first tokens, at most M
+    routed_experts: RoutedExperts | None = (
+        None  #: the sampler's experts of the first tokens, at most M
+    )
 
     @classmethod
     def of(
@@ -161,12 +164,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pack:
-    """Several sequences laid one behind the other in a row of T tokens: one micro-batch.
+    """Several sequences concatenated in a row of T tokens: one micro-batch.
 
     Position t predicts ``targets[t]``, the next token of the same sequence; ``mask[t]`` is True
-    where the policy wrote that target. The row ends with padding; behind a sequence there is
-    padding too, up to a multiple of ``sequence_multiple`` tokens. Padding belongs to no sequence.
-    An empty pack (no sequence, all padding) is legal: it keeps the number of packs equal on every
+    where the policy wrote that target. Each sequence is padded to a multiple of
+    ``sequence_multiple`` tokens, and the row ends with padding. Padding belongs to no sequence. An
+    empty pack (no sequence, all padding) is legal: it keeps the number of packs equal on every
     rank.
     """
 

@@ -89,8 +89,9 @@ def kind_of(key: str) -> Kind:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """The differences between two resolved configurations that are not silent, in the order of
-    ``after``. A key that only one of them has (of another version) differs if its value is not the
-    default.
+    ``after``.
+
+    A key that only one of them has (of another version) differs if its value is not the default.
     """
     old, new = dict(leaf_values(before)), dict(leaf_values(after))
     defaults = dict(leaf_values(Config().model_dump(mode="json")))

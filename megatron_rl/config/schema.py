@@ -253,7 +253,7 @@ class OptimizerConfig(Section):
     """Settings of the optimizer that differ from its defaults."""
     lr: float = Field(3e-4, gt=0.0)
     """Peak learning rate. If it is not given and the run starts from trained weights
-(model.hf_path, checkpoint.init_from): 1e-6 for train, 1e-5 for sft."""
+    (model.hf_path, checkpoint.init_from): 1e-6 for train, 1e-5 for sft."""
     min_lr: float = Field(0.0, ge=0.0)
     """Learning rate at the end of the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -1,4 +1,4 @@
-"""Parquet files, and tables of Apache Arrow: batches of rows -> records."""
+"""Parquet files and tables of Apache Arrow: batches of rows -> records."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_rl.data.unpack import MOST_BYTES, MOST_TIMES, need
 from megatron_rl.data.values import plain_record
 from megatron_rl.errors import Stopped, UserError, printable
 
-#: Rows that are held as a table and as records at a time.
+#: Rows held in memory at a time, as a table and as records.
 ROWS = 256
 
 
 def read_parquet(path: Path, settings: ColumnsSettings) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file.
 
-    ``UserError`` names the file, and the row (from 1): no file, or one that cannot be read as
-    Parquet; a column that is asked for and missing; a value that is none of JSON's; rows of more
-    than `unpack.MOST_BYTES` and `unpack.MOST_TIMES` the file's size; pyarrow is not installed.
+    Raises ``UserError`` with the file and the row (from 1): the file is missing or no readable
+    Parquet; a requested column is missing; a value is not a JSON value; the rows exceed both
+    `unpack.MOST_BYTES` and `unpack.MOST_TIMES` the file's size; pyarrow is not installed.
     """
     if not path.is_file():
         raise UserError(
@@ -29,7 +29,7 @@ def read_parquet(path: Path, settings: ColumnsSettings) -> Iterator[dict[str, An
         )
     parquet = need("pyarrow.parquet", str(path))
     with understood(str(path), "a Parquet file"):
-        # not memory-mapped: a file that shrinks would end the process
+        # not memory-mapped: a shrinking file would kill the process
         file = parquet.ParquetFile(path, memory_map=False)
     with contextlib.closing(file):
         columns = chosen_columns(str(path), file.schema_arrow.names, settings)
@@ -46,7 +46,7 @@ def read_parquet(path: Path, settings: ColumnsSettings) -> Iterator[dict[str, An
 
 
 def chosen_columns(name: str, found: list[str], settings: ColumnsSettings) -> list[str]:
-    """The columns to read. UserError: one is missing, or there twice."""
+    """The columns to read. UserError: one is missing, or occurs twice."""
     columns = list(settings.columns or found)
     missing = next((column for column in columns if column not in found), None)
     if missing is not None:
@@ -64,7 +64,7 @@ def chosen_columns(name: str, found: list[str], settings: ColumnsSettings) -> li
 
 
 def records_of(name: str, batches: Iterable[Any], most: int | None) -> Iterator[dict[str, Any]]:
-    """The rows of batches of a table; ``most``: bytes they may have together."""
+    """The rows in batches of a table; ``most``: limit of all their bytes."""
     size, row = 0, 0
     iterator = iter(batches)
     while True:
@@ -90,12 +90,14 @@ def records_of(name: str, batches: Iterable[Any], most: int | None) -> Iterator[
 
 @contextlib.contextmanager
 def understood(name: str, expected: str) -> Iterator[None]:
-    """In the block, what Arrow and datasets raise becomes a UserError with the name in front."""
+    """A context in which errors of Arrow and datasets become a UserError that begins with the
+    name.
+    """
     try:
         yield
     except (UserError, Stopped, MemoryError):
         raise
-    # These libraries, and what they use, have no base of errors in common.
+    # These libraries and their dependencies share no base class of errors.
     except Exception as error:  # noqa: BLE001
         text = printable(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(

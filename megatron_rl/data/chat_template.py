@@ -1,4 +1,4 @@
-"""Chat messages -> token ids by a Hugging Face tokenizer's template; what users wrote is text."""
+"""Chat messages -> token ids by a Hugging Face tokenizer's template; users' text stays text."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from megatron_rl.rewards.worker_pool import WorkerPool
 if TYPE_CHECKING:
     from megatron_rl.data.problems import Message
 
-#: Processor time a chat may take, seconds (it takes a millisecond); elapsed time is for stuck
-#: machines.
+#: Limit of processor time for a chat, seconds (it needs a millisecond); the limit of elapsed time
+#: is for stuck machines.
 _CPU_S, _WALL_S = 10.0, 300.0
-#: A template is a program, and not ours: it is run where it has limits.
+#: A template is a program of others: it runs in a worker with limits.
 _WORKERS = WorkerPool(
     Path(__file__).with_name("template_worker.py"),
     _CPU_S,
     _WALL_S,
     "expected transformers for chat templates; install it",
 )
-#: Of these roles a template may leave text out: earlier reasoning, results it writes as JSON.
+#: Roles whose text a template may leave out: earlier reasoning, results that it writes as JSON.
 _REWRITTEN = ("assistant", "tool")
 
 
 class ChatTemplate:
-    """The template of a tokenizer, and the control tokens that it alone may write.
+    """The template of a tokenizer, and the control tokens that only the template may write.
 
     ``encode`` gives the ids that ``apply_chat_template`` gives, except where a message holds the
     text of a control token, such as ``<|im_end|>``: that is encoded as text.
@@ -38,19 +38,19 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, path: Path) -> None:
         self._tokenizer, self._path = tokenizer, path
         control = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        control.sort(key=lambda token: -len(token.content))  # of two that begin alike the longer
-        #: finds the text of a control token
+        control.sort(key=lambda token: -len(token.content))  # the longest first, if two begin alike
+        #: matches the text of a control token
         self.control = re.compile("|".join(re.escape(t.content) for t in control) or "(?!)")
         self._strips = {token.content: (token.lstrip, token.rstrip) for token in control}
 
     def encode(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Ids of a conversation that the assistant is to answer; ``variables``: more of the
-        template's, such as ``tools`` and ``enable_thinking``.
+        """Token ids of a conversation, with the generation prompt; ``variables``: more variables of
+        the template, such as ``tools`` and ``enable_thinking``.
 
-        ``UserError``: there is no template; it does not know a variable, refuses the messages,
-        leaves one of them out, or rewrites what is no plain text to the tokenizer.
+        ``UserError``: there is no template; it does not use a variable, refuses the messages,
+        leaves one out, or rewrites text that is not plain for the tokenizer.
         """
         variables = dict(variables or {})
         self._check_used(variables)
@@ -71,7 +71,7 @@ class ChatTemplate:
 
         own = type(self._tokenizer).apply_chat_template
         if own is not PreTrainedTokenizerBase.apply_chat_template:
-            # Code of its own, which is executed already (data.tokenizer.trust_remote_code).
+            # The tokenizer's own code, which is trusted (data.tokenizer.trust_remote_code).
             return own(
                 self._tokenizer,
                 list(messages),
@@ -91,7 +91,7 @@ class ChatTemplate:
         return text
 
     def _check_used(self, variables: Mapping[str, Any]) -> None:
-        """To a template that does not name it a variable makes no difference."""
+        """Refuse a variable that the template does not name: it would have no effect."""
         source = str(self._tokenizer.chat_template or "")
         unused = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", source)]
         if source and unused:
@@ -120,15 +120,16 @@ class ChatTemplate:
         return ids_of(self._tokenizer, self._path, text, add_special_tokens=False, **options)
 
     def _as_text_within(self, text: str) -> list[int]:
-        """`_as_text` of what does not begin the whole: some tokenizers put a space there."""
+        """`_as_text` of a piece inside the text: some tokenizers put a space at a beginning."""
         newline, ids = self._as_text("\n"), self._as_text("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self._as_text(text)
 
     def _with_text_kept(
         self, messages: Sequence[Message], variables: dict[str, Any], text: str
     ) -> list[int]:
-        """Marks stand for the control tokens' texts in what is given while the template's own are
-        found; the pieces in between are encoded as text with the texts back in their places.
+        """Marks replace control-token texts in the messages while the template's own control tokens
+        are found. Then the pieces in between are encoded as text, with the original texts back in
+        place.
         """
         kept: list[str] = []
         mark = _unused_word(text)
@@ -145,7 +146,7 @@ class ChatTemplate:
         if restored(marked_text) == text:
             pieces = self._pieces(marked_text)
             for encode in (self._as_text, self._as_text_within):
-                # Piece by piece has to be what the tokenizer makes of the whole.
+                # Encoding piece by piece must equal the tokenizer's encoding of the whole.
                 if self._joined(pieces, encode) == self._parsed(marked_text):
                     return self._joined([(restored(piece), own) for piece, own in pieces], encode)
         raise UserError(
@@ -155,7 +156,7 @@ class ChatTemplate:
         )
 
     def _pieces(self, text: str) -> list[tuple[str, bool]]:
-        """The text cut at its control tokens; True: such a token."""
+        """The text cut at its control tokens; True marks a control token."""
         pieces, start = [], 0
         while found := self.control.search(text, start):
             before, behind = text[start : found.start()], found.end()
@@ -178,7 +179,7 @@ class ChatTemplate:
 
 
 def _unused_word(text: str) -> str:
-    """Letters that a template leaves as they are and that do not occur in the text."""
+    """A word of letters that the text lacks; a template leaves letters unchanged."""
     word = "q"
     while word in text:
         word += "xq"
@@ -186,7 +187,7 @@ def _unused_word(text: str) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in messages, parts and arguments of tool calls included."""
+    """Every text in messages, with content parts and arguments of tool calls."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -198,7 +199,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _replaced(value: Any, pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str]) -> Any:
-    """A copy with every text that the pattern finds replaced."""
+    """A copy with every match of the pattern replaced."""
     if isinstance(value, str):
         return pattern.sub(replace, value)
     if isinstance(value, dict):

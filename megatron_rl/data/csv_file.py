@@ -14,12 +14,12 @@ from megatron_rl.errors import UserError, printable
 
 
 def read_rows(path: Path, settings: CsvSettings) -> Iterator[dict[str, Any]]:
-    """The rows below the header, each with the header's columns.
+    """The rows below the header, as records with the header's columns.
 
-    ``UserError`` names the file, and the row (from 1, the header apart) or line: no file, or one
-    that cannot be read; no UTF-8; a header with a column twice, unnamed or asked for and missing; a
-    row with more or fewer cells, longer than ``MAX_LINE_BYTES``, or with a quote out of place; a
-    cell that is to be JSON and is not.
+    Raises ``UserError`` with the file and the row (from 1, without the header) or line: the file is
+    missing, unreadable or not UTF-8; the header has a duplicate or unnamed column, or lacks a
+    requested one; a row has more or fewer cells, is longer than ``MAX_LINE_BYTES``, or has a
+    misplaced quote; a JSON cell is not JSON.
     """
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     delimiter = settings.delimiter or ("\t" if name.endswith(".tsv") else ",")
@@ -54,13 +54,13 @@ def read_rows(path: Path, settings: CsvSettings) -> Iterator[dict[str, Any]]:
 
 
 class _Lines:
-    """The lines of a file as text, of rows that are not too long."""
+    """The lines of a file as text; refuses rows that are too long."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path, self._number, self._row_bytes = file, path, 0, 0
 
     def begin_row(self) -> None:
-        """What comes is of another row."""
+        """Begin a new row."""
         self._row_bytes = 0
 
     def __iter__(self) -> _Lines:

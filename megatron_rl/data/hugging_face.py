@@ -1,4 +1,4 @@
-"""Hugging Face datasets, saved on disk or of the hub: rows -> records."""
+"""Hugging Face datasets, saved on disk or from the hub: rows -> records."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _NAME = re.compile(
 
 
 def read_saved(path: Path, settings: ColumnsSettings) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset that ``save_to_disk`` has written to a directory.
+    """The rows of a dataset that ``save_to_disk`` wrote to a directory.
 
-    ``UserError`` names the directory, and the row (from 1): it holds no dataset, or one that cannot
-    be read; a column that is asked for and missing; a value that is none of JSON's, such as an
-    image; datasets is not installed.
+    Raises ``UserError`` with the directory and the row (from 1): it holds no readable dataset; a
+    requested column is missing; a value is not a JSON value, such as an image; datasets is not
+    installed.
     """
     datasets = need("datasets", str(path))
     with understood(str(path), "a dataset that save_to_disk has written"):
@@ -31,11 +31,11 @@ def read_saved(path: Path, settings: ColumnsSettings) -> Iterator[dict[str, Any]
 
 
 def read_hub(path: Path, settings: HubSettings) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset of the Hugging Face hub, which is kept in the cache of the library.
+    """The rows of a dataset of the Hugging Face hub; the library keeps it in its cache.
 
-    ``path`` is hf:ORGANISATION/NAME, with @REVISION (a branch, a tag or a commit) and /SPLIT where
-    there are several; a split may be cut, train[:1000]. ``UserError`` as `read_saved`; also another
-    form, a dataset that is not found, and a hub that cannot be reached.
+    ``path`` is hf:ORGANISATION/NAME, with @REVISION (a branch, a tag or a commit) and /SPLIT if
+    there are several; a split may be cut, train[:1000]. Raises ``UserError`` as `read_saved` does,
+    and for a name of another form, an unknown dataset, and a hub that cannot be reached.
     """
     found = _NAME.fullmatch(str(path))
     if found is None:
@@ -51,7 +51,7 @@ def read_hub(path: Path, settings: HubSettings) -> Iterator[dict[str, Any]]:
             settings.subset,
             revision=found["revision"],
             split=found["split"],
-            trust_remote_code=False,  # a version that knows scripts would ask
+            trust_remote_code=False,  # a version with script support would ask
         )
     if found["split"] is None and len(dataset) == 1:
         (dataset,) = dataset.values()
@@ -66,6 +66,6 @@ def _rows(name: str, dataset: Any, settings: ColumnsSettings) -> Iterator[dict[s
         )
     columns = chosen_columns(name, list(dataset.column_names), settings)
     with understood(name, "a readable dataset"):
-        # as it is stored: no image is decoded
+        # raw: no image is decoded
         batches = dataset.select_columns(columns).with_format("arrow").iter(ROWS)
     yield from records_of(name, batches, None)

@@ -1,4 +1,4 @@
-"""What problems a run is trained and measured on, by their content and not by the file's name."""
+"""The identity of a run's problems: hashes of their content, independent of file names."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from megatron_rl.records import Prompt, Sample
 def identity_of(
     items: Sequence[Prompt | Sample], parts: Sequence[DataPart] = (), first: int = 0
 ) -> dict[str, Any]:
-    """Number and SHA-256 of problems (or samples) in their order; fit for JSON. Of a mixture the
-    same of each of its ``parts``, by label. ``first``: index of the first record.
+    """Number and SHA-256 of problems (or samples) in order, fit for JSON; for a mixture also those
+    of each of its ``parts``, by label. ``first``: index of the first record.
 
-    ``tokens`` is of what the model sees, so it depends on the lines of the file, on those that were
-    left out, on the keys that are read, on tokenizer and chat template. ``records`` is of the JSON
-    objects, from which the verifier takes the answer; samples have none.
+    ``tokens`` hashes what the model sees: it depends on the file's lines, the skipped lines, the
+    keys, the tokenizer and the chat template. ``records`` hashes the JSON objects that the verifier
+    reads; samples have none.
     """
     tokens, records = hashlib.sha256(), hashlib.sha256()
     for item in items:
         ids = item.tokens.astype("<i8")
         tokens.update(f"{_trained(item)} {len(ids)} ".encode() + ids.tobytes())
         if isinstance(item, Prompt):
-            text = json.dumps(item.record, sort_keys=True)  # ASCII: a lone surrogate is no obstacle
+            text = json.dumps(
+                item.record, sort_keys=True
+            )  # ASCII, which can write a lone surrogate
             records.update(f"{item.index - first} {text}\n".encode())
     found = {"size": len(items), "tokens": tokens.hexdigest()}
     if not items or isinstance(items[0], Prompt):
@@ -43,8 +45,8 @@ def identity_of(
 
 
 def _trained(item: Prompt | Sample) -> str:
-    """Where the trained tokens begin, then where they end, begin again and so on: ``5``, where all
-    behind the first 5 are.
+    """Places where trained tokens begin, end, begin again and so on: ``5`` if all after the first 5
+    are trained.
     """
     if isinstance(item, Prompt):
         return str(len(item.tokens))
@@ -53,7 +55,7 @@ def _trained(item: Prompt | Sample) -> str:
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """In what way two data sets differ, in a few words; None: they are the same."""
+    """A few words on how two data sets differ; None: they are equal."""
     old, new = before.get("parts", {}), now.get("parts", {})
     if old or new:
         if list(old) != list(new):

@@ -9,17 +9,17 @@ from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.data.unpack import opened
 from megatron_rl.errors import UserError
 
-#: Longest line that is read, bytes. A longer one is a file without line ends, or holds what no
-#: prompt is made of; parsing it takes several times its size in memory.
+#: Longest line, bytes. A longer one is no prompt, or the file has no line ends; parsing takes
+#: several times its size in memory.
 MAX_LINE_BYTES = 16 * 2**20
 
 
 def load_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file in order; blank lines at the end are allowed, and nowhere else.
+    """The objects of a JSONL file in order; blank lines are allowed only at the end.
 
-    ``UserError`` names the file and the line (from 1): no file, or one that cannot be read; a line
-    longer than ``MAX_LINE_BYTES``, that `parse_json` refuses, or no object; no line at all; not
-    enough memory.
+    Raises ``UserError`` with the file and the line (from 1): the file is missing, unreadable or
+    empty; a line is longer than ``MAX_LINE_BYTES``, refused by `parse_json`, or no object; memory
+    runs out.
     """
     path = Path(path)
     records: list[dict[str, Any]] = []
@@ -52,7 +52,7 @@ def place(path: Path, index: int) -> str:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file without those at its end that are blank."""
+    """The lines of a file without blank lines at its end."""
     number = 0
     try:
         with opened(path, "a JSONL file") as file:

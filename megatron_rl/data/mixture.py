@@ -11,7 +11,9 @@ from megatron_rl.errors import UserError
 def source_of(
     items: Sequence[Item], parts: Sequence[DataPart], seed: int, shuffle: bool
 ) -> PromptSource[Item] | MixedSource[Item]:
-    """The cursor over the items of a split; ``parts``: those they are of, () or one: no mixture."""
+    """The cursor over the items of a split; ``parts``: its data sets; fewer than two: no
+    mixture.
+    """
     if len(parts) < 2:
         return PromptSource(items, seed, shuffle)
     return MixedSource(items, parts, seed, shuffle)
@@ -20,9 +22,9 @@ def source_of(
 class MixedSource(Generic[Item]):
     """An endless, resumable cursor over several data sets, the same on every rank.
 
-    The n-th draw is of the data set that is furthest behind its share, so any n draws in a row hold
-    each data set by its weight, to within an item or so. Within a data set the order is that of
-    `PromptSource`: an epoch draws all of it once, and a small one is begun anew more often.
+    The n-th draw takes the data set that is furthest behind its share, so any n draws in a row
+    match the weights to within about one item. Within a data set the order is that of
+    `PromptSource`: an epoch draws each item once, and a small data set has more epochs.
     """
 
     def __init__(
@@ -61,9 +63,9 @@ class MixedSource(Generic[Item]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, other_data: bool = False) -> None:
-        """Continues where ``state`` was taken. Where the weights are others, the shares count from
-        here on. ``other_data``: as for `PromptSource`, part by part; other parts, or the state of
-        one data set, mean that all begin anew.
+        """Continues where ``state`` was taken. New weights count from here on. ``other_data``: as
+        for `PromptSource`, part by part; with other parts, or the state of a single data set, all
+        begin anew.
 
         ``UserError`` on another seed or order, or without ``other_data`` on other parts.
         """

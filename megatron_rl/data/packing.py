@@ -19,9 +19,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Routing:
-    """Which of the sampler's experts packs carry."""
+    """Which of the sampler's experts the packs hold."""
 
-    layers: tuple[int, ...]  #: global numbers (from 1) of the MoE layers, those of this rank
+    layers: tuple[int, ...]  #: global numbers (from 1) of this rank's MoE layers
     top_k: int  #: K
     num_experts: int  #: E
 
@@ -32,11 +32,11 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
-    """Which sequences go into which pack: first-fit decreasing.
+    """Assign sequences to packs: first-fit decreasing.
 
-    Longest first, ties by index, each into the first pack with room: at most 11/9 of the least
-    number of packs, plus 6/9 (Dosa 2007). Returns the indices of each pack in ascending order;
-    every index occurs once. ``UserError`` if a sequence is longer than a pack.
+    The longest sequence first, ties by index, each into the first pack with room. This needs at
+    most 11/9 of the least number of packs, plus 6/9 (Dosa 2007). Returns the indices of each pack
+    in ascending order; every index occurs once. ``UserError`` if a sequence is longer than a pack.
     """
     sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
     if sizes.size and sizes.max() > pack_tokens:
@@ -45,7 +45,7 @@ def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
             f"a pack holds {pack_tokens}; "
             "raise data.pack_tokens or shorten the sequences"
         )
-    room = np.full(len(sizes), pack_tokens, dtype=np.int64)  # as many packs as could ever be needed
+    room = np.full(len(sizes), pack_tokens, dtype=np.int64)  # most packs that could be needed
     packs: list[list[int]] = []
     for index in np.argsort(-sizes, kind="stable").tolist():
         place = int(np.argmax(room >= sizes[index]))
@@ -71,10 +71,10 @@ def pack_samples(
     them padding.
 
     Padding holds the token ids t mod ``vocab_size`` at position t: one id everywhere would send all
-    padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs carry
-    them; None: as the samples do (an empty list of samples cannot tell). ``routing``: the packs
-    carry the sampler's experts of these layers. ValueError: more packs than ``num_packs``, or
-    samples that lack what is asked for.
+    padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs hold them;
+    None: as the samples do (an empty list of samples cannot tell). ``routing``: the packs hold the
+    sampler's experts of these layers. ValueError: more packs than ``num_packs``, or samples without
+    the requested values.
     """
     if with_rollout_logprobs is None:
         with_rollout_logprobs = any(sample.rollout_logprobs is not None for sample in samples)
@@ -103,8 +103,8 @@ def pack_samples(
 
 
 def split_mini_batches(items: Sequence[Item], n: int) -> list[list[Item]]:
-    """n consecutive parts whose sizes differ by one at most, larger ones first; with fewer items
-    than n some are empty.
+    """n consecutive parts whose sizes differ by at most one, larger ones first; with fewer than n
+    items some are empty.
     """
     if n < 1:
         raise ValueError(f"{n} parts")
@@ -168,11 +168,11 @@ def _build_routes(
 ) -> RoutedExperts | None:
     """The sampler's experts in a pack's row.
 
-    The last token of a sequence, of which the sampler says nothing, takes those of the token before
-    it: nothing is predicted there, and the load that the expert bias follows is the same in any
-    pack. Any other token without experts of the sampler is not ``known``: its routers are to choose
-    for themselves. Padding at place t takes the experts t K, t K + 1... mod E: different ones, as
-    Megatron's dispatchers need, and spread over all experts.
+    The sampler gives no experts for the last token of a sequence, so it takes those of the token
+    before it: it predicts nothing, and the load that the expert bias follows is the same in any
+    pack. Any other token without experts of the sampler is not ``known``: its routers choose for
+    themselves. Padding at place t takes the experts t K, t K + 1... mod E: they differ, as
+    Megatron's dispatchers need, and cover all experts.
     """
     if routing is None:
         return None
@@ -196,7 +196,7 @@ def _build_routes(
 
 
 def _known(routed: RoutedExperts, length: int) -> np.ndarray:
-    """Of which tokens of a sequence of ``length`` the sampler says the experts, bool [length]."""
+    """Whether the sampler gives the experts of each token of a sequence, bool [length]."""
     known = np.zeros(length, dtype=bool)
     known[: len(routed.ids)] = True if routed.known is None else routed.known
     return known
@@ -226,7 +226,9 @@ def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> No
 
 
 def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
-    """Experts of the first tokens, for all layers asked for, K different ones below E."""
+    """Check the sampler's experts: of the first tokens, for all requested layers, K different ones
+    below E.
+    """
     routed = sample.routed_experts
     if routed is None:
         raise ValueError(f"sample {index} has no experts of the sampler")
@@ -263,6 +265,6 @@ def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
 
 
 def id_type(num_experts: int) -> type[np.integer]:
-    """The smallest integer type that holds the ids 0..num_experts-1, as NumPy names it."""
+    """NumPy's name of the smallest integer type that holds the ids 0..num_experts-1."""
     types: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int16, 4: np.int32}
     return types[expert_id_bytes(num_experts)]

@@ -1,6 +1,4 @@
-"""A data set as the model will see it, for people: counts, lengths, and the first examples with
-their tokens.
-"""
+"""Shows a data set as the model will see it: counts, lengths, and first examples with tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ from megatron_rl.data.run_data import RunData
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.records import Prompt, Sample
 
-#: Tokens shown at either end of a longer example.
+#: Tokens shown at each end of a long example.
 SHOWN_ENDS = 60
-#: Characters of an example's text that are shown; of longer ones its two ends.
+#: Most characters shown of an example's text; of a longer text its two ends.
 SHOWN_CHARACTERS = 4000
 
 _WIDTH = 100
@@ -28,8 +26,7 @@ def preview(
     """Lines about the data sets of a run, with the first ``count`` examples of each, and of each
     part of a mixture.
 
-    ``stop_tokens``: those that end an answer, each with what names it; ``max_new_tokens``: its
-    longest.
+    ``stop_tokens``: each with the sources that name it; ``max_new_tokens``: longest answer.
     """
     tokenizer = data.tokenizer
     stops = (f"{_token(tokenizer, token)} ({place})" for token, place in stop_tokens.items())
@@ -45,7 +42,7 @@ def preview(
         for part in items.parts:
             mine = items.items[start : start + part.size]
             start += part.size
-            if shares:  # of a file that is cut short (evaluate.problems) nothing may be left
+            if shares:  # a cut (evaluate.problems) may leave nothing of a file
                 lengths = _lengths(mine) if mine else "none is used"
                 yield ""
                 yield f"{part.label}, {shares[part.label]:.3g} of the draws: {lengths}"
@@ -56,8 +53,8 @@ def preview(
 
 
 def lengths_text(data: DataSet[Any]) -> str:
-    """``24 problems, prompts of 9 to 14 tokens (50%: 11, 90%: 13, 99%: 14)``, and of samples the
-    same of their answers.
+    """``24 problems, prompts of 9 to 14 tokens (50%: 11, 90%: 13, 99%: 14)``, and for samples the
+    same for their answers.
     """
     return _lengths(data.items)
 
@@ -74,7 +71,7 @@ def _lengths(items: Sequence[Prompt | Sample]) -> str:
 
 def _range(lengths: Sequence[int]) -> str:
     ordered = np.sort(lengths)
-    # The smallest length that so many percent of the lines do not exceed.
+    # The smallest length that this percentage of the lines does not exceed.
     at = {p: int(ordered[max(0, -(-p * len(ordered) // 100) - 1)]) for p in (50, 90, 99)}
     quantiles = ", ".join(f"{percent}%: {length:,}" for percent, length in at.items())
     return f"{ordered[0]:,} to {ordered[-1]:,} tokens ({quantiles})"
@@ -103,7 +100,7 @@ def _example(
 
 
 def _trained_part(marked: np.ndarray) -> str:
-    """What of a sample is trained on; ``marked``: bool [M]."""
+    """Describe the trained part of a sample; ``marked``: bool [M]."""
     count, start = int(marked.sum()), int(marked.argmax())
     if count and marked[start:].all():
         return f"a prompt of {start} tokens; trained on: the {count} after it, marked *"
@@ -115,7 +112,7 @@ def _token(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _wrapped(words: Sequence[str]) -> str:
-    """Words in indented lines, never broken: a space within a token is a part of it."""
+    """Indented lines of words, never broken within a word: a space within a token is part of it."""
     lines = [" "]
     for word in words:
         if len(lines[-1]) + 1 + len(word) > _WIDTH and lines[-1] != " ":
@@ -132,7 +129,9 @@ def _cut(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """The text with what a terminal would not print, or obey, as escapes; line ends stay."""
+    """The text with escapes for characters that a terminal would obey or not print; line ends
+    stay.
+    """
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )

@@ -1,5 +1,5 @@
-"""The lines of a data set, checked before anything slow is loaded: prompts, chats, reference
-answers, and what the verifier needs. No torch, no NumPy, no tokenizer.
+"""Checks the lines of a data set before anything slow is loaded: prompts, chats, reference answers,
+and what the verifier needs. No torch, no NumPy, no tokenizer.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from megatron_rl.config.template import fill
 from megatron_rl.data.sources import Places, records_of_source
 from megatron_rl.errors import UserError, printable
 
-#: A message of a chat: "role" and "content", both text, and what else a template may want.
+#: A message of a chat: "role" and "content", both text, and further keys for the template.
 Message = Mapping[str, Any]
 #: A prompt: text, or chat messages.
 PromptText = str | Sequence[Message]
 
-#: Text that begins as a list of chat messages does, in JSON or as Python prints one.
+#: Text that begins like a list of chat messages, in JSON or as printed by Python.
 _CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 _OBJECT_AS_TEXT = re.compile(r"\s*(?:\[\s*)?\{")
-#: Keys of one message, as data sets write them, and of a whole chat.
+#: Keys of one message, in the spellings of data sets, and of a whole chat.
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _CHAT_KEYS = ("messages", "conversations")
-#: Roles that data sets give the one who answers.
+#: Data sets' names for the assistant's role.
 _ANSWERING_ROLES = ("assistant", "model", "gpt", "bot", "chatbot", "ai")
 
 
@@ -39,9 +39,9 @@ class Problem:
 
     index: int  #: from 0, over all parts
     prompt: PromptText  #: contents of messages are text
-    record: Mapping[str, Any]  #: what the verifier is given
-    completion: str | None = None  #: the reference answer, where one was asked for
-    tools: Sequence[Any] | None = None  #: what the chat template is told of
+    record: Mapping[str, Any]  #: what the verifier gets
+    completion: str | None = None  #: the reference answer, if requested
+    tools: Sequence[Any] | None = None  #: the tools for the chat template
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class ProblemPart:
 
 @dataclass(frozen=True)
 class ProblemFile:
-    """A split that was read."""
+    """A split after reading."""
 
-    path: str  #: for people: one file's, or that of each part
+    path: str  #: name for messages: of one file, or of each part
     problems: list[Problem]
-    place: Places  #: where a problem of an index stands
+    place: Places  #: the place of a problem, by index
     parts: tuple[ProblemPart, ...]
-    #: how often something was done to a line that people may want to know of -> how many lines
+    #: a note on a change made to lines -> number of lines
     notes: Counter[str] = field(default_factory=Counter)
 
 
@@ -72,7 +72,7 @@ def read_problems(
     check_record: Callable[[Mapping[str, Any]], None] | None = None,
     completions: bool = False,
 ) -> ProblemFile:
-    """All records of one data set, as `read_sources` gives them; ``path``: as for data.train."""
+    """All records of one data set, as from `read_sources`; ``path``: as for data.train."""
     (source,) = chosen_sources(data.model_copy(update={"train": Path(path)}), "train")
     return read_sources((source,), check_record, completions)
 
@@ -85,15 +85,14 @@ def read_sources(
     """All records of the data sets of a split, each checked.
 
     Args:
-        sources: the data sets, with their columns, and what is to become of chats that end with an
-            answer.
-        check_record: raises ``UserError`` where a record lacks what the verifier needs.
-        completions: every record has a reference answer (supervised fine-tuning).
+        sources: the data sets, with their columns and their rule for chats that end with an answer.
+        check_record: raises ``UserError`` if a record lacks what the verifier needs.
+        completions: every record must have a reference answer (supervised fine-tuning).
 
     Raises:
         UserError: as in ``records_of_source``; a prompt that is missing, empty, neither text nor
             chat messages, or a chat that ends with its own answer; a reference answer that is
-            missing or no text; a record that ``check_record`` refuses. The place is named.
+            missing or no text; a record that ``check_record`` refuses. The message names the place.
     """
     problems: list[Problem] = []
     parts, places = [], Places()
@@ -115,7 +114,7 @@ def read_sources(
 
 
 def parse_prompt(prompt: Any, key: str, notes: Counter[str]) -> PromptText:
-    """A prompt as it stands in a record -> text, or messages whose contents are text.
+    """A prompt as in a record -> text, or messages whose contents are text.
 
     A chat that is stored as JSON text becomes messages; a content of text parts becomes their text.
     ``UserError`` for anything else, without file and line.
@@ -145,11 +144,11 @@ def _problem(
     if not isinstance(prompt, str) and prompt[-1]["role"].casefold() in _ANSWERING_ROLES:
         prompt, reference = _without_answer(prompt, data)
         answer = data.completion_key if completions else "answer"
-        # What the record says itself goes first; its prompt no longer holds the answer.
+        # The record's own answer takes precedence; its prompt no longer holds the answer.
         record = {answer: reference, **record, key: prompt}
         notes["chats that ended with the assistant's answer, taken as the reference"] += 1
     if data.template is not None:
-        record = {"prompt": prompt, **record}  # verifiers look for the problem's text there
+        record = {"prompt": prompt, **record}  # verifiers read the problem's text there
     if data.system is not None:
         prompt = _with_system(prompt, data.system, notes)
     if completions:
@@ -166,12 +165,12 @@ def _problem(
 def _prompt_of(
     record: Mapping[str, Any], data: DataConfig, notes: Counter[str]
 ) -> tuple[PromptText, str]:
-    """The prompt, and the key it stands under."""
+    """The prompt, and its key."""
     if data.template is None:
         return parse_prompt(_value_of(record, data.prompt_key), data.prompt_key, notes), (
             data.prompt_key
         )
-    # as it is: a template that begins like a chat is none
+    # unchanged: a template that begins like a chat is no chat
     return fill(data.template, lambda column: _value_of(record, column)), "prompt"
 
 
@@ -185,7 +184,7 @@ def _with_system(prompt: PromptText, system: str, notes: Counter[str]) -> Prompt
 
 
 def _tools(record: Mapping[str, Any], key: str) -> Sequence[Any] | None:
-    """The tools of a record, a list of objects or the text of one in JSON; None: it has none."""
+    """The tools of a record, a list of objects or its JSON text; None: it has none."""
     tools = _value_of(record, key)
     if isinstance(tools, str) and tools:
         try:
@@ -206,7 +205,7 @@ def _tools(record: Mapping[str, Any], key: str) -> Sequence[Any] | None:
 
 
 def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequence[Message], str]:
-    """The messages before the assistant's last turn, and what that turn says."""
+    """The messages before the assistant's last turn, and the content of that turn."""
     if data.last_turn == "refuse":
         raise UserError(
             f"{data.prompt_key!r} ends with a message of the {prompt[-1]['role']}: the answer "
@@ -222,7 +221,7 @@ def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequen
 
 
 def _value_of(record: Mapping[str, Any], key: str) -> Any:
-    """A column; of a key with dots that is no column, what stands below one."""
+    """The value of a column; for a key with dots that is no column, the value below one."""
     found: Any = record
     for part in (key,) if key in record else key.split("."):
         if not isinstance(found, Mapping) or part not in found:
@@ -236,7 +235,7 @@ def _value_of(record: Mapping[str, Any], key: str) -> Any:
 
 
 def _is_chat(text: str) -> bool:
-    """Whether a text is, or begins as, chat messages that were stored as text."""
+    """Whether a text is, or begins like, chat messages stored as text."""
     if _CHAT_AS_TEXT.match(text):
         return True
     if not _OBJECT_AS_TEXT.match(text):
@@ -278,7 +277,7 @@ def _message(message: Any, number: int, key: str) -> Message:
     role = message["role"]
     content = message.get("content")
     if content is None and role == "assistant" and message.get("tool_calls"):
-        content = ""  # as chat APIs write a turn that only calls tools
+        content = ""  # chat APIs write a turn that only calls tools like this
     if isinstance(content, list) and content:
         content = "".join(_part(part, where) for part in content)
     if not isinstance(content, str):

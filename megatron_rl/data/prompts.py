@@ -1,6 +1,4 @@
-"""Data sets: the problems and samples of a file as the model will see them, and a cursor over them
-that can be saved and resumed.
-"""
+"""Data sets of prompts or samples as the model will see them, and a resumable cursor over them."""
 
 from __future__ import annotations
 
@@ -25,29 +23,29 @@ class DataPart:
     label: str
     weight: float
     first: int  #: index of its first record
-    size: int  #: items, without those left out
+    size: int  #: number of items, without skipped ones
 
 
 @dataclass(frozen=True)
 class DataSet(Generic[Item]):
-    """What a run takes from a split."""
+    """The items that a run takes from a split."""
 
-    path: str  #: for people
+    path: str  #: name for messages
     items: list[Item]  #: part by part
     parts: tuple[DataPart, ...]
-    place: Callable[[int], str]  #: where the record of an index stands
+    place: Callable[[int], str]  #: the place of a record, by index
     lines: int  #: records of the split
     limit: int  #: most tokens of an item
-    #: records left out because they are longer: index of the record and its tokens
+    #: records skipped because they are longer: index of the record, and its tokens
     skipped: tuple[tuple[int, int], ...]
-    notes: Counter[str]  #: what was done to lines, and to how many
-    kinds: Counter[type]  #: prompts that are text (``str``) and chats (``list``)
+    notes: Counter[str]  #: notes on changes made to lines, with the number of lines
+    kinds: Counter[type]  #: numbers of prompts that are text (``str``) and chats (``list``)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def skips(self) -> str:
-        """What was left out and why; "" if nothing was."""
+        """The skipped lines and the reason; "" if none."""
         if not self.skipped:
             return ""
         (first, length), *_ = self.skipped
@@ -57,12 +55,12 @@ class DataSet(Generic[Item]):
         )
 
     def named(self, index: int) -> str:
-        """``line 3``, and of several files the file as well."""
+        """``line 3``, with the file if there are several."""
         place = self.place(index)
         return place.removeprefix(f"{self.path}, ")
 
     def cut(self, most: int | None) -> DataSet[Item]:
-        """The first ``most`` items; of several parts as many of each, as far as they have them."""
+        """The first ``most`` items; of several parts equally many, as far as each has them."""
         if most is None or most >= len(self):
             return self
         sizes = [0] * len(self.parts)
@@ -78,7 +76,7 @@ class DataSet(Generic[Item]):
         return replace(self, items=items, parts=tuple(parts))
 
     def shares(self) -> dict[str, float]:
-        """The share of the draws that each of several parts has; {} of one."""
+        """Each part's share of the draws; {} for a single part."""
         whole = sum(part.weight for part in self.parts)
         return {p.label: p.weight / whole for p in self.parts} if len(self.parts) > 1 else {}
 
@@ -88,8 +86,8 @@ def load_prompts(
 ) -> DataSet[Prompt]:
     """The problems of a file; ``index`` counts its lines from 0.
 
-    ``UserError`` names file and line: a prompt that the tokenizer's template does not take, of no
-    tokens, or of more than ``limit`` where ``overlong`` is refuse; also where no line is left.
+    Raises ``UserError`` with file and line for a prompt that the tokenizer's template refuses,
+    without tokens, or with more than ``limit`` if ``overlong`` is refuse; also if no line is left.
     """
 
     def prompt_of(problem: Problem) -> tuple[Prompt, int]:
@@ -105,8 +103,8 @@ def load_samples(
 ) -> DataSet[Sample]:
     """The samples of a file for supervised fine-tuning, each with its reference answer.
 
-    Every one ends with the end-of-sequence token. ``UserError`` as in ``load_prompts``, with
-    ``limit`` for prompt and completion together.
+    Each sample ends with the end-of-sequence token. Raises ``UserError`` as ``load_prompts`` does;
+    ``limit`` bounds prompt plus completion.
     """
 
     def sample_of(problem: Problem) -> tuple[Sample, int]:
@@ -119,7 +117,7 @@ def load_samples(
 
 
 def number_occurrences(prompts: Sequence[Prompt], drawn: Counter[int]) -> list[Prompt]:
-    """The prompts, each knowing how often its step has drawn it before.
+    """Set each prompt's count of earlier draws in the same step.
 
     ``drawn`` counts the draws of the step by ``index``; those of these prompts are added.
     """
@@ -134,11 +132,11 @@ class PromptSource(Generic[Item]):
     """An endless, resumable cursor over prompts (or samples), the same on every rank.
 
     Epoch e draws all prompts once, in the order of a permutation that depends on (seed, e) only;
-    batches run across the end of an epoch. The place of the cursor is the whole state.
+    batches run across the end of an epoch. Its position is its whole state.
     """
 
     def __init__(self, prompts: Sequence[Item], seed: int, shuffle: bool, part: int = 0) -> None:
-        """part: number of the data set in a mixture; each has an order of its own."""
+        """part: number of the data set in a mixture; each has its own order."""
         if not prompts:
             raise ValueError("no prompts")
         self._part = part
@@ -150,7 +148,7 @@ class PromptSource(Generic[Item]):
         self._order = self._order_of(0)
 
     def next_batch(self, n: int) -> list[Item]:
-        """The next n prompts; one occurs twice only where a new epoch begins within the batch."""
+        """The next n prompts; one occurs twice only if a new epoch begins within the batch."""
         batch: list[Item] = []
         while len(batch) < n:
             if self._offset == len(self._prompts):
@@ -172,10 +170,11 @@ class PromptSource(Generic[Item]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, other_data: bool = False) -> None:
-        """Continues where ``state`` was taken; with ``other_data`` at the same place of other
-        prompts, or with a new epoch where their number is another.
+        """Continues where ``state`` was taken. With ``other_data`` it continues at the same place,
+        or with a new epoch if the number of prompts differs.
 
-        ``UserError`` on another seed or order, and on another number without ``other_data``.
+        Raises ``UserError`` on another seed or order, and on another number of prompts without
+        ``other_data``.
         """
         if "parts" in state:  # of a mixture
             if not other_data:
@@ -216,7 +215,7 @@ def _load(
     limit: int,
     overlong: Literal["refuse", "skip"],
 ) -> DataSet[Item]:
-    """The items of a file's problems, by a function that gives one and its tokens."""
+    """The items of a file's problems; a function makes an item and counts its tokens."""
     items: list[Item] = []
     kinds: Counter[type] = Counter()
     skipped, parts = [], []

@@ -1,5 +1,5 @@
-"""What the model sees of a prompt and of a reference answer: the one way from text to tokens, for
-training, fine-tuning, evaluation, ``generate`` and the preview.
+"""The one way from text to tokens, of prompts and reference answers, for training, fine-tuning,
+evaluation, ``generate`` and the preview.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ ChatMode = Literal["auto", "template", "plain", "rendered"]
 
 
 class Rendering:
-    """A tokenizer used as ``data.chat`` says.
+    """A tokenizer with the mode ``data.chat``.
 
-    ``UserError`` where the tokenizer lacks what the mode needs.
+    Raises ``UserError`` if the tokenizer lacks what the mode needs.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, chat: ChatMode, variables: Mapping[str, Any] | None = None
     ) -> None:
-        """variables: more of the chat template's (``data.chat_template_kwargs``)."""
+        """variables: more variables of the chat template (``data.chat_template_kwargs``)."""
         self.tokenizer, self.chat = tokenizer, chat
         self._variables = dict(variables or {})
         if chat == "template" and not tokenizer.has_chat_template:
@@ -33,15 +33,15 @@ class Rendering:
                 "chat_template.jinja or tokenizer_config.json; add it or set data.chat plain"
             )
         if chat == "rendered":
-            tokenizer.encode("", control=True)  # refused by tokenizers that cannot
+            tokenizer.encode("", control=True)  # refused by tokenizers without this mode
 
     def prompt(
         self, prompt: PromptText, notes: Counter[str], tools: Sequence[Any] | None = None
     ) -> tuple[list[int], str]:
-        """Ids of a prompt, and the text that the model sees in them: with the template's control
-        tokens, without a beginning-of-sequence token that the tokenizer puts before plain text.
+        """Token ids of a prompt, and its text as the model sees it: with the template's control
+        tokens, without the beginning-of-sequence token that the tokenizer puts before plain text.
 
-        ``UserError``: a chat where text is expected, or one that the template does not take.
+        ``UserError``: a chat in place of text, or a chat that the template refuses.
         """
         tokenizer = self.tokenizer
         if tools is not None and isinstance(prompt, str) and self.chat != "template":
@@ -72,8 +72,8 @@ class Rendering:
         return ids, tokenizer.show(ids)
 
     def completion(self, text: str, notes: Counter[str]) -> list[int]:
-        """Ids of a reference answer; they end with the end-of-sequence token, once, also where the
-        text says so itself.
+        """Token ids of a reference answer. They end with one end-of-sequence token, also if the
+        text ends with it.
         """
         tokenizer = self.tokenizer
         end = tokenizer.show([tokenizer.eos_id])
@@ -87,7 +87,7 @@ class Rendering:
         return [*tokenizer.encode(bare, control=self.chat == "rendered"), tokenizer.eos_id]
 
     def facts(self, prompts: Counter[type]) -> str:
-        """How the prompts of these kinds (``str`` or ``list``) reach the model."""
+        """Describes how prompts of these kinds (``str`` or ``list``) reach the model."""
         if self.chat == "rendered":
             return "text with the control tokens in it (data.chat rendered)"
         ways = []

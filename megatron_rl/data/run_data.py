@@ -1,5 +1,5 @@
-"""All that a run reads before its ranks join: the data sets and the tokenizer that its
-configuration names. Mistakes in them cost no torch, no Megatron and no GPU.
+"""Everything that a run reads before its ranks join: the configured data sets and tokenizer. A
+mistake in them shows before torch, Megatron or a GPU is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.records import Prompt
 from megatron_rl.rewards.chosen import check_machine, record_check
 
-#: Data sets that a verb reads where they are given.
+#: Splits that a verb reads, if they are given.
 SPLITS: dict[str, tuple[Split, ...]] = {
     "train": ("train", "eval"),
     "sft": ("train", "eval"),
@@ -32,12 +32,12 @@ SPLITS: dict[str, tuple[Split, ...]] = {
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run works on."""
+    """The data and the tokenizer of a run."""
 
     rendering: Rendering
     train: DataSet[Any] | None  #: samples for ``sft``, prompts for ``train``
     eval: DataSet[Prompt] | None
-    #: what the verifiers found of this machine, for a header
+    #: what the verifiers found on this machine, for the run summary
     machine: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -46,7 +46,7 @@ class RunData:
         return self.rendering.tokenizer
 
     def facts(self) -> dict[str, str]:
-        """How prompts reach the model, what was left out, what was done to lines; for a header."""
+        """Facts for the run summary: how prompts reach the model, skipped lines, notes on lines."""
         sets = {"": self.train, "held-out: ": self.eval}
         given = {name: data for name, data in sets.items() if data is not None}
         kinds = sum((data.kinds for data in given.values()), Counter())
@@ -64,7 +64,7 @@ class RunData:
 
 
 def _mixture(data: DataSet[Any]) -> str:
-    """``0.7 math (7,000), 0.3 code (12,000)``: share of the draws, and problems."""
+    """``0.7 math (7,000), 0.3 code (12,000)``: share of the draws, and number of problems."""
     shares = data.shares()
     return ", ".join(f"{shares[p.label]:.3g} {p.label} ({p.size:,})" for p in data.parts)
 
@@ -72,8 +72,8 @@ def _mixture(data: DataSet[Any]) -> str:
 def read_files(config: Config, verb: str, missing: bool = False) -> dict[str, ProblemFile]:
     """The verb's data sets by split, every line checked, without the tokenizer.
 
-    ``missing``: leave out those that are not there, in place of refusing them. ``UserError``: as
-    in ``read_sources``.
+    ``missing``: skip missing data sets instead of refusing them. ``UserError``: as in
+    ``read_sources``.
     """
     files: dict[str, ProblemFile] = {}
     for split in SPLITS[verb]:
@@ -90,15 +90,15 @@ def load_run_data(config: Config, verb: str) -> RunData:
     """Data sets and tokenizer of train, sft, evaluate or generate.
 
     Raises:
-        UserError: a mistake in a file, of the data or the tokenizer; it is named. Or the limits
-            of this process do not leave the verifier what it needs.
+        UserError: a mistake in a file of the data or the tokenizer, with its name; or this
+            process's limits are too low for the verifier.
     """
     machine = check_machine(config.reward) if SPLITS[verb] else {}
     return replace(encode_files(config, verb, read_files(config, verb)), machine=machine)
 
 
 def encode_files(config: Config, verb: str, files: dict[str, ProblemFile]) -> RunData:
-    """The data sets that were read, as the model will see them."""
+    """The data sets as the model will see them."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     weights = config.checkpoint.init_from or config.model.hf_path
     check_vocabulary(tokenizer, config.model.vocab_size, weights)
@@ -123,15 +123,16 @@ def prompt_room(config: Config) -> int:
 
 
 def prompts_in(config: Config, rendering: Rendering, path: Path) -> DataSet[Prompt]:
-    """The prompts of a data set of the command line, which is named and read as data.train is, with
-    the columns of the configuration. ``UserError``: as of data sets.
+    """The prompts of a data set on the command line, named and read as data.train, with the
+    configured columns. ``UserError``: as for data sets.
     """
     sources = chosen_sources(config.data.model_copy(update={"train": path}), "train")
     return load_prompts(read_sources(sources), rendering, prompt_room(config), config.data.overlong)
 
 
 def given_prompts(config: Config, rendering: Rendering, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts of the command line, rendered as those of a data set; JSON text of a chat is a chat.
+    """Prompts of the command line, rendered like those of a data set; the JSON text of a chat is a
+    chat.
 
     ``UserError``: one that is no prompt, or too long.
     """

@@ -1,4 +1,4 @@
-"""Data sets as a configuration names them -> records, each with the place where it stands."""
+"""Configured data sets -> records, each with its place (file and line)."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from megatron_rl.errors import UserError
 
 @dataclass
 class Places:
-    """Where the records of one or more data sets stand, by their number over all of them."""
+    """The places of the records of one or more data sets, by record number over all of them."""
 
     #: number of the first record of each piece, and the piece, in order
     starts: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
 
     def begin(self, piece: Piece, first: int) -> None:
-        """The records from ``first`` on are of this piece."""
+        """Records from number ``first`` on belong to this piece."""
         self.starts.append(first)
         self.pieces.append(piece)
 
     def __call__(self, index: int) -> str:
         """``data/train.jsonl, line 7`` of the record with this number (from 0)."""
-        # of pieces that begin alike all but the last are empty
+        # of pieces with the same start all but the last are empty
         at = bisect_right(self.starts, index) - 1
         piece = self.pieces[at]
         return f"{piece.path}, {piece.row.unit} {index - self.starts[at] + 1}"
 
 
 def records_of_source(source: ChosenSource, places: Places, first: int) -> Iterator[dict[str, Any]]:
-    """The records of a data set, in order; ``places`` learns where they stand.
+    """The records of a data set, in order; adds their places to ``places``.
 
     Args:
-        source: what is read.
-        places: of the data sets before it.
+        source: the data set.
+        places: holds those of earlier data sets.
         first: number of the first record.
 
     Raises:
-        UserError: what a reader refuses; a user's own source raises, or gives what is no record;
-            there is no record at all; the memory does not suffice. The place is named.
+        UserError: a reader refuses a record; a user's own source raises, or gives something else
+            than records; there is no record; memory runs out. The message names the place.
     """
     number = first
     for piece in source.pieces:
@@ -71,7 +71,7 @@ def _records(piece: Piece) -> Iterator[dict[str, Any]]:
     who, number = f"the data source {row.name!r}", 0
     with blame(who, "correct it"):
         thing = row.own
-        if isinstance(thing, type):  # made of its settings, then called
+        if isinstance(thing, type):  # made with its settings, then called
             thing = thing() if piece.settings is None else thing(piece.settings)
             records = iter(thing())
         else:

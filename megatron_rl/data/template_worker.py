@@ -1,8 +1,8 @@
 """The worker of ``chat_template.py``: ``template_worker.py CPU_S`` renders chats by templates.
 
-A template is a program of whoever made the tokenizer: two nested loops run for ever, a product of
-a text and a number takes all memory. So it runs in jinja2's sandbox, as transformers has it, and
-here, with limits of time, memory and output.
+A template is a program of the tokenizer's author: nested loops can run for ever, and a text times a
+number can take all memory. So it runs in jinja2's sandbox, as in transformers, and in this process,
+with limits of time, memory and output.
 
 Reads one JSON list [template, variables, messages] a line. Writes "ready" (or what is
 missing), then a JSON list for each line: ["text", what was rendered] or ["refused", why]. Ends when
@@ -24,12 +24,12 @@ _MOST_CHARACTERS = 16 * 2**20
 
 
 class _Late(BaseException):
-    """The time is over; no handler of errors may take it for one."""
+    """The time limit was reached; no error handler may catch it."""
 
 
 def main() -> None:
     cpu_s = float(sys.argv[1])
-    # Libraries print where they like: replies go to a descriptor nothing else knows.
+    # Libraries may print to stdout: replies go to a descriptor that nothing else knows.
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="ascii")
     os.dup2(2, 1)
     try:

@@ -1,5 +1,5 @@
-"""The files of a Hugging Face tokenizer, looked at before libraries read them; and what these
-libraries raise of files that they do not understand.
+"""Checks the files of a Hugging Face tokenizer before libraries read them, and turns errors of
+these libraries into one line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Iterator
 from megatron_rl.config.json_text import read_json_object
 from megatron_rl.errors import Stopped, UserError, printable
 
-#: Largest tokenizer.json or vocab.json, bytes; the largest known ones have 35 million.
+#: Limit of tokenizer.json and vocab.json, bytes; the largest known ones have 35 million.
 MOST_BYTES = 256 << 20
 _JSON = (
     "tokenizer_config.json",
@@ -26,12 +26,12 @@ _REMEDY = "expected the files of a Hugging Face tokenizer; correct data.tokenize
 
 
 def check_tokenizer_files(folder: Path, tokenizer_json: Path) -> None:
-    """``UserError``: one of the files is no regular file, or not what its name says; see
-    `read_json_object` for what else.
+    """Raise ``UserError`` if a file is no regular file, or does not hold what its name promises;
+    see also `read_json_object`.
     """
     for name in (*_JSON, *_OTHERS):
         path = folder / name
-        if path.exists() and not path.is_file():  # to read a pipe is to wait for ever
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise UserError(f"{path} is no regular file; {_REMEDY}")
         if path.exists() and name in _JSON:
             read_json_object(path, "a JSON object of a tokenizer", MOST_BYTES)
@@ -47,7 +47,7 @@ def check_tokenizer_files(folder: Path, tokenizer_json: Path) -> None:
 
 def _check_merges(path: Path, model: dict[str, Any]) -> None:
     """With ``continuing_subword_prefix``, tokenizers 0.23 cuts as many bytes off what a merge adds,
-    whatever they are: half a character in its message, and the process is aborted.
+    without looking at them: if it cuts a character in half, it aborts the process.
     """
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
@@ -64,12 +64,12 @@ def _check_merges(path: Path, model: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def understood(path: Path, doing: str) -> Iterator[None]:
-    """In the block, what transformers and tokenizers raise becomes a ``UserError``."""
+    """A context in which errors of transformers and tokenizers become a ``UserError``."""
     try:
         yield
     except (UserError, Stopped):
         raise
-    # tokenizers (Rust) raises Exception itself, and its panics are no Exception at all.
+    # tokenizers (Rust) raises plain Exception, and its panics are not even an Exception.
     except BaseException as error:  # noqa: BLE001
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -89,7 +89,7 @@ def _refusal(path: Path, doing: str, error: BaseException) -> UserError:
 
 
 def ids_of(tokenizer: Any, path: Path, text: str, **options: Any) -> list[int]:
-    """Ids of a text by transformers' tokenizer from ``path``. ``UserError``: it cannot."""
+    """Token ids of a text by transformers' tokenizer from ``path``. ``UserError``: it fails."""
     with understood(path, "used"):
-        # verbose: it would say of long texts what is checked, line by line, later on
+        # verbose: it would warn of long texts, which are checked line by line later
         return tokenizer.encode(text, verbose=False, **options)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from megatron_rl.config.schema_data import TokenizerConfig
     from megatron_rl.data.problems import PromptText
 
-#: Stands in a decoded text for every id past the tokenizer's vocabulary (a model may have more rows
-#: than that).
+#: Replaces every id beyond the tokenizer's vocabulary in a decoded text (a model may have more
+#: rows).
 REPLACEMENT = "\ufffd"
 
-#: How SentencePiece writes a space in its pieces.
+#: SentencePiece's space character in pieces.
 _SPACE = "\u2581"
 
-#: End-of-sequence tokens looked for in a tokenizer.json that comes without a tokenizer_config.json.
+#: End-of-sequence tokens to look for in a tokenizer.json without a tokenizer_config.json.
 _END_TOKENS = (
     "</s>",
     "<eos>",
@@ -40,41 +40,43 @@ class Tokenizer(Protocol):
     vocab_size: int  #: one past the largest id
     bos_id: int | None
     eos_id: int
-    pad_id: int  #: the end-of-sequence id where the tokenizer has no padding token
+    pad_id: int  #: the end-of-sequence id if the tokenizer has no padding token
     has_chat_template: bool
 
     def limit_to(self, rows: int) -> list[tuple[str, int]]:
-        """Refuse, from now on, texts that hold tokens past ``rows`` ids; the (token, id) that are
-        past it and that texts need: all but padding.
+        """From now on refuse texts with ids of ``rows`` or above. Returns the (token, id) of such
+        ids that texts can need: all but padding.
         """
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        """Ids of a text, without special tokens added. ``control``: the texts of control tokens in
-        it, such as ``<|im_end|>``, become those tokens; else they are text like any other.
+        """Token ids of a text, without added special tokens. ``control``: texts of control tokens,
+        such as ``<|im_end|>``, become those tokens; otherwise they stay text.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens; ``REPLACEMENT`` for each id past the vocabulary."""
+        """Text of ids, without special tokens; ``REPLACEMENT`` for each id beyond the
+        vocabulary.
+        """
 
     def show(self, ids: Sequence[int]) -> str:
-        """As ``decode``, for people: with the special tokens."""
+        """As ``decode``, but with the special tokens."""
 
     def piece(self, token: int) -> str:
-        """The text of one id, with the space that it begins with."""
+        """The text of one id, with a leading space if it has one."""
 
     def token(self, text: str) -> int | None:
-        """The one token whose text this is; None: it is none, or several."""
+        """The id of the token with this text; None: the text is no token, or several."""
 
     def find_control(self, text: str) -> str | None:
-        """The first text of a control token in a text."""
+        """The first control token's text within a text."""
 
     def encode_prompt(
         self, prompt: PromptText, variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Ids a completion is to follow: with the beginning-of-sequence token, chat messages
-        through the template. What the user wrote stays text.
+        """Token ids of a prompt: text after the beginning-of-sequence token, chat messages through
+        the template. Users' text stays text.
 
-        ``variables``: more of the template's, such as tools.
+        ``variables``: more variables of the template, such as tools.
         """
 
 
@@ -235,9 +237,11 @@ class HuggingFaceTokenizer:
     def encode_prompt(
         self, prompt: PromptText, variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Begun as the tokenizer itself begins a text, but never ended; chat by its template."""
+        """Text with the tokenizer's own beginning tokens, without its ending tokens; chat by its
+        template.
+        """
         if not isinstance(prompt, str):
-            # it writes its own special tokens
+            # the template writes its own special tokens
             return self._within(self._template.encode(prompt, variables))
         ids = self._begun(prompt)
         return self._within(ids[: len(ids) - self._num_ends])
@@ -255,7 +259,7 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a configuration; ``UserError`` if the path is not set, missing, or of
+    """The tokenizer of a configuration; ``UserError``: the path is not set, does not exist, or has
     another kind.
     """
     if config.path is None:
@@ -279,10 +283,10 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, weights: Path | None = None) -> None:
-    """``UserError`` if the tokenizer has ids past the model's embedding of ``vocab_size`` rows;
-    fewer ids are fine, and so is a padding token past it, which no sequence holds.
+    """Raise ``UserError`` if the tokenizer has ids beyond the model's embedding of ``vocab_size``
+    rows. Fewer ids are fine, and so is a padding token beyond it, which no sequence holds.
 
-    ``weights``: those the model starts from, whose embedding has these rows and no others.
+    ``weights``: the initial weights, whose embedding has exactly these rows.
     """
     past = tokenizer.limit_to(vocab_size)
     if not past:
@@ -303,7 +307,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, weights: Path | None
 
 
 def _decode_runs(ids: Sequence[int], vocab_size: int, decode: Callable[[list[int]], str]) -> str:
-    """Decodes the runs of known ids, with ``REPLACEMENT`` for every id in between."""
+    """Decode runs of known ids, with ``REPLACEMENT`` for every other id."""
     pieces, run = [], []
     for token in map(int, ids):
         if 0 <= token < vocab_size:
@@ -321,7 +325,7 @@ def _load_huggingface(path: Path, trust_remote_code: bool) -> Any:
     check_tokenizer_files(folder, path if path.is_file() else path / "tokenizer.json")
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
         return _load_tokenizer_json(path)
-    # Said either way: left open, transformers asks on the terminal and executes after a "y".
+    # Always set: otherwise transformers asks on the terminal and executes after a "y".
     return AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=trust_remote_code
     )

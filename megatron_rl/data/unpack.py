@@ -12,8 +12,8 @@ from typing import IO, Any, BinaryIO, Iterator
 
 from megatron_rl.errors import UserError
 
-#: A packed file may hold so many bytes, or so many times its own size, whichever is more. Text
-#: packs to a tenth; what packs to a thousandth was made to fill the memory.
+#: Limits of an unpacked file: this many bytes, or this many times its packed size, whichever is
+#: more. Text packs to a tenth; a file that packs to a thousandth was made to fill the memory.
 MOST_BYTES = 256 << 20
 MOST_TIMES = 200
 
@@ -24,13 +24,13 @@ def opened(path: Path, expected: str) -> Iterator[BinaryIO]:
 
     Args:
         path: the file.
-        expected: what it should be, for messages: "a JSONL file".
+        expected: the expected file, for messages: "a JSONL file".
 
     Raises:
-        UserError: it is not there, no regular file (a pipe would be waited for), or packed by what
-            is not installed here.
-        OSError: it cannot be opened; also, while it is read: it is damaged, or more than
-            `MOST_BYTES` and `MOST_TIMES`.
+        UserError: the file is missing, no regular file (a pipe would be waited for), or needs a
+            library that is not installed.
+        OSError: it cannot be opened; while reading: it is damaged, or exceeds both `MOST_BYTES` and
+            `MOST_TIMES`.
     """
     if not path.exists():
         raise UserError(
@@ -71,7 +71,7 @@ def _zstandard(file: BinaryIO, path: Path) -> IO[bytes]:
 
 
 class _Unpacked(io.RawIOBase):
-    """A stream that ends with an OSError where it is damaged or too long."""
+    """A stream that raises OSError if it is damaged or too long."""
 
     def __init__(self, packed: IO[bytes], most: int) -> None:
         self._packed, self._most, self._read = packed, most, 0

@@ -1,4 +1,6 @@
-"""Values of tables and of users' code -> JSON values, as `config/json_text.py` would give them."""
+"""Values of tables and of users' code -> JSON values, within the bounds of
+`config/json_text.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ _INTEGERS = 10**MOST_DIGITS
 def plain_record(record: Any) -> dict[str, Any]:
     """A record as a mapping of JSON values.
 
-    Dates and times become text, decimals numbers, tuples lists. ``UserError``, without the place:
-    it is no mapping with texts for keys, or holds bytes, a number that is not finite or of more
-    than `MOST_DIGITS` digits, half a surrogate pair, anything else that JSON has no word for, or
-    is nested more than `MOST_LEVELS` deep.
+    Dates and times become text, decimals numbers, tuples lists. Raises ``UserError``, without the
+    place: it is no mapping with text keys; it holds bytes, a number that is not finite or has more
+    than `MOST_DIGITS` digits, half a surrogate pair, or another value without a JSON form; it is
+    nested more than `MOST_LEVELS` deep.
     """
     if not isinstance(record, Mapping):
         raise UserError(
@@ -41,7 +43,7 @@ def _key(key: Any, where: str) -> str:
 
 
 def _plain(value: Any, where: str, level: int) -> Any:
-    """The value; ``where``: the column it is in."""
+    """The JSON value; ``where``: its column."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -72,7 +74,7 @@ def _number(value: int | float | decimal.Decimal, where: str) -> int | float:
         value.is_finite() if isinstance(value, decimal.Decimal) else math.isfinite(value)
     )
     if isinstance(value, decimal.Decimal) and finite:
-        # not int() of any: 1e999999 has a million digits
+        # not int() of every value: 1e999999 has a million digits
         whole = abs(value.adjusted()) < MOST_DIGITS and value == value.to_integral_value()
         value = int(value) if whole else float(value)
         finite = isinstance(value, int) or math.isfinite(value)

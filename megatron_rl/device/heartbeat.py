@@ -38,9 +38,10 @@ PATIENCE_S = 5.0
 
 
 class Heartbeat:
-    """Gives signs of life and watches those of others, in threads that end with the block. One
-    thread talks to the store and may wait for its answer without end; the other watches the first
-    and touches the file.
+    """Gives signs of life and watches those of others, in threads that end with the block.
+
+    One thread talks to the store and may wait for its answer without end; the other watches the
+    first and touches the file.
     """
 
     def __init__(

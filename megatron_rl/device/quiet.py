@@ -1,5 +1,6 @@
-"""Hides warnings of Megatron-Core and torch that a user cannot act on. Each entry names the version
-that warns. All other warnings still reach the user.
+"""Hides warnings of Megatron-Core and torch that a user cannot act on.
+
+Each entry names the version that warns. All other warnings still reach the user.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Hugging Face families, one file each: what is read of config.json, what is written, and which of
-its tensors each weight is made of. To ship one: a file here, named after its model_type, with a
+"""Hugging Face families, one file each: what a family reads from config.json, what it writes, and
+which tensors make up each weight. To ship one: a file here, named after its model_type, with a
 `FAMILY`.
 """
 
@@ -16,5 +16,5 @@ def _found() -> tuple[Family, ...]:
     return tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in names)
 
 
-#: In the order of their names: a model that several describe is written as the first.
+#: Sorted by name: a model that several families describe is written as the first.
 FAMILIES: tuple[Family, ...] = _found()

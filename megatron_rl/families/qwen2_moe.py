@@ -1,4 +1,4 @@
-"""Qwen2-MoE: as Qwen3-MoE, with biases in the place of norms, and a shared expert with a gate."""
+"""Qwen2-MoE: as Qwen3-MoE, with biases instead of norms, and a shared expert with a gate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(file: HuggingFaceFile, keys: Qwen2MoeKeys) -> dict[str, Any]:
         **qwen3_moe.read(file, keys),
         "qk_norm": False,
         "qkv_bias": keys.qkv_bias,
-        # an expert of width 0 adds 0, whatever its gate says
+        # an expert of width 0 adds 0 with any gate
         "shared_expert_ffn_hidden_size": keys.shared_expert_intermediate_size or None,
         "shared_expert_gate": keys.shared_expert_intermediate_size > 0,
     }

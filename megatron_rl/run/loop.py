@@ -16,8 +16,10 @@ from megatron_rl.tasks.task import Task
 
 
 def run_loop(session: Session, policy: Policy, make_task: Callable[[], Task]) -> bool:
-    """Run the remaining steps. A signal also interrupts a rollout or an evaluation. The run then
-    drops it and keeps the checkpoint of the last step done; the next run begins it again.
+    """Run the remaining steps.
+
+    A signal also interrupts a rollout or an evaluation. The run then drops it and keeps the
+    checkpoint of the last step done; the next run begins it again.
 
     Returns:
         True when the run is complete, False when a signal ended it early.

@@ -1,4 +1,4 @@
-"""What families spell alike in config.json: sizes, norms, rotary embeddings, type; experts."""
+"""Keys of config.json that families share: sizes, norms, rotary embeddings, type; experts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def read_common(
         file: for messages.
         keys: its content.
         yarn: whether the family's rotary embeddings can be stretched.
-        window_switch: whether a sliding window is on only with ``use_sliding_window`` (Qwen keeps
-            the width of one that is off); else its width alone says so.
+        window_switch: whether only ``use_sliding_window`` switches a sliding window on (Qwen keeps
+            the width of a window that is off); otherwise a width switches it on.
     """
     fields = {
         "num_layers": keys.num_hidden_layers,
@@ -52,7 +52,7 @@ def read_common(
 
 
 def write_common(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of config.json that say them."""
+    """The keys of config.json for these fields."""
     return {
         "vocab_size": model["vocab_size"],
         "hidden_size": model["hidden_size"],
@@ -76,7 +76,7 @@ def write_common(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_experts(keys: MoeKeys) -> dict[str, Any]:
-    """Width of a head, and how many experts there are."""
+    """Width of a head, and number of experts."""
     return {
         "head_dim": keys.head_dim,
         "num_experts": keys.num_experts,
@@ -92,5 +92,5 @@ def pre_softmax(norm_topk_prob: bool) -> bool:
 
 
 def dense_layers(model: Mapping[str, Any]) -> list[int]:
-    """Numbers of the layers without experts."""
+    """Indices of the layers without experts."""
     return [layer for layer, is_moe in enumerate(model["moe_layer_freq"]) if not is_moe]

@@ -1,4 +1,4 @@
-"""What a family is: data, and two functions between config.json and the fields of the model."""
+"""The classes of a family: data, and two functions between config.json and the model's fields."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from megatron_rl.families.common.config_json import read_common, write_common
 from megatron_rl.families.common.file import HuggingFaceFile
 from megatron_rl.families.common.keys import Keys
 
-#: How a weight is put together of its parts (``weights/rules.py`` does it):
-#: copy: the one part. gate_up: [gate; up], each [F, D]. qkv: for each query group its query heads,
-#: its key head, its value head.
+#: How a weight is joined from its parts (by ``weights/rules.py``): copy: the one part. gate_up:
+#: [gate; up], each [F, D]. qkv: for each query group its query heads, its key head, its value head.
 Join = Literal["copy", "gate_up", "qkv"]
 PARTS: Mapping[Join, int] = {"copy": 1, "gate_up": 2, "qkv": 3}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one weight is made of Hugging Face tensors."""
+    """How to make one weight from Hugging Face tensors."""
 
     join: Join
-    parts: tuple[str, ...]  #: their names, in order
-    #: names of the one tensor that a directory may hold in their place: of a weight of an expert
-    #: those of all experts of the layer, [E, rows of all parts, columns]; of another the same
-    #: tensor under another name. Never written.
+    parts: tuple[str, ...]  #: names of the tensors, in order
+    #: names of one tensor that a directory may hold instead: for an expert's weight, the tensor of
+    #: all experts of the layer, [E, rows of all parts, columns]; for other weights, the same tensor
+    #: under another name. Only read, never written.
     stored_as: tuple[str, ...] = ()
 
 
-#: Fields of ``ModelConfig`` by name, defaults filled in: ``num_query_groups`` and ``head_dim`` are
-#: numbers, ``moe_layer_freq`` is a list of a 0 or 1 for each layer.
+#: Fields of ``ModelConfig`` by name, with defaults filled in: ``num_query_groups`` and ``head_dim``
+#: are numbers, ``moe_layer_freq`` is a list with 0 or 1 for each layer.
 Model = Mapping[str, Any]
 Reader = Callable[[HuggingFaceFile, Any], dict[str, Any]]
 Writer = Callable[[Model], dict[str, Any]]
@@ -46,33 +45,35 @@ TOP: Mapping[str, Rule] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """A Hugging Face family. Readers and writers are inverse: an export is written only where what
-    is read of it again is the model.
+    """A Hugging Face family. Readers and writers are inverse: an export is written only if reading
+    it again gives the same model.
 
-    A reader gets the file, whose ``refuse`` makes the error for what is not supported, and the
-    typed keys. A writer gets the model's fields and must take those of any model, also one that
-    the family cannot describe.
+    A reader gets the file, whose ``refuse`` makes the error for an unsupported value, and the typed
+    keys. A writer gets the model's fields and must accept any model, also one that the family
+    cannot describe.
     """
 
-    model_type: str  #: as config.json says
+    model_type: str  #: as in config.json
     architecture: str  #: the class of transformers that loads it
     summary: str  #: one line
-    source: str = ""  #: where it is published
-    keys: type[Keys]  #: the keys of config.json that its models are built from
+    source: str = ""  #: where the family is published
+    keys: type[Keys]  #: class of the config.json keys that its models are built from
     read: Reader  #: (file, keys) -> fields of ``ModelConfig`` beyond those of ``read_common``
     write: Writer  #: (model) -> keys of config.json beyond those of ``write_common``
-    #: our name of a weight within a layer, ``{expert}`` for the number of an expert -> its rule,
+    #: our name of a weight within a layer, with ``{expert}`` for an expert's number -> its rule,
     #: with names relative to ``layer_name``
     layer_weights: Mapping[str, Rule]
-    layer_name: str = "model.layers.{layer}."  #: what the names of a layer's tensors begin with
-    weights: Mapping[str, Rule] = field(default_factory=lambda: TOP)  #: those outside of the layers
-    #: further keys, with the values that say what is so anyway; any other value is refused
+    layer_name: str = "model.layers.{layer}."  #: prefix of the names of a layer's tensors
+    weights: Mapping[str, Rule] = field(
+        default_factory=lambda: TOP
+    )  #: rules of the weights outside of the layers
+    #: further keys, with the values that change nothing; any other value is refused
     meaningless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     read_common: Reader = read_common  #: of keys that families spell alike
     write_common: Writer = write_common
 
     def mistake(self) -> str | None:
-        """What is wrong with it, with what is expected; None: nothing."""
+        """The family's mistake, with what is expected; None: no mistake."""
         for name in ("model_type", "architecture", "summary", "source", "layer_name"):
             if not isinstance(getattr(self, name), str):
                 return f"its {name} is {getattr(self, name)!r}; expected a string"
@@ -128,7 +129,7 @@ def _wrong_names(rule: Rule, numbered: bool) -> str | None:
 
 
 def _places(text: str) -> list[str | None] | None:
-    """What stands in braces; None: they are not closed."""
+    """The names in braces; None: a brace is not closed."""
     try:
         return [name for _, name, _, _ in Formatter().parse(text) if name is not None]
     except ValueError:

@@ -1,4 +1,4 @@
-"""One config.json, and its values for messages."""
+"""One config.json, with its path for messages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_rl.errors import UserError, printable
 
 @dataclass(frozen=True)
 class HuggingFaceFile:
-    """One config.json: where it is, and its keys that are not null."""
+    """One config.json: its path, and its keys that are not null."""
 
     path: Path
     values: Mapping[str, Any]
     expected: str  #: for messages
 
     def refuse(self, found: str) -> UserError:
-        """The error for something in this file."""
+        """The error for a value in this file."""
         return UserError(f"{self.path}: {printable(found, 400)}; expected {self.expected}")
 
 

@@ -1,4 +1,4 @@
-"""The keys of a config.json, typed and bounded before anything is worked out of them.
+"""The keys of a config.json, typed and bounded before any is used.
 
 A family's class lists the keys that its models are built from.
 """
@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Spelled:
-    """How files of transformers 4 and 5 spell a key: ``Annotated[int, Spelled("a", "b")]``."""
+    """The spellings of a key in files of transformers 4 and 5: ``Annotated[int, Spelled("a",
+    "b")]``.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -27,7 +29,7 @@ def spellings_of(kind: type[Keys]) -> dict[str, tuple[str, ...]]:
     }
 
 
-#: A list of layers is made of their number: no model has as many.
+#: Most layers: code builds a list of this length, and no model has as many.
 MOST_LAYERS = 10_000
 Size = Annotated[int, Field(ge=1, le=1 << 30)]
 Count = Annotated[int, Field(ge=0, le=1 << 30)]
@@ -58,7 +60,7 @@ class Rope(Keys):
 
 
 class CommonKeys(Keys):
-    """What all families spell alike."""
+    """Keys that all families share."""
 
     num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     hidden_size: Size
@@ -71,7 +73,7 @@ class CommonKeys(Keys):
     rope_theta: Positive | None = None
     rope_parameters: Rope | None = None
     rope_scaling: Rope | None = None
-    # every family's class leaves the embeddings untied unless its config.json says otherwise
+    # every family leaves the embeddings untied unless its config.json ties them
     tie_word_embeddings: bool = False
     dtype: Annotated[str | None, Spelled("torch_dtype", "dtype")] = None
     sliding_window: int | None = None
@@ -80,7 +82,7 @@ class CommonKeys(Keys):
 
 
 class MoeKeys(CommonKeys):
-    """Key/value heads, and how many experts there are."""
+    """Key/value heads, and number of experts."""
 
     head_dim: Size | None = None
     num_experts: Annotated[Count, Spelled("num_experts", "num_local_experts")]

@@ -1,14 +1,14 @@
-"""Keys of config.json that no logit depends on, and values that say that a thing is not there.
+"""Keys of config.json that no logit depends on, and values that mean a feature is absent.
 
-Every key is mapped by a family, or is here, or is refused.
+Every key is mapped by a family, listed here, or refused.
 """
 
 from __future__ import annotations
 
 from typing import Any, Mapping
 
-#: Keys without effect on the logits: generation, bookkeeping, which kernels are used, training
-#: choices made elsewhere.
+#: Keys without effect on the logits: generation, bookkeeping, kernels, training choices made
+#: elsewhere.
 IGNORED_KEYS = frozenset(
     """_attn_implementation _attn_implementation_autoset _attn_implementation_internal
     _experts_implementation _experts_implementation_internal _flash_attn_2_enabled _name_or_path
@@ -26,11 +26,11 @@ IGNORED_KEYS = frozenset(
     tokenizer_class top_k top_p torchscript transformers_version typical_p use_bfloat16 use_cache
     use_return_dict""".split()
 )
-#: What tools leave of themselves.
+#: Traces of tools.
 IGNORED_PREFIXES = ("unsloth_",)
 
-#: Keys that must have one of these values, which say that there is nothing of the kind: any other
-#: is arithmetic the models do not have. Null means nothing everywhere.
+#: Keys that must have one of these values, which mean that the feature is absent: any other value
+#: needs arithmetic that the models lack. Null is always allowed.
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
@@ -79,9 +79,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 
 def is_meaningless(key: str, value: Any, of_family: Mapping[str, tuple[Any, ...]]) -> bool | None:
-    """Whether the value of a key means nothing; None: the key is not known.
+    """Whether a key's value has no effect; None: the key is unknown.
 
-    ``of_family``: keys with values that mean nothing in the family, which go before those here.
+    ``of_family``: keys with values without effect in this family, which take precedence.
     """
     if key in IGNORED_KEYS or key.startswith(IGNORED_PREFIXES) or value is None:
         return True

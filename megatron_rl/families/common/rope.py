@@ -1,4 +1,4 @@
-"""Rotary position embeddings as a config.json gives them: their base, and YaRN's stretching."""
+"""Rotary position embeddings in config.json: their base, and YaRN's stretching."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_rl.errors import shown
 from megatron_rl.families.common.file import HuggingFaceFile, given
 from megatron_rl.families.common.keys import CommonKeys, Rope
 
-#: YaRN's numbers, all of which have to be there: their defaults differ between versions.
+#: YaRN's numbers. All must be given, because their defaults differ between versions.
 _YARN_KEYS = (
     "factor",
     "original_max_position_embeddings",
@@ -17,7 +17,7 @@ _YARN_KEYS = (
     "mscale",
     "mscale_all_dim",
 )
-#: Values that say nothing, by the kind of scaling: linear by 1 is none.
+#: Values without effect, by kind of scaling: linear by 1 scales nothing.
 _NEUTRAL_ROPE: Mapping[str, Mapping[str, Any]] = {
     "default": {"factor": 1.0, "partial_rotary_factor": 1.0, "attention_factor": 1.0},
     "linear": {"factor": 1.0, "partial_rotary_factor": 1.0},
@@ -27,7 +27,7 @@ _NEUTRAL_ROPE: Mapping[str, Mapping[str, Any]] = {
 
 def rope_fields(file: HuggingFaceFile, keys: CommonKeys, yarn: bool = False) -> dict[str, Any]:
     """``rope_base``, from ``rope_theta`` (transformers 4) or ``rope_parameters`` (5); and ``yarn``,
-    where the family has it, from ``rope_scaling`` (4) or ``rope_parameters``.
+    if the family has it, from ``rope_scaling`` (4) or ``rope_parameters``.
     """
     scaling = _scaling(file, keys.rope_scaling, keys.rope_parameters)
     inner = scaling.pop("rope_theta", None)
@@ -54,7 +54,7 @@ def rope_fields(file: HuggingFaceFile, keys: CommonKeys, yarn: bool = False) -> 
 
 
 def _scaling(file: HuggingFaceFile, old: Rope | None, new: Rope | None) -> dict[str, Any]:
-    """What ``rope_scaling`` and ``rope_parameters`` say together."""
+    """The scaling in ``rope_scaling`` and ``rope_parameters``, merged."""
     first, second = (
         {} if rope is None else given(rope.model_dump(exclude_unset=True)) for rope in (old, new)
     )

@@ -1,4 +1,4 @@
-"""Pieces of weight rules that families share: our name of a weight -> its parts, in a layer."""
+"""Weight rules that families share: our name of a weight in a layer -> its parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SWIGLU = ("gate_proj", "up_proj", "down_proj")
 
 
 def copies(**names: str) -> dict[str, Rule]:
-    """Weights of the attention that are one tensor: our name of the layer -> theirs."""
+    """Rules of attention weights that are one tensor: our name -> theirs."""
     return {
         f"self_attention.{ours}.weight": Rule("copy", (f"self_attn.{theirs}.weight",))
         for ours, theirs in names.items()
@@ -18,13 +18,15 @@ def copies(**names: str) -> dict[str, Rule]:
 
 
 def qkv(parameter: str = "weight") -> dict[str, Rule]:
-    """Queries, keys and values; ``parameter`` bias: their biases."""
+    """Rules of queries, keys and values; ``parameter`` bias: of their biases."""
     parts = tuple(f"self_attn.{x}_proj.{parameter}" for x in "qkv")
     return {f"self_attention.linear_qkv.{parameter}": Rule("qkv", parts)}
 
 
 def mlp(ours: str = "mlp", theirs: str = "mlp", names: Sequence[str] = SWIGLU) -> dict[str, Rule]:
-    """A SwiGLU MLP, two matrices of ours, three of theirs: ``names`` of gate, up and down."""
+    """Rules of a SwiGLU MLP, two matrices of ours, three of theirs: ``names`` of gate, up and
+    down.
+    """
     gate, up, down = (f"{theirs}.{name}.weight" for name in names)
     return {
         f"{ours}.linear_fc1.weight": Rule("gate_up", (gate, up)),
@@ -33,10 +35,10 @@ def mlp(ours: str = "mlp", theirs: str = "mlp", names: Sequence[str] = SWIGLU) -
 
 
 def experts(block: str = "mlp", names: Sequence[str] = SWIGLU) -> dict[str, Rule]:
-    """A router and its experts, below ``block``.
+    """Rules of a router and its experts, below ``block``.
 
-    transformers 5 holds the experts of a layer in one tensor, and may store them so: below ``mlp``
-    whatever the block is, and the router with them.
+    transformers 5 holds a layer's experts in one tensor and may store it: always below ``mlp``, and
+    the router with it.
     """
     gate, up, down = (f"{block}.experts.{{expert}}.{name}.weight" for name in names)
     blocks = dict.fromkeys(("mlp", block))
