@@ -1,4 +1,4 @@
-"""An advantage estimator: each answer against the best of its prompt."""
+"""An advantage estimator: compares each answer with the best answer to its prompt."""
 
 import torch
 

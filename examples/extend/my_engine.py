@@ -1,5 +1,5 @@
-"""A rollout engine: transformers answers, with a copy of the weights that goes through a directory.
-It draws as the built-in engine draws, so that a run has the same answers with either.
+"""A rollout engine: transformers samples the answers, with a copy of the weights that it gets
+through a directory. It samples like the built-in engine, so a run has the same answers with both.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from megatron_rl.weights.export import export_model
 
 
 class TransformersEngine(WholeAnswers):
-    """All ranks have to see the run's directory."""
+    """All ranks must see the run directory."""
 
     def __init__(self, parts: EngineParts) -> None:
         self._parts, self._model = parts, None

@@ -1,4 +1,4 @@
-"""An environment: the problem is asked again after a wrong answer."""
+"""An environment: repeats the problem after a wrong answer."""
 
 from pydantic import Field
 
@@ -7,15 +7,15 @@ from megatron_rl.rewards.countdown import verify_countdown
 
 
 class AgainSettings(Settings):
-    """How it is asked."""
+    """Settings of the environment."""
 
     word: str = Field("", max_length=20)
-    """What is said before the problem."""
+    """Text before the problem."""
 
 
 @environment(settings=AgainSettings)
 def ask_again(record: dict, turns: tuple[str, ...], settings: AgainSettings) -> str | None:
-    """The problem once more, until the last answer is right."""
+    """Repeat the problem until the last answer is right."""
     if verify_countdown(record, turns[-1]).parts["solved"]:
         return None
     numbers = " ".join(str(number) for number in record["numbers"])

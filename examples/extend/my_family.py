@@ -13,7 +13,7 @@ class MyKeys(qwen3_moe.Qwen3MoeKeys):
 
 
 def write(model):
-    """The keys of config.json that say what a model is, beyond those that families share."""
+    """The keys of config.json beyond those that families share."""
     values = qwen3_moe.write(model)
     del values["num_local_experts"]
     values["n_experts"] = values.pop("num_experts")

@@ -6,7 +6,7 @@ from megatron_rl.extend import Settings, logger
 
 
 class CsvSettings(Settings):
-    """What is written, and where."""
+    """The metrics and the file."""
 
     names: list[str] = ["loss", "reward/mean", "grad_norm"]
     """Metrics to write, in this order."""
@@ -24,10 +24,10 @@ class CsvLogger:
             self.path.write_text(",".join(["step", *self.names]) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Rank 0 alone calls it, after each step."""
+        """Called after each step, only on rank 0."""
         values = [metrics.get(name, "") for name in self.names]
         with self.path.open("a") as file:
             file.write(",".join(map(str, [step, *values])) + "\n")
 
     def close(self) -> None:
-        """At the end of the run, whatever ends it."""
+        """Called at the end of the run, also after an error."""

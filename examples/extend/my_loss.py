@@ -12,7 +12,7 @@ class MySettings(Settings):
     """The ratio is clipped to [1 - clip, 1 + clip]."""
 
     clip: float = Field(0.2, gt=0.0)
-    """Half the width of the range in which a ratio is not clipped."""
+    """Half width of the range in which ratios are not clipped."""
 
 
 @loss(denominator="sequences", settings=MySettings, paper="arXiv 2402.03300, eq. 3")

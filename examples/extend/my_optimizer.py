@@ -1,4 +1,4 @@
-"""An optimizer: Lion (arXiv 2302.06675), which acts on each element by itself."""
+"""An optimizer: Lion (arXiv 2302.06675), which acts on each element separately."""
 
 import torch
 from pydantic import Field
@@ -25,7 +25,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """The run has set lr and weight_decay of each group; gradients are there, in fp32."""
+        """One step. The run has set lr and weight_decay of each group; gradients are fp32."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]

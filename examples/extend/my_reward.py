@@ -1,4 +1,4 @@
-"""Two rewards: one with settings, and one that is asked for like a judge in another process."""
+"""Two rewards: one with settings, and an async one, like a judge in another process."""
 
 import asyncio
 
@@ -8,10 +8,10 @@ from megatron_rl.extend import Reward, Settings, verifier
 
 
 class BrevitySettings(Settings):
-    """How long is long."""
+    """Settings of the reward."""
 
     longest: int = Field(24, ge=1)
-    """Length of an answer that is worth nothing, characters."""
+    """Length at which the reward is 0, characters."""
 
 
 @verifier(settings=BrevitySettings)
@@ -22,6 +22,6 @@ def brevity(record: dict, completion: str, settings: BrevitySettings) -> Reward:
 
 
 async def judge(record: dict, completion: str) -> Reward:
-    """1 for an answer with a digit. Where it sleeps, ask your server (httpx.AsyncClient)."""
+    """1 for an answer with a digit. In place of the sleep, call your server (httpx.AsyncClient)."""
     await asyncio.sleep(0.01)
     return Reward(float(any(letter.isdigit() for letter in completion)))

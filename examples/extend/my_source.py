@@ -1,4 +1,4 @@
-"""A data source: problems that are made up, where yours could come from a database."""
+"""A data source: made-up problems; yours could come from a database."""
 
 import random
 from typing import Any, Iterator
@@ -9,14 +9,14 @@ from megatron_rl.extend import Settings, source
 
 
 class SumsSettings(Settings):
-    """How many problems there are, and which."""
+    """Number and seed of the problems."""
 
     count: int = Field(200, ge=1)
     """Problems."""
     largest: int = Field(20, ge=1)
     """Largest number in a problem."""
     seed: int = 1
-    """Of the random numbers; every rank and every run has to get the same problems."""
+    """Seed of the problems; every rank and every run must get the same ones."""
 
 
 @source(settings=SumsSettings)

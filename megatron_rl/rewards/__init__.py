@@ -12,15 +12,15 @@ from megatron_rl.rewards.countdown import check_countdown_record
 from megatron_rl.rewards.math import check_math_record
 from megatron_rl.rewards.sandbox import Limits, check_confinement, check_limits
 
-#: Every verifier of this package, by the name ``reward.name`` gives it, with its default settings.
+#: Every verifier of this package by its ``reward.name``, with default settings.
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
     {row.name: row.load() for row in kinds.VERIFIERS.rows}
 )
 
 
 def check_sandbox() -> dict[str, str]:
-    """What confines programs here, as a fact of a header. ``UserError`` where this process lacks
-    what the verifier code needs.
+    """What confines programs on this machine, as a fact for the run summary. Raises ``UserError``
+    if this process lacks what the verifier code needs.
     """
     check_limits(Limits())
     return {"sandbox": check_confinement()}

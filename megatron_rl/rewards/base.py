@@ -1,4 +1,4 @@
-"""What a verifier is: a function from a prompt's record and a completion to a reward."""
+"""The interface of a verifier: a function from a prompt's record and a completion to a reward."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Reward:
     """The verdict on one completion.
 
     Every verifier of this package fills two parts, each 0.0 or 1.0: ``solved`` (the answer is
-    right) and ``well_formed`` (an answer could be read at all). Others may leave them out, and fill
-    parts of their own. ValueError: a number that is not finite, or a name that is no part's.
+    right) and ``well_formed`` (an answer could be read at all). Other verifiers may omit them and
+    fill their own parts. ValueError: a number is not finite, or a part has an invalid name.
     """
 
     value: float  #: what the policy is trained on
     #: named components, averaged in the metrics reward/NAME and eval/NAME; a name is of lower-case
     #: letters, digits and underscores
     parts: dict[str, float] = field(default_factory=dict)
-    reason: str = ""  #: a short text for people, at most a few hundred characters
+    reason: str = ""  #: a short explanation, at most a few hundred characters
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -43,9 +43,9 @@ class Reward:
 class Verifier(Protocol):
     """Judges a completion; safe to call from several threads, and never raises on a completion.
 
-    It bounds its own time, best by processor time: how busy a machine is must not decide a reward.
-    A call computes in its thread or in one process at a time. ``UserError`` is raised only where
-    the record or the machine lacks what the verifier needs.
+    It bounds its own time, preferably processor time: a busy machine must not change a reward.
+    A call computes in its thread or in one process at a time. It raises ``UserError`` only if the
+    record or the machine lacks what it needs.
     """
 
     def __call__(self, record: Mapping[str, Any], completion: str) -> Reward: ...
@@ -60,7 +60,7 @@ def make_reward(
 
 
 def require(record: Mapping[str, Any], key: str, verifier: str) -> Any:
-    """``record[key]``; where it is not there, a ``UserError`` that names the keys found."""
+    """``record[key]``; if it is missing, a ``UserError`` with the keys found."""
     if key not in record:
         found = ", ".join(sorted(map(str, record))) or "no keys"
         raise UserError(
@@ -81,8 +81,8 @@ def prompt_texts(value: Any) -> list[str]:
 
 @contextlib.contextmanager
 def started(what: str) -> Iterator[None]:
-    """In the block an OSError (a full disk, too many files or processes) becomes `RunFailed`: the
-    machine's fault, and neither the answer's nor the verifier's.
+    """A context in which an OSError (a full disk, too many files or processes) becomes `RunFailed`:
+    it is the machine's fault, not the answer's or the verifier's.
     """
     try:
         yield

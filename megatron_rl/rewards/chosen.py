@@ -1,4 +1,4 @@
-"""The verifiers that a configuration names, ready to be called, and the sum of their verdicts."""
+"""The configured verifiers, ready to call, and the weighted sum of their verdicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rl.config.reward import ChosenVerifier, chosen_verifiers
 from megatron_rl.config.schema_reward import RewardConfig
 from megatron_rl.rewards.base import Reward, require
 
-#: Longest wait for a verdict of an ``async def`` where none is configured, seconds.
+#: Default longest wait for a verdict of an ``async def``, seconds.
 ASYNC_DEADLINE_S = 60.0
 
 
@@ -25,7 +25,7 @@ class Judge:
     label: str  #: for metrics
     weight: float
     verifier: Callable[[Mapping[str, Any], str], Reward | Awaitable[Reward]]
-    at_once: int = 16  #: of an ``async def``: most answers at a time on a rank
+    at_once: int = 16  #: for an ``async def``: most answers at a time on a rank
     deadline_s: float | None = None  #: longest wait for a verdict, seconds; None: no limit
 
     @property
@@ -33,7 +33,7 @@ class Judge:
         """Whether a call gives an awaitable."""
         function = self.verifier
         return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            inspect.getattr_static(function, "__call__", None)  # of an object of a class
+            inspect.getattr_static(function, "__call__", None)  # for an object of a class
         )
 
 
@@ -41,13 +41,15 @@ def judges(reward: RewardConfig) -> tuple[Judge, ...]:
     """The judges of a configuration, each a row's function or a user's own.
 
     Raises:
-        UserError: as `chosen_verifiers`; a user's class raises while it is made.
+        UserError: as `chosen_verifiers`; a user's class raises in its constructor.
     """
     return tuple(map(_judge, chosen_verifiers(reward)))
 
 
 def record_check(reward: RewardConfig) -> Callable[[Mapping[str, Any]], None]:
-    """Raises UserError for a record that lacks what a verifier needs: cheap, no process."""
+    """A check that raises UserError for a record that lacks what a verifier needs; cheap, starts no
+    process.
+    """
     chosen = chosen_verifiers(reward)
     checks = [(one, load_check(one.row.check)) for one in chosen]
 
@@ -67,8 +69,8 @@ def record_check(reward: RewardConfig) -> Callable[[Mapping[str, Any]], None]:
 
 
 def check_machine(reward: RewardConfig) -> dict[str, str]:
-    """What the package's verifiers say of this machine, as facts of a header. UserError where it
-    lacks what a verifier needs.
+    """The verifiers' facts on this machine, for the run summary. Raises UserError if it lacks what
+    a verifier needs.
     """
     facts: dict[str, str] = {}
     for one in chosen_verifiers(reward):
@@ -82,11 +84,11 @@ def check_machine(reward: RewardConfig) -> dict[str, str]:
 
 
 def combine(judges: Sequence[Judge], verdicts: Sequence[Reward]) -> Reward:
-    """The reward of one answer. One judge of weight 1: its verdict, as it is.
+    """The reward of one answer. One judge of weight 1: its verdict, unchanged.
 
-    Of several: the weighted sum of the values; the value of each is the part LABEL, its own parts
-    are LABEL_PART. ``solved`` is of the first judge that says it, ``late`` the share of those that
-    were late where any has a deadline.
+    Several judges: the weighted sum of the values; the part LABEL is the value of each, LABEL_PART
+    are its own parts. ``solved`` comes from the first judge that reports it; ``late`` is the share
+    of late judges, if any has a deadline.
     """
     if len(judges) == 1 and judges[0].weight == 1.0:
         return verdicts[0]
@@ -124,7 +126,7 @@ def _judge(one: ChosenVerifier) -> Judge:
 
 @functools.lru_cache(maxsize=64)
 def _made(kind: type, settings: Any, name: str) -> Any:
-    """An instance, the same for training and evaluations: it may hold a connection."""
+    """One instance for training and evaluations, since it may hold a connection."""
     return made(f"the verifier {name!r}", kind, settings)
 
 

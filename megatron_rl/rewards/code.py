@@ -1,8 +1,8 @@
-"""Code: the completion is a Python program, or the rest of one, and has to pass the tests given.
+"""Code: the completion is a Python program, or the continuation of one, and must pass the tests.
 
-``code_record.py`` says which forms of records there are. Where a completion continues a program,
-``prompt`` is its beginning. The function may be a method of a class ``Solution`` (the form of
-LeetCode), of which each call makes an instance; the entry point is then "f" or "Solution().f".
+``code_record.py`` lists the forms of records. If a completion continues a program, ``prompt`` is
+its beginning. The function may be a method of a class ``Solution`` (as on LeetCode), with a new
+instance for each call; the entry point is then "f" or "Solution().f".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rl.rewards.code_record import (
 from megatron_rl.rewards.fences import begins_with_fence, fenced_blocks, loose_blocks
 from megatron_rl.rewards.sandbox import Job, Limits, run_program
 
-#: Longest completion that is run, characters.
+#: Longest completion to run, characters.
 MAX_CHARACTERS = 100_000
 _MOST_READINGS = 8
 _FUTURE = re.compile(r"^from __future__ import [\w, ]+\n", re.MULTILINE)
@@ -29,8 +29,8 @@ _FUTURE = re.compile(r"^from __future__ import [\w, ]+\n", re.MULTILINE)
 def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
     """1.0 if the program passes every test inside the sandbox, else 0.0; well formed: it compiles.
 
-    Raises ``UserError`` if the record lacks tests or their entry point, or where the sandbox cannot
-    be had; ``RunFailed`` where the machine has no room for it.
+    Raises ``UserError`` if the record lacks tests or their entry point, or if the machine has no
+    sandbox; ``RunFailed`` if the machine has no room for it.
     """
     problem = read_problem(record)
     if not completion.strip():
@@ -50,7 +50,9 @@ def verify_code(record: Mapping[str, Any], completion: str) -> Reward:
 
 
 def _said_to_model(record: Mapping[str, Any]) -> str:
-    """Of chat messages; none of its own, for the tests rely on what is defined there."""
+    """The texts of chat messages that were given to the model, without the model's own: the tests
+    rely on their definitions.
+    """
     messages = record.get("prompt") or record.get("messages")
     if not isinstance(messages, list):
         return ""
@@ -59,12 +61,12 @@ def _said_to_model(record: Mapping[str, Any]) -> str:
 
 
 def build_programs(prompt: str, completion: str, entry_point: str) -> list[str]:
-    """The programs that a completion can be read as; the first that compiles is the one to run.
+    """The possible programs in a completion; the first that compiles is run.
 
-    That is the whole completion, for code may hold fences in its docstrings, unless it begins with
-    a fence ("~~~python" is an expression). Else it is the last fenced block that defines the entry
-    point, without one the last block of Python, without one the last block; with the other ends
-    that these can have. Without an entry point nothing has to be defined.
+    The first is the whole completion, because code may have fences in its docstrings, unless it
+    begins with a fence ("~~~python" is an expression). Then comes the last fenced block that
+    defines the entry point, else the last block of Python, else the last block, with each possible
+    end of the block. Without an entry point a block need not define anything.
     """
     readings = [] if begins_with_fence(completion) else [completion]
     if "```" in completion or "~~~" in completion:
@@ -74,8 +76,8 @@ def build_programs(prompt: str, completion: str, entry_point: str) -> list[str]:
 
 
 def _program(prompt: str, code: str, entry_point: str) -> str:
-    """Code that defines the entry point itself follows what stands before that definition in the
-    prompt (imports, helpers); any other code continues the prompt.
+    """If the code defines the entry point, it follows the prompt's text before that definition
+    (imports, helpers); other code continues the whole prompt.
     """
     name = _defined(code, entry_point) if entry_point else None
     if name is None:
@@ -84,9 +86,9 @@ def _program(prompt: str, code: str, entry_point: str) -> str:
     head = re.compile("|".join(_definition(key).pattern for key in (name, method)), re.MULTILINE)
     for source in prompt_sources(prompt):
         if (found := head.search(source)) is not None:
-            # Imports of what is to come stand at the beginning of a program.
+            # Future imports must be at the beginning of a program.
             before = "".join(_FUTURE.findall(code)) + source[: found.start()] + "\n"
-            # A decorator may be the last line of it; of a prompt in words it is no Python.
+            # Its last line may be a decorator; a prose prompt is no Python.
             follows = is_python(before + "def f(): pass")
             return before + _FUTURE.sub("\n", code) if follows else code
     return code
@@ -109,8 +111,8 @@ def _from_fences(completion: str, entry_point: str) -> list[str]:
 
 
 def _defined(code: str, entry_point: str) -> str | None:
-    """The name in ``code`` that gives the entry point: its own, or of the class it is a method of;
-    None if the code does not define it.
+    """The name in ``code`` of the entry point, or of its class for a method; None if the code does
+    not define it.
     """
     owner, _, method = entry_point.rpartition("().")
     if not owner and _definition(method).search(code):

@@ -31,7 +31,7 @@ _DEFINING = (
 
 @dataclass(frozen=True)
 class CodeProblem:
-    """What a program is tested with: ``tests`` or ``cases``."""
+    """The tests of a program: ``tests`` or ``cases``."""
 
     entry_point: str  #: "": the program reads its input and prints
     tests: str = ""
@@ -39,7 +39,7 @@ class CodeProblem:
 
 
 def read_problem(record: Mapping[str, Any]) -> CodeProblem:
-    """``UserError`` if the record has no tests, or of a type that is none."""
+    """Raises ``UserError`` if the record has no tests, or tests of a wrong type."""
     for source in (record, _input_output(record)):
         if "inputs" in source or "outputs" in source:
             return _cases(source)
@@ -63,7 +63,7 @@ def check_code_record(record: Mapping[str, Any]) -> None:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tests such as `assert f(2) is 4`
+            warnings.simplefilter("ignore")  # from tests such as `assert f(2) is 4`
             compile(problem.tests, "tests", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
@@ -73,8 +73,8 @@ def check_code_record(record: Mapping[str, Any]) -> None:
 
 
 def prompt_sources(prompt: str) -> list[str]:
-    """The Python of a prompt: all of it, or the fenced blocks of a text that has some; what breaks
-    off behind the head of a function is completed there.
+    """The Python code of a prompt: all of it, or the fenced blocks of a text with some. A function
+    that breaks off after its head is completed.
     """
     if "```" not in prompt and "~~~" not in prompt or _completed(prompt) is not None:
         return [prompt]
@@ -83,7 +83,9 @@ def prompt_sources(prompt: str) -> list[str]:
 
 
 def prompt_definitions(prompt: str) -> str:
-    """What a prompt defines, for the tests: of fenced blocks no example that does something."""
+    """The definitions in a prompt, for the tests; from fenced blocks no example code that runs
+    something.
+    """
     sources = prompt_sources(prompt)
     if sources == [prompt]:
         return prompt
@@ -99,7 +101,7 @@ def _completed(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def is_python(text: str) -> bool:
-    """Whether it can be read as Python."""
+    """Whether the text is valid Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

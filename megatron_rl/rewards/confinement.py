@@ -1,4 +1,4 @@
-"""What a process gives up before it runs code it does not trust: limits, rights, files, calls.
+"""Confines a process before it runs untrusted code: limits, rights, files, system calls.
 
 Standard library only: ``sandbox_start.py`` loads it in an interpreter without site packages.
 """
@@ -118,7 +118,7 @@ def build_filter(machine: str, opens: bool = True, may_kill: int = 0) -> bytes:
 
 
 def hide() -> None:
-    """No process of this user can look into this one, and none of root's rights are left."""
+    """Keep this user's other processes from reading this one, and drop all of root's rights."""
     libc = ctypes.CDLL(None, use_errno=True)
     _prctl(libc, _PR_SET_DUMPABLE, 0)
     header = struct.pack("II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
@@ -126,13 +126,14 @@ def hide() -> None:
 
 
 def confine(cpu_s: int, memory_mib: int, parent: int, written: int = 0, may_kill: int = 0) -> str:
-    """Limits, then files, then the filter: what holds from now on, and what the kernel lacks.
+    """Set limits, then file rules, then the filter. Returns what holds from now on, and what the
+    kernel lacks.
 
     Args:
         cpu_s: processor time, seconds.
         memory_mib: address space, MiB.
-        parent: the process with which this one ends.
-        written: longest file it may write, bytes; only files that are open for writing count.
+        parent: this process ends with it.
+        written: longest file it may write, bytes; concerns only files that are open for writing.
         may_kill: as in ``build_filter``.
 
     OSError if the kernel refuses, KeyError on an unknown machine.
@@ -161,12 +162,12 @@ def confine(cpu_s: int, memory_mib: int, parent: int, written: int = 0, may_kill
 
 
 def landlock_version(libc: ctypes.CDLL) -> int:
-    """Of the kernel's Landlock; 0 where it has none: an older kernel, or one where it is off."""
+    """Version of the kernel's Landlock; 0: none, in an older kernel or switched off."""
     return max(0, libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _ASK_VERSION))
 
 
 def held_text(landlock: int) -> str:
-    """What confines a program, for people; ``landlock``: its version, 0 without it."""
+    """What confines a program, as text; ``landlock``: its version, 0 without it."""
     if landlock:
         return f"seccomp, Landlock {landlock}, no root rights"
     return (
@@ -193,7 +194,7 @@ def _limit(cpu_s: int, memory: int, written: int) -> None:
 
 
 def _allow_reading(libc: ctypes.CDLL) -> None:
-    """Nothing can be read but the standard library and what it loads."""
+    """Allow reading only the standard library and what it loads."""
     attributes = struct.pack("Q", _ALL_FILE_RIGHTS)
     ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     _checked(min(ruleset, 0), "Landlock")
@@ -210,7 +211,7 @@ def _allow_reading(libc: ctypes.CDLL) -> None:
 
 
 def _readable() -> list[tuple[str, int]]:
-    """Paths, each with the rights of all that lies below it."""
+    """Paths, each with the rights for everything below it."""
     found = [(os.getcwd(), _READ_DIRECTORY)]
     both = _READ_FILE | _READ_DIRECTORY
     for folder in filter(os.path.isdir, sys.path):  # of -I -S: the standard library

@@ -20,7 +20,7 @@ from megatron_rl.catalogue.verifiers import CountdownSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.base import Reward, make_reward, require
 
-#: Longest answer that is read, characters; with the next two it bounds time, memory and recursion.
+#: Longest answer, characters; with the next two it bounds time, memory and recursion.
 MAX_CHARACTERS = 1024
 MAX_DEPTH = 64
 MAX_DIGITS = 20
@@ -31,7 +31,7 @@ _SYMBOLS = frozenset("+-*/()=")
 
 
 class ExpressionError(ValueError):
-    """The text is not an answer of the grammar; the message says why."""
+    """The text does not match the grammar; the message gives the reason."""
 
 
 def verify_countdown(
@@ -41,8 +41,8 @@ def verify_countdown(
 
     Solved: the expression uses every number of ``record["numbers"]`` exactly once and no other, and
     its exact value is ``record["target"]``; a trailing "= n" must name the target. Well formed: the
-    answer is one of the grammar above, whatever numbers it uses and even if it divides by zero.
-    Never raises on a completion, in time linear in its length.
+    answer matches the grammar above, with any numbers, even if it divides by zero. Never raises on
+    a completion; the time is linear in its length.
     """
     numbers, target = _problem(record)
     try:
@@ -83,8 +83,8 @@ def extract_answer(completion: str) -> str:
 def evaluate(answer: str) -> tuple[Fraction | None, list[int], int | None]:
     """Reads an answer: value (None: a division by zero), integers used in order, n of "= n".
 
-    Raises ``ExpressionError`` if the text is not in the grammar, or deeper or with longer numbers
-    than the limits.
+    Raises ``ExpressionError`` if the text does not match the grammar, is nested too deep or has too
+    long numbers.
     """
     parser = _Parser(_tokenize(answer))
     value = parser.expression(0)
@@ -175,8 +175,8 @@ class _Parser:
 
 
 def check_countdown_record(record: Mapping[str, Any]) -> None:
-    """``UserError`` if the record lacks ``numbers`` or ``target``, they are of another kind, or no
-    answer of the grammar could use the numbers.
+    """Raises ``UserError`` if the record lacks ``numbers`` or ``target``, they have a wrong type,
+    or no answer could use the numbers.
     """
     numbers, _ = _problem(record)
     if not numbers or not all(0 <= number < 10**MAX_DIGITS for number in numbers):

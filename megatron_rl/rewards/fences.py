@@ -1,7 +1,7 @@
 """Fenced code blocks of Markdown text, after CommonMark 0.31, section 4.5, as models write them.
 
-Beyond CommonMark: a fence may be indented further than three columns, as it is in a list, and what
-stands in a block of Markdown is read as Markdown again.
+Beyond CommonMark: a fence may be indented by more than three columns, as in a list, and the content
+of a Markdown block is read as Markdown again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _OPENING = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _PYTHON = frozenset(("", "py", "python", "python2", "python3"))
 _MARKDOWN = frozenset(("markdown", "md"))
 _MOST_ENDS = 7
-_MOST_BEHIND = 64  # fences behind the end of a block that are looked at for another end of it
-#: Blocks of a text that are looked at: a model may repeat a fence for as long as it is let.
+_MOST_BEHIND = 64  # later fences that are tried as another end of a block
+#: Most blocks read from a text: a model may repeat a fence up to its length limit.
 MAX_BLOCKS = 64
 
 
@@ -25,20 +25,18 @@ class Block:
 
     language: str  #: first word of the info string, in lower case; may be empty
     text: str  #: without the fences' indentation
-    #: the same block ended at later fences than the one that ends it by the rules, shortest first:
-    #: in Python a fence may stand in a docstring
+    #: the same block with later ends than by the rules, shortest first: a Python docstring may
+    #: contain a fence
     longer: tuple[str, ...]
 
     @property
     def is_python(self) -> bool:
-        """Whether it is said to be Python, or nothing is said."""
+        """Whether the info string names Python, or is empty."""
         return self.language in _PYTHON
 
 
 def fenced_blocks(text: str) -> list[Block]:
-    """The last ``MAX_BLOCKS`` blocks of a text, in order; one that is not closed reaches to the end
-    of the text.
-    """
+    """The last ``MAX_BLOCKS`` blocks of a text, in order; an unclosed block ends with the text."""
     blocks = []
     for block in _blocks(text):
         blocks += _blocks(block.text) if block.language in _MARKDOWN else [block]
@@ -65,7 +63,7 @@ def _blocks(text: str) -> list[Block]:
 
 
 def _ends(lines: list[str], fences: list[int], start: int, opening: re.Match[str]) -> list[int]:
-    """Lines that can end a block that begins at line ``start``, the one that does so first."""
+    """Lines that can end a block that begins at line ``start``; the actual end comes first."""
     ends: list[int] = []
     behind = 0
     for place in range(bisect.bisect_left(fences, start), len(fences)):
@@ -83,8 +81,8 @@ def _ends(lines: list[str], fences: list[int], start: int, opening: re.Match[str
 
 
 def loose_blocks(text: str) -> list[str]:
-    """What stands between every first and second ``` of a text, wherever these are in their lines:
-    for answers that close a block behind its last statement.
+    """The texts between every first and second ``` anywhere in a line, for answers that close a
+    block right after its last statement.
     """
     blocks = []
     for piece in text.split("```")[1::2][-MAX_BLOCKS:]:
@@ -100,7 +98,7 @@ def begins_with_fence(text: str) -> bool:
 
 def _opening(line: str) -> re.Match[str] | None:
     match = _OPENING.fullmatch(line.rstrip("\r"))
-    # Back-ticks behind back-ticks: code within a line.
+    # Back-ticks after back-ticks: code within a line.
     return None if match is None or (match["fence"][0] == "`" and "`" in match["info"]) else match
 
 
@@ -130,7 +128,7 @@ def _width(indent: str) -> int:
 
 
 def _dedented(line: str, indent: str) -> str:
-    """A line without the fence's indentation, as far as it has it."""
+    """A line without the fence's indentation, if it has any."""
     if line.startswith(indent):
         return line[len(indent) :]
     return line[min(len(line) - len(line.lstrip(" ")), len(indent)) :]

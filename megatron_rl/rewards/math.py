@@ -1,7 +1,7 @@
 """Mathematics: the final answer of a completion against the record's ``answer``.
 
-Answers are read and compared here, in time that is bounded. Only expressions with roots, functions
-or constants that floating point cannot tell apart go to SymPy, which runs in a worker process: it
+This module reads and compares answers in bounded time. Only expressions with roots, functions or
+constants that floating point cannot tell apart go to SymPy. It runs in a worker process, because it
 can compute for ever on an answer of a dozen characters.
 """
 
@@ -19,9 +19,9 @@ from megatron_rl.rewards.answers.extract import extract_answer, last_boxed
 from megatron_rl.rewards.base import Reward, make_reward, prompt_texts, require
 from megatron_rl.rewards.worker_pool import WorkerPool
 
-#: Only this much of the end of a problem is searched for the answer's text, characters.
+#: Characters at the end of a problem that are searched for the answer's text.
 MAX_PROBLEM_CHARACTERS = 20_000
-#: Keys of a record that hold the problem.
+#: Keys of a record that may hold the problem.
 _PROBLEM_KEYS = ("prompt", "question", "problem", "messages")
 
 _WORKER = Path(__file__).with_name("math_worker.py")
@@ -34,16 +34,16 @@ class MathVerifier:
     """A verifier with worker processes, started at the first answer that needs SymPy."""
 
     def __init__(self, cpu_s: float = _COMPARE_CPU_S) -> None:
-        """cpu_s: processor time a comparison by SymPy may take, seconds."""
+        """cpu_s: limit of processor time for a comparison by SymPy, seconds."""
         self._workers = WorkerPool(_WORKER, cpu_s, _COMPARE_WALL_S, _REMEDY)
 
     def __call__(self, record: Mapping[str, Any], completion: str) -> Reward:
         r"""1.0 if the completion's answer equals the record's, else 0.0; well formed: it has one.
 
-        The completion's answer is its last \boxed{}, without one its last number.
-        ``record["answer"]`` is a number or text, of which what follows the last "####" counts
-        (GSM8K, arXiv 2110.14168). Never raises on a completion; ``UserError`` if the record has no
-        answer or SymPy is needed and not installed.
+        The completion's answer is its last \boxed{}, else its last number. ``record["answer"]`` is
+        a number, or a text whose part after the last "####" counts (GSM8K, arXiv 2110.14168). Never
+        raises on a completion; ``UserError`` if the record has no answer or SymPy is needed and not
+        installed.
         """
         expected = reference_answer(require(record, "answer", "math"))
         answer = extract_answer(completion)
@@ -69,12 +69,14 @@ verify_math = MathVerifier()
 
 
 def check_math_record(record: Mapping[str, Any]) -> None:
-    """``UserError`` if the record has no ``answer``, or one that no completion could match."""
+    """Raises ``UserError`` if the record has no ``answer``, or one that no completion could
+    match.
+    """
     reference_answer(require(record, "answer", "math"))
 
 
 def reference_answer(answer: Any) -> str:
-    """What follows the last "####" if there is one; ``UserError`` if it is empty or no text."""
+    """The text after the last "####" if there is one; ``UserError`` if it is empty or no text."""
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         kind = type(answer).__name__
         raise UserError(

@@ -5,8 +5,8 @@ what is missing), then a line for each: "true", "false", "late" after CPU_S seco
 time, "failed" (memory or recursion has a limit), or "killed" if something else has ended the
 comparison. Ends when its input ends.
 
-A child compares and this process watches it: SymPy cannot be interrupted, and importing it again
-after each answer that takes too long would cost more than most of them.
+A child compares and this process watches it, because SymPy cannot be interrupted. Importing SymPy
+again after each late answer would cost more than most answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POINTS = (137, 263, 71, -59, -181, 349, 1713, -1409)
 
 def main() -> None:
     cpu_s = float(sys.argv[1])
-    # Libraries print where they like: replies go to a descriptor nothing else knows.
+    # Libraries may print to stdout: replies go to a descriptor that nothing else knows.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
@@ -37,7 +37,7 @@ def main() -> None:
         return
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sympy.N(sympy.sqrt(2), _DIGITS)  # what it imports at first use is there before the children are
+    sympy.N(sympy.sqrt(2), _DIGITS)  # lazy imports happen before the children are forked
     replies.write("ready\n")
     lines = os.fdopen(0, "rb", buffering=0, closefd=False)  # a child reads what is its own, no more
     while True:
@@ -55,8 +55,8 @@ def main() -> None:
 
 
 def compare(lines: BinaryIO, replies: TextIO, cpu_s: float) -> None:
-    """Answers lines until there are no more."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, wherever it is
+    """Answer lines until the input ends."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process at any point
 
     while line := lines.readline():
         signal.setitimer(signal.ITIMER_PROF, cpu_s)  # of this process alone

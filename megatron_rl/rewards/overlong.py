@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def overlong_offset(length: int, longest: int, buffer: int, penalty: float) -> float:
-    """What the reward of an answer of ``length`` tokens changes by, in [-penalty, 0].
+    """The change of an answer's reward by its ``length`` in tokens, in [-penalty, 0].
 
     0 up to longest - buffer tokens, then falling linearly to -penalty at ``longest`` and beyond:
     DAPO, arXiv 2503.14476, eq. 13, where L_max is ``longest``, L_cache ``buffer`` and the penalty

@@ -1,12 +1,11 @@
 """The only place that runs model output: a confined process, judged by another one.
 
-The judge runs the tests and calls the program through a pipe that carries plain values; the README
-of this folder says what each boundary holds. Linux for x86-64 and ARM64, with or without root
-rights.
+The judge runs the tests and calls the program through a pipe for plain values; this folder's README
+describes each boundary. It needs Linux on x86-64 or ARM64, with or without root rights.
 
-How busy the machine is decides no verdict: processor time does, and time asleep; elapsed time ends
-only what is stuck. A process that something else has killed (the machine was out of memory) is no
-verdict: the program is run once more.
+Limits count processor time and time asleep, so a busy machine changes no verdict; the limit of
+elapsed time is for stuck machines. If something else killed a process (the machine was out of
+memory), that is no verdict: the program is run again.
 """
 
 from __future__ import annotations
@@ -35,48 +34,48 @@ _TICK_S = 0.1  # how often the child's time is looked at
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Limits of a program."""
 
     cpu_s: int = 4  #: processor time, seconds
-    #: elapsed time from the program's first statement on, less the time in which it was ready to
-    #: run and other processes had the cores, seconds
+    #: elapsed time since the program's first statement, without time in which it was ready to run
+    #: but other processes had the cores, seconds
     wall_s: float = 8.0
-    stop_s: float = 120.0  #: the same with that time, seconds: for a machine that is stuck
+    stop_s: float = 120.0  #: the same including that time, seconds: for stuck machines
     memory_mib: int = 512  #: address space, MiB
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """The outcome of a program."""
 
     passed: bool  #: every test ran to its end
     compiled: bool  #: the program is valid Python
     reason: str
-    #: what confined it, and what this machine lacks for that: no part of the verdict
+    #: what confined it, and what this machine lacks; not part of the verdict
     held: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A program and what it has to do.
+    """A program and its tests.
 
-    Several programs are the ways to read one answer: the first that compiles is executed. The entry
-    point is a function "f", or the method f of a class Solution, or of a class C as "C().f"; it is
-    empty for a program that reads its input and prints.
+    Several programs are several readings of one answer: the first that compiles is executed. The
+    entry point is a function "f", or the method f of a class Solution, or of a class C as "C().f";
+    it is empty for a program that reads its input and prints.
     """
 
     programs: Sequence[str]
     entry_point: str
-    tests: str = ""  #: source; if it defines ``check``, that is called with the entry point
+    tests: str = ""  #: source; if it defines ``check``, ``check`` is called with the entry point
     #: in place of tests: [input text, output text], or [list of arguments, result]
     cases: Sequence[tuple[Any, Any]] = ()
-    prompt: str = ""  #: source, of which the tests may use what it defines
+    prompt: str = ""  #: source whose definitions the tests may use
 
 
 def run_program(job: Job, limits: Limits) -> Outcome:
-    """Executes the program and its tests, apart from each other. Passed: all tests returned.
+    """Execute the program and its tests in separate processes. Passed: all tests returned.
 
-    Raises ``UserError`` where the confinement cannot be set up.
+    Raises ``UserError`` if the confinement cannot be set up.
     """
     if not sys.platform.startswith("linux"):
         raise UserError(
@@ -92,7 +91,7 @@ def run_program(job: Job, limits: Limits) -> Outcome:
 
 
 def _run_once(job: bytes, kind: str, limits: Limits) -> Outcome | None:
-    """None: something else has killed the program or its judge."""
+    """One attempt. None: something else killed the program or its judge."""
     verdict_read, verdict_write = os.pipe()
     try:
         with (
@@ -121,7 +120,9 @@ def _run_once(job: bytes, kind: str, limits: Limits) -> Outcome | None:
 
 
 def check_limits(limits: Limits) -> None:
-    """``UserError`` where the limits of this process (ulimit) leave a program less than that."""
+    """Raise ``UserError`` if the limits of this process (ulimit) leave a program less than it
+    needs.
+    """
     allowed = (
         ("-t", resource.RLIMIT_CPU, limits.cpu_s + 1, "s of processor time"),
         ("-v", resource.RLIMIT_AS, limits.memory_mib * 2**20, "bytes of address space"),
@@ -136,8 +137,8 @@ def check_limits(limits: Limits) -> None:
 
 
 def check_confinement() -> str:
-    """What confines programs on this machine, for people. ``UserError`` where one can open what it
-    must not: this file, or this process's own.
+    """What confines programs on this machine, as text. Raises ``UserError`` if a program can open
+    this file or this process's own files.
     """
     program = (
         "def f(path):\n    try:\n        open(path, 'rb').close()\n"
@@ -171,8 +172,8 @@ def _start(
 
 
 class _OwnTime:
-    """Seconds a program and its judge have computed or slept: what they cannot blame on a busy
-    machine.
+    """Seconds in which a program and its judge computed or slept; a busy machine does not add to
+    them.
     """
 
     def __init__(self, judge: int) -> None:
@@ -182,7 +183,7 @@ class _OwnTime:
         self._looked = time.monotonic()
 
     def begin(self, program: int) -> None:
-        """Count from here on, and of the program as well."""
+        """Start to count, now for the program as well."""
         self._pids.append(program)
         self._cpu_s.append(0.0)
         self._read()
@@ -190,12 +191,14 @@ class _OwnTime:
         self._asleep_s, self._looked = 0.0, time.monotonic()
 
     def look(self) -> float:
-        """Seconds so far. To be called about once a tick: the processes are seen in their sleep."""
+        """Seconds so far. Call it about once a tick, since it samples whether the processes
+        sleep.
+        """
         before = sum(self._cpu_s)
         states = self._read()
         now, computed = time.monotonic(), sum(self._cpu_s)
-        if states <= {"S", ""}:  # the judge is, while the program computes; so it has to be both
-            # Not more than two ticks at a time: this thread may have been held up itself.
+        if states <= {"S", ""}:  # the judge sleeps while the program computes, so both must sleep
+            # At most two ticks at a time: this thread may have been delayed itself.
             elapsed = min(now - self._looked, 2 * _TICK_S)
             self._asleep_s += max(0.0, elapsed - (computed - before))
         self._looked = now
@@ -203,17 +206,17 @@ class _OwnTime:
 
     @property
     def judge_cpu_s(self) -> float:
-        """Processor time of the judge when it was looked at last, seconds."""
+        """Processor time of the judge at the last look, seconds."""
         return self._cpu_s[0]
 
     def _read(self) -> set[str]:
-        """The states, as in proc(5). Takes down processor times, seconds."""
+        """The processes' states, as in proc(5). Records processor times, seconds."""
         states = set()
         for place, pid in enumerate(self._pids):
             try:
-                # The name of the command stands in parentheses and may hold any character.
+                # The command name is in parentheses and may contain any character.
                 stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended; its pipe says so
+            except OSError:  # it has ended, which its pipe shows
                 states.add("")
                 continue
             states.add(stat[0])
@@ -222,9 +225,10 @@ class _OwnTime:
 
 
 def _read_lines(descriptor: int, own: _OwnTime, limits: Limits) -> tuple[list[str], str]:
-    """Lines up to the end of the pipe, a deadline or ``_MAX_VERDICT_BYTES``; why it was stopped.
+    """Read lines up to the end of the pipe, a deadline or ``_MAX_VERDICT_BYTES``; returns also why
+    it was stopped.
 
-    The first line ends the start of the interpreter, which has a deadline of its own.
+    The first line ends the interpreter's start, which has its own deadline.
     """
     poll = select.poll()  # not select(): a training process may have more than 1024 descriptors
     poll.register(descriptor, select.POLLIN)
@@ -254,7 +258,7 @@ def _lines(data: bytes) -> list[str]:
 
 
 def _ended_by(judge: subprocess.Popen[bytes]) -> int | None:
-    """The exit code of a judge that closed its pipe; None if it goes on without one."""
+    """The exit code of a judge that closed its pipe; None if it still runs."""
     try:
         return judge.wait(1.0)
     except subprocess.TimeoutExpired:
@@ -262,7 +266,7 @@ def _ended_by(judge: subprocess.Popen[bytes]) -> int | None:
 
 
 def _kill(judge: subprocess.Popen[bytes]) -> None:
-    # Asked to end, the judge reaps the program: the first process of a container may not.
+    # A terminated judge reaps the program; the first process of a container may not.
     judge.terminate()
     if _ended_by(judge) is not None:
         return

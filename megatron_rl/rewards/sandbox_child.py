@@ -1,8 +1,8 @@
-"""The confined side of the sandbox: executes the program and answers calls of its functions.
+"""The confined side of the sandbox: executes the program and serves calls of its functions.
 
-It holds the program, what it is called with, and nothing else: no test, no expected value, no
-descriptor but its ends of two pipes. A program can take over all of this file: what it sends is
-believed by nobody (``sandbox_judge.py``). Standard library only.
+It holds only the program and its arguments: no test, no expected value, no descriptor but its ends
+of two pipes. A program can take over this whole process, so the judge trusts nothing that it sends
+(``sandbox_judge.py``). Standard library only.
 
 A request is [number, verb, ...], its reply [number, "value", ...] or [number, "error", name, names
 of its classes, text]; "callback" asks for a function that was an argument.
@@ -33,7 +33,7 @@ _APPLIED["str"] = str
 
 
 class Server:
-    """The program, and what it has handed out: objects that are no plain values, by number."""
+    """The program, and the objects it has returned that are no plain values, by number."""
 
     def __init__(self, requests: int, answers: int) -> None:
         self._requests, self._answers = requests, answers
@@ -45,7 +45,7 @@ class Server:
         self._files = [os.dup(place) for place in (0, 1)]  # `open(0)` closes what it has opened
 
     def serve(self) -> None:
-        """Answers requests until there are no more."""
+        """Answer requests until the input ends."""
         while True:
             try:
                 message = receive(self._requests)
@@ -57,7 +57,7 @@ class Server:
         outer, self._number = self._number, number
         try:
             reply = ["value", *getattr(self, f"do_{verb}")(*content)]
-        # SystemExit, KeyboardInterrupt and classes of the program's own are errors like any other.
+        # SystemExit, KeyboardInterrupt and the program's own classes are errors like any other.
         except BaseException as error:  # noqa: BLE001
             reply = ["error", *describe(error)]
         self._number = outer
@@ -71,17 +71,17 @@ class Server:
 
     def do_load(self, programs: list[str], entry_point: str) -> list[Any]:
         names: Any = builtins
-        names.exit = names.quit = sys.exit  # of the module site, which is not there
+        names.exit = names.quit = sys.exit  # normally from the module site, which is not loaded
         self._code, self._entry_point = compile_first(programs), entry_point
         return []
 
     def do_execute(self) -> list[Any]:
-        """Not as __main__: what stands under that guard does not run."""
+        """Execute the program, not as __main__: code under that condition does not run."""
         self._names = self._execute("program")
         return []
 
     def do_run(self, text: str) -> list[Any]:
-        """Executes the program with ``text`` as its input: what it printed."""
+        """Execute the program with ``text`` as its input; returns what it printed."""
         for descriptor, content in ((0, text.encode("utf-8", "surrogatepass")), (1, b"")):
             os.dup2(self._files[descriptor], descriptor)
             os.ftruncate(descriptor, 0)
@@ -99,7 +99,7 @@ class Server:
         except SystemExit as leaving:
             if leaving.code not in (None, 0):
                 raise
-        # As an interpreter ends: what writes then, and files of the program that hold text back.
+        # As at an interpreter's end: run exit handlers and flush the program's files.
         atexit._run_exitfuncs()
         for file in (sys.stdout, printed):
             if not file.closed:
@@ -120,7 +120,7 @@ class Server:
         function = self._find(target)
         values, keywords = self._unpack(arguments), self._unpack(named)
         result = function(*values, **keywords)
-        # The judge wants to know what became of the arguments only where there is no result.
+        # The judge needs the changed arguments only if there is no result.
         changed = None if result is not None else self._pack([list(values), keywords])
         return [self._pack(result), changed]
 
@@ -188,7 +188,9 @@ class Server:
 
 
 def compile_first(programs: list[str]) -> types.CodeType:
-    """The first that is valid Python; the error of the first reading of fences if none is."""
+    """The first program that is valid Python; if none is, the error of the first reading of
+    fences.
+    """
     errors = []
     for program in programs:
         try:
@@ -199,7 +201,7 @@ def compile_first(programs: list[str]) -> types.CodeType:
 
 
 def find(names: dict[Any, Any], entry_point: str) -> Any:
-    """The function to test. Of a method, one that makes a new instance for each call."""
+    """The function to test; for a method, one that makes a new instance for each call."""
     owner, _, method = entry_point.rpartition("().")
     if not owner and method in names:
         return names[method]
@@ -210,8 +212,8 @@ def find(names: dict[Any, Any], entry_point: str) -> Any:
 
 
 def describe(error: BaseException) -> tuple[str, list[str], str]:
-    """Name, names of its builtin classes from the nearest on, and text. A class the program defined
-    itself is only named: its methods may do anything.
+    """Name, names of its builtin classes from the nearest on, and text. A class of the program is
+    only named, because its methods may do anything.
     """
     own = type(error).__module__ != "builtins"
     classes = [c.__name__ for c in type(error).__mro__ if c.__module__ == "builtins"]

@@ -1,8 +1,8 @@
 """The trusted side of the sandbox: runs the tests, which call the program through a pipe.
 
-The tests have an interpreter of their own, with modules and builtins that the program never sees.
-Writes lines to the trainer's pipe: "ready PID HELD", "compiled", and "passed", "failed WHY" or
-"killed". Standard library only.
+The tests have their own interpreter, with modules and builtins that the program never sees. Writes
+lines to the trainer's pipe: "ready PID HELD", "compiled", and "passed", "failed WHY" or "killed".
+Standard library only.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _judge(job: dict[Any, Any], program: Program, verdict: int) -> str:
             raise AssertionError("the tests have called nothing of the program")
     except Killed:
         return "killed"
-    # SystemExit and the like, of a test, are failures as well.
+    # SystemExit and the like in a test are failures as well.
     except BaseException as error:  # noqa: BLE001
         return "killed" if isinstance(program.stopped, Killed) else f"failed {_reason(error)}"
     return "passed"
@@ -71,7 +71,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(error, Stopped):
             text = str(error)
         return clean(text.rstrip(": "), _MAX_REASON)
-    # An integer of too many digits in it, or an object of the program, which is asked for its text.
+    # The text of a long integer, or of an object of the program, can raise.
     except BaseException:  # noqa: BLE001
         return type(error).__name__
 
@@ -93,10 +93,10 @@ def run_cases(program: Program, entry_point: str, cases: list[Any]) -> None:
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as lists: JSON, in which the cases are written, has no tuples."""
+    """Tuples as lists, because cases are in JSON, which has no tuples."""
     return [_listed(item) for item in value] if type(value) in (list, tuple) else value
 
 
 def _lines(text: str) -> list[str]:
-    """Without white space at both ends of each line, and without empty lines at the end."""
+    """Lines without white space at both ends, and without empty lines at the end."""
     return [line.strip() for line in text.rstrip().split("\n")]

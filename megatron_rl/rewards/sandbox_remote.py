@@ -1,7 +1,7 @@
 """The program as the judge sees it: calls through a pipe, plain values, and ``Remote`` objects.
 
-The values are made in this process (``sandbox_wire.py``); no object of the program ever lives here.
-The other side may be anything: what it sends is an answer, or the end of its case. Standard library
+This process builds the values (``sandbox_wire.py``); it never holds an object of the program. The
+other side may send anything: a message is a valid reply, or it ends the case. Standard library
 only.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Callable, NoReturn
 from megatron_rl.rewards.sandbox_wire import BROKEN, pack, receive, send, unpack
 
 _NO_TEXT = (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)  # made of several parts
-# These have a meaning of their own where they pass through: `all(map(f, ...))` would end early.
+# These have a meaning in Python itself if they pass through: `all(map(f, ...))` would end early.
 _NOT_RAISED = (StopIteration, StopAsyncIteration, *_NO_TEXT)
 _BUILTINS = {name: made for name, made in vars(builtins).items() if not name.startswith("_")}
 _ERRORS = {
@@ -28,21 +28,21 @@ _ERRORS = {
     and not name.endswith("Group")
 }
 _TYPES = {name: made for name, made in _BUILTINS.items() if isinstance(made, type)}
-_SHOWN = ("__doc__", "__name__", "__qualname__")  # the other special ones are of this process
+_SHOWN = ("__doc__", "__name__", "__qualname__")  # the other special methods belong to this process
 #: Their subclasses go as these.
 _COPIED: tuple[type[Any], ...] = (dict, list, tuple, set, frozenset, int, float, str)
 
 
 class Stopped(BaseException):
-    """The program has ended, or does not keep to the protocol: no test can pass any more."""
+    """The program has ended or broken the protocol: no test can pass any more."""
 
 
 class Killed(Stopped):
-    """Something else has ended the program: no verdict."""
+    """Something else killed the program: no verdict."""
 
 
 class Program:
-    """The confined process. Once it has stopped, it stays so, whatever a test may catch."""
+    """The confined process. Once stopped it stays stopped, even if a test catches the error."""
 
     def __init__(self, requests: int, answers: int, pid: int) -> None:
         self._requests, self._answers, self.pid = requests, answers, pid
@@ -61,10 +61,10 @@ class Program:
         return word, text
 
     def ask(self, verb: str, *content: Any) -> list[Any]:
-        """The values of the reply. Raises what the program raised."""
+        """Send a request; the values of its reply. Raises what the program raised."""
         if self.stopped is not None:
             raise self.stopped
-        number = os.urandom(8).hex()  # no answer can precede its question
+        number = os.urandom(8).hex()  # random, so that no reply can precede its request
         try:
             send(self._requests, [number, verb, *content])
         except OSError:
@@ -99,7 +99,9 @@ class Program:
         return self._checked(self.ask(verb, *content), 1)[0]
 
     def argument(self, value: Any) -> Any:
-        """Packed. What cannot be is no error that a test may expect of the program."""
+        """An argument in packed form. A failure to pack is no error that a test may expect from the
+        program.
+        """
         try:
             return self.pack(value)
         except (TypeError, ValueError) as error:
@@ -142,7 +144,7 @@ class Program:
         for word in classes[:20]:
             if word in _ERRORS:
                 raised: Any = _ERRORS[word](text) if text else _ERRORS[word]()
-                raised.of_program = f"{name}: {text}"  # what a report says
+                raised.of_program = f"{name}: {text}"  # for the report
                 raise raised
         raise RuntimeError(f"{name}: {text}")
 
@@ -157,9 +159,9 @@ class Program:
             self._broken(error)
         try:
             reply = ["value", self.pack(function(*arguments, **named))]
-        except AssertionError as error:  # of a test: the program shall not be able to catch it
+        except AssertionError as error:  # raised by a test: the program must not catch it
             self.stop(error)
-        except Exception as error:  # noqa: BLE001 the program's, like that of any function it calls
+        except Exception as error:  # noqa: BLE001 the test function's error goes to the program
             nearest = next(c for c in type(error).__mro__ if c.__module__ == "builtins")
             reply = ["error", nearest.__name__, clean(str(error), 1000)]
         try:
@@ -175,32 +177,32 @@ class Program:
         self.stop(Stopped(f"answered with no plain values: {type(error).__name__}: {error}"))
 
     def _ended(self) -> NoReturn:
-        """Says why the process has closed its pipe."""
+        """Why the process closed its pipe."""
         for _ in range(20):
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 break
             time.sleep(0.05)
-        else:  # it goes on without its pipe
+        else:  # it still runs, without its pipe
             self.stop(Stopped("ended before its tests were done"))
         self.reaped = True
         ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if ended_by == signal.SIGXCPU:
             self.stop(Stopped(f"stopped after {self.cpu_s} s of processor time"))
-        # With its processor time used up, it is the kernel that kills what ignores SIGXCPU.
+        # Past its processor time the kernel kills a process that ignores SIGXCPU.
         if ended_by == signal.SIGKILL and usage.ru_utime + usage.ru_stime < self.cpu_s:
             self.stop(Killed())
         self.stop(Stopped("ended before its tests were done"))
 
     def end(self) -> None:
-        """Kills the process and waits for it: no container's first process would."""
+        """Kill the process and wait for it, since a container's first process may not reap it."""
         if not self.reaped:
             self.reaped = True
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
     def _refer(self, value: Any) -> Any:
-        """Arguments that are no plain values."""
+        """Pack arguments that are no plain values."""
         if type(value) is Remote:
             return _target(value)
         if (name := _builtin_name(value)) is not None:
@@ -218,7 +220,7 @@ class Program:
         return {"callback": len(self._callbacks) - 1}
 
     def _resolve(self, tag: str, content: Any) -> Any:
-        """Results that are no plain values."""
+        """Unpack results that are no plain values."""
         if tag == "object" and type(content) is int:
             return Remote(self, content)
         if tag == "builtin" and type(content) is str:
@@ -227,7 +229,7 @@ class Program:
 
 
 def _applied(name: str) -> Callable[..., Any]:
-    """What Python does to an object by a method of its class: the program does it."""
+    """Forward a special method, which Python calls on the class, to the program."""
 
     def apply(remote: Remote, *arguments: Any) -> Any:
         program = object.__getattribute__(remote, "_Remote__program")
@@ -237,7 +239,7 @@ def _applied(name: str) -> Callable[..., Any]:
 
 
 def _refusal(what: str) -> Callable[..., Any]:
-    """For good: a test that expects a TypeError shall hear of the program's only."""
+    """Stop the program: a test that expects a TypeError must only see the program's own."""
 
     def refuse(remote: Remote, *_: Any) -> NoReturn:
         program: Program = object.__getattribute__(remote, "_Remote__program")
@@ -247,9 +249,10 @@ def _refusal(what: str) -> Callable[..., Any]:
 
 
 class Remote:
-    # Stands for a function, class or object of the program: it can be called, iterated, asked for
-    # its attributes, items, length and text. It is equal to nothing and neither true nor false, so
-    # that no test passes because of what it is. No docstring: that is asked for as well.
+    # Represents a function, class or object of the program: it can be called, iterated, and has
+    # attributes, items, length and text. It equals nothing and is neither true nor false, so that
+    # no test passes because of the proxy itself. It has no docstring, because __doc__ is forwarded
+    # as well.
 
     __slots__ = ("__program", "__place")
 
@@ -293,8 +296,8 @@ def _target(remote: Remote) -> dict[Any, Any]:
 
 
 def _builtin_name(value: Any) -> str | None:
-    """Of what the program has as well: "len", "str.upper". As functions of this process they could
-    look into it: ``str.format`` reads any attribute.
+    """The name of a builtin that the program has as well: "len", "str.upper". As a function of this
+    process it could read the process: ``str.format`` reads any attribute.
     """
     name, owner = getattr(value, "__name__", None), getattr(value, "__objclass__", None)
     if type(name) is not str:
@@ -306,7 +309,7 @@ def _builtin_name(value: Any) -> str | None:
 
 
 def write_back(old: Any, new: Any) -> None:
-    """Makes ``old`` equal to ``new`` and keeps the lists, dictionaries and sets it consists of."""
+    """Make ``old`` equal to ``new``, and keep its list, dictionary and set objects."""
     if type(old) is not type(new):
         return
     if type(old) is list:
@@ -326,7 +329,7 @@ def write_back(old: Any, new: Any) -> None:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """What stands in a container where ``old`` stood and ``new`` shall."""
+    """The item that replaces ``old`` in a container, equal to ``new``."""
     if type(old) is type(new) and type(old) in (list, dict, set, bytearray):
         write_back(old, new)
         return old

@@ -1,10 +1,10 @@
 """``python -I -S sandbox_start.py VERDICT_FD CPU_S MEMORY_MIB PARENT_PID KIND``.
 
-KIND is "call" or "run": a program of functions, or one that reads its input and prints.
+KIND is "call" (a program of functions) or "run" (a program that reads its input and prints).
 
-The interpreter forks before it has read anything. The child takes the program and answers calls of
-it (``sandbox_child.py``); the parent reads the job from standard input, which the child does not
-have, and judges (``sandbox_judge.py``). Two pipes are all they share.
+The interpreter forks before it reads anything. The child gets the program and serves calls of it
+(``sandbox_child.py``). The parent reads the job from standard input, which the child does not have,
+and judges (``sandbox_judge.py``). They share only two pipes.
 """
 
 import os
@@ -14,7 +14,7 @@ import types
 
 
 def _see_package() -> None:
-    """Files of this folder can be imported by their full names, and nothing else is executed."""
+    """Make this folder's files importable by their full names, without executing anything else."""
     folder = os.path.dirname(os.path.abspath(__file__))
     for name, path in (
         ("megatron_rl", os.path.dirname(folder)),
@@ -63,8 +63,8 @@ def main() -> None:
 
 
 def _default_signals() -> None:
-    """What the trainer ignores or blocks is inherited. Without SIGCHLD no child could be waited
-    for, nor its end be told from an error.
+    """Reset the signals that the trainer ignores or blocks, which are inherited. Without SIGCHLD
+    this process could not wait for its child.
     """
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
@@ -72,7 +72,7 @@ def _default_signals() -> None:
 
 
 def _empty_handed(requests: int, answers: int, prints: bool) -> None:
-    """Closes all but two pipes. Input and output are empty, or files in memory."""
+    """Close all descriptors but two pipes. Input and output become empty, or files in memory."""
     for place in (0, 1):
         file = os.memfd_create("program") if prints else os.open(os.devnull, os.O_RDWR)
         os.dup2(file, place)

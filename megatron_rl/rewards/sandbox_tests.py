@@ -1,7 +1,8 @@
-"""What the judge of a program runs: the tests of a record, in all the forms that they may have.
+"""Runs the tests of a record, in all their forms, for the judge of a program.
 
-The names that tests use are theirs, the prompt's, or modules; all others are the program's
-(``sandbox_remote.py``). What would pass without having run is an error. Standard library only.
+Names that tests use belong to the tests, the prompt or modules; all other names belong to the
+program (``sandbox_remote.py``). A test that would pass without running is an error. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _NOT_RUN = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
 def run_tests(program: Program, entry_point: str, prompt: str, tests: str) -> None:
-    """Executes the tests; then their ``check``, functions ``test_*``, and classes."""
+    """Execute the tests, then their ``check``, functions ``test_*`` and classes."""
     program.ask("execute")
     module = types.ModuleType("tests")
     sys.modules["tests"] = module
@@ -48,18 +49,18 @@ def run_tests(program: Program, entry_point: str, prompt: str, tests: str) -> No
 
 
 def _define_prompt(names: dict[str, Any], prompt: str) -> set[str]:
-    """What the prompt itself defines is the judge's own: a program cannot replace a helper that the
-    tests rely on. The names, also of functions and classes that could not be made.
+    """Execute the prompt's definitions in the judge, so that a program cannot replace a helper of
+    the tests. Returns the names, also of functions and classes whose definition failed.
     """
     names["__builtins__"] = builtins
     tree = _parse_prompt(prompt)
     futures = [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module == "__future__"]
-    # One by one: behind an import of what is not there, helpers are still defined.
+    # One by one: helpers after a failed import are still defined.
     for statement in tree.body:
         part = ast.Module([*futures, statement], [])
         try:
             exec(compile(part, "prompt", "exec", dont_inherit=True), names)
-        # A prompt may be a sentence that happens to be an expression.
+        # A prompt may be a sentence that is also a Python expression.
         except (Exception, SystemExit):  # noqa: BLE001
             pass
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -71,25 +72,27 @@ def _parse_prompt(prompt: str) -> ast.Module:
         try:
             return ast.parse(prompt + end)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue  # it breaks off behind the head of a function, or it is no Python
+            continue  # it breaks off after a function's head, or is no Python
     return ast.Module([], [])
 
 
 def _bound(table: symtable.SymbolTable) -> set[str]:
-    """What tests bind themselves, be it where it is missing: `try: ok`, `except NameError: ...`."""
+    """Names that tests bind themselves, also only if missing: `try: ok`, `except NameError:
+    ...`.
+    """
     return {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
 
 
 def _used(table: symtable.SymbolTable) -> set[str]:
-    """All names that tests, with the functions in them, may look up globally."""
+    """All names that tests and their functions may look up globally."""
     outermost = table.get_type() == "module"
     found = (s for s in table.get_symbols() if (s.is_referenced() if outermost else s.is_global()))
     return {s.get_name() for s in found}.union(*map(_used, table.get_children()))
 
 
 def _modules(tests: str, unknown: set[str]) -> dict[str, types.ModuleType]:
-    """Modules of the standard library that tests use and do not import, as `math` in
-    `math.isclose(...)`: the program's own `math` would say what it likes.
+    """Standard-library modules that tests use without importing, like `math` in
+    `math.isclose(...)`: the program could forge its own `math`.
     """
     nodes = list(ast.walk(ast.parse(tests)))
     owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
@@ -99,8 +102,8 @@ def _modules(tests: str, unknown: set[str]) -> dict[str, types.ModuleType]:
 
 
 def _is_test(name: str, test: Any, given: int) -> bool:
-    """Whether it is a function of no more arguments than are ``given``; what takes others is called
-    by tests. Of a wrapper, the function inside counts; where that is not known it is a test.
+    """Whether it is a function with no more arguments than ``given``; functions with more are
+    called by tests. For a wrapper the inner function counts; if that is unknown, it is a test.
     """
     if type(test) is not types.FunctionType:
         return False
@@ -114,13 +117,13 @@ def _is_test(name: str, test: Any, given: int) -> bool:
 
 
 def _done(result: Any) -> None:
-    """AssertionError if a test that returned this has not run."""
+    """Raise AssertionError if a test that returned this has not run."""
     if type(result) in _NOT_RUN:
         raise AssertionError(f"a test is a {type(result).__name__}: it does not run")
 
 
 def _run_classes(module: types.ModuleType) -> None:
-    """``unittest`` classes; others "Test..." as pytest does, without fixtures."""
+    """Run ``unittest`` classes, and other classes "Test..." like pytest, without fixtures."""
     made: list[Any] = [each for each in vars(module).values() if isinstance(each, type)]
     unittest = sys.modules.get("unittest")
     cases = [each for each in made if unittest is not None and issubclass(each, unittest.TestCase)]
@@ -150,7 +153,7 @@ def _run_unittest(unittest: Any, module: types.ModuleType) -> None:
     suite = unittest.defaultTestLoader.loadTestsFromModule(module)
     if not suite.countTestCases():
         return
-    # Where it calls a test, it only warns of a coroutine.
+    # unittest only warns if a test is a coroutine.
     unittest.TestCase._callTestMethod = lambda case, method: _done(method())
     result = unittest.TestResult()
     suite.run(result)

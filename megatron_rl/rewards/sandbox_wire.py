@@ -1,10 +1,10 @@
-"""What passes between the judge of a program and the program: plain values, as JSON in a frame.
+"""Messages between judge and program: plain values, as JSON in a frame.
 
 A frame is 4 bytes of length and that many bytes of JSON. None, bool, float, str, lists and integers
 up to 53 bits stand for themselves; everything else is an object with one key that names its type.
-Reading a frame runs no code of the sender and is bounded in bytes, depth and digits; what does not
-fit raises an error of ``BROKEN``. Both sides use this file, but only the judge relies on it: the
-program may send any bytes it likes.
+Reading a frame runs no code of the sender and is bounded in bytes, depth and digits; other input
+raises an error of ``BROKEN``. Both sides use this file, but only the judge relies on it: the
+program may send any bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_DEPTH = 100
 _MAX_INTEGER_DIGITS = 2**18  # hexadecimal
 _JSON_INTEGER = 2**53
 
-#: What reading a frame may raise. EOFError: the other side has closed its end.
+#: Errors of reading a frame. EOFError: the other side has closed its end.
 BROKEN = (
     ValueError,  # among them bad JSON and bad UTF-8
     TypeError,
@@ -38,9 +38,9 @@ _NAMES: dict[type[Any], str] = {made: name for name, made in _SEQUENCES.items()}
 _BYTES: dict[str, type[bytes] | type[bytearray]] = {"bytes": bytes, "bytearray": bytearray}
 _PLAIN = (type(None), bool, str, float)
 
-#: Called with a value that is not plain: its one-key object.
+#: Called with a value that is not plain; gives its one-key object.
 Refer = Callable[[Any], dict[Any, Any]]
-#: Called with the key and the content of an object this file does not know: its value.
+#: Called with key and content of an object unknown to this file; gives its value.
 Resolve = Callable[[str, Any], Any]
 
 
@@ -126,7 +126,9 @@ def send(descriptor: int, message: list[Any]) -> None:
 
 
 def receive(descriptor: int) -> list[Any]:
-    """Reads a frame. EOFError: there are no more; an error of ``BROKEN``: it is none."""
+    """Read a frame. EOFError: the stream has ended; an error of ``BROKEN``: the input is no
+    frame.
+    """
     length = int.from_bytes(_read(descriptor, 4), "little")
     if length > MAX_BYTES:
         raise ValueError(f"a frame of {length:,} bytes; expected at most {MAX_BYTES:,}")

@@ -1,8 +1,8 @@
-"""Worker processes that answer one line with one line, as many side by side as are asked at once.
+"""Worker processes that answer one line with one line, as many in parallel as there are requests.
 
-A worker computes on answers of a model, which can take for ever: processor time decides how long it
-may, so that a busy machine changes no reward. The worker stops itself (``math_worker.py``); the
-deadline in elapsed time here is for one that does not.
+A worker computes on a model's answers, which can take for ever. Its limit is processor time, so
+that a busy machine changes no reward. The worker stops itself (``math_worker.py``); the deadline in
+elapsed time here is for a worker that does not.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.base import started
 
-#: For a worker to start: imports may come from a busy disk; seconds.
+#: Seconds for a worker to start: it may import from a busy disk.
 _START_S = 300.0
 
 
 class WorkerPool:
-    """Workers of one script; a free one is used again, and one more is started when none is free.
+    """Workers of one script. A free worker is reused; if none is free, a new one starts.
 
     Workers end with the process that uses them. Safe to use from several threads.
     """
@@ -44,10 +44,10 @@ class WorkerPool:
         self._owner = os.getpid()
 
     def ask(self, line: str) -> str:
-        """The reply of a worker, a verdict of its own words, "late" or "killed".
+        """The reply of a worker: a verdict, "late" or "killed".
 
-        A worker that something else has ended (the machine was out of memory) is no verdict: the
-        line is asked once more. ``UserError`` where a worker cannot start, ``RunFailed`` where the
+        If something else killed a worker (the machine was out of memory), that is no verdict: the
+        line is sent again. Raises ``UserError`` if a worker cannot start, ``RunFailed`` if the
         machine has no room for one.
         """
         reply = self._ask_once(line)
@@ -59,7 +59,7 @@ class WorkerPool:
             reply = _exchange(worker, line, self._wall_s)
         finally:
             alive = worker.poll() is None
-            # "killed" may be of an earlier moment, and the answer to this line still to come.
+            # "killed" may come from an earlier line, with this line's answer still to come.
             if alive and reply not in ("", "killed"):
                 with self._lock:
                     self._free.append(worker)
@@ -97,7 +97,7 @@ class WorkerPool:
 
 
 def _exchange(worker: subprocess.Popen[bytes], line: str, seconds: float) -> str:
-    """Sends a line, returns the reply; "" if the worker died or took longer."""
+    """Send a line and return the reply; "" if the worker died or was too late."""
     assert worker.stdin is not None, "a pipe"
     try:
         worker.stdin.write(line.encode() + b"\n")
@@ -125,7 +125,7 @@ def _read_line(worker: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    """Kills the worker and what it has started: it leads its session, so its id is the group's."""
+    """Kill the worker and its children: it leads its session, so its id is the group's."""
     try:
         os.killpg(worker.pid, signal.SIGKILL)
     except ProcessLookupError:

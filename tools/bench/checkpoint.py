@@ -1,12 +1,13 @@
-"""How long training waits for a checkpoint: written at once, and in the background.
+"""Measures how long training waits for a checkpoint, written in the foreground and in the
+background.
 
     python tools/bench/checkpoint.py [--layers 8] [--experts 16] [--repeat 3] [--directory DIR]
                                       [--device cpu|cuda]
 
-One process, a model with its Adam state. Each repetition saves at once, then in the background
-while the process stands still, then in the background while it trains. Waited: until training may
-go on. Written: until the checkpoint is published, synced to the disk and with checksums. Exit code
-1 if the median wait is 10% of the write beside it or more.
+One process, a model with its Adam state. Each repetition saves in the foreground, then in the
+background while the process is idle, then in the background while it trains. Waited: until training
+can continue. Written: until the checkpoint is published, with checksums and synced to the disk.
+Exit code 1 if the median wait is 10% of the write beside it or more.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def measure(training: TinyTraining, folder: Path, repeat: int) -> int:
 
 
 def save(training: TinyTraining, folder: Path, **options: Any) -> None:
-    """Write step 1, in the place of the one before."""
+    """Write step 1 over the previous one."""
     from megatron_rl.checkpoint.save import save_checkpoint
 
     arguments = {**training.for_checkpoint(), "state": {}, "keep": 1, **options}
@@ -96,7 +97,7 @@ def save(training: TinyTraining, folder: Path, **options: Any) -> None:
 
 
 def timed(action: Any) -> float:
-    """Seconds that it takes."""
+    """Seconds that a call takes."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began

@@ -1,14 +1,14 @@
-"""Time and peak memory of converting a model from Hugging Face to Megatron and back.
+"""Measures time and peak memory of converting a model from Hugging Face to Megatron and back.
 
     python tools/bench/conversion.py [--layers 24] [--experts 64] [--directory DIR] [--shard-gib 1]
 
 Writes a qwen3_moe of random weights (2.4 GB in bf16 by default), runs `megatron-rl convert` on it
-in both directions in processes of their own, and compares the result with the source tensor by
-tensor. Memory is sampled from the process: what it has allocated (anonymous memory; the pages of a
-file it reads through a map can be dropped at any time) above what the same command takes on a tiny
-model. Needs three times the model's size on disk. Exit code 1 if a tensor differs, or if the
-way back takes more than one shard and two of the largest stored tensors (a Megatron checkpoint
-holds the experts of a layer stacked in one).
+in both directions in separate processes, and compares the result with the source tensor by tensor.
+Memory is sampled from the process: what it has allocated (anonymous memory; the pages of a file it
+reads through a map can be dropped at any time) above what the same command takes on a tiny model.
+Needs three times the model's size on disk. Exit code 1 if a tensor differs, or if the way back
+takes more than one shard and two of the largest stored tensors (a Megatron checkpoint holds the
+experts of a layer stacked in one).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a child process took."""
+    """Resources of a child process."""
 
     seconds: float
-    peak: int  #: bytes allocated at most
+    peak: int  #: peak of allocated bytes
 
 
 def main() -> int:
@@ -171,7 +171,7 @@ def _layer_shapes(layer: int, model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def spend(command: list[str]) -> Spent:
-    """Run a command to its end, looking at its memory a hundred times a second."""
+    """Run a command to its end and sample its memory a hundred times a second."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     began, peak, quiet = time.perf_counter(), 0, subprocess.DEVNULL
     with subprocess.Popen(
@@ -196,7 +196,7 @@ def _allocated(pid: int) -> int:
 
 
 def compare(source: Path, back: Path) -> int:
-    """The number of tensors that are not the same bits in both directories, or in one only."""
+    """The number of tensors that differ between the directories, or are in only one."""
     maps = [
         json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
         for directory in (source, back)

@@ -1,11 +1,11 @@
-"""A run that is killed again and again ends as if nothing had happened.
+"""Checks that a run that is killed again and again ends like an undisturbed one.
 
     python tools/bench/crash_drill.py [--kills 20] [--steps 160] [--seed 0] [--asynchronous]
 
 Trains a tiny recipe (tests/support/recipe.py: two ranks, expert parallelism 2, a checkpoint after
-every step) once undisturbed. Then the same once more, with SIGKILL to all ranks at random moments,
-each time started again with the same command. At the end all weights, the optimizer's state and
-all metrics but times have to be the same bits. Exit code 1 if they are not.
+every step) once undisturbed. Then it trains the same recipe with SIGKILL to all ranks at random
+moments, and restarts it each time with the same command. At the end all weights, the optimizer's
+state and all metrics except times must be equal bit for bit; otherwise the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ sys.path.insert(0, str(ROOT))
 from tests.support.recipe import make_recipe  # noqa: E402
 from tests.support.runs import Started, reproducible, started, succeed  # noqa: E402
 
-#: Seconds within which a run is killed, counted from when it has loaded its last checkpoint: some
-#: ten steps and saves.
+#: A run is killed within this many seconds after it has loaded its checkpoint: about ten steps and
+#: saves.
 WINDOW_S = 4.0
 
 
 def main() -> int:
-    """Run the drill; say what became of each kill."""
+    """Run the drill; print the outcome of each kill."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=160, help="of the run, at least")
@@ -72,14 +72,14 @@ def drill(folder: Path, arguments: argparse.Namespace) -> int:
 
 
 def words(name: str, steps: int, in_background: bool = False) -> list[str]:
-    """The command: the same however often it is run."""
+    """The command, the same for every start."""
     run = ["--run_dir", f"runs/{name}", "--train.steps", str(steps), "--evaluate.every", "10"]
     saving = ["--checkpoint.asynchronous", str(in_background).lower()]
     return ["train", "rl.yaml", *run, "--checkpoint.every", "1", *saving]
 
 
 def _killed_at(process: Started, moment: float) -> bool:
-    """Kill the ranks so many seconds after they have begun; False if they have ended before."""
+    """Kill the ranks this many seconds after their start; False if they ended before."""
     try:
         process.wait_for("step ")
     except AssertionError:
@@ -90,7 +90,7 @@ def _killed_at(process: Started, moment: float) -> bool:
 
 
 def compare(one: Path, other: Path, steps: int) -> list[str]:
-    """What differs between two runs: names of weights, of optimizer state, or "metrics"."""
+    """The differences between two runs: names of weights, of optimizer state, or "metrics"."""
     from megatron_rl.config.schema import DeviceConfig
     from megatron_rl.device.launch import Launch
     from megatron_rl.device.select import select_device

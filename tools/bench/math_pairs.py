@@ -1,4 +1,4 @@
-"""How often the mathematics verifier errs, by kind of answer, on pairs whose truth is known.
+"""Counts errors of the mathematics verifier, by kind of answer, on pairs with known truth.
 
     python tools/bench/math_pairs.py                # 10,000 pairs
     python tools/bench/math_pairs.py --show 5       # and the first 5 errors of each kind

@@ -1,13 +1,14 @@
-"""Tokens a second of the built-in rollout engine, of transformers.generate and of a vLLM server.
+"""Measures tokens per second of the built-in rollout engine, transformers.generate and a vLLM
+server.
 
     python tools/bench/rollout.py [--vllm-python VENV/bin/python] [--prompts 64] [--tokens 64]
     python tools/bench/rollout.py --device cuda
 
 One model of random weights (qwen3_moe: 4 layers, hidden 256, 16 experts, top-4, fp32; on CUDA 8
 layers, hidden 1024, 32 experts, bf16), the same prompts of 8 to 48 tokens for all, answers of a
-fixed length sampled at temperature 1. The three take turns, round by round, so that they share
-whatever else the machine does; all have the same threads. vLLM is left out without an interpreter
-that has it (tools/setup_vllm_venv.sh makes one).
+fixed length sampled at temperature 1. The three take turns, round by round, so that other load on
+the machine affects all; they have equally many threads. Without an interpreter with vLLM
+(tools/setup_vllm_venv.sh makes one) vLLM is left out.
 """
 
 from __future__ import annotations

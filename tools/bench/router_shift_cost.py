@@ -1,12 +1,13 @@
-"""What router shift costs: time of an update with rspo over that with gmpo, and size of the trace.
+"""Measures the cost of router shift: time of an rspo update over a gmpo update, and size of the
+trace.
 
     python tools/bench/router_shift_cost.py [--device cpu|cuda] [--layouts PP1,PP2,TP2,EP2]
 
 Starts the ranks of each layout itself (torchrun, one thread a CPU rank). In one run the same model,
 packs and optimizer take turns: a pair is one update with each loss, the first of them alternating.
 rspo is gmpo with router shift (on unchanged routers the two are equal bit for bit), so the ratio is
-what the comparison of the routers, the relay, gamma and the routers' telemetry cost together. Exit
-code 1 if a layout's median is above 1.02 or the trace is above 1,920 bytes a token.
+the joint cost of comparing the routers, the relay, gamma and the routers' telemetry. Exit code 1 if
+a layout's median is above 1.02 or the trace is above 1,920 bytes a token.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ ROW = "{:7} {:27} {:9} {:27} {:>8}"
 
 
 def main() -> int:
-    """Measure every layout in ranks of its own; print one table."""
+    """Measure every layout in its own ranks; print one table."""
     arguments = _arguments()
     if arguments.out:
         _measure(arguments)
@@ -213,9 +214,8 @@ def _times(policy: Any, without: Any, pairs: int) -> dict[str, Any]:
 def _pairs(
     with_shift: Callable, without: Callable, pairs: int, policy: Any
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """Of each pair with and without: wall seconds, and CPU seconds of all ranks' main threads.
-
-    Which of the two goes first alternates.
+    """For each pair, with and without router shift: wall seconds, and CPU seconds of all ranks'
+    main threads. The order in a pair alternates.
     """
     timed = []
     for number in range(WARM_UP + pairs):
@@ -226,7 +226,7 @@ def _pairs(
 
 
 def _timed(run: Callable, policy: Any) -> tuple[float, float]:
-    """From a moment when all ranks are ready to one when all are done."""
+    """Time from when all ranks are ready to when all are done."""
     import torch
     import torch.distributed as dist
 
@@ -267,7 +267,7 @@ def _packs(policy: Any) -> list[Any]:
 
 
 def _check_trace(policy: Any, scored: list[Any]) -> None:
-    """The traces are as large as `trace_bytes_per_token` says."""
+    """Check the traces' size against `trace_bytes_per_token`."""
     for item in scored:
         layers = [layer for chunk in item.traces for layer in chunk.values()]
         tokens = len(layers[0].logprobs)

@@ -1,4 +1,4 @@
-"""Makes Countdown data sets: train.jsonl, eval.jsonl and sft.jsonl, no problem in two of them.
+"""Makes Countdown data sets: train.jsonl, eval.jsonl and sft.jsonl, without common problems.
 
     python tools/data/make_countdown.py --out data --train 50000 --eval 500 --sft 5000 --numbers 3-4
 
@@ -21,14 +21,14 @@ from megatron_rl.errors import UserError
 from megatron_rl.files import write_whole, written_for_the_user
 from megatron_rl.rewards.countdown import verify_countdown
 
-# A problem that is new is found within a few draws until the space of problems is nearly used up.
+# A new problem takes a few draws, until nearly all possible problems are used.
 _MAX_DRAWS_PER_PROBLEM = 2000
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the problems are like."""
+    """Rules of the problems."""
 
     min_numbers: int = 3
     max_numbers: int = 3

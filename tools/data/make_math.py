@@ -2,10 +2,10 @@
 
     python tools/data/make_math.py --source gsm8k/train.jsonl --out data/train.jsonl
 
-The source has an object a line, as GSM8K has (https://github.com/openai/grade-school-math,
+The source has one object a line, like GSM8K (https://github.com/openai/grade-school-math,
 grade_school_math/data; --question-key question, --answer-key answer, both the defaults). Each line
-of the result holds ``prompt``, chat messages that ask for the answer in a box, and ``answer``, of
-which the verifier takes what follows the last "####".
+of the result holds ``prompt``, chat messages that ask for the answer in a box, and ``answer``,
+whose part after the last "####" the verifier reads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def make(arguments: argparse.Namespace) -> int:
-    """How many problems were written; the file appears when all of them are."""
+    """Write the problems and return their number; the file appears when all are written."""
     lines = []
     for number, record in enumerate(load_records(arguments.source), start=1):
         texts = []
@@ -52,7 +52,7 @@ def make(arguments: argparse.Namespace) -> int:
                     f"among {', '.join(record)}; set --question-key or --answer-key"
                 )
             texts.append(record[key])
-        # one message of the user: not every chat template knows a system's
+        # one user message: not every chat template has a system message
         content = f"{texts[0].strip()}\n\n{arguments.instruction}"
         messages = [{"role": "user", "content": content}]
         lines.append(json.dumps({"prompt": messages, "answer": texts[1]}, ensure_ascii=False))

@@ -2,10 +2,10 @@
 
     python tools/data/train_tokenizer.py data/train.jsonl --out data/tokenizer.model --kind char
 
-Ids: 0 padding, 1 unknown, 2 beginning, 3 end of sequence. Text is taken as it is: no normalisation,
-no added space, a line break is a token of its own. So decoding gives back every text made of known
-characters, except that U+2581, by which SentencePiece marks spaces, decodes to a space. The model
-depends on the data and the arguments only, byte for byte.
+Ids: 0 padding, 1 unknown, 2 beginning, 3 end of sequence. Text is not changed: no normalisation, no
+added space; a line break is a separate token. So decoding restores every text of known characters,
+except that U+2581, SentencePiece's mark for spaces, decodes to a space. The model depends on the
+data and the arguments only, byte for byte.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def train_tokenizer(
 
 def read_texts(paths: Sequence[Path], keys: Sequence[str]) -> Iterator[str]:
     """The text under each key of each record; "
-    "apart, so that no token spans prompt and completion."""
+    "apart, so that no token spans prompt and completion.
+    """
     for path in paths:
         for number, record in enumerate(load_records(path), start=1):
             found = [record[key] for key in keys if isinstance(record.get(key), str)]

@@ -1,4 +1,4 @@
-"""Hostile inputs of every kind, and what became of them.
+"""Runs hostile inputs of every kind and reports findings.
 
     python -m tools.fuzz                           # 10,000 of each kind
     python -m tools.fuzz --count 500 --seed 7 json yaml

@@ -1,4 +1,4 @@
-"""What a kind of hostile input is: how cases are made, and who judges what became of them."""
+"""The interface of a kind of hostile input: makes cases, and judges their outcome."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, Callable, ContextManager
 
 
 class Verdict(enum.Enum):
-    """What the program did with a case, and rightly so."""
+    """The program's correct reaction to a case."""
 
     TAKEN = "taken"
     REFUSED = "refused"
 
 
 class Wrong(AssertionError):
-    """The oracle disagrees: something was taken, valued or refused that should not have been."""
+    """The oracle disagrees: the program wrongly accepted, valued or refused a case."""
 
 
 #: Judges a case; see `Kind`.
@@ -28,16 +28,16 @@ Judge = Callable[[Any], Verdict]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of input. A file of ``tools/fuzz/kinds`` has it as ``KIND``."""
+    """One kind of input: ``KIND`` of a file in ``tools/fuzz/kinds``."""
 
     name: str
-    #: a case from the randomness given and nothing else, so that its number finds it again
+    #: makes a case only from the given randomness, so that its number reproduces it
     make: Callable[[random.Random], Any]
-    #: an empty folder -> a context that gives the judge; what is costly is set up once, in there
+    #: an empty folder -> a context that gives the judge, with costly set-up done once
     judging: Callable[[Path], ContextManager[Judge]]
-    #: seconds of a case beyond which it counts as a hang; generous, for machines are busy
+    #: seconds after which a case counts as a hang; generous, for busy machines
     deadline_s: float = 10.0
-    #: of 10,000 asked for, how many are run: fewer where one costs a process
+    #: share of the requested cases to run: below 1 if a case costs a process
     share: float = 1.0
 
 

@@ -8,7 +8,7 @@ import random
 import re
 from typing import Any
 
-#: Values that no field expects, or not of this size.
+#: Values of a type or size that no field expects.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, -(2**63), 10**18, 10**40, 10**299),
     *(0.5, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan")),
@@ -16,7 +16,7 @@ ODD: tuple[Any, ...] = (
     *("\ud83d", "\U0001f600", "{{ 1 }}", "${HOME}", "~", "%s", "\x1b[31m", "<b>"),
     *([], [0], [[]], [None], ["x", 3], [1] * 1000, {}, {"a": {}}, {"": 0}, {"rope_type": 3}),
 )
-#: Pieces of JSON text that are at its limits.
+#: Pieces of JSON text at its limits.
 RAW = (
     *("9" * 5000, "9" * 301, "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "1.7", "1e5"),
     *("[" * 3000, "[" * 80 + "]" * 80, '{"a":' * 200 + "1" + "}" * 200, '"\\ud83d"', '"\\u0000"'),
@@ -109,7 +109,8 @@ def encoded(rng: random.Random, text: str) -> bytes:
 
 def is_plain(data: bytes) -> bool:
     """Whether a text is JSON beyond doubt, by the standard library alone: what `json.dumps` writes
-    of what it holds, with no number or nesting that is near a limit."""
+    of what it holds, with no number or nesting that is near a limit.
+    """
     try:
         text = data.decode("utf-8")
         value = json.loads(text)

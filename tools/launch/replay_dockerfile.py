@@ -90,9 +90,9 @@ class Stage:
         else:
             raise SystemExit(f"replay_dockerfile: {instruction} is not understood")
 
-    def run(self, words: list[str]) -> int:
+    def run(self, argv: list[str]) -> int:
         """Words, as the user, in the working directory."""
-        inside = ["sh", "-c", 'cd "$0" && exec "$@"', self.directory, *words]
+        inside = ["sh", "-c", 'cd "$0" && exec "$@"', self.directory, *argv]
         command = ["chroot", f"--userspec={self.user}:{self.user}", str(self.root), *inside]
         return subprocess.run(command, env=self.environment, check=False).returncode
 

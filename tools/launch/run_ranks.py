@@ -1,11 +1,12 @@
-"""torchrun, with one line at the end in the place of its traceback, and the ranks' exit code.
+"""torchrun, with one closing line in place of its traceback, and the ranks' exit code.
 
-torchrun.sh runs this file with the words of `torch.distributed.run`. Exit code: the first failing
-rank's (2: a mistake in the input, 1: the run failed, 128 + N: killed by signal N); 75 after a
-signal to this process, when the ranks have saved a checkpoint and the same command goes on from it.
+torchrun.sh runs this file with the arguments of `torch.distributed.run`. Exit code: the first
+failed rank's (2: a mistake in the input, 1: the run failed, 128 + N: killed by signal N); 75 after
+a signal to this process, when the ranks have saved a checkpoint and the same command continues from
+it.
 
 After a failure, while MAX_RESTARTS is above 0, the node starts again from torchrun.sh, with one
-restart less: all nodes meet afresh, wherever each of them failed, also one that was replaced.
+restart less. So all nodes meet again, wherever each of them failed, also a replaced node.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ STOPPED = 75  #: EX_TEMPFAIL: try again
 MEET_AGAIN_S = 900
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Run the ranks of this node; the exit code."""
     # "failed (exitcode: 2)" and a table of failures say again what the ranks have said.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        main(words)
+        main(argv)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
@@ -48,7 +49,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def start_again(words: list[str]) -> None:
+def start_again(argv: list[str]) -> None:
     """Become torchrun.sh once more, unless no restart is left."""
     left = int(os.environ.get("MAX_RESTARTS", "0"))
     if not left:
@@ -61,7 +62,7 @@ def start_again(words: list[str]) -> None:
             with contextlib.suppress(OSError):
                 os.set_inheritable(number, False)
     script = str(Path(__file__).with_name("torchrun.sh"))
-    os.execv(script, [script, *words[words.index("-m") + 2 :]])
+    os.execv(script, [script, *argv[argv.index("-m") + 2 :]])
 
 
 if __name__ == "__main__":

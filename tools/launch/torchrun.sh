@@ -77,26 +77,26 @@ elif [ "$nodes" -gt 1 ] && [ "$restarts" -gt 0 ]; then
 fi
 
 # Static: ranks are numbered by NODE_RANK. A rendezvous of torch's own (c10d) numbers nodes by their addresses.
-words=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0)
+arguments=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0)
 if [ "$nodes" -gt 1 ]; then
-    words+=(--rdzv-backend static --node-rank "$node" --master-addr "$address" --master-port "$port")
-    words+=(--rdzv-id "${JOB_ID:-megatron_rl}")
+    arguments+=(--rdzv-backend static --node-rank "$node" --master-addr "$address" --master-port "$port")
+    arguments+=(--rdzv-id "${JOB_ID:-megatron_rl}")
     if [ "$node" -gt 0 ]; then
         echo "torchrun.sh: node $node of $nodes starts; rank 0, which shows the run, is on node 0 ($address)"
     fi
 else
-    words+=(--standalone)
+    arguments+=(--standalone)
 fi
 if [ -n "${LOGS:-}" ]; then
-    words+=(--log-dir "$LOGS/node_$node" --redirects 3 --tee 3)
+    arguments+=(--log-dir "$LOGS/node_$node" --redirects 3 --tee 3)
 fi
 # torch waits 30 s by default and then kills: too short for a large checkpoint. Older ones cannot be told.
 # (The help is held whole: grep -q would leave the pipe early, which pipefail takes for a failure now and then.)
 if [[ $("$python" -m torch.distributed.run --help) == *--shutdown-timeout* ]]; then
-    words+=(--shutdown-timeout "$shutdown" --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    arguments+=(--shutdown-timeout "$shutdown" --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 
 # For run_ranks.py, which starts this file again after a failure.
 [ "$nodes" -eq 1 ] || export MASTER_ADDR=$address MASTER_PORT=$port
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MAX_RESTARTS=$restarts
-exec "$python" "$(dirname "${BASH_SOURCE[0]}")/run_ranks.py" "${words[@]}" -m megatron_rl "$@"
+exec "$python" "$(dirname "${BASH_SOURCE[0]}")/run_ranks.py" "${arguments[@]}" -m megatron_rl "$@"

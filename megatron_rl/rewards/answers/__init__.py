@@ -1,4 +1,4 @@
-"""Mathematical answers: found in a completion, read as what they are, and compared.
+"""Finds mathematical answers in a completion, reads them by kind and compares them.
 
     text      one spelling for many            tokens    of a text
     extract   where the answer stands          algebra   trees of expressions
@@ -7,5 +7,5 @@
     units     units of measure                 compare   everything else, by kind
     read      from text to kinds
 
-Nothing here runs for long or raises on a completion; what it leaves to SymPy is in ``math_worker``.
+Nothing here runs for long or raises on a completion; ``math_worker`` has the part for SymPy.
 """

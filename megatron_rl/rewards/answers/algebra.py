@@ -1,13 +1,13 @@
 r"""Algebra: the tree of an expression.
 
-A tree is a tuple, the name of an operation first; it can be written as JSON::
+A tree is a tuple that begins with an operation's name; it can be written as JSON::
 
     ("num", "3/2")  ("sym", "x_1")  ("const", "pi" | "e" | "i" | "inf")
     ("add", a, b)  ("mul", a, b)  ("div", a, b)  ("pow", a, b)  ("neg", a)
     ("root", a, n)  ("fact", a)  ("binom", a, b)  ("log", base, a)  ("fn", name, a)
 
-Up to three letters side by side are a product; a longer run is one name, and nothing that stands in
-\text{...} is algebra.
+Up to three adjacent letters are a product; a longer run is one name, and nothing in \text{...} is
+algebra.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_rl.rewards.answers.tokens import Token, Unreadable, number_value
 
 MAX_DEPTH = 24
 
-#: A tuple of a kind and, by the kind, texts or trees.
+#: A tuple: a kind, then texts or trees, depending on the kind.
 Tree: TypeAlias = "tuple[Any, ...]"
 
 
@@ -42,7 +42,7 @@ _ONE, _TWO = ("num", "1"), ("num", "2")
 
 
 def parse_expression(tokens: Sequence[Token]) -> Tree:
-    """The tree of an expression; ``Unreadable`` if the tokens are no expression to their end."""
+    """The tree of an expression; ``Unreadable`` if not all tokens form one expression."""
     parser = _Parser(list(tokens))
     tree = parser.sum(0)
     if (rest := parser.here()) is not None:
@@ -95,7 +95,7 @@ class _Parser:
                 negative = self._take("-") is not None
                 other = self._factor(depth)
                 other = ("neg", other) if negative else other
-                if symbol == "div":  # a division to do; a fraction bar may stand in a result
+                if symbol == "div":  # a division to compute; a result may have a fraction bar
                     tree = ("mul", tree, ("div", _ONE, other))
                 else:
                     tree = ("mul" if symbol == "*" else "div", tree, other)
@@ -203,7 +203,7 @@ class _Parser:
             return self._command(word, depth)
         if len(word) > 3:
             return self._symbol(word)
-        if len(word) > 1:  # a product of letters, of which the last may carry an exponent
+        if len(word) > 1:  # a product of letters, whose last may have an exponent
             self._next -= 1
             rest = Token("word", word[1:], False)
             self._tokens[self._next : self._next + 1] = [Token("word", word[0], token.spaced), rest]
@@ -235,7 +235,7 @@ class _Parser:
         return "".join(texts)
 
     def _argument(self, depth: int) -> Tree:
-        """What stands behind a command of LaTeX: a group, or one character."""
+        """The argument of a LaTeX command: a group, or one character."""
         token = self.here()
         if token is not None and token.kind in ("number", "word") and len(token.text) > 1:
             first, rest = token.text[0], token.text[1:]

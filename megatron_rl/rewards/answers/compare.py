@@ -1,4 +1,4 @@
-"""Whether an answer is the reference, by what the reference is (README.md has the rules)."""
+"""Compares an answer with the reference, by the reference's kind (README.md has the rules)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megatron_rl.rewards.answers.kinds import (
 from megatron_rl.rewards.answers.read import read_answer
 from megatron_rl.rewards.answers.text import clean
 
-#: Longer answers are compared as text, characters; it bounds time, memory and recursion.
+#: Characters; longer answers are compared as text. It bounds time, memory and recursion.
 MAX_ANSWER_CHARACTERS = 256
 _INFINITY = Expression(("const", "inf"))
 _MINUS_INFINITY = Expression(("neg", ("const", "inf")))
@@ -40,7 +40,7 @@ _CHOICE_AND_TEXT = re.compile(r"(?:\(([A-J])\)[.:]?|([A-J])[.):])\s*(\S.*)")
 
 
 def is_same_answer(expected: str, answer: str, judge: Judge) -> bool:
-    """Whether the text of an answer says what the text of the reference says."""
+    """Whether an answer's text equals the reference's text in meaning."""
     one, other = _cleaned(expected), clean(answer)
     if _squeezed(one) == _squeezed(other):
         return True
@@ -53,7 +53,9 @@ def is_same_answer(expected: str, answer: str, judge: Judge) -> bool:
 
 
 def is_restated(expected: str, answer: str, problem: Sequence[str]) -> bool:
-    """Whether a right answer is a formula of the problem's text, as 2^{10} of "Compute 2^{10}"."""
+    """Whether a right answer repeats a formula of the problem's text, like 2^{10} in "Compute
+    2^{10}".
+    """
     formula = read_answer(clean(answer))
     if not isinstance(formula, Expression) or formula == _read_reference(_cleaned(expected)):
         return False
@@ -67,7 +69,7 @@ _read_reference = lru_cache(maxsize=1024)(read_answer)
 
 
 def _squeezed(text: str) -> str:
-    """Without the spaces that part nothing."""
+    """The text without spaces that separate nothing."""
     return re.sub(r"(?<![^\W_]) | (?![^\W_])", "", text)
 
 
@@ -83,7 +85,7 @@ def _chosen(text: str) -> str | None:
 
 
 def _same(expected: Answer, answer: Answer, judge: Judge, finished: bool = True) -> bool:
-    """``finished``: the answer has to be worked out as far as the reference is."""
+    """``finished``: the answer must be worked out as far as the reference."""
     if isinstance(expected, Relation):
         return _same_relation(expected, answer, judge)
     if isinstance(answer, Relation):
@@ -208,7 +210,7 @@ def _same_brackets(expected: Brackets, answer: Answer, judge: Judge) -> bool:
 
 
 def _bare(answer: Answer) -> str | None:
-    """The name of a variable that stands alone."""
+    """The name of a lone variable."""
     if isinstance(answer, Expression) and answer.tree[0] == "sym":
         return answer.tree[1]
     return None
@@ -242,7 +244,9 @@ def _claims(expected: Answer, answer: Relation, judge: Judge) -> bool:
 def _same_chain(
     expected: Answer, sides: Sequence[Answer], signs: Sequence[str], judge: Judge
 ) -> bool:
-    """All sides are the reference, the last worked out; those behind "approx" are roundings."""
+    """Whether all sides equal the reference and the last is worked out; sides after "approx" are
+    roundings.
+    """
     border = signs.index("~") + 1 if "~" in signs else len(sides)
     claims, roundings = sides[:border], sides[border:]
     if any(isinstance(side, Relation) for side in sides):
@@ -300,7 +304,9 @@ def _name_first(relation: Relation) -> Relation:
 
 
 def _same_equation(expected: Relation, answer: Relation) -> bool:
-    """One is a multiple of the other, as 2x = y + 1 of y + 1 - 2x = 0; not x - 5 = 0 of x = 5."""
+    """Whether one is a multiple of the other, like 2x = y + 1 of y + 1 - 2x = 0; not x - 5 = 0 of x
+    = 5.
+    """
     trees = []
     for relation in (expected, answer):
         sides = [_tree(side) for side in relation.sides]

@@ -1,7 +1,7 @@
-"""Whether a number or an expression equals another.
+"""Compares numbers and expressions.
 
-Nothing here computes for long: what only algebra can confirm, after floating point has not refuted
-it, is left to a judge that the caller gives.
+Nothing here computes for long: if floating point does not refute an equality that only algebra can
+confirm, the caller's judge decides.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from megatron_rl.rewards.answers.algebra import Tree, product_of_letters, symbol
 from megatron_rl.rewards.answers.evaluate import at_points, exact, is_rational_function, modular
 from megatron_rl.rewards.answers.kinds import Answer, Expression, Number, Words
 
-#: A decimal reference of so many significant digits stands for what rounds to it.
+#: A decimal reference with this many significant digits equals any value that rounds to it.
 REFERENCE_DIGITS = 3
-#: A decimal answer of so many significant digits stands for the exact value that rounds to it.
+#: A decimal answer with this many significant digits equals an exact value that rounds to it.
 ANSWER_DIGITS = 6
 
 #: Whether two trees are equal wherever both are real.
@@ -43,7 +43,7 @@ def is_number(expected: Number, answer: Answer, finished: bool) -> bool:
 
 
 def same_number(expected: Number, answer: Number) -> bool:
-    """Equal, or one the rounding of the other to enough digits that it states."""
+    """Whether two numbers are equal, or one is the other rounded to enough digits."""
     if expected.value == answer.value:
         return True
     if expected.digits is None and expected.value.denominator == 1:
@@ -66,7 +66,7 @@ def _stands_for(decimal: Number, value: Fraction) -> bool:
 
 
 def _is_worked_out(tree: Tree, sums: bool) -> bool:
-    """A closed form such as 2^10, 5!, or sqrt(2)/2; not arithmetic that is left to do."""
+    """Whether it is a closed form such as 2^10, 5! or sqrt(2)/2, without arithmetic left to do."""
     for node in walk(tree):
         if node[0] in ("fn", "log"):
             return False
@@ -84,7 +84,7 @@ def _is_literal(tree: Tree) -> bool:
 
 
 def real_value(tree: Tree) -> float | None:
-    """Of an expression without variables; None if it has none or is not real."""
+    """The real value of an expression without variables; None: it has none or is not real."""
     value = at_points(tree)[0]
     if value is None or abs(value.imag) > 1e-12 * max(1.0, abs(value)):
         return None
@@ -118,7 +118,9 @@ def same_expression(expected: Tree, answer: Answer, judge: Judge) -> bool:
 
 
 def same_algebra(expected: Tree, answer: Tree, judge: Judge) -> bool:
-    """Equal as functions of the same variables, the answer with no function of its own."""
+    """Whether they are equal as functions of the same variables, and the answer adds no
+    function.
+    """
     if expected == answer:
         return True
     if symbols(expected) != symbols(answer):
@@ -145,7 +147,7 @@ _FAMILIES: dict[str, str] = {
 
 
 def _functions(tree: Tree) -> frozenset[str]:
-    """Families of the functions in it: an answer that names one has left it to be worked out."""
+    """Families of functions in the expression: an answer with one has left it to be worked out."""
     found: set[str] = set()
     for node in walk(tree):
         if node[0] == "fn" and node[1] != "ln":
@@ -162,7 +164,7 @@ def _has_root(tree: Tree) -> bool:
 
 
 def _differ(expected: Tree, answer: Tree) -> bool:
-    """Whether they have unlike values at a point where both are real, or no value in common."""
+    """Whether they differ at a point where both are real, or share no such point."""
     imaginary = ("const", "i") in (*walk(expected), *walk(answer))
     compared = 0
     for one, other in zip(at_points(expected), at_points(answer)):

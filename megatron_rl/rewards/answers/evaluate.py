@@ -1,6 +1,6 @@
 """Values of algebraic trees (``answers/algebra.py``): exact, modulo a prime, and in floating point.
 
-All of them are bounded: a power or a factorial too large to compute has no value.
+All are bounded: a power or a factorial that is too large has no value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPREAD = 0.3819
 
 
 class NoValue(ArithmeticError):
-    """Not defined there, not of this kind, or too large."""
+    """The value is undefined there, of another kind, or too large."""
 
 
 def exact(tree: Tree) -> Fraction | None:
@@ -113,11 +113,11 @@ _EXACT: dict[str, Callable[..., Fraction]] = {
 
 
 def modular(tree: Tree, seed: int) -> int | None:
-    """The value modulo ``PRIME`` where the variables have values that ``seed`` decides.
+    """The value modulo ``PRIME``, with values of the variables that ``seed`` decides.
 
     Two quotients of polynomials that agree at a few such points are equal (Schwartz, Zippel).
-    Roots, functions, and constants such as pi are taken for further variables: with them, agreement
-    still proves equality, and disagreement nothing. None where it is not defined.
+    Roots, functions, and constants such as pi count as further variables: then agreement still
+    proves equality, but disagreement proves nothing. None: undefined.
     """
     try:
         return _modular(tree, seed)
@@ -159,7 +159,7 @@ def _inverse(value: int) -> int:
 
 
 def at_points(tree: Tree) -> list[complex | None]:
-    """Its values in floating point at some points; None where it has none or is infinite."""
+    """Floating-point values at some points; None where undefined or infinite."""
     names = sorted(symbols(tree))
     results: list[complex | None] = []
     for point in _POINTS if names else _POINTS[:1]:
@@ -218,7 +218,7 @@ def _binomial(above: complex, below: complex) -> complex:
 
 
 def _whole(function: Callable[[float], int]) -> Callable[[complex], complex]:
-    """A step function; not where rounding could decide."""
+    """A step function; no value where rounding could decide."""
 
     def apply(value: complex) -> complex:
         number = _real(value)
@@ -259,7 +259,7 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
 
 
 def is_rational_function(tree: Tree) -> bool:
-    """Only + - * / and whole powers of numbers and variables."""
+    """Whether it has only + - * / and whole powers of numbers and variables."""
     kinds = ("num", "sym", "add", "mixed", "mul", "div", "neg")
     return all(
         node[0] in kinds or node[0] == "pow" and (exact(node[2]) or Fraction(1, 2)).denominator == 1

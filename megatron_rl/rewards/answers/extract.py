@@ -1,4 +1,4 @@
-r"""Where the answer stands in a completion: its last \boxed{}, without one its last number."""
+r"""Finds the answer in a completion: its last \boxed{}, else its last number."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _MAX_BOXES = 16
 def extract_answer(completion: str) -> str | None:
     r"""The content of the last complete \boxed{}, else the last number as a whole, else None.
 
-    Boxes that only a comma, "and" or "or" parts are one answer of several values. None too if no
-    box is complete and one was begun: the answer is cut off.
+    Boxes separated only by a comma, "and" or "or" are one answer with several values. Also None if
+    a box was begun and none is complete: the answer is cut off.
     """
     tail = completion[-MAX_CHARACTERS:]
     spans = _boxes(tail)
@@ -44,7 +44,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:
-    """Start and end of the contents of complete boxes that are in no other complete one."""
+    """Start and end of the contents of complete boxes outside of other complete boxes."""
     opened: list[int | None] = []
     boxes: list[tuple[int, int]] = []
     for match in _BOX_OR_BRACE.finditer(text):
@@ -67,7 +67,7 @@ _NUMBER = (
     rf"(?:\\[dtc]?frac ?\d ?\d|(?<!\d)\d{{1,3}} \d+/\d+|"
     rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?)"
 )
-#: What stands behind a number and counts nothing: words, and a unit with its exponent.
+#: Text after a number that does not change it: words, and a unit with its exponent.
 _UNIT = (
     r"(?: ?\\(?:text|mathrm|mbox) ?\{[^{}\d]*\}(?:\^\{?-?\d\}?)?"
     r"| ?(?:square |cubic )?(?:[a-z]m|m|in|ft|yd|mi|inches|feet|meters|units?)"
@@ -103,7 +103,7 @@ _NAME_CHARACTERS = 12
 _MINUS_AND_SPACE = re.compile("([\u2212\uff0d]) +(?=[\\d$])")
 _SPACES = re.compile(r"\s+")
 _SIGN_WORD = re.compile(r"(?<![\w-])(?:minus|negative) (?=[\d.\\(])", re.IGNORECASE)
-#: Between the sides of an inequality; "->" and the ">" of a tag are none.
+#: Signs of an inequality; not "->" and the ">" of a tag.
 _COMPARED = re.compile(r" ?(?:[<>]=?|!=|\\(?:[lg]eq?|[lg]t|neq?)(?![a-zA-Z])) ?")
 _MARKS = re.compile(r"\\?\$|\\[()\[\]]")
 
@@ -111,7 +111,7 @@ _MARKS = re.compile(r"\\?\$|\\[()\[\]]")
 def _last_number(text: str) -> str | None:
     """The last formula with a digit in it, up to an equals sign: "3/4", "x^2", "5 or 7", "x < 4".
 
-    What changes its value belongs to it: "minus 5", "5 million", "log 5".
+    It includes text that changes its value: "minus 5", "5 million", "log 5".
     """
     for line in reversed(text.splitlines()):
         line = _SPACES.sub(" ", fold_unicode(_MINUS_AND_SPACE.sub(r"\1", line)))
@@ -155,7 +155,7 @@ def _is_compared(line: str, one: re.Match[str], other: re.Match[str]) -> bool:
 
 
 def _bare(formula: str) -> str:
-    """Without brackets at its ends that have no other half."""
+    """The text without unmatched brackets at its ends."""
     formula = _LETTER_UNIT.sub(r"\1\\text{ \2}", formula.strip())
     for opening, closing in ("()", "{}"):
         while formula.count(closing) > formula.count(opening) and formula.endswith(closing):

@@ -1,4 +1,4 @@
-"""What an answer can be."""
+"""The kinds of answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rl.rewards.answers.units import Unit
 
 @dataclass(frozen=True)
 class Words:
-    """No mathematics: compared without case and white space."""
+    """Text that is not mathematics: compared without case and white space."""
 
     folded: str
 

@@ -62,7 +62,7 @@ def plain_number(text: str) -> Number | None:
 def decimal_number(
     sign: str, digits: str, decimals: int, exponent: int, scientific: object = None
 ) -> Number:
-    """The number of some digits, of which the last ``decimals`` stand behind the point."""
+    """The number with these digits, of which the last ``decimals`` follow the point."""
     unit = Fraction(10) ** (exponent - decimals)
     value = int(digits) * unit
     exact = decimals == 0 and not scientific

@@ -1,7 +1,7 @@
-r"""Reads the text of an answer as what it is.
+r"""Reads the text of an answer as one of the kinds.
 
-Reading looks at one text alone. Text that is of no mathematical form is ``Words``, so that the
-letters of a word never become a product.
+It reads one text at a time. Text without a mathematical form is ``Words``, so that the letters of a
+word never become a product.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _several(tokens: Sequence[Token], depth: int) -> Answer | None:
         return None
     if len(pieces) > _MAX_ITEMS:
         raise Unreadable("too many items")
-    # "1, 2, and 3": the comma before a word borders nothing
+    # "1, 2, and 3": the comma before a word separates nothing
     for index in range(len(pieces) - 1, 0, -1):
         if not pieces[index - 1] and borders[index - 1].kind != "mark" and index > 1:
             del pieces[index - 1]
@@ -173,7 +173,9 @@ _NO_NAMES = ("sqrt", "cbrt", "pi", *FUNCTIONS)
 
 
 def _name(tokens: Sequence[Token]) -> str | None:
-    r"""What a definition defines: x, x_1, f(x), f^{-1}(x), \text{Area}, (x, y); else None."""
+    r"""The name that a definition defines: x, x_1, f(x), f^{-1}(x), \text{Area}, (x, y); else
+    None.
+    """
     text = "".join(token.text.strip() for token in tokens)
     words = [token.kind in ("text", "word") for token in tokens]
     if any(one and other for one, other in zip(words, words[1:])) or len(text) > 32:

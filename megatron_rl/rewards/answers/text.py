@@ -1,4 +1,4 @@
-"""The text of an answer: where it stands in a completion, and one spelling for many.
+"""Normalises the text of an answer: one spelling for many.
 
 Everything here is linear in the length of the text.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-#: Only this much of the end of a completion is searched for its answer, characters.
+#: Characters at the end of a completion that are searched for its answer.
 MAX_CHARACTERS = 20_000
 
 # -- one spelling -------------------------------------------------------------------------------
@@ -66,10 +66,10 @@ _SYMBOL = re.compile(f"[{re.escape(''.join(_SYMBOLS))}]")
 
 
 def fold_unicode(text: str) -> str:
-    r"""The same answer in the characters of a keyboard: signs, digits, fractions, operators.
+    r"""The answer in keyboard characters: signs, digits, fractions, operators.
 
     Digits of every script become 0 to 9; "x²" becomes "x^{2}", "½" becomes "\frac{1}{2}"; marks
-    without a width vanish. Letters that only look alike stay different.
+    without a width vanish. Letters that only look equal stay different.
     """
     if text.isascii():
         return text
@@ -164,8 +164,8 @@ _MATH_MARKS = re.compile(r"(?<!\\)\\[()\[\]]|(?<!\\)\$\$")
 def clean(text: str) -> str:
     r"""One spelling of an answer: sizes, fonts, spaces and dollar signs of LaTeX dropped.
 
-    Words stand in \text{...}; \times, \cdot and × are "*"; thousands separators other than a comma
-    are gone. What has no other spelling is left as it is.
+    Words are in \text{...}; \times, \cdot and × become "*"; thousands separators other than a comma
+    are dropped. All else is unchanged.
     """
     text = _SPACES_BETWEEN.sub(" ", fold_unicode(text)).strip()
     if not _PLAIN_TEXT.isdisjoint(text):
@@ -225,7 +225,7 @@ _QUOTES = " \"'`\u201c\u201d\u2018"
 
 
 def fold_words(text: str) -> str:
-    """Words without case, spaces at the ends, quotes, and punctuation behind them."""
+    """Words without case, outer spaces, quotes and final punctuation."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("{", " ").replace("}", " ")
     text = text.strip(_QUOTES).rstrip(_QUOTES + ".,;:!")
     return " ".join(text.casefold().split())

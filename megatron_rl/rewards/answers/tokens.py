@@ -10,11 +10,11 @@ _MAX_EXPONENT = 999
 
 
 class Unreadable(ValueError):
-    """The text is not of the form that was asked for."""
+    """The text does not have the requested form."""
 
 
 class Token(NamedTuple):
-    """``kind``: number, word, text, command or mark; ``spaced``: white space stands before it."""
+    """``kind``: number, word, text, command or mark; ``spaced``: white space precedes it."""
 
     kind: str
     text: str
@@ -45,7 +45,7 @@ _OPEN, _CLOSE = frozenset("([") | {"\\{", "langle"}, frozenset(")]") | {"\\}", "
 
 
 def tokenize(text: str) -> list[Token]:
-    """The tokens of a cleaned text; ``Unreadable`` at what is none.
+    """The tokens of a cleaned text; ``Unreadable`` at text that is no token.
 
     "1,234" is one number, but inside brackets it is two.
     """
@@ -72,7 +72,7 @@ def tokenize(text: str) -> list[Token]:
 
 
 def number_value(text: str) -> Fraction:
-    """The exact value of a number's token; ``Unreadable`` if its exponent is beyond measure."""
+    """The exact value of a number's token; ``Unreadable`` if its exponent is too large."""
     mantissa, _, exponent = text.lower().partition("e")
     if exponent and (len(exponent) > 5 or abs(int(exponent)) > _MAX_EXPONENT):
         raise Unreadable("exponent")

@@ -1,4 +1,4 @@
-"""Units of measure: which words name one, and what one is of another."""
+"""Units of measure: their names, and their conversion factors."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _KNOWN: dict[str, tuple[str, Fraction]] = {
 #: Written with a capital letter.
 _CAPITALS = frozenset(["L", "mL", "J", "kJ", "W", "kW", "N", "V", "A", "K", "Hz", "kHz", "MHz"])
 _CAPITALS |= {"Pa", "kPa", "AM", "PM"}
-#: Words behind a number that say something else than what is counted.
+#: Words after a number that are not units.
 _NO_UNITS = frozenset(
     "minus plus times over squared cubed or and to not no half third quarter tenths hundredths "
     "thousandths ten negative factorial more less than approximately about modulo mod base of is "
@@ -106,7 +106,7 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
 def is_known(word: str) -> bool:
-    """Whether a word without marks around it names a unit of the table; capitals count."""
+    """Whether a bare word names a unit of the table; capitals count."""
     if word in _CAPITALS or word in _SPEED:
         return True
     return (word if len(word) <= 2 else _singular(word.lower())) in _KNOWN

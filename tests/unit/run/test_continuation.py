@@ -1,5 +1,6 @@
 """What a run may go on with: its data, verb, seed and reference; and what it says has changed."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -271,6 +272,19 @@ def test_changed_code_of_ones_own_is_said_and_not_refused(config, tmp_path):
     assert warnings == [f"the file of {name} is not what it was: going on with it as it is"]
     del state["identity"]["code"]  # of a version that did not keep it
     assert what_differs(own, state, identity(own)) == ([], [])
+
+
+def test_code_of_ones_own_is_found_without_listing_a_data_set_again(tmp_path):
+    """Reading has listed it already; by then its files may even be gone."""
+    from megatron_rl.run.continuation import own_code
+
+    source = tmp_path / "mine.py"
+    source.write_text("def records():\n    return [{'prompt': 'a'}]\n")
+    (tmp_path / "shards").mkdir()  # empty
+    reference = f"{source}:records"
+    data = {"train": tmp_path / "shards", "eval": [{"path": reference}, {"path": "hf:a/b"}]}
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert own_code(Config(data=data), "sft") == {reference: digest}
 
 
 def test_so_is_a_changed_optimizer_of_ones_own(config, tmp_path):

@@ -1,1 +1,1 @@
-"""One file a kind; each has a ``KIND``. A file that is put here is run."""
+"""One file for each kind, with a ``KIND``. Every file here is run."""

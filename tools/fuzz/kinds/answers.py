@@ -1,4 +1,4 @@
-"""Answers of mathematics: pairs whose truth is known from how they were made, and spoiled ones."""
+"""Mathematical answers: pairs with known truth, and spoiled ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PIECES = (
 
 
 class Case(NamedTuple):
-    """``solved`` None: spoiled; any verdict is right, an exception is not."""
+    """``solved`` None: spoiled; any verdict is right, an exception is wrong."""
 
     answer: str | int | float
     completion: str

@@ -1,5 +1,5 @@
-"""Chat templates: programs of whoever made a tokenizer. None hangs, fills the memory, or does more
-than write text that holds what the user wrote.
+"""Chat templates: programs of a tokenizer's author. None may hang, fill the memory, or do more than
+write text with the user's messages.
 """
 
 from __future__ import annotations

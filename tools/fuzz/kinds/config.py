@@ -1,4 +1,4 @@
-"""Configurations from a file and flags: one that is taken reads back as it is written."""
+"""Configurations from a file and flags: an accepted one reads back as it was written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _VALUES = written_values(Config())
 
 
 def make(rng: random.Random) -> tuple[bytes, list[str]]:
-    """(the file, the words of the command line)."""
+    """(the file, the command line's arguments)."""
     section = rng.choice([name for name, value in _VALUES.items() if isinstance(value, dict)])
     value = {**_PLAIN, section: {**_VALUES[section], **_PLAIN.get(section, {})}}
     if rng.random() < 0.7:
@@ -37,7 +37,7 @@ def make(rng: random.Random) -> tuple[bytes, list[str]]:
 
 @contextlib.contextmanager
 def judging(folder: Path) -> Iterator[Judge]:
-    """A file, and another for what is written of it."""
+    """A file, and another for the configuration written again."""
     file, again = folder / "run.yaml", folder / "again.yaml"
 
     def judge(case: tuple[bytes, list[str]]) -> Verdict:

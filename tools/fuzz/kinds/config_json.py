@@ -1,4 +1,6 @@
-"""config.json of Hugging Face models: what is taken is a model, and written again the same one."""
+"""config.json of Hugging Face models: an accepted one is a model, and the same model when written
+again.
+"""
 
 from __future__ import annotations
 

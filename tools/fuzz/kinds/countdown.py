@@ -1,4 +1,4 @@
-"""Answers of Countdown: solved is what Python's own reading of the expression says, exactly."""
+"""Answers of Countdown: solved exactly if Python's own reading of the expression agrees."""
 
 from __future__ import annotations
 

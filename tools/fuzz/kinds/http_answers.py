@@ -1,4 +1,4 @@
-"""What servers answer: bytes of HTTP, JSON, and answers that no policy has sampled.
+"""Servers' responses: bytes of HTTP, JSON, and answers that no policy has sampled.
 
 Most cases are bodies, read and judged as those of a server. One in thirty comes through a socket,
 from a server that breaks HTTP, packs, drips, or does not stop.

@@ -1,4 +1,4 @@
-"""JSON texts: whatever is taken is what any reader reads, and fits files and floats."""
+"""JSON texts: an accepted one equals another reader's value, and fits files and floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets: a line that is taken is one object; the problem made of it can be written again."""
+"""Data sets: an accepted line is one object, and its problem can be written again."""
 
 from __future__ import annotations
 

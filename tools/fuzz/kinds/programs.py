@@ -1,4 +1,4 @@
-"""Programs for the code sandbox: what is built to be wrong never passes, what is right does."""
+"""Programs for the code sandbox: wrong ones never pass, right ones do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CSV and Parquet files: what is taken are the rows that Python's csv, or pyarrow, has in them."""
+"""CSV and Parquet files: the accepted rows equal those of Python's csv, or pyarrow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face tokenizer: one that is taken encodes texts to ids of its vocabulary."""
+"""Files of a Hugging Face tokenizer: an accepted one encodes texts to ids of its vocabulary."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Model directories: headers of safetensors and their index. What is taken lies in its file, whole,
-by a reader of headers of our own.
+"""Model directories: headers of safetensors and their index. An accepted tensor lies wholly in its
+file, by a separate reader of headers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Frames of a program to its judge: plain values of exact types, or an error that is expected."""
+"""Frames of a program to its judge: plain values of exact types, or an expected error."""
 
 from __future__ import annotations
 

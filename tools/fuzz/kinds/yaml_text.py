@@ -1,4 +1,4 @@
-"""YAML files: a configuration that is taken holds plain values, and reads back as it is written."""
+"""YAML files: an accepted configuration holds plain values, and reads back as it was written."""
 
 from __future__ import annotations
 
