@@ -73,7 +73,7 @@ def _exit_code(argv: Sequence[str]) -> int:
         _print_error(error)
         return 1
     except OSError as error:  # an error of the machine: a disk, a descriptor, an address
-        _print_error(RunFailed(f"the machine says: {reason(error)}; mend it and start again"))
+        _print_error(RunFailed(f"the machine reports: {reason(error)}; correct it and start again"))
         return 1
     except RuntimeError as error:
         heard = lost_ranks(error) if read_launch().world_size > 1 else None
@@ -185,7 +185,9 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     if from_hf:
         overrides = ["--model.hf_path", as_written(str(source)), *overrides]
         if args.like is not None:
-            raise UserError("--like goes with the way to Hugging Face; expected it left out here")
+            raise UserError(
+                "--like applies only to conversion to Hugging Face; expected it left out"
+            )
     config = load_config(None, overrides)
     family_is_known(config)
     model = config.model if from_hf else ModelConfig()  # that of a run is with its checkpoint

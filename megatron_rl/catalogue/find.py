@@ -151,7 +151,7 @@ def _row(kind: Kind[Row], thing: Any, place: str) -> Row:
         row = row_of(thing, kind.row)
     except TypeError as error:  # a trait without a default
         raise UserError(
-            f"{place}, a function that does not say what a run has to know of a {kind.noun}; "
+            f"{place}, a function that lacks the declaration of a {kind.noun}; "
             f"expected {kind.decorator} above it, from megatron_rl.extend"
         ) from error
     if not isinstance(row, kind.row):

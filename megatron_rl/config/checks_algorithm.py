@@ -120,7 +120,7 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
     if shift.mode == "token_weight" and shift.normalise != "none":
         raise UserError(
             f"algorithm.router_shift.normalise is {shift.normalise} with mode token_weight, whose "
-            "mean is the same whatever gamma is divided by; expected none"
+            "mean a factor of gamma does not change; expected none"
         )
     default = type(shift).model_fields["quantile"].default
     if shift.quantile != default and shift.layers != "quantile":

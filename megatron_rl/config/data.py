@@ -107,6 +107,13 @@ def chosen_sources(data: DataConfig, split: Split) -> tuple[ChosenSource, ...]:
     return tuple(found)
 
 
+def own_sources(data: DataConfig) -> list[SourceEntry]:
+    """The rows of a user's own sources in both splits. Reads no directory."""
+    parts = {**parts_of(data, "train"), **parts_of(data, "eval")}
+    own = [part for part in parts.values() if part.format is None and _is_own(part.path)]
+    return [find(SOURCES, as_written(str(part.path))) for part in own]
+
+
 def data_text(given: Path | tuple[DataPart, ...] | None) -> str:
     """The data sets as text: ``data/train.jsonl``, or ``0.7 a.jsonl + 0.3 b.csv`` with shares."""
     if given is None or isinstance(given, Path):
@@ -129,6 +136,11 @@ def _is_name(path: Path) -> bool:
     return not os.path.lexists(path) and (text.startswith(HUB) or _OWN.fullmatch(text) is not None)
 
 
+def _is_own(path: Path) -> bool:
+    """Whether a path names a user's own source."""
+    return _is_name(path) and not str(path).startswith(HUB)
+
+
 def _pieces(field: str, part: DataPart) -> tuple[Piece, ...]:
     path, text = part.path, str(part.path)
     if part.format is not None and part.format not in SOURCES.names:
@@ -140,12 +152,12 @@ def _pieces(field: str, part: DataPart) -> tuple[Piece, ...]:
     row: SourceEntry | None
     if part.format is not None:
         row = find(SOURCES, part.format)
-    elif _is_name(path) and text.startswith(HUB):
-        row = find(SOURCES, "hub")
-    elif _is_name(path):
+    elif _is_own(path):
         place = field if field.count(".") == 1 else f"{field}.path"
         source = find(SOURCES, as_written(text), place)  # since it will be filled in again
         return (Piece(source, path, _settings(field, part, source)),)
+    elif _is_name(path):
+        row = find(SOURCES, "hub")
     elif os.path.isdir(path):
         row = _row_of_directory(field, path)
     else:

@@ -95,7 +95,7 @@ def _compose(loader: _Loader) -> yaml.Node | None:
     except RecursionError:
         raise yaml.YAMLError(f"nested more than {MOST_LEVELS} deep") from None
     except ValueError as error:  # \U with an invalid character number
-        raise yaml.YAMLError(f"a character that is none ({error})") from error
+        raise yaml.YAMLError(f"an invalid character ({error})") from error
     return node
 
 
@@ -131,7 +131,7 @@ def _check_kind(node: yaml.Node) -> None:
         if node.tag != _TEXT and node.tag not in _KINDS:
             raise _refused(node, f"found the tag {_shown(node.tag)}; expected plain data")
         if node.tag != _TEXT and not _KINDS[node.tag].match(node.value):
-            raise _refused(node, f"{_shown(node.value)} is none of the kind {_shown(node.tag)}")
+            raise _refused(node, f"{_shown(node.value)} does not fit the tag {_shown(node.tag)}")
         if node.tag in (_INTEGER, _REAL) and len(node.value) > MOST_DIGITS:
             raise _refused(node, f"a number of {len(node.value):,} characters")
         if node.tag == _REAL and "n" not in node.value.lower() and _is_too_large(node.value):

@@ -40,8 +40,8 @@ def read_parquet(path: Path, settings: ColumnsSettings) -> Iterator[dict[str, An
             yield record
         if rows != file.metadata.num_rows:
             raise UserError(
-                f"{path}: {rows:,} rows in it; expected the {file.metadata.num_rows:,} that it "
-                "says it has; it is damaged: replace it"
+                f"{path}: {rows:,} rows in it; expected the {file.metadata.num_rows:,} of its "
+                "metadata; it is damaged: replace it"
             )
 
 

@@ -245,7 +245,7 @@ def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
         if len(routed.ids) < length - 1:
             raise ValueError(
                 f"sample {index}: the sampler's experts are of {len(routed.ids)} tokens; expected "
-                f"{length - 1}, or word of those that are known"
+                f"{length - 1}, or a mask of the known ones"
             )
     elif routed.known.shape != routed.ids.shape[:1] or routed.known.dtype != np.bool_:
         raise ValueError(

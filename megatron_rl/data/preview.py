@@ -83,7 +83,7 @@ def _example(
     ids = item.tokens.tolist()
     marked = np.zeros(len(ids), dtype=bool)
     if isinstance(item, Prompt):
-        trained = f"trained on: the answers sampled to it, of up to {longest} tokens"
+        trained = f"trained on: the sampled answers, of up to {longest} tokens"
         yield f"{place}: a prompt of {len(ids)} tokens; {trained}"
     else:
         marked[1:] = item.trained

@@ -178,7 +178,7 @@ def _with_system(prompt: PromptText, system: str, notes: Counter[str]) -> Prompt
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     elif any(message["role"] == "system" for message in prompt):
-        notes["chats with a message of the system of their own, which is kept"] += 1
+        notes["chats with their own system message, which is kept"] += 1
         return prompt
     return [{"role": "system", "content": system}, *prompt]
 
@@ -208,13 +208,13 @@ def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequen
     """The messages before the assistant's last turn, and the content of that turn."""
     if data.last_turn == "refuse":
         raise UserError(
-            f"{data.prompt_key!r} ends with a message of the {prompt[-1]['role']}: the answer "
-            "would stand in the prompt; expected the user's turn last; drop that message, or set "
+            f"{data.prompt_key!r} ends with a message of the {prompt[-1]['role']}: the prompt "
+            "would hold the answer; expected the user's turn last; drop that message, or set "
             "data.last_turn reference to take it as the reference answer"
         )
     if len(prompt) == 1:
         raise UserError(
-            f"{data.prompt_key!r} holds a message of the assistant alone; expected a question "
+            f"{data.prompt_key!r} holds only a message of the assistant; expected a question "
             "before it; correct the line"
         )
     return prompt[:-1], prompt[-1]["content"]
@@ -260,7 +260,7 @@ def _chat_from_text(text: str, key: str) -> list[Any]:
         chat = None
     if not isinstance(chat, list):
         raise UserError(
-            f"{key!r} is text that is like chat messages and no list of them in JSON: "
+            f"{key!r} is text that looks like chat messages but is no JSON list of them: "
             f"{_shown(text)}; expected a list, or the text of one in JSON; correct the line"
         )
     return chat

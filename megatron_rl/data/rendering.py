@@ -81,7 +81,7 @@ class Rendering:
         while end and bare.rstrip().endswith(end):
             bare = bare.rstrip().removesuffix(end)
         if bare != text:
-            notes[f"answers that ended with the text {end}: it stands there once"] += 1
+            notes[f"answers that ended with the text {end}: it is kept once"] += 1
         if self.chat != "rendered":
             self._note_control(bare, notes)
         return [*tokenizer.encode(bare, control=self.chat == "rendered"), tokenizer.eos_id]
@@ -92,9 +92,9 @@ class Rendering:
             return "text with the control tokens in it (data.chat rendered)"
         ways = []
         if prompts[list]:
-            ways.append("chat messages by the tokenizer's template")
+            ways.append("chat messages through the tokenizer's template")
         if prompts[str] and self.chat == "template":
-            ways.append("text as a message of the user, by the tokenizer's template")
+            ways.append("text as a user message, through the tokenizer's template")
         elif prompts[str]:
             unused = self.tokenizer.has_chat_template
             without = " without the tokenizer's chat template" if unused else ""

@@ -280,7 +280,7 @@ def _kill(judge: subprocess.Popen[bytes]) -> None:
 
 def _judge(lines: list[str], stopped: str, exit_code: int, limits: Limits) -> Outcome:
     if not lines or not lines[0].startswith("ready "):
-        found = lines[0] if lines else f"no word from the judge (exit code {exit_code})"
+        found = lines[0] if lines else f"no result from the judge (exit code {exit_code})"
         raise UserError(
             f"code sandbox not available: {found[:_MAX_REASON]}; "
             "expected Linux with seccomp on x86-64 or ARM64; "

@@ -17,7 +17,7 @@ from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
 from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, read_state
 from megatron_rl.config.algorithm import advantages_of, correction_of, loss_of
-from megatron_rl.config.data import chosen_sources, data_text
+from megatron_rl.config.data import data_text, own_sources
 from megatron_rl.config.on_resume import Change, kind_of, shown
 from megatron_rl.config.optimizer import optimizer_of
 from megatron_rl.config.reward import chosen_verifiers
@@ -59,9 +59,7 @@ def own_code(config: Config, verb: str) -> dict[str, str]:
     rows: list[Any] = [one.row for one in chosen_verifiers(config.reward)]
     rows += [engine_of(config.rollout), environment_of(config.rollout)]
     rows.append(optimizer_of(config.optimizer))
-    for split in ("train", "eval"):
-        sources = chosen_sources(config.data, split)
-        rows += [piece.row for source in sources for piece in source.pieces]
+    rows += own_sources(config.data)
     if verb == "train":
         algorithm = config.algorithm
         rows += [loss_of(algorithm), advantages_of(algorithm), correction_of(algorithm)]
@@ -158,7 +156,7 @@ def what_differs(
         return notes, warnings
     for name, digest in identity["code"].items():
         if stored.get("code", {}).get(name, digest) != digest:
-            warnings.append(f"the file of {name} is not what it was: going on with it as it is")
+            warnings.append(f"the file of {name} has changed: going on with it as it is now")
     for split, meaning in (
         ("train", "going on with these"),
         ("eval", "evaluations before and after cannot be compared"),
@@ -166,7 +164,7 @@ def what_differs(
         other = difference(stored[split], identity[split])
         if other is not None:
             path = data_text(getattr(config.data, split))
-            warnings.append(f"data.{split} {path} is not what it was ({other}): {meaning}")
+            warnings.append(f"data.{split} {path} has changed ({other}): {meaning}")
     return notes, warnings
 
 

@@ -180,7 +180,7 @@ def _check_weights(config: Config, base: bool) -> None:
         state = "holds no complete checkpoint" if config.run_dir.exists() else "does not exist"
         raise UserError(
             f"{config.run_dir} {state}; expected a run directory; correct run_dir, train "
-            "first, or say --base for the weights of checkpoint.init_from or model.hf_path"
+            "first, or give --base for the weights of checkpoint.init_from or model.hf_path"
         )
 
 

@@ -162,9 +162,7 @@ def test_other_data_is_taken_when_told_to(done):
     accepted = done["other data accepted"]
     assert accepted.code == 0, accepted.err
     assert "  data.train data/sft.jsonl -> data/other.jsonl\n" in accepted.out
-    assert accepted.err.startswith(
-        "warning: data.train data/other.jsonl is not what it was (41 as "
-    )
+    assert accepted.err.startswith("warning: data.train data/other.jsonl has changed (41 as ")
     assert "step 5/5" in accepted.out
 
 

@@ -430,7 +430,8 @@ def test_output_on_a_full_disk_is_one_line_and_decides_nothing_else(run_yaml, mo
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["check", run_yaml]) == 1
     assert capsys.readouterr().err == (
-        "megatron-rl: error: the machine says: No space left on device; mend it and start again\n"
+        "megatron-rl: error: the machine reports: No space left on device; correct it and start "
+        "again\\n"
     )
 
 

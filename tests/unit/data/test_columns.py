@@ -67,7 +67,7 @@ def test_a_message_of_the_system(tmp_path):
         [system, user],
         [own, user],
     ]
-    assert found.notes == {"chats with a message of the system of their own, which is kept": 1}
+    assert found.notes == {"chats with their own system message, which is kept": 1}
     assert [problem.record["prompt"] for problem in found.problems][:2] == ["u", [user]]
 
 

@@ -321,7 +321,7 @@ def test_routes_that_the_sampler_does_not_know_are_left_to_the_routers():
 @pytest.mark.parametrize(
     ("routed", "message"),
     [
-        (routes([[0, 1]]), "experts are of 1 tokens; expected 2, or word of those that are known"),
+        (routes([[0, 1]]), "experts are of 1 tokens; expected 2, or a mask of the known ones"),
         (routes([[0, 1]] * 2, [True]), r"bool of shape \(1,\); expected bool of 2 tokens"),
         (routes([[0, 1]] * 2, [1, 0]), r"int64 of shape \(2,\); expected bool of 2 tokens"),
         (routes([[9, 9], [0, 9]], [False, True]), "experts are 0 to 9; expected 0 to 7"),

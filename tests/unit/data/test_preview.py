@@ -55,7 +55,7 @@ def test_what_was_left_out_and_why(tmp_path, qwen):
 def test_a_long_example_shows_its_two_ends(tmp_path, qwen):
     data = run_data(tmp_path, qwen, "1" * 100 + "2" * 90)
     text = "\n".join(preview(data, {2: "tokenizer"}, 64, 1))
-    assert "line 1: a prompt of 190 tokens; trained on: the answers sampled to it, of up" in text
+    assert "line 1: a prompt of 190 tokens; trained on: the sampled answers, of up" in text
     assert text.count(":'1'") == text.count(":'2'") == SHOWN_ENDS
     assert "... 70 more ..." in text
 

@@ -99,13 +99,16 @@ def test_a_turn_that_calls_tools_may_have_no_content(tmp_path):
         (user(["a"]), "message 1 of 'prompt' has the part \"a\"; expected parts"),
         ([{"from": "human", "value": "a"}], 'message 1 of \'prompt\' is {"from": "human"'),
         ([*user("a"), "b"], "message 2 of 'prompt' is \"b\"; expected an object with role"),
-        (str(user("a")), "'prompt' is text that is like chat messages and no list of them in JSON"),
+        (
+            str(user("a")),
+            "'prompt' is text that looks like chat messages but is no JSON list of them",
+        ),
         (3, "'prompt' is 3; expected text or a list of chat messages"),
         ("", "'prompt' is \"\"; expected text or a list of chat messages"),
         ([], "'prompt' is []; expected text or a list of chat messages"),
         (
             [*user("3+3="), {"role": "assistant", "content": "6"}],
-            "'prompt' ends with a message of the assistant: the answer would stand in the prompt",
+            "'prompt' ends with a message of the assistant: the prompt would hold the answer",
         ),
     ],
 )

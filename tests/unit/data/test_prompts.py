@@ -103,7 +103,7 @@ def test_an_answer_that_ends_with_the_end_token_gets_no_second_one(tmp_path):
     path = write(tmp_path, '{"q": "a", "a": "b$"}', '{"q": "a", "a": "b$ $\\n"}')
     found = samples_of(path)
     assert [sample.tokens.tolist() for sample in found.items] == [[1, 10, 11, 2]] * 2
-    assert found.notes == {"answers that ended with the text $: it stands there once": 2}
+    assert found.notes == {"answers that ended with the text $: it is kept once": 2}
 
 
 def test_long_samples(tmp_path):

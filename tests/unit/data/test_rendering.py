@@ -84,7 +84,7 @@ def test_an_answer_ends_once(qwen, text):
     notes = Counter()
     ids = Rendering(qwen, "auto").completion(text, notes)
     assert ids == [*qwen.encode("4"), qwen.eos_id]
-    ended = {"answers that ended with the text <|im_end|>: it stands there once": 1}
+    ended = {"answers that ended with the text <|im_end|>: it is kept once": 1}
     assert notes == ({} if text == "4" else ended)
 
 
@@ -102,11 +102,11 @@ def test_what_is_said_of_it(qwen):
         "text as it stands without the tokenizer's chat template (data.chat auto)"
     )
     assert Rendering(qwen, "auto").facts(Counter({list: 2, str: 1})) == (
-        "chat messages by the tokenizer's template; "
+        "chat messages through the tokenizer's template; "
         "text as it stands without the tokenizer's chat template (data.chat auto)"
     )
     assert Rendering(qwen, "template").facts(Counter({str: 2})) == (
-        "text as a message of the user, by the tokenizer's template (data.chat template)"
+        "text as a user message, through the tokenizer's template (data.chat template)"
     )
     assert Rendering(qwen, "rendered").facts(Counter({str: 2})) == (
         "text with the control tokens in it (data.chat rendered)"

@@ -95,7 +95,7 @@ def test_other_problems_are_taken_and_said_when_told_to(config):
     assert what_differs(config, state_of(config), now) == (
         [],
         [
-            f"data.train {config.data.train} is not what it was (3 as before, with other content): "
+            f"data.train {config.data.train} has changed (3 as before, with other content): "
             "going on with these"
         ],
     )
@@ -106,7 +106,7 @@ def test_other_held_out_problems_are_said(config):
     check_state(config, "step_2", state_of(config), now)
     _, (warning,) = what_differs(config, state_of(config), now)
     assert warning == (
-        "data.eval None is not what it was (2 then, 1 now): evaluations before and after cannot be "
+        "data.eval None has changed (2 then, 1 now): evaluations before and after cannot be "
         "compared"
     )
 
@@ -269,7 +269,7 @@ def test_changed_code_of_ones_own_is_said_and_not_refused(config, tmp_path):
     check_state(own, "step_2", state, identity(own))
     notes, warnings = what_differs(own, state, identity(own))
     assert notes == []
-    assert warnings == [f"the file of {name} is not what it was: going on with it as it is"]
+    assert warnings == [f"the file of {name} has changed: going on with it as it is now"]
     del state["identity"]["code"]  # of a version that did not keep it
     assert what_differs(own, state, identity(own)) == ([], [])
 
