@@ -3,8 +3,8 @@
 #   docker build --target cpu -t megatron_rl:cpu .      # a laptop: docker run --rm -it megatron_rl:cpu runs the example
 #   docker build --target cuda -t megatron_rl:cuda .    # NVIDIA GPUs, Transformer Engine, Apex, vLLM beside it
 #
-# Both run as a user without rights in /opt/megatron_rl; runs and checkpoints belong on a volume, /workspace. What takes
-# long comes first: a change of the code repeats the last layer alone, one of setup.py the installation of packages.
+# Both run as a user without rights in /opt/megatron_rl; runs and checkpoints belong on a volume, /workspace. Slow steps
+# come first: a change of the code repeats only the last layer, a change of setup.py the installation of packages.
 
 ARG CUDA_IMAGE=nvcr.io/nvidia/pytorch:26.03-py3
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
@@ -37,12 +37,12 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 RUN useradd --create-home --uid 10001 megatron && install -d -o megatron -g megatron /opt/megatron_rl /workspace
 
-# Rollout servers (rollout.servers.python: /opt/vllm/bin/python) have an environment of their own: vLLM pins its torch.
+# Rollout servers (rollout.servers.python: /opt/vllm/bin/python) have a separate environment: vLLM pins its torch.
 # The image's constraints are for the image's environment.
 ARG VLLM=0.32.0
 RUN python3 -m venv /opt/vllm && PIP_CONSTRAINT='' /opt/vllm/bin/pip install --no-cache-dir "vllm==${VLLM}"
 
-# Apex is on no package index. Megatron-Core takes its fused kernels where they are; INSTALL_APEX=0 leaves it out.
+# Apex is on no package index. Megatron-Core uses its fused kernels if present; INSTALL_APEX=0 leaves it out.
 ARG INSTALL_APEX=1
 ARG APEX=9e3568a
 RUN if [ "${INSTALL_APEX}" = 1 ]; then \

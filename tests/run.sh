@@ -4,12 +4,13 @@
 #   bash tests/run.sh [--python X] [--slow | --conversion | --fuzz | --servers] [pytest arguments]
 #   bash tests/run.sh --gpu [--python X] [pytest arguments]
 #
-# Without --python: .venv, made with $PYTHON, python3.11 or python3 (3.10 or newer) if it is not there.
+# Without --python: .venv, made with $PYTHON, python3.11 or python3 (3.10 or newer) if it is missing.
 # With --python X (a command, a path, or a version such as 3.12): .venv-<version> of that interpreter.
-# --slow, --conversion, --fuzz and --servers run the tests that are left out otherwise, and no others: all layouts and
-# variants, nodes, hosts and Slurm; all Hugging Face families under all layouts; 10,000 hostile inputs of each kind
-# (tools/fuzz); RSPO with vLLM servers, whose environment is .venv-vllm. --gpu runs the tests on CUDA devices, in the environment of the interpreter as it is
-# (--python, $PYTHON or python3), for its torch, megatron-core and Transformer Engine are the machine's.
+# --slow, --conversion, --fuzz and --servers run only the tests that the default leaves out: all layouts and variants,
+# nodes, hosts and Slurm; all Hugging Face families under all layouts; 10,000 hostile inputs of each kind (tools/fuzz);
+# RSPO with vLLM servers, whose environment is .venv-vllm. --gpu runs the tests on CUDA devices with the packages of
+# an existing interpreter (--python, $PYTHON or python3), because torch, megatron-core and Transformer Engine are the
+# machine's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

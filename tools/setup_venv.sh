@@ -4,8 +4,8 @@
 #   tools/setup_venv.sh VENV [EXTRAS]        EXTRAS: comma-separated extras of setup.py, such as test or te,wandb
 #
 # Up to date means: installed from this copy of the repository, with these extras, since setup.py and the
-# recorded torch version last changed (a stamp file in VENV says so). The interpreter of a new environment is
-# $PYTHON, else python3.11, else python3; it must be 3.10 or newer. A torch that is already there is kept.
+# recorded torch version last changed (a stamp file in VENV records it). The interpreter of a new environment is
+# $PYTHON, else python3.11, else python3; it must be 3.10 or newer. An installed torch is kept.
 set -euo pipefail
 
 TORCH=2.13.0

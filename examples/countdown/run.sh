@@ -3,8 +3,8 @@
 #
 #   bash examples/countdown/run.sh [--fresh] [--section.key value ...]
 #
-# Run again it continues where it stopped, or says that it is done. --fresh removes the runs first. Everything else is
-# handed to the RSPO run, for example --train.steps 120 or --algorithm.name grpo --run_dir runs/countdown/grpo.
+# A second run continues where it stopped, or reports that it is done. --fresh removes the runs first. All other
+# arguments go to the RSPO run, for example --train.steps 120 or --algorithm.name grpo --run_dir runs/countdown/grpo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 here=examples/countdown

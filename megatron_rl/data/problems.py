@@ -214,7 +214,7 @@ def _without_answer(prompt: Sequence[Message], data: DataConfig) -> tuple[Sequen
         )
     if len(prompt) == 1:
         raise UserError(
-            f"{data.prompt_key!r} holds only a message of the assistant; expected a question "
+            f"{data.prompt_key!r} holds only a message of the assistant; expected a user message "
             "before it; correct the line"
         )
     return prompt[:-1], prompt[-1]["content"]

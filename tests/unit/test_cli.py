@@ -431,7 +431,7 @@ def test_output_on_a_full_disk_is_one_line_and_decides_nothing_else(run_yaml, mo
         assert main(["check", run_yaml]) == 1
     assert capsys.readouterr().err == (
         "megatron-rl: error: the machine reports: No space left on device; correct it and start "
-        "again\\n"
+        "again\n"
     )
 
 

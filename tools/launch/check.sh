@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Check the files that nothing here can run: Dockerfile, Kubernetes manifests, shell scripts.
+# Check files that the tests cannot run: Dockerfile, Kubernetes manifests, shell scripts.
 #
 #   bash tools/launch/check.sh [VENV]        VENV: where the checkers are installed, .venv-lint by default
 #
-# hadolint, shellcheck, and kubernetes-validate against the oldest and the newest version it knows of those that have all
-# fields. The operator's PyTorchJob is unknown to it: its pods are validated.
+# Runs hadolint, shellcheck, and kubernetes-validate with the oldest and the newest version that has all fields. It does
+# not know the operator's PyTorchJob: only its pods are validated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

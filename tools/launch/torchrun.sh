@@ -5,18 +5,18 @@
 #
 # Settings, from the environment:
 #   NODES=1             nodes of the run
-#   NODE_RANK=0         which of them this is; rank 0, which shows the run, is on node 0
-#   RANKS_PER_NODE      processes here; default: one a GPU, or one where there is none
-#   MASTER_ADDR         address of node 0 as the others see it, name, IPv4 or IPv6; needed with several nodes
-#   MASTER_PORT=29500   a port that is free there
-#   JOB_ID=megatron_rl  a name of the run: nodes of another, which meet at the same address and port, are no part of it
-#   MAX_RESTARTS=0      times this node starts again after its ranks have failed; all meet in the preflight and go on
+#   NODE_RANK=0         number of this node; rank 0, which shows the run, is on node 0
+#   RANKS_PER_NODE      processes on this node; default: one for each GPU, or one without GPUs
+#   MASTER_ADDR         address of node 0 for the other nodes: name, IPv4 or IPv6; needed with several nodes
+#   MASTER_PORT=29500   a free port of node 0
+#   JOB_ID=megatron_rl  a name of the run: nodes of another run at the same address and port do not join it
+#   MAX_RESTARTS=0      times this node restarts after its ranks failed; all nodes meet in the preflight and continue
 #                       from the last checkpoint
-#   SHUTDOWN_S=600      how long ranks may take for a last checkpoint after SIGTERM, SIGINT or SIGUSR1
+#   SHUTDOWN_S=600      seconds that ranks have for a last checkpoint after SIGTERM, SIGINT or SIGUSR1
 #   PREFLIGHT=1         0: do not compare the nodes first (versions, configuration, data, shared run directory)
-#   PREFLIGHT_S=30      how long nodes may wait for each other there; at least 900 when they start again
+#   PREFLIGHT_S=30      seconds that nodes wait for each other there; at least 900 after a restart
 #   PREFLIGHT_PORT      another free port of node 0; default: MASTER_PORT + 1
-#   LOGS                directory for the output of each rank, beside the terminal
+#   LOGS                directory for the output of each rank, in addition to the terminal
 #   PYTHON=python       interpreter of the environment that has megatron_rl
 set -euo pipefail
 
@@ -42,7 +42,7 @@ number PREFLIGHT_S "$patience" 1 1000000
 number PREFLIGHT_PORT "${PREFLIGHT_PORT:-$((port + 1))}" 1 65535
 command -v "$python" >/dev/null || fail "PYTHON is '$python', which is not there; expected an interpreter"
 
-# An IPv6 address may stand in brackets.
+# An IPv6 address may have brackets.
 address=${MASTER_ADDR:-}
 [[ $address =~ ^\[([^][]+)\]$ ]] && address=${BASH_REMATCH[1]}
 if [ "$nodes" -gt 1 ]; then
@@ -53,15 +53,15 @@ if [ "$nodes" -gt 1 ]; then
     fi
 fi
 
-# A missing or failing nvidia-smi is no error: there is no GPU then, and what it prints is no list of them.
+# A missing or failing nvidia-smi is no error: it means that there is no GPU, and its output is no list of GPUs.
 ranks=${RANKS_PER_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n '/^GPU /p' | wc -l)}
 [ -n "${RANKS_PER_NODE:-}" ] || [ "$ranks" -gt 0 ] || ranks=1
 number RANKS_PER_NODE "$ranks" 1 100000
 
-# Schedulers set these for ranks of their own; torchrun takes PET_* for its options.
+# Schedulers set these for their own ranks; torchrun reads PET_* as its options.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "${!PET_@}"
 
-# What differs between the nodes is said before any rank starts, and a node that is missing after PREFLIGHT_S.
+# The preflight reports differences between the nodes, and nodes missing after PREFLIGHT_S, before any rank starts.
 case "$1" in train | sft | evaluate) ;; *) preflight=0 restarts=0 ;; esac
 if [ "$nodes" -gt 1 ] && [ "$preflight" = 1 ]; then
     meet=$address
@@ -76,7 +76,7 @@ elif [ "$nodes" -gt 1 ] && [ "$restarts" -gt 0 ]; then
     fail "MAX_RESTARTS is $restarts with PREFLIGHT 0; expected PREFLIGHT 1: nodes that start again meet there"
 fi
 
-# Static: ranks are numbered by NODE_RANK. A rendezvous of torch's own (c10d) numbers nodes by their addresses.
+# Static: NODE_RANK numbers the ranks. torch's own rendezvous (c10d) would number nodes by their addresses.
 arguments=(--nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0)
 if [ "$nodes" -gt 1 ]; then
     arguments+=(--rdzv-backend static --node-rank "$node" --master-addr "$address" --master-port "$port")
@@ -90,13 +90,13 @@ fi
 if [ -n "${LOGS:-}" ]; then
     arguments+=(--log-dir "$LOGS/node_$node" --redirects 3 --tee 3)
 fi
-# torch waits 30 s by default and then kills: too short for a large checkpoint. Older ones cannot be told.
-# (The help is held whole: grep -q would leave the pipe early, which pipefail takes for a failure now and then.)
+# By default torch waits 30 s and then kills, too short for a large checkpoint. Older versions lack the option.
+# (The help is read as a whole: grep -q would close the pipe early, which pipefail sometimes counts as a failure.)
 if [[ $("$python" -m torch.distributed.run --help) == *--shutdown-timeout* ]]; then
     arguments+=(--shutdown-timeout "$shutdown" --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 
-# For run_ranks.py, which starts this file again after a failure.
+# For run_ranks.py, which runs this file again after a failure.
 [ "$nodes" -eq 1 ] || export MASTER_ADDR=$address MASTER_PORT=$port
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MAX_RESTARTS=$restarts
 exec "$python" "$(dirname "${BASH_SOURCE[0]}")/run_ranks.py" "${arguments[@]}" -m megatron_rl "$@"

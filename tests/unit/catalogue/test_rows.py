@@ -59,7 +59,7 @@ def test_other_rows_do_what_is_asked():
 def test_ones_own_is_listed():
     lines = listed(kinds.LOSSES, [f"{MY_LOSS}:my_loss"])
     assert "    over sequences, router shift ignored, sampler weights ignored" in lines
-    assert "clip: 0.2" in lines[-1] and "Half the width of the range" in lines[-1]
+    assert "clip: 0.2" in lines[-1] and "Half width of the range" in lines[-1]
 
 
 LOSSES = """

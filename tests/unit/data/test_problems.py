@@ -153,7 +153,7 @@ def test_the_assistants_last_turn_as_the_reference(tmp_path):
     assert found.notes == {note: 2}
     tuned = read_problems(path, data, completions=True).problems
     assert [(problem.prompt, problem.completion) for problem in tuned] == [(user("3+3="), "6")] * 2
-    with pytest.raises(UserError, match="line 1: 'messages' holds a message of the assistant alon"):
+    with pytest.raises(UserError, match="line 1: 'messages' holds only a message of the assistan"):
         read_problems(write(tmp_path, {"messages": chat[1:]}), data)
 
 
