@@ -353,7 +353,7 @@ def data_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
 
 
 def machine_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
-    """What the verifiers find on this machine, which may differ from the run's."""
+    """The verifiers' facts on this machine, which may differ from the run's."""
     from megatron_rl.data.run_data import SPLITS
     from megatron_rl.rewards.chosen import check_machine
 

@@ -56,7 +56,7 @@ class RoutedExperts:
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt: one sampled answer, or several turns with an environment's tokens
+    """The tokens after a prompt: one sampled answer, or several turns with an environment's tokens
     between them.
     """
 
@@ -78,12 +78,12 @@ class Completion:
 
     @property
     def judged_text(self) -> str:
-        """What a verifier judges: the last turn."""
+        """The text that a verifier judges: the last turn."""
         return self.text if self.last_text is None else self.last_text
 
     @property
     def num_written(self) -> int:
-        """How many of its tokens the policy wrote."""
+        """Number of tokens that the policy wrote."""
         return len(self.tokens) if self.written is None else int(self.written.sum())
 
     @property

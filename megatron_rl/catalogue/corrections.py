@@ -11,14 +11,14 @@ from megatron_rl.catalogue.settings import Positive, Settings
 
 
 class CapSettings(Settings):
-    """One bound."""
+    """The cap on rho."""
 
     high: Positive = 2.0
     """The cap C on rho, a ratio; algorithm.mismatch_high sets it too."""
 
 
 class IcepopSettings(Settings):
-    """Two bounds."""
+    """The range of rho."""
 
     low: float = Field(0.5, ge=0.0)
     """Lowest rho that is kept, a ratio; algorithm.mismatch_low sets it too."""

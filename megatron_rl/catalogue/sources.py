@@ -21,14 +21,14 @@ class CsvSettings(Settings):
 
 
 class ColumnsSettings(Settings):
-    """What is read of a table."""
+    """Settings of a table with typed columns."""
 
     columns: tuple[str, ...] | None = None
     """The columns that are read; null: all."""
 
 
 class HubSettings(ColumnsSettings):
-    """Which of a repository's data sets."""
+    """Settings of a dataset of the hub."""
 
     subset: str | None = None
     """The subset (configuration) of the dataset; null: its only one."""

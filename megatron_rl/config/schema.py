@@ -138,7 +138,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is split. Ranks = data-parallel size x tensor x pipeline x context."""
+    """The parallel layout. Ranks = data-parallel size x tensor x pipeline x context."""
 
     tensor: int = Field(1, ge=1)
     """Tensor parallel size; above 1 sequence parallelism is on as well."""

@@ -1,4 +1,4 @@
-"""How the tokens of a pack are spread over the ranks that share it.
+"""Spreads the tokens of a pack over the ranks that share it.
 
 Context-parallel ranks (C of them): every sequence is padded to a multiple of 2C tokens and cut into
 2C chunks; rank r holds chunks r and 2C - 1 - r. Under a causal mask chunk number i looks at i + 1

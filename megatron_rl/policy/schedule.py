@@ -1,4 +1,4 @@
-"""One run of Megatron's pipeline schedule over the packs of a mini-batch."""
+"""Runs Megatron's pipeline schedule over the packs of a mini-batch."""
 
 from __future__ import annotations
 

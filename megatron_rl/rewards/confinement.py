@@ -54,7 +54,8 @@ _ALL_FILE_RIGHTS = (1 << 13) - 1  # of its first version; seccomp refuses what l
 _READ_FILE, _READ_DIRECTORY = 1 << 2, 1 << 3
 _UNREADABLE = ("site-packages", "dist-packages")
 
-# Of the standard library, for kernels without Landlock: nothing can be opened after these.
+# Modules of the standard library to load before confinement, for kernels without Landlock, where a
+# program can open no file.
 _PRELOADED = """
 abc array ast base64 bisect calendar cmath collections contextlib copy dataclasses datetime decimal
 enum fractions functools hashlib heapq io itertools json math numbers operator queue random re
@@ -185,7 +186,7 @@ def _limit(cpu_s: int, memory: int, written: int) -> None:
         (resource.RLIMIT_NOFILE, 64, 64),
         (resource.RLIMIT_NPROC, 0, 0),
     ):
-        # Less of these, by the user's limit, does; of others `sandbox.check_limits` has said so.
+        # A lower limit of the user is fine for these; `sandbox.check_limits` checks the others.
         lower = limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
         most = resource.getrlimit(limit)[1] if lower else resource.RLIM_INFINITY
         if most != resource.RLIM_INFINITY:

@@ -29,7 +29,7 @@ _ERRORS = {
 }
 _TYPES = {name: made for name, made in _BUILTINS.items() if isinstance(made, type)}
 _SHOWN = ("__doc__", "__name__", "__qualname__")  # the other special methods belong to this process
-#: Their subclasses go as these.
+#: Subclasses of these are sent as these.
 _COPIED: tuple[type[Any], ...] = (dict, list, tuple, set, frozenset, int, float, str)
 
 
@@ -53,7 +53,9 @@ class Program:
         self._callbacks: list[Any] = []
 
     def greeting(self) -> tuple[str, str]:
-        """Of the child, before it has seen the program: "confined" or "refused", and how."""
+        """The child's first message, before it sees the program: "confined" or "refused", and
+        details.
+        """
         try:
             word, text = receive(self._answers)
         except EOFError:
@@ -337,6 +339,6 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def clean(text: str, most: int) -> str:
-    """One line of what can be printed."""
+    """The text as one printable line."""
     shown = "".join(c if c.isprintable() else " " for c in text[: 2 * most])
     return " ".join(shown.split())[:most].rstrip()

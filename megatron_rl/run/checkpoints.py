@@ -1,4 +1,4 @@
-"""How a run resumes from its checkpoints and saves them."""
+"""Resumes a run from its checkpoints, and saves them."""
 
 from __future__ import annotations
 

@@ -139,7 +139,9 @@ def _check_data(
 def what_differs(
     config: Config, state: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """What has changed since a checkpoint was written: lines to note, and lines to warn with."""
+    """Lists what has changed since a checkpoint was written: lines to note, and lines to warn
+    with.
+    """
     step = state["step"]
     changed = changes_since(config.run_dir, step, config)
     stored, notes, warnings = state.get("identity"), [], []

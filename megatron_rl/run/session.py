@@ -52,7 +52,7 @@ class Session(TaskSession):
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's checkpoints are."""
+        """The directory of the run's checkpoints."""
         return self.run_dir / "checkpoints"
 
     def open_writer(self, resume_step: int | None) -> RunWriter | None:

@@ -1,4 +1,4 @@
-"""What a task has on one rank: configuration, device, groups, tokenizer, console, timers."""
+"""A task's session on one rank: configuration, device, groups, tokenizer, console, timers."""
 
 from __future__ import annotations
 

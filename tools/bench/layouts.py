@@ -76,7 +76,7 @@ def _bf16(case: Case, references: References) -> tuple[Numbers, Numbers, str]:
 
 
 def _print_table(console: Console, title: str, cases, measure, references: References) -> int:
-    """One table; how many of its rows are wrong."""
+    """Print one table; returns the number of wrong rows."""
     table = Table("layout", "ranks", *NUMBERS, "least gamma", "seconds", pad_edge=False)
     table.title, table.columns[0].no_wrap = title, True
     wrong, last_bounds = 0, None

@@ -112,7 +112,7 @@ class _Ratios:
 
     @classmethod
     def of(cls, pairs: list[tuple[float, float]]) -> _Ratios:
-        """Of pairs (seconds with, seconds without)."""
+        """The ratios of pairs (seconds with, seconds without)."""
         low, median, high = np.percentile([a / b for a, b in pairs], [25, 50, 75])
         return cls(float(median), float(low), float(high))
 

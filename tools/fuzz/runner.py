@@ -30,7 +30,7 @@ class _Hang(BaseException):
 
 @dataclass
 class Result:
-    """What became of the cases of a kind."""
+    """The results of a kind's cases."""
 
     name: str
     counts: Counter[str] = field(default_factory=Counter)  #: taken, refused, exceptions, ...
@@ -50,7 +50,7 @@ class Result:
 
 
 def counted(kind: Kind, count: int) -> int:
-    """How many cases of a kind are run where ``count`` of each are asked for."""
+    """Number of cases of a kind to run, if ``count`` of each are requested."""
     return max(1, round(count * kind.share))
 
 
@@ -111,7 +111,8 @@ def _refusal(said: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
     """Interrupts the block after some seconds; what does not return to Python ends the process with
-    a trace of where it is."""
+    a trace of where it is.
+    """
 
     def interrupt(*_: object) -> None:
         raise _Hang

@@ -1,4 +1,4 @@
-"""Replay a target of the Dockerfile in a directory, where there is no container engine.
+"""Replays a target of the Dockerfile in a directory, without a container engine.
 
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm ROOT
     ln -s python3 ROOT/usr/bin/python

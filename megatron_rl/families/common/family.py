@@ -19,7 +19,7 @@ PARTS: Mapping[Join, int] = {"copy": 1, "gate_up": 2, "qkv": 3}
 
 @dataclass(frozen=True)
 class Rule:
-    """How to make one weight from Hugging Face tensors."""
+    """Makes one weight from Hugging Face tensors."""
 
     join: Join
     parts: tuple[str, ...]  #: names of the tensors, in order

@@ -42,7 +42,7 @@ def make(rng: random.Random) -> Case:
 
 @contextlib.contextmanager
 def judging(folder: Path) -> Iterator[Judge]:
-    """With the verifier's own workers."""
+    """A judge with the verifier's own workers."""
     verify = MathVerifier()
 
     def judge(case: Case) -> Verdict:

@@ -73,7 +73,7 @@ def make(rng: random.Random) -> tuple[str, list[dict[str, str]], bool]:
 
 @contextlib.contextmanager
 def judging(folder: Path) -> Iterator[Judge]:
-    """One tokenizer, whose template is exchanged; a second for a chat."""
+    """One tokenizer, whose template is replaced for each case; one second for a chat."""
     tokenizer = load_tokenizer(TokenizerConfig(kind="huggingface", path=save_qwen(folder)))
     script = Path(chat_template.__file__).with_name("template_worker.py")
     before, chat_template._WORKERS = chat_template._WORKERS, WorkerPool(script, 1.0, 50.0, "none")

@@ -1,4 +1,4 @@
-"""Checkpoints: bits of manifests turned over, pointers that are none, hostile indexes of shards.
+"""Checkpoints: flipped bits in manifests, invalid pointers, hostile indexes of shards.
 
 No ranks: torch writes two tensors; manifest, pointer and index are read as resuming reads them.
 """
@@ -246,7 +246,7 @@ def _attributes() -> dict[str, list[str]]:
 
 
 def _check_index_by_torch(shards: Path) -> None:
-    """What was taken names files of the directory alone, and lies within them."""
+    """Check that an accepted index names only files of the directory, and lies within them."""
     index = pickle.loads((shards / INDEX).read_bytes())
     for stored in index.storage_data.values():
         file = shards / stored.relative_path

@@ -71,7 +71,7 @@ def _value(node: ast.expr) -> tuple[Fraction, list[int]]:
 
 
 def _solves(record: dict[str, Any], text: str) -> bool:
-    """By Python's parser; on what both read alike: digits, signs and parentheses."""
+    """Whether Python's parser agrees, for digits, signs and parentheses, which both read alike."""
     answer = re.findall("<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
     line = answer[-1].strip() if answer else text.lstrip().partition("\n")[0].rstrip()
     expression, equals, claim = line.partition("=")

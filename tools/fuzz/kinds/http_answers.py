@@ -170,7 +170,7 @@ _SAY = {"vllm": _vllm, "sglang": _sglang}
 
 
 def _transport(rng: random.Random, body: bytes) -> tuple[bytes, float]:
-    """All that is sent, and the pause between its pieces."""
+    """The bytes to send, and the pause between pieces."""
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     chunk = b"%x\r\n%s\r\n" % (len(body), body)
     start = b"HTTP/1.1 200 OK\r\n"
@@ -225,7 +225,7 @@ def judging(folder: Path) -> Iterator[Judge]:
 
 
 def _read(server: str, data: bytes) -> list[Answer]:
-    """As the engine reads a response."""
+    """Read a response like the engine."""
     answers = _APIS[server].answers(parse_json(data))
     check_answers(answers, _PROMPT, _SETTINGS, _STOPS, _VOCABULARY, _VERSIONS)
     for answer in answers:

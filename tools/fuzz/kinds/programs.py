@@ -95,7 +95,7 @@ def make(rng: random.Random) -> tuple[str, bool]:
 
 @contextlib.contextmanager
 def judging(folder: Path) -> Iterator[Judge]:
-    """By how the program was made; and no process of it is left."""
+    """Judge by the program's making; also no process of it may be left."""
 
     def judge(case: tuple[str, bool]) -> Verdict:
         program, right = case

@@ -105,7 +105,7 @@ def judging(folder: Path) -> Iterator[Judge]:
 
 
 def _text(value: Any) -> str:
-    """With types and signs, and sets in order."""
+    """A value's text with types and signs, and sorted sets."""
     if isinstance(value, dict):
         inner = [f"{_text(key)}: {_text(item)}" for key, item in value.items()]
     elif isinstance(value, (set, frozenset)):

@@ -23,7 +23,7 @@ _CONFIG = {
     "rollout": {"temperature": 0.7, "stop_token_ids": [1, 2]},
     "algorithm": {"name": "rspo", "settings": {"clip_low": 0.2}},
 }
-#: What YAML has that JSON has not.
+#: Features that YAML has and JSON lacks.
 _PIECES = (
     *("&a [*a]", "&a {<<: *a}", "*none", "<<: 3", "{<<: [{a: 1}, {a: 2}]}", "? [a]\n: 1", "? {}"),
     *("!!bool maybe", "!!int ''", "!!int 0x", "!!float .", "!!null x", "!!str 3", "!!timestamp x"),
@@ -84,7 +84,7 @@ _PIECES = (
 
 
 def _piece(rng: random.Random) -> str:
-    """Those that take the parser a second (it looks 1,024 characters ahead) are few."""
+    """Pieces that take the parser a second (it looks 1,024 characters ahead) are rare."""
     long = rng.random() < 0.01
     return rng.choice([p for p in (*_PIECES, *RAW) if long or not p.startswith("[" * 1000)])
 
