@@ -10,7 +10,7 @@ let through unseen.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterator, Protocol, Sequence
+from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,33 +32,31 @@ class _Observer(Protocol):
 
 
 class RouterCapture:
-    """Binds to every MoE router of the given chunks by walking them; layers are known by their
-    global number.
-    """
+    """Binds to every MoE router of this rank's chunks; layers are known by their global number."""
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], expected_layers: Sequence[Sequence[int]]
+        self,
+        routers: Sequence[Mapping[int, TopKRouter]],
+        expected_layers: Sequence[Sequence[int]],
     ) -> None:
         """
         Args:
-            chunks: this rank's model chunks. expected_layers: for each chunk the global numbers
-                (from 1) of the MoE layers it should hold.
+            routers: for each model chunk its routers by global layer number, from 1
+                (`models.gpt.chunk.routers_of`).
+            expected_layers: for each chunk the numbers of the MoE layers it should hold.
 
         Raises:
             RouterError: a chunk holds other routers than expected, or a configuration hides their
                 logits.
         """
-        self._routers = [
-            {m.layer_number: m for m in chunk.modules() if isinstance(m, TopKRouter)}
-            for chunk in chunks
-        ]
+        self._routers = [dict(of_chunk) for of_chunk in routers]
         self._observer: _Observer | None = None
-        for routers, expected in zip(self._routers, expected_layers, strict=True):
-            if sorted(routers) != sorted(expected):
+        for of_chunk, expected in zip(self._routers, expected_layers, strict=True):
+            if sorted(of_chunk) != sorted(expected):
                 raise RouterError(
-                    f"found routers in layers {sorted(routers)}; expected {list(expected)}"
+                    f"found routers in layers {sorted(of_chunk)}; expected {list(expected)}"
                 )
-            for number, router in routers.items():
+            for number, router in of_chunk.items():
                 _refuse_hidden_logits(router)
                 router.routing = self._watched(number, router.routing)
 

@@ -10,6 +10,7 @@ from megatron_rl.config.layout import heads_of
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.families.common.family import Family
+from megatron_rl.families.common.names import EMBEDDING, OUTPUT, SHARED_GATE
 from megatron_rl.weights.source import HuggingFaceTensors
 
 #: In old checkpoints; worked out again from the configuration.
@@ -55,15 +56,14 @@ def left_over(
 
 def _ends(family: Family) -> tuple[str, str]:
     """Names of the output layer's weight and of the embedding's."""
-    names = ("output_layer.weight", "embedding.word_embeddings.weight")
-    head, embedding = (family.weights[name].parts[0] for name in names)
+    head, embedding = (family.weights[name].parts[0] for name in (OUTPUT, EMBEDDING))
     return head, embedding
 
 
 def _repeats(source: HuggingFaceTensors, name: str, model: ModelConfig, family: Family) -> bool:
     if name == _ends(family)[0]:
         return model.tie_embeddings
-    gate = family.layer_weights.get("mlp.shared_experts.gate_weight")
+    gate = family.layer_weights.get(SHARED_GATE)
     if gate is not None and name.endswith(gate.parts[0]):  # of a shared expert of width 0
         return model.shared_expert_ffn_hidden_size is None
     return name.endswith(_FREQUENCIES) or 0 in source.shape(name)

@@ -221,10 +221,11 @@ def test_routes_are_those_of_a_forward_pass_over_the_whole_answer(tiny):
     """Prefill and decoding, rows that leave, a prompt of one token: as one causal pass sees it."""
     from megatron_rl.models.attention import packed_layout
     from megatron_rl.models.forward import forward_row
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture
 
     chunk = tiny[3][0]
-    capture = RouterCapture([chunk], [[1, 2]])
+    capture = RouterCapture(routers_of([chunk]), [[1, 2]])
     try:
         engine = tiny_engine(*tiny, max_batch=7, capture=capture)
         settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11, routes=True)

@@ -115,13 +115,14 @@ def encode(text):
 
 def conversations(environment, max_turns=3, longest=64, routes=False):
     """(a tiny engine, the same with the environment)."""
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.rollout.conversation import ConversationEngine
     from megatron_rl.router.capture import RouterCapture
     from tests.support.tiny import build_tiny, tiny_config, tiny_engine
 
     config = tiny_config()
     groups, megatron_config, chunks = build_tiny(config)
-    capture = RouterCapture(chunks, [[1, 2]]) if routes else None
+    capture = RouterCapture(routers_of(chunks), [[1, 2]]) if routes else None
     engine = tiny_engine(config, groups, megatron_config, chunks, STOPS, capture=capture)
     talks = ConversationEngine(
         engine, environment, "tool", encode, max_turns, longest, groups, threads=2

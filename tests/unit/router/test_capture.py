@@ -29,6 +29,7 @@ class Watched:
     """A tiny model, its capture, and an independent record of what enters each router."""
 
     def __init__(self, model=None, parallel=None):
+        from megatron_rl.models.gpt.chunk import routers_of
         from megatron_rl.router.capture import RouterCapture
 
         self.config = tiny_config(model=model or {}, parallel=parallel or {})
@@ -42,7 +43,7 @@ class Watched:
         for router in self.routers.values():
             if router.expert_bias is not None:
                 router.expert_bias.copy_(torch.rand(router.num_experts, generator=generator))
-        self.capture = RouterCapture([self.chunk], [sorted(self.routers)])
+        self.capture = RouterCapture(routers_of([self.chunk]), [sorted(self.routers)])
         self.inputs = {}
         for number, router in self.routers.items():
             router.register_forward_pre_hook(self._remember(number))
@@ -332,11 +333,12 @@ def test_a_trace_of_other_tokens_is_refused():
 
 
 def test_routers_that_are_not_expected_are_refused():
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture, RouterError
 
     chunk = Watched().chunk
     with pytest.raises(RouterError, match=r"found routers in layers \[1, 2\]; expected \[2\]"):
-        RouterCapture([chunk], [[2]])
+        RouterCapture(routers_of([chunk]), [[2]])
 
 
 @pytest.mark.parametrize(
@@ -348,9 +350,10 @@ def test_routers_that_are_not_expected_are_refused():
     ],
 )
 def test_configurations_that_hide_the_logits_are_refused(field, value, message):
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture, RouterError
 
     _, megatron_config, (chunk,) = build_tiny(tiny_config())
     setattr(megatron_config, field, value)
     with pytest.raises(RouterError, match=message):
-        RouterCapture([chunk], [[1, 2]])
+        RouterCapture(routers_of([chunk]), [[1, 2]])

@@ -41,7 +41,7 @@ def block_spec(
     """The layers of this pipeline stage (and virtual stage)."""
     if transformer_engine:
         # Imported only where it is installed.
-        from megatron_rl.models.transformer_engine import with_our_parts
+        from megatron_rl.models.gpt.transformer_engine import with_our_parts
 
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         return with_our_parts(spec, model, config)
