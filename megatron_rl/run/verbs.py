@@ -11,8 +11,8 @@ from typing import Callable, Mapping, Sequence
 
 from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.checkpoint.identity import architecture_of
-from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
+from megatron_rl.checkpoint.restore import load_weights
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step
 from megatron_rl.config.data import data_text
 from megatron_rl.config.reward import reward_text

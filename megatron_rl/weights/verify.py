@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_rl.checkpoint.identity import architecture_of
-from megatron_rl.checkpoint.load import load_weights
+from megatron_rl.checkpoint.restore import load_weights
 from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
@@ -20,9 +20,9 @@ from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights
+from megatron_rl.weights.unused import unused_tensors
 
 TOKENS = 64
 #: Of the largest logit, in fp32.
@@ -78,7 +78,7 @@ def _same_tensors(
             f"{len(wrong)} tensors of {checkpoint} are not those of {directory}, first {wrong[0]}"
         )
     compared = set().union(*(names for names, _ in everyone))
-    absent = left_over(source, compared, config.model, family)
+    absent = unused_tensors(source, compared, config.model, family)
     if absent:
         raise RunFailed(f"{checkpoint} lacks {len(absent)} tensors of {directory}: {absent[0]}")
 

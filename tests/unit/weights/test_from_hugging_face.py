@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rl import families
 from megatron_rl.errors import UserError
-from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
+from megatron_rl.weights.unused import unused_tensors
 from tests.support import hugging_face
 from tests.support.tiny import build_tiny, tiny_config
 
@@ -80,7 +80,7 @@ def loaded(directory, **changes):
 
     config = tiny_config(model={"init_std": 0.02, **read_hf_config(directory), **changes})
     groups, _, chunks = build_tiny(config)
-    from megatron_rl.weights.load import load_hf_weights
+    from megatron_rl.weights.from_hugging_face import load_hf_weights
 
     load_hf_weights(chunks, groups, config.model, directory)
     return config.model, groups, chunks
@@ -174,7 +174,9 @@ def test_stored_frequencies_are_compared(tied, tmp_path):
     model, _, _ = loaded(with_tensors(tied, tmp_path / "right", **{NAME: right}))
     source = HuggingFaceTensors(tmp_path / "right", QWEN3)
     assert NAME in source.names
-    assert left_over(source, source.names - {NAME}, model, QWEN3) == []  # nor does --verify miss it
+    assert (
+        unused_tensors(source, source.names - {NAME}, model, QWEN3) == []
+    )  # nor does --verify miss it
     for number, wrong in enumerate([frequencies(1e4), frequencies(1e6)[:8]]):
         other = with_tensors(tied, tmp_path / f"wrong{number}", **{NAME: wrong})
         with pytest.raises(UserError, match="inv_freq, which are not the frequencies of base 1e"):

@@ -29,7 +29,7 @@ COPIED = (
 )
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copy those of the files that are there, verbatim; their names."""
     found = [name for name in COPIED if (source / name).is_file()]
     for name in found:
@@ -37,7 +37,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     return found
 
 
-def keep_companions(source: Path | None, run_dir: Path, stop_ids: Sequence[int] = ()) -> None:
+def keep_side_files(source: Path | None, run_dir: Path, stop_ids: Sequence[int] = ()) -> None:
     """Copy them into a run's directory; what is kept there names the run's stop tokens.
 
     Args:
@@ -51,7 +51,7 @@ def keep_companions(source: Path | None, run_dir: Path, stop_ids: Sequence[int] 
     if source is None:
         (folder / GENERATION_CONFIG).unlink(missing_ok=True)  # of an earlier start of the run
     elif source.resolve() != folder.resolve():
-        copy_companions(source, folder)
+        copy_side_files(source, folder)
     _name_stop_ids(folder, stop_ids)
 
 
@@ -75,7 +75,7 @@ def run_of(path: Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
-def kept_companions(run_dir: Path) -> Path | None:
+def kept_side_files(run_dir: Path) -> Path | None:
     """The folder of a run's directory that holds them, if it has one. Without a config.json where
     the run has not started from a Hugging Face directory.
     """

@@ -16,9 +16,9 @@ from megatron_rl.families.common.family import Rule
 from megatron_rl.models.parameters import ParameterView, weight_views
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.left_over import refuse_left_over
 from megatron_rl.weights.rules import join, rule_of
 from megatron_rl.weights.source import HuggingFaceTensors
+from megatron_rl.weights.unused import refuse_unused
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def load_hf_weights(
 
     Raises:
         UserError: on all ranks: a tensor is missing, has another shape, or is in the directory and
-            not in the model; see also `refuse_left_over`.
+            not in the model; see also `refuse_unused`.
     """
     directory = Path(directory)
     used = collective_try(groups.world, lambda: _fill(chunks, groups, model, directory, progress))
@@ -45,7 +45,7 @@ def load_hf_weights(
         if groups.world.rank() == 0:
             family = family_of(directory, model.family)
             source = HuggingFaceTensors(directory, family)
-            refuse_left_over(source, set().union(*used), model, family)
+            refuse_unused(source, set().union(*used), model, family)
 
     collective_try(groups.world, look_at_the_rest)
 

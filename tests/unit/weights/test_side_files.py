@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.weights.companions import keep_companions, kept_companions, run_of
+from megatron_rl.weights.side_files import keep_side_files, kept_side_files, run_of
 
 
 def model_directory(folder, generation=None, config=1):
@@ -36,7 +36,7 @@ def run_dir(tmp_path):
 def test_files_that_say_it_already_are_kept_verbatim(tmp_path, run_dir):
     text = '{"eos_token_id": [7,  1], "temperature": 0.6}'
     source = model_directory(tmp_path / "model", text)
-    keep_companions(source, run_dir, (1, 7))
+    keep_side_files(source, run_dir, (1, 7))
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (run_dir / "hf" / name).read_bytes() == (source / name).read_bytes()
 
@@ -47,7 +47,7 @@ def test_files_of_others_are_never_written_through_a_link(tmp_path, run_dir):
     (run_dir / "hf").mkdir()
     (run_dir / "hf" / "config.json").symlink_to(other)
     (run_dir / "hf" / "tokenizer.json").symlink_to(source / "tokenizer.json")
-    keep_companions(source, run_dir)
+    keep_side_files(source, run_dir)
     assert other.read_text() == "precious"
     for name in ("config.json", "tokenizer.json"):
         assert (run_dir / "hf" / name).read_bytes() == (source / name).read_bytes()
@@ -57,9 +57,9 @@ def test_files_of_others_are_never_written_through_a_link(tmp_path, run_dir):
 def test_stop_tokens_of_the_run_are_added(tmp_path, run_dir):
     source = model_directory(tmp_path / "model", '{"eos_token_id": [7, 1], "temperature": 0.6}')
     for _ in range(2):  # a run that is continued
-        keep_companions(source, run_dir, (1, 7, 9))
+        keep_side_files(source, run_dir, (1, 7, 9))
         assert stops_kept(run_dir) == {"eos_token_id": [7, 1, 9], "temperature": 0.6}
-    keep_companions(source, run_dir, (1, 7))
+    keep_side_files(source, run_dir, (1, 7))
     assert stops_kept(run_dir)["eos_token_id"] == [7, 1]
 
 
@@ -68,40 +68,40 @@ def test_a_run_that_goes_on_with_fewer_stop_tokens_keeps_those_alone(
 ):
     """Its own folder is the source then."""
     source = model_directory(tmp_path / "model", '{"eos_token_id": [7, 1], "temperature": 0.6}')
-    keep_companions(source, run_dir, (1, 7, 9))
-    kept = kept_companions(run_dir)
-    keep_companions(kept, run_dir, (1, 7))
+    keep_side_files(source, run_dir, (1, 7, 9))
+    kept = kept_side_files(run_dir)
+    keep_side_files(kept, run_dir, (1, 7))
     assert stops_kept(run_dir) == {"eos_token_id": [7, 1], "temperature": 0.6}
     monkeypatch.setattr(os, "fsync", full)  # a disk that is full leaves what was there
     with pytest.raises(OSError, match="No space left"):
-        keep_companions(kept, run_dir, (1, 8))
+        keep_side_files(kept, run_dir, (1, 8))
     assert stops_kept(run_dir)["eos_token_id"] == [7, 1]
 
 
 def test_without_a_generation_config_those_of_the_config_are_among_them(tmp_path, run_dir):
     source = model_directory(tmp_path / "model", config=1)
-    keep_companions(source, run_dir, (1,))
+    keep_side_files(source, run_dir, (1,))
     assert not (run_dir / "hf" / "generation_config.json").exists()
-    keep_companions(source, run_dir, (2, 1))
+    keep_side_files(source, run_dir, (2, 1))
     assert stops_kept(run_dir) == {"eos_token_id": [1, 2]}
 
 
 def test_a_run_from_no_model_directory_keeps_its_stop_tokens(run_dir):
     for stops in ((3, 5), (3,)):
-        keep_companions(None, run_dir, stops)
+        keep_side_files(None, run_dir, stops)
         assert stops_kept(run_dir) == {"eos_token_id": list(stops)}
-    assert kept_companions(run_dir) == run_dir / "hf"
+    assert kept_side_files(run_dir) == run_dir / "hf"
 
 
 def test_the_next_run_keeps_what_this_one_kept(tmp_path, run_dir):
-    keep_companions(model_directory(tmp_path / "model", '{"eos_token_id": 1}'), run_dir, (1, 4))
+    keep_side_files(model_directory(tmp_path / "model", '{"eos_token_id": 1}'), run_dir, (1, 4))
     after = tmp_path / "after"
     after.mkdir()
-    keep_companions(kept_companions(run_dir), after, (1, 4))
+    keep_side_files(kept_side_files(run_dir), after, (1, 4))
     names = {path.name for path in (after / "hf").iterdir()}
     assert names == {"config.json", "tokenizer.json", "generation_config.json"}
     assert stops_kept(after) == {"eos_token_id": [1, 4]}
-    keep_companions(kept_companions(after), after, (1, 4))  # a run that starts from itself
+    keep_side_files(kept_side_files(after), after, (1, 4))  # a run that starts from itself
     assert stops_kept(after) == {"eos_token_id": [1, 4]}
 
 
@@ -113,6 +113,6 @@ def test_a_run_is_found_from_its_checkpoints(run_dir, place):
 def test_transformers_stops_there(tmp_path, run_dir):
     from transformers import GenerationConfig
 
-    keep_companions(None, run_dir, (3, 5))
+    keep_side_files(None, run_dir, (3, 5))
     read = GenerationConfig.from_pretrained(run_dir / "hf")  # it holds no code
     assert read.eos_token_id == [3, 5]

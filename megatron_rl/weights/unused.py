@@ -20,7 +20,7 @@ _FREQUENCY_TOLERANCE = 1e-2
 _ROWS = 4096  # compared at a time
 
 
-def refuse_left_over(
+def refuse_unused(
     source: HuggingFaceTensors, used: set[str], model: ModelConfig, family: Family
 ) -> None:
     """A tensor that nothing consumed is part of an architecture that is not ours, unless it says
@@ -30,7 +30,7 @@ def refuse_left_over(
         UserError: one is left over; a stored output layer is not the embedding that
             ``tie_embeddings`` takes in its place; stored rotary frequencies are of another base.
     """
-    left = left_over(source, used, model, family)
+    left = unused_tensors(source, used, model, family)
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise UserError(
@@ -46,7 +46,7 @@ def refuse_left_over(
             _compare_frequencies(source, name, model)
 
 
-def left_over(
+def unused_tensors(
     source: HuggingFaceTensors, used: set[str], model: ModelConfig, family: Family
 ) -> list[str]:
     """Names of the tensors that are neither used nor a repetition of what is."""
