@@ -47,7 +47,7 @@ def load_checkpoint(
 
     Args:
         path: a checkpoint (`directory.newest_checkpoint`).
-        chunks: this rank's bare GPTModels, filled in place.
+        chunks: this rank's model chunks, bare, filled in place.
         optimizer: the optimizer over the chunks, filled in place; None: restore all but it (one
             that exists then needs its ``reload_model_params``).
         architecture: of the model in ``chunks``.
@@ -90,7 +90,7 @@ def load_weights(
 
     Args:
         path: a run directory or a directory of checkpoints (their newest), or one checkpoint.
-        chunks: this rank's bare GPTModels, filled in place.
+        chunks: this rank's model chunks, bare, filled in place.
         architecture: of the model in ``chunks``; its ``dtype`` may differ from the checkpoint's.
         groups: the process groups.
 

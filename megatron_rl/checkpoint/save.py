@@ -58,7 +58,7 @@ def save_checkpoint(
 
     Args:
         root: directory of checkpoints, on storage that every rank sees.
-        chunks: this rank's bare GPTModels.
+        chunks: this rank's model chunks, bare.
         optimizer: None to save the weights alone.
         state: JSON-able; rank 0's is stored and given back by `load_checkpoint`.
         architecture, layout: of `identity`; a checkpoint of another architecture is not loaded.

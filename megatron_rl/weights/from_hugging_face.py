@@ -29,7 +29,7 @@ def load_hf_weights(
     directory: Path,
     progress: Callable[[list[Any], int, str], Iterable[Any]] = lambda views, *_: views,
 ) -> None:
-    """Fill this rank's chunks (bare GPTModels), in their own dtype. A collective over all ranks.
+    """Fill this rank's model chunks (bare), in their own dtype. A collective over all ranks.
 
     An optimizer that exists already may hold its own copy of the weights: call its
     ``reload_model_params`` afterwards. ``progress(weights, count, text)`` may show how far it is.

@@ -14,7 +14,7 @@ from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
 from megatron_rl.errors import RunFailed, UserError, shown
-from megatron_rl.models.attention import packed_layout
+from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collective_try import collective_try
@@ -102,8 +102,8 @@ def _same_logits(
     generator = torch.Generator().manual_seed(1)
     count = min(TOKENS, model.max_sequence_length)
     tokens = torch.randint(model.vocab_size, (count,), generator=generator)
-    layout = packed_layout([count], count, device.torch_device)
-    found = forward_stages(chunks, tokens.to(device.torch_device), layout, groups)
+    placement = packed_placement([count], count, device.torch_device)
+    found = forward_stages(chunks, tokens.to(device.torch_device), placement, groups)
     if found is not None:
         found = gather_first_dim(found.T.contiguous(), groups.tensor).T[:, : model.vocab_size]
     del chunks

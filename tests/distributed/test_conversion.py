@@ -112,12 +112,12 @@ def load_checkpoint_of(job: Job, checkpoint: Path):
 
 def model_logits(chunks, groups):
     """Logits of this rank's columns, padding left out; None but on the last stage."""
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_stages
 
     tokens = hugging_face.tokens()
-    layout = packed_layout([len(tokens)], len(tokens), torch.device("cpu"))
-    found = forward_stages(chunks, tokens, layout, groups)
+    placement = packed_placement([len(tokens)], len(tokens), torch.device("cpu"))
+    found = forward_stages(chunks, tokens, placement, groups)
     return None if found is None else (groups.tensor.rank(), found)
 
 

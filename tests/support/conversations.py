@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from megatron_rl.records import Sample
-from megatron_rl.rewards.base import Reward
-from megatron_rl.rollout.collect import ScoredGroup, to_samples
-from megatron_rl.rollout.engine import SamplingSettings
-from tests.support.layout_cases import Case
-from tests.support.layouts import (
+from tests.support.placements import (
     gathered,
     layout_config,
     observed_update,
     policy_of,
     unshard_gradients,
 )
+
+from megatron_rl.records import Sample
+from megatron_rl.rewards.base import Reward
+from megatron_rl.rollout.collect import ScoredGroup, to_samples
+from megatron_rl.rollout.engine import SamplingSettings
+from tests.support.layout_cases import Case
 from tests.support.slow_losses import slow_loss
 from tests.support.tiny import random_prompts, spell
 
@@ -105,12 +105,12 @@ def _alone(policy: Any, sample: Sample) -> Any:
     """Log-probability of each token but the first, the sequence alone in a row: fp32 [M - 1]."""
     import torch
 
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
     tokens = torch.from_numpy(sample.tokens)
-    layout = packed_layout([len(tokens)], len(tokens), torch.device("cpu"))
-    logits = forward_row(policy.chunks[0], tokens, layout).squeeze(0)
+    placement = packed_placement([len(tokens)], len(tokens), torch.device("cpu"))
+    logits = forward_row(policy.chunks[0], tokens, placement).squeeze(0)
     return logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
 
 

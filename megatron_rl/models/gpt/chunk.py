@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Sequence, TypeAlias
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -16,7 +16,7 @@ from megatron_rl.models.vocabulary import mask_padding, padded_vocabulary
 from megatron_rl.parallel.groups import Groups
 
 #: What a rank holds of the model; with virtual pipeline stages it holds several.
-Chunk = GPTModel
+Chunk: TypeAlias = GPTModel
 
 
 def make_chunk(

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers with our parts: its attention behind the same layouts as the local
+"""Transformer Engine's layers with our parts: its attention behind the same placements as the local
 one. Imported only where it is installed.
 """
 
@@ -15,16 +15,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config.schema import ModelConfig
-from megatron_rl.models.attention import Layout, PackedLayout
+from megatron_rl.models.attention import PackedPlacement, Placement
 from megatron_rl.models.experts import GroupedExperts, moe_submodules
 from megatron_rl.models.latent_attention import PackedLatentAttention
 from megatron_rl.models.norm import KeyNorm, QueryNorm, norms_over_heads
 from megatron_rl.models.router import PackRouter
 
 
-class LayoutTEAttention(TEDotProductAttention):
+class PlacedTEAttention(TEDotProductAttention):
     """Training packs go through Transformer Engine's variable-length kernels; decoding, and packs
-    spread over context-parallel ranks, through the layout's own attention.
+    spread over context-parallel ranks, through the placement's own attention.
     """
 
     def forward(
@@ -35,24 +35,24 @@ class LayoutTEAttention(TEDotProductAttention):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Layout | None = None,
+        packed_seq_params: Placement | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d]."""
         query, key, value = (tensor.flatten(0, -3) for tensor in (query, key, value))
-        layout = packed_seq_params
-        assert layout is not None, "every pass has one"
+        placement = packed_seq_params
+        assert placement is not None, "every pass has one"
         # Values of another width than keys (latent attention) are beyond some of the kernels.
-        if type(layout) is not PackedLayout or self.config.multi_latent_attention:
+        if type(placement) is not PackedPlacement or self.config.multi_latent_attention:
             scale = self.softmax_scale or query.shape[-1] ** -0.5
-            output = layout.attend(self.layer_number, query, key, value, scale)
+            output = placement.attend(self.layer_number, query, key, value, scale)
             return output.flatten(1).unsqueeze(1)
         varlen = PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=layout.cumulative_lengths,
-            cu_seqlens_kv=layout.cumulative_lengths,
-            max_seqlen_q=layout.longest,
-            max_seqlen_kv=layout.longest,
+            cu_seqlens_q=placement.cumulative_lengths,
+            cu_seqlens_kv=placement.cumulative_lengths,
+            max_seqlen_q=placement.longest,
+            max_seqlen_kv=placement.longest,
         )
         output = super().forward(
             query,
@@ -69,13 +69,13 @@ class LayoutTEAttention(TEDotProductAttention):
 def with_our_parts(
     spec: TransformerBlockSubmodules, model: ModelConfig, config: TransformerConfig
 ) -> TransformerBlockSubmodules:
-    """Put `LayoutTEAttention`, `PackRouter`, `GroupedExperts` (unless ``config.moe_grouped_gemm``
+    """Put `PlacedTEAttention`, `PackRouter`, `GroupedExperts` (unless ``config.moe_grouped_gemm``
     asks for Transformer Engine's) and what else is ours into every layer of a Transformer Engine
     spec.
     """
     for layer in spec.layer_specs:
         attention = layer.submodules.self_attention
-        attention.submodules.core_attention = LayoutTEAttention
+        attention.submodules.core_attention = PlacedTEAttention
         if model.kv_lora_rank:
             attention.module = PackedLatentAttention
         elif norms_over_heads(model):

@@ -16,12 +16,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.errors import Stopped, UserError
-from megatron_rl.models.attention import packed_layout
+from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collectives import all_max, broadcast, gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup
-from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillLayout, decode_layout
+from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillPlacement, decode_placement
 from megatron_rl.rollout.builtin.lockstep import Lockstep
 from megatron_rl.rollout.builtin.routes import RouteLog
 from megatron_rl.rollout.builtin.sampler import sample, uniforms
@@ -75,7 +75,7 @@ def builtin_engine(parts: EngineParts) -> BuiltinEngine:
 
 
 class BuiltinEngine(WholeAnswers):
-    """`Engine` on the training model (bare GPTModel chunks) of this rank. It has no other weights
+    """`Engine` on the training model (bare chunks) of this rank. It has no other weights
     than the model's, and its completions name no version of them.
     """
 
@@ -232,19 +232,19 @@ class BuiltinEngine(WholeAnswers):
             if batch:
                 row[: sum(lengths)] = np.concatenate([prompt.tokens for prompt in batch])
             cache_rows = np.repeat(np.arange(first, first + len(batch)), lengths)
-            layout = packed_layout(
+            placement = packed_placement(
                 lengths,
                 num_tokens,
                 self._device,
-                PrefillLayout,
+                PrefillPlacement,
                 cache=cache,
                 rows=self._tensor(cache_rows),
             )
             tokens = self._tensor(row)
             if log is None:
-                output = forward_stages(self._chunks, tokens, layout, self._groups)
+                output = forward_stages(self._chunks, tokens, placement, self._groups)
             else:
-                output = log.prefill(tokens, layout, lengths)
+                output = log.prefill(tokens, placement, lengths)
             if output is not None:
                 logits.append(output[self._tensor(np.cumsum(lengths) - 1)])
             first += len(batch)
@@ -255,12 +255,12 @@ class BuiltinEngine(WholeAnswers):
     ) -> torch.Tensor | None:
         """One token further: logits [R, V / tp] on the last pipeline stage."""
         num_tokens = self._lockstep.row_tokens(len(tokens))
-        layout = decode_layout(cache, rows.positions, rows.longest, num_tokens)
+        placement = decode_placement(cache, rows.positions, rows.longest, num_tokens)
         padded = torch.cat([tokens, tokens.new_zeros(num_tokens - len(tokens))])
         if log is None:
-            logits = forward_stages(self._chunks, padded, layout, self._groups)
+            logits = forward_stages(self._chunks, padded, placement, self._groups)
         else:
-            logits = log.decode(padded, layout, rows.numbers, step)
+            logits = log.decode(padded, placement, rows.numbers, step)
         return None if logits is None else logits[: len(tokens)]
 
     def _sample(

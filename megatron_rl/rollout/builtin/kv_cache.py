@@ -1,4 +1,4 @@
-"""The key/value cache, and the layouts that fill and read it from inside the attention."""
+"""The key/value cache, and the placements that fill and read it from inside the attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_rl.models.attention import Layout, PackedLayout, dot_product_attention
+from megatron_rl.models.attention import PackedPlacement, Placement, dot_product_attention
 
 #: A cache grows by this many positions at a time.
 BLOCK = 64
@@ -21,9 +21,9 @@ def _round_up(number: int, multiple: int) -> int:
 class KVCache:
     """Keys and values of this rank's layers, [rows, groups, capacity, head_dim], a row a sequence.
 
-    Layers are named by Megatron's global layer number; their tensors are made, in the model's type,
-    when a layer first writes. Positions never written are zero: a masked position must be finite,
-    whatever its weight.
+    Layers go by the number that `Placement.attend` gets; their tensors are made, in the model's
+    type, when a layer first writes. Positions never written are zero: a masked position must be
+    finite, whatever its weight.
     """
 
     def __init__(self, rows: int, length: int) -> None:
@@ -66,7 +66,7 @@ class KVCache:
 
 
 @dataclass
-class PrefillLayout(PackedLayout):
+class PrefillPlacement(PackedPlacement):
     """Packed prompts whose keys and values are stored while they attend; padding is not stored."""
 
     cache: KVCache = field(kw_only=True)
@@ -87,7 +87,7 @@ class PrefillLayout(PackedLayout):
 
 
 @dataclass
-class DecodeLayout(Layout):
+class DecodePlacement(Placement):
     """One new token for each of the cache's R rows, then padding, whose attention output is zero.
 
     Token r stands at ``positions[r]``; it is written there and attends to positions 0..positions[r]
@@ -124,10 +124,10 @@ class DecodeLayout(Layout):
         return torch.cat([output, output.new_zeros(num_tokens - num_rows, *output.shape[1:])])
 
 
-def decode_layout(
+def decode_placement(
     cache: KVCache, positions: torch.Tensor, longest: int, num_tokens: int
-) -> DecodeLayout:
-    """The layout of one decoding step.
+) -> DecodePlacement:
+    """The placement of one decoding step.
 
     Args:
         cache: of R rows; grown here where the new tokens need it.
@@ -139,7 +139,7 @@ def decode_layout(
     length = _round_up(longest + 1, ALIGNMENT)
     columns = torch.arange(length, device=positions.device)
     padding = positions.new_zeros(num_tokens - len(positions))
-    return DecodeLayout(
+    return DecodePlacement(
         qkv_format="packed",
         positions=torch.cat([positions, padding]),
         cache=cache,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_rl.models.attention import Layout
+from megatron_rl.models.attention import Placement
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.groups import Groups
@@ -48,18 +48,18 @@ class RouteLog:
         )
 
     def prefill(
-        self, tokens: torch.Tensor, layout: Layout, lengths: Sequence[int]
+        self, tokens: torch.Tensor, placement: Placement, lengths: Sequence[int]
     ) -> torch.Tensor | None:
         """`forward_stages` of packed prompts of these lengths."""
-        output, routes = self._forward(tokens, layout)
+        output, routes = self._forward(tokens, placement)
         self._prompts += routes[: sum(lengths)].split(list(lengths))
         return output
 
     def decode(
-        self, tokens: torch.Tensor, layout: Layout, rows: torch.Tensor, step: int
+        self, tokens: torch.Tensor, placement: Placement, rows: torch.Tensor, step: int
     ) -> torch.Tensor | None:
         """`forward_stages` of token number ``step`` of these answers (int64 [R]), then padding."""
-        output, routes = self._forward(tokens, layout)
+        output, routes = self._forward(tokens, placement)
         self._answers[rows, step] = routes[: len(rows)]
         return output
 
@@ -75,11 +75,11 @@ class RouteLog:
         ]
 
     def _forward(
-        self, tokens: torch.Tensor, layout: Layout
+        self, tokens: torch.Tensor, placement: Placement
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The output, and the experts of every token of the row, [T, L', K]."""
         with self._capture.record_routes() as routes:
-            output = forward_stages(self._chunks, tokens, layout, self._groups)
+            output = forward_stages(self._chunks, tokens, placement, self._groups)
         if not self._layers:
             return output, self._answers.new_zeros(len(tokens), 0, self._top_k)
         local = torch.stack([routes[layer] for layer in self._layers], dim=1)

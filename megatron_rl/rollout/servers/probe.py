@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_rl.data.packing import round_up
-from megatron_rl.models.attention import packed_layout
+from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
@@ -54,7 +54,7 @@ def trainer_logprobs(
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    logits = forward_stages(chunks, row, packed_layout([len(tokens)], count, device), groups)
+    logits = forward_stages(chunks, row, packed_placement([len(tokens)], count, device), groups)
     for chunk, before in zip(chunks, training):
         chunk.train(before)
     found = None

@@ -6,14 +6,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-
-from tests.support.layouts import (
+from tests.support.placements import (
     Case,
     layout_config,
     observed_update,
     policy_of,
     rollout_batch,
 )
+
 from tests.support.slow_losses import slow_loss
 
 CASE = Case("one", 1, {})
@@ -60,13 +60,13 @@ def scored_batch(policy, pack, samples=SAMPLES[:8]):
 
 def alone(policy, sample):
     """Log-probabilities of a sample's completion, the sequence alone in a row: fp32 [N]."""
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
     tokens = torch.from_numpy(sample.tokens)
-    layout = packed_layout([len(tokens)], len(tokens), torch.device("cpu"))
+    placement = packed_placement([len(tokens)], len(tokens), torch.device("cpu"))
     with torch.no_grad():
-        logits = forward_row(policy.chunks[0], tokens, layout).squeeze(0)
+        logits = forward_row(policy.chunks[0], tokens, placement).squeeze(0)
     logits = logits / policy.config.rollout.temperature
     logprobs = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
     return logprobs[torch.from_numpy(sample.trained)]
@@ -79,8 +79,9 @@ def close(found, expected, tolerance=1e-6):
 
 
 def test_scored_logprobs_are_those_of_each_sequence_alone():
+    from tests.support.placements import by_sequence
+
     from megatron_rl.policy.score import score
-    from tests.support.layouts import by_sequence
 
     with trainer() as (policy, pack):
         scored = scored_batch(policy, pack)
@@ -213,7 +214,7 @@ def test_supervised_accuracy_counts_targets_that_are_the_likeliest_token():
             ((row,),) = pack([sample])
             from megatron_rl.models.forward import forward_row
 
-            return forward_row(policy.chunks[0], row.tokens, row.layout)[0].argmax(-1)
+            return forward_row(policy.chunks[0], row.tokens, row.placement)[0].argmax(-1)
 
         for sample in samples:
             places = np.flatnonzero(sample.written)

@@ -5,8 +5,14 @@ import math
 
 import pytest
 import torch
+from tests.support.placements import (
+    Case,
+    layout_config,
+    packed_mini_batches,
+    policy_of,
+    rollout_batch,
+)
 
-from tests.support.layouts import Case, layout_config, packed_mini_batches, policy_of, rollout_batch
 from tests.support.slow_losses import slow_loss, slow_regularisers
 
 
@@ -179,7 +185,7 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
                 rows.append(distance)
 
         with torch.no_grad(), policy.capture.compare(0, item.traces[0], item.pack.mask, Listener()):
-            forward_row(policy.chunks[0], item.pack.tokens, item.pack.layout)
+            forward_row(policy.chunks[0], item.pack.tokens, item.pack.placement)
         distances = torch.stack(rows)
         metrics, seen = one_update(policy, batches[1])
     assert len(distances) == 4

@@ -219,7 +219,7 @@ def test_the_model_is_as_before(tiny):
 
 def test_routes_are_those_of_a_forward_pass_over_the_whole_answer(tiny):
     """Prefill and decoding, rows that leave, a prompt of one token: as one causal pass sees it."""
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
     from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture
@@ -237,9 +237,9 @@ def test_routes_are_those_of_a_forward_pass_over_the_whole_answer(tiny):
             for answer, without in zip(group.completions, same.completions):
                 assert without.routed_experts is None
                 row = np.concatenate([group.prompt.tokens, answer.tokens])[:-1]
-                layout = packed_layout([len(row)], len(row), torch.device("cpu"))
+                placement = packed_placement([len(row)], len(row), torch.device("cpu"))
                 with torch.no_grad(), capture.record(0) as trace:
-                    forward_row(chunk, torch.from_numpy(row), layout)
+                    forward_row(chunk, torch.from_numpy(row), placement)
                 assert answer.routed_experts.layers == (1, 2)
                 for column, number in enumerate((1, 2)):
                     found = answer.routed_experts.ids[:, column]

@@ -56,10 +56,10 @@ class Watched:
         return hook
 
     def forward(self):
-        from megatron_rl.models.attention import packed_layout
+        from megatron_rl.models.attention import packed_placement
         from megatron_rl.models.forward import forward_row
 
-        return forward_row(self.chunk, self.tokens, packed_layout(LENGTHS, ROOM, CPU))
+        return forward_row(self.chunk, self.tokens, packed_placement(LENGTHS, ROOM, CPU))
 
     def record(self):
         with torch.no_grad(), self.capture.record(0) as trace:

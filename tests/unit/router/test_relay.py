@@ -17,7 +17,7 @@ def _relayed(parallel, micro_batches, forward_only):
     cpu_device()
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
     from megatron_rl.router.relay import DistanceRelay
     from tests.support.tiny import build_tiny
@@ -25,14 +25,17 @@ def _relayed(parallel, micro_batches, forward_only):
     config = tiny_config(parallel=parallel, model={"num_layers": 4})
     groups, _, chunks = build_tiny(config)
     relay = DistanceRelay(groups.relay, len(chunks))
-    tokens, layout = torch.arange(TOKENS), packed_layout([TOKENS], TOKENS, torch.device("cpu"))
+    tokens, placement = (
+        torch.arange(TOKENS),
+        packed_placement([TOKENS], TOKENS, torch.device("cpu")),
+    )
     totals = {}
 
     def step(iterator, model):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
         place = chunk * groups.pipeline.size() + groups.pipeline.rank()
-        output = forward_row(model, tokens, layout)
+        output = forward_row(model, tokens, placement)
         total = relay.pass_on(chunk, 100.0 * number + place + torch.arange(TOKENS) / 8)
 
         def loss(logits):
@@ -94,7 +97,7 @@ def _appended(parallel, micro_batches, moe):
     cpu_device()
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
     from megatron_rl.router.relay import DistanceRelay
     from tests.support.tiny import build_tiny
@@ -104,13 +107,16 @@ def _appended(parallel, micro_batches, moe):
     held = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in chunks]
     before = [sum(number < layers[0] for number in moe) for layers in held]
     relay = DistanceRelay(groups.relay, len(chunks), "quantile", before)
-    tokens, layout = torch.arange(TOKENS), packed_layout([TOKENS], TOKENS, torch.device("cpu"))
+    tokens, placement = (
+        torch.arange(TOKENS),
+        packed_placement([TOKENS], TOKENS, torch.device("cpu")),
+    )
     seen = {}
 
     def step(iterator, model):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
-        output = forward_row(model, tokens, layout)
+        output = forward_row(model, tokens, placement)
         own = [100.0 * number + layer for layer in held[chunk] if layer in moe]
         rows = torch.tensor(own)[:, None] + torch.arange(TOKENS) / 8
         every = relay.pass_on(chunk, rows)

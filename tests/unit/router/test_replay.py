@@ -80,10 +80,10 @@ TOKENS = torch.randint(64, (ROOM,), generator=torch.Generator().manual_seed(5))
 
 
 def forward(chunk, tokens=TOKENS):
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
-    return forward_row(chunk, tokens, packed_layout(LENGTHS, ROOM, CPU))
+    return forward_row(chunk, tokens, packed_placement(LENGTHS, ROOM, CPU))
 
 
 def judge(chunk, model, routes):

@@ -87,13 +87,13 @@ def loaded(directory, **changes):
 
 
 def logits_of(chunks, groups):
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_stages
 
     tokens = hugging_face.tokens()
-    layout = packed_layout([len(tokens)], len(tokens), torch.device("cpu"))
+    placement = packed_placement([len(tokens)], len(tokens), torch.device("cpu"))
     with torch.no_grad():
-        return forward_stages(chunks, tokens, layout, groups)[:, : hugging_face.VOCABULARY]
+        return forward_stages(chunks, tokens, placement, groups)[:, : hugging_face.VOCABULARY]
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "deepseek_v3"])
