@@ -96,9 +96,7 @@ class EngineParts:
     """What a run gives to the engine that it makes, on every rank."""
 
     config: Config
-    chunks: Sequence[
-        torch.nn.Module
-    ]  #: this rank's bare model chunks, whose weights are the policy's
+    chunks: Sequence[torch.nn.Module]  #: this rank's bare chunks, whose weights are the policy's
     groups: Groups
     stop_ids: Collection[int]  #: the tokens that end an answer
     decode: Callable[[Sequence[int]], str]  #: token ids to text, without special tokens

@@ -129,7 +129,6 @@ def close(found, expected):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_replayed_experts_give_the_outputs_and_gradients_of_the_loop(model, recompute):
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.replay import RouteReplay
 
     reference, config = build(model)
@@ -140,7 +139,7 @@ def test_replayed_experts_give_the_outputs_and_gradients_of_the_loop(model, reco
 
     chunk, _ = build(model, recompute)
     free = forward(chunk).detach()
-    replay = RouteReplay(routers_of([chunk]))
+    replay = RouteReplay([routers_of(chunk)])
     with replay.routes(0, routes):
         output = forward(chunk)
     torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5)
@@ -158,13 +157,12 @@ def test_routers_choose_for_themselves_where_no_expert_is_known(model):
     """What they choose depends on the experts of the tokens and layers before, so the loop is given
     what the replay has chosen, and a router of its own must choose that as well.
     """
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture
     from megatron_rl.router.replay import RouteReplay
 
     chunk, config = build(model)
     layers = sorted(routers_of(chunk))
-    capture, replay = RouterCapture(routers_of([chunk]), [layers]), RouteReplay(routers_of([chunk]))
+    capture, replay = RouterCapture([routers_of(chunk)], [layers]), RouteReplay([routers_of(chunk)])
     known = torch.rand(ROOM, generator=torch.Generator().manual_seed(7)) > 0.4
     routes = any_routes(chunk, 3)
     garbage = {n: torch.where(known[:, None], ids, 0) for n, ids in routes.items()}
@@ -221,13 +219,12 @@ def slow_choice(scores, top_k, num_groups, groups_taken):
 
 
 def test_routes_of_some_tokens_are_refused_where_gradients_are_wanted():
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterError
     from megatron_rl.router.replay import RouteReplay
 
     chunk, _ = build()
     with pytest.raises(RouterError, match="routes of some tokens in a pass with gradients"):
-        with RouteReplay(routers_of([chunk])).routes(
+        with RouteReplay([routers_of(chunk)]).routes(
             0, any_routes(chunk, 1), torch.ones(ROOM).bool()
         ):
             pass
@@ -235,13 +232,12 @@ def test_routes_of_some_tokens_are_refused_where_gradients_are_wanted():
 
 def test_recomputation_takes_the_experts_of_its_own_micro_batch():
     """Three forward passes before the first backward pass, as a pipeline's first stage does."""
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.replay import RouteReplay
 
     results = []
     for recompute in ("none", "full"):
         chunk, _ = build(recompute=recompute, layers=3)
-        replay = RouteReplay(routers_of([chunk]))
+        replay = RouteReplay([routers_of(chunk)])
         outputs = []
         for number in range(3):
             with replay.routes(0, any_routes(chunk, number)):
@@ -258,12 +254,11 @@ def test_recomputation_takes_the_experts_of_its_own_micro_batch():
 
 
 def test_nothing_is_queued_where_nothing_is_recomputed():
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.replay import RouteReplay
 
     for recompute, grad in (("none", True), ("selective", True), ("full", False)):
         chunk, _ = build(recompute=recompute)
-        replay = RouteReplay(routers_of([chunk]))
+        replay = RouteReplay([routers_of(chunk)])
         with torch.set_grad_enabled(grad), replay.routes(0, any_routes(chunk, 1)):
             forward(chunk)
         for router in routers_of(chunk).values():
@@ -273,12 +268,11 @@ def test_nothing_is_queued_where_nothing_is_recomputed():
 
 
 def test_a_missing_recomputation_is_an_error_and_leaves_the_routers_free():
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterError
     from megatron_rl.router.replay import RouteReplay
 
     chunk, _ = build(recompute="full")
-    replay = RouteReplay(routers_of([chunk]))
+    replay = RouteReplay([routers_of(chunk)])
     with replay.routes(0, any_routes(chunk, 1)):
         forward(chunk)
     with pytest.raises(RouterError, match=r"no recomputation has taken, by layer: \{1: 1, 2: 1\}"):
@@ -290,12 +284,11 @@ def test_a_missing_recomputation_is_an_error_and_leaves_the_routers_free():
 
 
 def test_the_capture_sees_the_replayed_experts():
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture
     from megatron_rl.router.replay import RouteReplay
 
     chunk, _ = build()
-    capture, replay = RouterCapture(routers_of([chunk]), [[1, 2]]), RouteReplay(routers_of([chunk]))
+    capture, replay = RouterCapture([routers_of(chunk)], [[1, 2]]), RouteReplay([routers_of(chunk)])
     routes = any_routes(chunk, 2)
     with torch.no_grad(), replay.routes(0, routes), capture.record(0) as trace:
         forward(chunk)
@@ -305,25 +298,23 @@ def test_the_capture_sees_the_replayed_experts():
 
 def test_other_models_of_the_process_are_left_alone():
     """Megatron's class-wide list holds the routers of every model ever built here."""
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.replay import RouteReplay
 
     other, _ = build()
     free = forward(other).detach()
     chunk, _ = build()
-    replay = RouteReplay(routers_of([chunk]))
+    replay = RouteReplay([routers_of(chunk)])
     with replay.routes(0, any_routes(chunk, 2)):
         assert torch.equal(forward(other), free)
     replay.finish()
 
 
 def test_routes_that_do_not_fit_are_refused():
-    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterError
     from megatron_rl.router.replay import RouteReplay
 
     chunk, _ = build()
-    replay, routes = RouteReplay(routers_of([chunk])), any_routes(chunk, 1)
+    replay, routes = RouteReplay([routers_of(chunk)]), any_routes(chunk, 1)
     with pytest.raises(RouterError, match=r"routes of layers \[1\]; expected \[1, 2\]"):
         with replay.routes(0, {1: routes[1]}):
             pass
@@ -332,4 +323,4 @@ def test_routes_that_do_not_fit_are_refused():
             pass
     without, _ = build(replay=False)
     with pytest.raises(RouterError, match="layer 1 was built without moe_enable_routing_replay"):
-        RouteReplay(routers_of([without]))
+        RouteReplay([routers_of(without)])
