@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from megatron_rl.config.architecture import NOT_ARCHITECTURE, filled_in
+from megatron_rl.config.layout import SPLITS
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.errors import UserError
 
@@ -17,10 +18,9 @@ def architecture_of(model: ModelConfig) -> dict[str, Any]:
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> dict[str, Any]:
     """How the weights and the optimizer state are spread over the ranks."""
-    split = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
     return {
         "world_size": world_size,
-        **{name: getattr(parallel, name) for name in split},
+        **{name: getattr(parallel, name) for name in SPLITS},
         "distributed_optimizer": parallel.distributed_optimizer,
     }
 

@@ -6,6 +6,9 @@ from math import lcm
 
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 
+#: Fields of ``ParallelConfig`` that split the model.
+SPLITS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+
 
 def smallest_world(parallel: ParallelConfig) -> int:
     """Fewest ranks the layout fits: pipeline x lcm(tensor x context, expert x expert_tensor)."""
@@ -30,8 +33,7 @@ def expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def layout_text(parallel: ParallelConfig, world_size: int) -> str:
     """The layout for reading: data-parallel size and every split there is, "data 4, expert 2"."""
-    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
-    splits = [(name, getattr(parallel, name)) for name in names]
+    splits = [(name, getattr(parallel, name)) for name in SPLITS]
     parts = [f"{name} {size}" for name, size in splits if size not in (None, 1)]
     return ", ".join([f"data {data_parallel_size(parallel, world_size)}", *parts])
 

@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tests.support.placements import (
-    gathered,
-    layout_config,
-    observed_update,
-    policy_of,
-    unshard_gradients,
-)
 
 from megatron_rl.records import Sample
 from megatron_rl.rewards.base import Reward
 from megatron_rl.rollout.collect import ScoredGroup, to_samples
 from megatron_rl.rollout.engine import SamplingSettings
 from tests.support.layout_cases import Case
+from tests.support.layouts import (
+    gathered,
+    layout_config,
+    observed_update,
+    policy_of,
+    unshard_gradients,
+)
 from tests.support.slow_losses import slow_loss
 from tests.support.tiny import random_prompts, spell
 

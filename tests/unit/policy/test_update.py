@@ -6,14 +6,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tests.support.placements import (
+
+from tests.support.layouts import (
     Case,
     layout_config,
     observed_update,
     policy_of,
     rollout_batch,
 )
-
 from tests.support.slow_losses import slow_loss
 
 CASE = Case("one", 1, {})
@@ -79,9 +79,8 @@ def close(found, expected, tolerance=1e-6):
 
 
 def test_scored_logprobs_are_those_of_each_sequence_alone():
-    from tests.support.placements import by_sequence
-
     from megatron_rl.policy.score import score
+    from tests.support.layouts import by_sequence
 
     with trainer() as (policy, pack):
         scored = scored_batch(policy, pack)

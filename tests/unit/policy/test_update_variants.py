@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from tests.support.placements import (
+
+from tests.support.layouts import (
     Case,
     layout_config,
     packed_mini_batches,
     policy_of,
     rollout_batch,
 )
-
 from tests.support.slow_losses import slow_loss, slow_regularisers
 
 
