@@ -11,10 +11,10 @@ from PIL import Image
 
 from megatron_rl.cli import main
 from megatron_rl.errors import UserError
-from megatron_rl.observe.comparison import write_comparison
-from megatron_rl.observe.plots import LIGHT, _strokes
-from megatron_rl.observe.report import write_report
 from megatron_rl.observe.run_files import drop_after
+from megatron_rl.report.comparison import write_comparison
+from megatron_rl.report.plots import LIGHT, _strokes
+from megatron_rl.report.run_page import write_report
 
 
 def write_run(folder, name, lr, solved, norms, gammas):

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from megatron_rl.errors import UserError
-from megatron_rl.observe.plots import smooth
-from megatron_rl.observe.report import duration, points, summary, write_report
+from megatron_rl.report.plots import smooth
+from megatron_rl.report.run_page import duration, points, summary, write_report
 
 HOSTILE = "</pre><script>alert('x')</script>&amp;<img src=http://evil.example/x.png onerror=1>"
 CONFIG = """\

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rl.observe.metric_table import split_part
-from megatron_rl.observe.run_files import Run
+from megatron_rl.report.run import Run
 
 _CURVES = 5  # of a plot: there are as many colours
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.observe.page import write_figures, write_page
-from megatron_rl.observe.plot_list import Plot
-from megatron_rl.observe.report import PLOTS_DIR, mean_at_k, points
-from megatron_rl.observe.run_files import COMPARISON_FILE, Run, read_run
+from megatron_rl.report.page import write_figures, write_page
+from megatron_rl.report.plot_list import Plot
+from megatron_rl.report.run import COMPARISON_FILE, Run, read_run
+from megatron_rl.report.run_page import PLOTS_DIR, mean_at_k, points
 
 #: What is drawn, in order: file, metric, title, caption, percent.
 _COMPARED = (
