@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_rl.algorithms.router_shift import shift_distance
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.router.trace import LayerTrace, RouterTrace, id_dtype
 
@@ -148,7 +149,6 @@ class RouterCapture:
         trace: RouterTrace | None,
         mask: torch.Tensor,
         telemetry: RouterTelemetry | None,
-        layers: str = "mean",
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """Measure the distance of the pass inside to the trace, per token.
 
@@ -157,11 +157,10 @@ class RouterCapture:
             trace: of the same tokens, from `record`; None: there is no distance, only telemetry.
             mask: bool [T_local], tokens that count in the telemetry.
             telemetry: receives the per-layer sums; None: nothing is counted.
-            layers: how the layers' distances mean_k |new - old| become one, see `DistanceRelay`.
 
         Yields:
-            A function that gives, of this chunk's layers, the sum ("mean") or the maximum ("max")
-            fp32 [T_local], or all of them ("quantile") fp32 [L_chunk, T_local].
+            A function that gives `shift_distance` of each MoE layer of this chunk, ascending, fp32
+            [L_chunk, T_local]; no layer where there is no trace.
         """
         distances: list[torch.Tensor] = []
 
@@ -178,21 +177,18 @@ class RouterCapture:
                 )
             ids = old.expert_ids.long()
             new = score_logprobs(logits, ids, self._routers[chunk][number].score_function)
-            distance = (new - old.logprobs).abs().mean(dim=1)
+            distance = shift_distance(new[:, None], old.logprobs[:, None])  # of one layer
             distances.append(distance)
             if telemetry is not None:
                 overlap = routing_map.gather(1, ids).float().mean(dim=1)
                 telemetry.add_shift(number - 1, mask, distance, overlap)
 
-        def over_layers() -> torch.Tensor:
+        def measured() -> torch.Tensor:
             none = torch.zeros(0, len(mask), device=mask.device)
-            stacked = torch.stack(distances) if distances else none
-            if layers == "quantile":
-                return stacked
-            return stacked.amax(0) if layers == "max" and distances else stacked.sum(0)
+            return torch.stack(distances) if distances else none
 
         with self._pass([chunk], observe):
-            yield over_layers
+            yield measured
 
 
 def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str) -> torch.Tensor:
