@@ -30,7 +30,7 @@ _COLUMNS: tuple[tuple[str, str, _Format, int, str], ...] = (
     ("loss", "loss ", "{:.4f}".format, 7, ""),
     ("accuracy", "accuracy ", _percent, 6, ""),
     ("grad_norm", "grad ", _norm, 7, ""),
-    ("router/shift_mean", "gamma ", "{:.4f}".format, 6, ""),
+    ("router/raw_gamma_mean", "raw gamma ", "{:.4f}".format, 6, ""),
     ("clip_fraction", "clip ", _percent, 6, ""),
     ("entropy", "entropy ", "{:.3f}".format, 5, ""),
     ("tokens_per_second", "", "{:.0f}".format, 6, " tok/s"),

@@ -11,7 +11,7 @@ from megatron_rl.config.loggers import ChosenLogger
 from megatron_rl.files import move_aside, write_whole
 from megatron_rl.observe.append_file import ToldFile
 from megatron_rl.observe.loggers import LoggedRun, Loggers
-from megatron_rl.observe.metric_table import metric
+from megatron_rl.observe.metric_table import metric, with_old_names
 from megatron_rl.observe.run_files import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -125,10 +125,12 @@ class RunWriter:
 
 
 def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics as floats, without the step. ValueError: one is not in the metric table."""
+    """The metrics as floats, without the step, those of other names in older versions under both.
+    ValueError: one is not in the metric table.
+    """
     for name in metrics:
         metric(name)
-    return {name: float(value) for name, value in metrics.items() if name != "step"}
+    return with_old_names({name: float(value) for name, value in metrics.items() if name != "step"})
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -131,8 +131,8 @@ def _add_shift(
 ) -> None:
     gamma = torch.exp(-mean_distance)
     count = mask.sum()
-    sums.add("router/shift_mean", (gamma * mask).sum(), count)
-    sums.add("router/shift_min", torch.where(mask, gamma, 1.0).min(), count)
+    sums.add("router/raw_gamma_mean", (gamma * mask).sum(), count)
+    sums.add("router/raw_gamma_min", torch.where(mask, gamma, 1.0).min(), count)
     sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
 
 

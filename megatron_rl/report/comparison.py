@@ -87,7 +87,7 @@ def _merge(runs: dict[str, Run], shared: Path) -> tuple[Run, list[Plot]]:
 
 def _table(runs: dict[str, Run]) -> str:
     names = ["Run", "Loss", "Router shift", "Learning rate", "Steps", "pass@1", "mean@k"]
-    names += ["Largest gradient norm", "Largest KL", "Least mean gamma"]
+    names += ["Largest gradient norm", "Largest KL", "Least mean raw gamma"]
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(_row(label, run) for label, run in runs.items())
     return (
@@ -100,14 +100,14 @@ def _row(label: str, run: Run) -> str:
     cells = (
         label,
         run.over_time(lambda config: config.get("algorithm", {}).get("name", "")),
-        "yes" if run.series("router/shift_mean")[0] else "no",
+        "yes" if run.series("router/raw_gamma_mean")[0] else "no",
         run.over_time(lambda config: str(config.get("optimizer", {}).get("lr", ""))),
         run.records[-1]["step"],
         _gain(run, "eval/pass@1"),
         _sampled_gain(run),
         _extreme(run, "grad_norm", max),
         _extreme(run, "kl_old", max),
-        _extreme(run, "router/shift_mean", min),
+        _extreme(run, "router/raw_gamma_mean", min),
     )
     return f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
 

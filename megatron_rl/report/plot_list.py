@@ -67,10 +67,10 @@ PLOTS: tuple[Plot, ...] = (
         (("loss", "loss"),),
     ),
     Plot(
-        "router_shift",
-        "Router shift",
-        "Weight gamma = exp(-distance) before the floor: mean and minimum over tokens.",
-        (("router/shift_mean", "mean"), ("router/shift_min", "minimum")),
+        "raw_gamma",
+        "Raw gamma",
+        "gamma = exp(-router distance) before the floor: mean and minimum over tokens.",
+        (("router/raw_gamma_mean", "mean"), ("router/raw_gamma_min", "minimum")),
     ),
     Plot(
         "router_distance",
@@ -90,8 +90,8 @@ PLOTS: tuple[Plot, ...] = (
     Plot(
         "floor_fraction",
         "Floored tokens by layer",
-        "Tokens whose exp(-distance) of the layer alone is below the floor. Dashed: gamma itself.",
-        (("router/floor_fraction", "gamma"),),
+        "Tokens whose raw gamma of the layer alone is below the floor. Dashed: of all layers.",
+        (("router/floor_fraction", "all layers"),),
         "layers",
         percent=True,
     ),
@@ -104,7 +104,7 @@ PLOTS: tuple[Plot, ...] = (
     ),
     Plot(
         "clip_by_gamma",
-        "Clipped tokens by router shift",
+        "Clipped tokens by gamma",
         "Clipped share of each quarter of the step's tokens, by gamma.",
         (
             ("clip_fraction/gamma_q1", "smallest gamma"),

@@ -16,7 +16,7 @@ from megatron_rl.observe.configurations import (
     Configuration,
     read_configurations,
 )
-from megatron_rl.observe.metric_table import split_layer
+from megatron_rl.observe.metric_table import split_layer, with_new_names
 from megatron_rl.observe.run_files import METRICS_FILE, SAMPLES_FILE, read_jsonl
 
 COMPARISON_FILE = "comparison.html"
@@ -30,7 +30,7 @@ class Run:
     directory: Path
     config: Mapping[str, Any]
     config_text: str
-    records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, at least one, by step
+    records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, at least one, by step, names of today
     samples: tuple[Mapping[str, Any], ...]  #: samples.jsonl; may be empty
     configurations: tuple[Configuration, ...] = ()  #: those that steps were done under, by step
 
@@ -92,7 +92,7 @@ def read_run(run_dir: Path) -> Run:
     text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
     samples_path = run_dir / SAMPLES_FILE
     samples = read_jsonl(samples_path) if samples_path.is_file() else []
-    ordered = tuple(sorted(records, key=lambda record: record["step"]))
+    ordered = tuple(sorted(map(with_new_names, records), key=lambda record: record["step"]))
     last = ordered[-1]["step"]
     done_under = [c for c in read_configurations(run_dir) if c.first_step <= last]
     return Run(run_dir, config, text, ordered, tuple(samples), tuple(done_under))

@@ -10,7 +10,7 @@ from megatron_rl.router.clip_split import ClipSplit, quartile_fractions
 
 #: Sums over tokens: of the routers' choice, and of its distance to a trace.
 _CHOICE = ("tokens", "entropy")
-_SHIFT = ("compared", "distance", "shift", "floored", "overlap")
+_SHIFT = ("compared", "distance", "raw_gamma", "floored", "overlap")
 
 
 class RouterTelemetry:
@@ -50,9 +50,9 @@ class RouterTelemetry:
         self, layer: int, mask: torch.Tensor, distance: torch.Tensor, overlap: torch.Tensor
     ) -> None:
         """Count how far a pack of layer ``layer`` is from its trace: all [T_local]."""
-        weights, shift = mask.to(distance.dtype), (-distance).exp()
-        floored = (shift < self._floor).to(distance.dtype)
-        columns = torch.stack([torch.ones_like(distance), distance, shift, floored, overlap])
+        weights, gamma = mask.to(distance.dtype), (-distance).exp()
+        floored = (gamma < self._floor).to(distance.dtype)
+        columns = torch.stack([torch.ones_like(distance), distance, gamma, floored, overlap])
         self.sums[layer, len(_CHOICE) :] += columns @ weights
         furthest = torch.where(mask, distance, 0.0).max().double()
         self.furthest[layer] = torch.maximum(self.furthest[layer], furthest)
@@ -81,7 +81,7 @@ class RouterTelemetry:
         means = _layer_means(sums[:, len(_CHOICE) :])
         columns = {
             "router/distance_mean": 0,
-            "router/shift_mean": 1,
+            "router/raw_gamma_mean": 1,
             "router/floor_fraction": 2,
             "router/top_k_overlap": 3,
         }

@@ -14,7 +14,7 @@ METRICS = {
     "reward/solved": 0.3125,
     "loss": -0.01234,
     "grad_norm": 0.5178,
-    "router/shift_mean": 0.99312,
+    "router/raw_gamma_mean": 0.99312,
     "clip_fraction": 0.0213,
     "entropy": 1.2,
     "tokens_per_second": 12345.6,
@@ -22,7 +22,7 @@ METRICS = {
     "memory/peak_gib": 1.0,
 }
 LINE = (
-    "step   7/300  reward  0.432  solved  31.2%  loss -0.0123  grad   0.518  gamma 0.9931  "
+    "step   7/300  reward  0.432  solved  31.2%  loss -0.0123  grad   0.518  raw gamma 0.9931  "
     "clip   2.1%  entropy 1.200   12346 tok/s    2.31 s/step"
 )
 

@@ -25,7 +25,7 @@ def write_run(folder, name, lr, solved, norms, gammas):
     records = [{"step": 0, "eval/pass@1": solved[0], "eval/mean@k": 0.1, "eval/samples": 4.0}]
     for step, norm in enumerate(norms, start=1):
         records.append({"step": step, "grad_norm": norm, "kl_old": 0.01 * step, "loss": 0.0})
-        records[-1] |= {"router/shift_mean": gammas[step - 1]} if gammas else {}
+        records[-1] |= {"router/raw_gamma_mean": gammas[step - 1]} if gammas else {}
     records[-1] |= {"eval/pass@1": solved[1], "eval/mean@k": 0.3, "eval/samples": 4.0}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return run_dir

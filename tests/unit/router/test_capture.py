@@ -238,7 +238,7 @@ def test_telemetry_counts_the_masked_tokens_only():
         kept = [len(set(a) & set(b)) / 2 for a, b in zip(old_ids.tolist(), now.tolist())]
         assert sums["tokens"] == sums["compared"] == mask.sum()
         assert sums["distance"] == pytest.approx(per_token[mask].sum().item(), rel=1e-4)
-        assert sums["shift"] == pytest.approx((-per_token[mask]).exp().sum().item(), rel=1e-4)
+        assert sums["raw_gamma"] == pytest.approx((-per_token[mask]).exp().sum().item(), rel=1e-4)
         assert sums["floored"] == ((-per_token[mask]).exp() < FLOOR).sum() > 0
         assert telemetry.furthest[number - 1] == pytest.approx(per_token[mask].max().item())
         assert sums["overlap"] == pytest.approx(sum(k for k, m in zip(kept, mask.tolist()) if m))
