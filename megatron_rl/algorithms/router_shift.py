@@ -59,10 +59,10 @@ def shift_weight(distance: torch.Tensor, num_layers: int, floor: float) -> torch
 def acting_sum(
     weight: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, mode: str
 ) -> SumAndCount:
-    """Sum and count of gamma~ over the trained tokens it acts on: all, or those with A < 0.
+    """Sum and count of gamma~ over the trained tokens that it acts on.
 
-    The latter for the mode negative_only. Those of all packs and ranks are added before
-    ``normalise_shift``.
+    These are all trained tokens; in the mode negative_only those with A < 0. Add the sums of all
+    packs and ranks before ``normalise_shift``.
     """
     acting = mask.bool()
     if mode == "negative_only":

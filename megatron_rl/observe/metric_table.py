@@ -206,19 +206,19 @@ _OLD_OF = {new: old for old, new in OLD_NAMES.items()}
 
 
 def with_old_names(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics, and behind them those that have had another name under that name as well."""
+    """The metrics, followed by a copy under its old name of each that was renamed."""
     return {**metrics, **_renamed(metrics, _OLD_OF)}
 
 
 def with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of any version under the names of today alone."""
+    """A record of any version, under the names of today only."""
     new = _renamed(record, OLD_NAMES)
     kept = {name: value for name, value in record.items() if _base(name) not in OLD_NAMES}
     return new | kept
 
 
 def _renamed(metrics: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Those that ``names`` has, under their other name."""
+    """The metrics whose name is a key of ``names``, under the name it stands for."""
     return {
         names[base] + name.removeprefix(base): value
         for name, value in metrics.items()
@@ -258,7 +258,7 @@ def metric(name: str) -> Metric:
 
 
 def fixed_metric(name: str) -> Metric:
-    """`metric` of a name that is not up to the verifier: others are refused as mistyped."""
+    """The row of a name that is no part. ValueError: the table has no such name."""
     layered = split_layer(name)
     row = METRICS.get(f"{layered[0]}{_LAYER_SUFFIX}" if layered else name)
     if row is None or name.endswith((_LAYER_SUFFIX, _PART_SUFFIX)):  # a row stands for its names

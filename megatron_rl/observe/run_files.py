@@ -51,10 +51,10 @@ def drop_after(path: Path, step: int) -> int | None:
     """Drop the records with a step above ``step``, and a torn last line; the last step left,
     None where none is.
 
-    The file is cut where the first of them begins, which needs no room on the disk; where records
-    that stay are behind it, or the last has no newline, it is replaced in one rename. A crash
-    leaves the old file or the new one. A missing file stays missing. OSError: it is no file, such
-    as a pipe, which would be waited for.
+    The file is cut where the first of them begins, which needs no room on the disk. If records
+    that stay follow that place, or the last line has no newline, the file is replaced in one
+    rename. A crash leaves the old file or the new one. A missing file stays missing. OSError: it is
+    no regular file (reading a pipe would block).
     """
     if not path.exists():
         return None

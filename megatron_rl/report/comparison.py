@@ -45,14 +45,14 @@ def write_comparison(run_dirs: Sequence[Path], page: Path | None = None) -> Path
     """Compare two runs or more on one page, with its plots as PNG files beside it.
 
     Args:
-        run_dirs: directories of runs; a curve is named by what tells their paths apart.
+        run_dirs: directories of runs; a curve is named by its run's path below the shared folder.
         page: the HTML file to write; None: comparison.html in the deepest folder they share.
 
     Returns:
         The page's path.
 
     Raises:
-        UserError: a run cannot be read, one is given twice or inside another, or there is but one.
+        UserError: a run cannot be read, is given twice, is inside another, or is the only one.
     """
     if len(run_dirs) < 2:
         raise UserError(f"found {len(run_dirs)} runs to compare; expected 2 or more")

@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: HTML with its style sheet and plots inside."""
+"""HTML pages that hold their style sheet and their plots."""
 
 from __future__ import annotations
 

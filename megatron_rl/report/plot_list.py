@@ -208,7 +208,7 @@ def part_names(run: Run) -> list[str]:
 
 
 def part_plots(run: Run) -> tuple[Plot, ...]:
-    """Plots of these; () where there are none."""
+    """Plots of `part_names`, a few curves each; () if there are none."""
     names = part_names(run)
     plots: list[Plot] = []
     for title, text, bases in (

@@ -99,8 +99,8 @@ def read_run(run_dir: Path) -> Run:
 
 
 def runs_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Of what ``report RUNS/*`` is given: the runs, each once, and the comparisons of runs that it
-    has written there itself.
+    """Split the paths given to ``report RUNS/*`` into runs, each once, and comparisons that an
+    earlier ``report`` wrote there.
     """
     own = (COMPARISON_FILE, COMPARISON_PLOTS)
     runs: dict[Path, Path] = {}

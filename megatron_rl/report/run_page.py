@@ -1,5 +1,5 @@
-"""The report of a run: one HTML page that needs nothing but itself, the plots as PNG files, and
-a one-line summary."""
+"""The report of a run: one HTML page that holds its plots, the plots as PNG files, and a summary of
+one line."""
 
 from __future__ import annotations
 

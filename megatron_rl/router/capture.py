@@ -1,10 +1,9 @@
-"""Watches the routers of the model: what they chose at scoring time, and how far they have moved
-since.
+"""Records what the routers of a model choose, and measures how far they have moved since.
 
-Nothing is computed twice: `RouterCapture` wraps the `routing` method of each router instance,
-which receives the logits the router has just made and returns its choice. The wrapper only looks.
-Firings outside an open pass, such as the recomputation of activations during the backward pass, are
-let through unseen.
+`RouterCapture` wraps the `routing` method of each router instance, which takes the logits that the
+router has just made and returns its choice. So nothing is computed twice, and nothing is changed.
+Calls outside an open pass, such as the recomputation of activations during the backward pass, are
+not recorded.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from megatron_rl.router.trace import LayerTrace, RouterTrace, id_dtype
 
 
 class RouterError(RuntimeError):
-    """A router did not fire once in a pass, or its tokens do not match the trace: the result would
-    be wrong.
+    """A router fired never or twice in a pass, or its tokens do not match the trace: the result
+    would be wrong.
     """
 
 
@@ -33,8 +32,8 @@ class _Observer(Protocol):
 
 
 class RouterCapture:
-    """Binds to every MoE router of the given chunks by walking them; layers are known by their
-    global number.
+    """Wraps every MoE router of the given model chunks; a layer is named by its global number, from
+    1.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class RouterCapture:
                 router.routing = self._watched(number, router.routing)
 
     def close(self) -> None:
-        """Give the routers their own method back."""
+        """Unwrap the routers."""
         for routers in self._routers:
             for router in routers.values():
                 del router.routing
@@ -81,8 +80,8 @@ class RouterCapture:
 
     @contextlib.contextmanager
     def _pass(self, chunks: Sequence[int], observe: _Observer) -> Iterator[None]:
-        """Send each router's firing to ``observe``; at the end each router of the chunks must have
-        fired once.
+        """Call ``observe`` for each router that fires. At the end each router of the chunks must
+        have fired once.
         """
         if self._observer is not None:
             raise RouterError("a pass over the routers is open already")
@@ -150,11 +149,11 @@ class RouterCapture:
         mask: torch.Tensor,
         telemetry: RouterTelemetry | None,
     ) -> Iterator[Callable[[], torch.Tensor]]:
-        """Measure the distance of the pass inside to the trace, per token.
+        """Measure how far the routers in the pass inside are from the trace, token by token.
 
         Args:
             chunk: index of the model chunk that runs.
-            trace: of the same tokens, from `record`; None: there is no distance, only telemetry.
+            trace: of the same tokens, from `record`; None: measure no distance.
             mask: bool [T_local], tokens that count in the telemetry.
             telemetry: receives the per-layer sums; None: nothing is counted.
 

@@ -6,10 +6,10 @@ experts are made from the live logits, so the router still learns. A balancing l
 router's own choice, load and expert bias at the replayed one.
 
 Each router has a ``RouterReplay`` of Megatron's (``moe_enable_routing_replay``), which is used
-through its instance only: the class-wide list that its static methods work on holds the routers of
-every model this process has built. Routers are found by walking the chunks, as in `RouterCapture`,
-so pipeline stages and virtual stages need no bookkeeping. The same calls serve Megatron-Core 0.16.1
-and 0.19.2.
+through its instance only. Its static methods work on a list of the class, which holds the routers
+of every model that this process has built. Routers are found by walking the chunks, as in
+`RouterCapture`, so pipeline stages and virtual stages need no bookkeeping. The same calls serve
+Megatron-Core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class RouteReplay:
     ) -> Iterator[None]:
         """The forward pass of a chunk inside takes these experts.
 
-        Its recomputation takes them again: Megatron keeps them in a queue for each router, since
+        Its recomputation takes them again. Megatron keeps them in a queue for each router, because
         both of its schedules run the backward passes of a chunk in the order of its forward passes.
-        Where nothing will be recomputed nothing is queued.
+        If nothing will be recomputed, nothing is queued.
 
         Args:
             chunk: index of the model chunk that runs.
@@ -69,8 +69,8 @@ class RouteReplay:
                 choose once more.
 
         Raises:
-            RouterError: they are not those of the chunk's layers, or K is another; not all are
-                known in a pass with gradients.
+            RouterError: the layers or K are not those of the chunk; or not all tokens are known in
+                a pass with gradients.
         """
         routers = self._routers[chunk]
         _check_routes(routers, expert_ids)
@@ -100,7 +100,7 @@ class RouteReplay:
                     replay.clear_router_replay_action()
 
     def finish(self) -> None:
-        """Let the routers choose by themselves again; call once the schedule has ended.
+        """Let the routers choose for themselves again; call it when the schedule has ended.
 
         Raises:
             RouterError: a router was not recomputed as often as it ran, so that a recomputation

@@ -1,4 +1,4 @@
-"""What the routers did in a step, per layer: load, entropy, shift, overlap with the old choice."""
+"""What the routers did in a step, layer by layer: load, entropy, distance, overlap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _SHIFT = ("compared", "distance", "raw_gamma", "floored", "overlap")
 
 
 class RouterTelemetry:
-    """Sums over the real tokens of a step; reduced once at its end, nothing is read back before.
+    """Sums over the tokens of a step that count. One reduction at its end; nothing is read back to
+    the host before.
 
     Every rank holds sums of the layers and tokens it saw and zeros elsewhere, so one sum over all
     ranks is right under any split: pipeline stages hold other layers, tensor (sequence-parallel),

@@ -1,5 +1,5 @@
-"""The router trace: which experts the old policy chose for each token, and with which
-log-probability.
+"""The router trace: the experts that the old policy chose for each token, and their
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def id_dtype(num_experts: int) -> torch.dtype:
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that the host does not wait for.
 
-    It is made on the current stream, as is the copy back, so the one is done when the other
-    begins; the host must not read it in between.
+    This copy and the copy back run on the current stream, one after the other. The host must not
+    read it in between.
     """
     if not tensor.is_cuda:
         return tensor

@@ -85,7 +85,7 @@ def _run(
     make_task: MakeTask,
 ) -> None:
     with open_session(config, verb, config.train.steps, data.tokenizer) as session:
-        session.console.header({**run_facts(session, data.machine), **facts})
+        session.console.run_summary({**run_facts(session, data.machine), **facts})
         policy = build_policy(
             config,
             session.device,
@@ -129,7 +129,7 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
             f"reward {reward_text(config.reward)}"
         )
         facts = {"weights": weights, "data": what, **data.facts()}
-        session.console.header({**run_facts(session, data.machine), **facts})
+        session.console.run_summary({**run_facts(session, data.machine), **facts})
         sums = session.new_sums()
         with contextlib.closing(engine):
             evaluate_problems(session, engine, problems, sums)
