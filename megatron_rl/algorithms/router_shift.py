@@ -40,6 +40,14 @@ def shift_distance(
     return rule.total(rule.running(distances.T))
 
 
+def raw_gamma(distance: torch.Tensor) -> torch.Tensor:
+    """gamma_t = exp(-Delta_t), before the floor, of the distance of a layer or of all: any shape.
+
+    Delta in nats, as ``shift_weight`` has it after the division. Exactly 1 where it is 0.
+    """
+    return (-distance).exp()
+
+
 def shift_weight(distance: torch.Tensor, num_layers: int, floor: float) -> torch.Tensor:
     """gamma~_t = stop_gradient(max(exp(-distance_t / num_layers), floor)): [T] -> [T].
 
@@ -52,7 +60,7 @@ def shift_weight(distance: torch.Tensor, num_layers: int, floor: float) -> torch
         raise ValueError(f"found num_layers={num_layers}; expected at least one MoE layer")
     if not 0.0 <= floor <= 1.0:
         raise ValueError(f"found floor={floor}; expected a number in [0, 1]; the paper's is 0.8")
-    return (-at_least_float32(distance.detach()) / num_layers).exp().clamp(min=floor)
+    return raw_gamma(at_least_float32(distance.detach()) / num_layers).clamp(min=floor)
 
 
 @torch.no_grad()

@@ -32,9 +32,7 @@ class _Observer(Protocol):
 
 
 class RouterCapture:
-    """Wraps every MoE router of the given model chunks; a layer is named by its global number, from
-    1.
-    """
+    """Wraps every MoE router of the given chunks. Layers have their global numbers, from 1."""
 
     def __init__(
         self, chunks: Sequence[torch.nn.Module], expected_layers: Sequence[Sequence[int]]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_rl.algorithms.router_shift import raw_gamma
 from megatron_rl.router.clip_split import ClipSplit, quartile_fractions
 
 #: Sums over tokens: of the routers' choice, and of its distance to a trace.
@@ -51,7 +52,7 @@ class RouterTelemetry:
         self, layer: int, mask: torch.Tensor, distance: torch.Tensor, overlap: torch.Tensor
     ) -> None:
         """Count how far a pack of layer ``layer`` is from its trace: all [T_local]."""
-        weights, gamma = mask.to(distance.dtype), (-distance).exp()
+        weights, gamma = mask.to(distance.dtype), raw_gamma(distance)
         floored = (gamma < self._floor).to(distance.dtype)
         columns = torch.stack([torch.ones_like(distance), distance, gamma, floored, overlap])
         self.sums[layer, len(_CHOICE) :] += columns @ weights
