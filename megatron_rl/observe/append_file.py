@@ -106,7 +106,7 @@ class WarningFile(AppendFile):
         self.note(self.append(*records))
 
     def note(self, failure: OSError | None) -> None:
-        """Warn of what came of writing, if it is news: failure, or success after a failure."""
+        """Warn once of a failure, and once when writing works again (None)."""
         if failure is not None and not self._failing:
             self._warn(
                 f"{self.path} could not be written ({reason(failure)}); what is missing is kept "

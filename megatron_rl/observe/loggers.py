@@ -16,7 +16,7 @@ from megatron_rl.errors import UserError
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """The run, as a logger is told of it when it is made."""
+    """The facts of a run that a logger is made with."""
 
     directory: Path  #: the run directory; it exists
     resume_step: int | None  #: the run resumes after this step; None: it is new

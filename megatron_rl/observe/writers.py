@@ -125,8 +125,8 @@ class RunWriter:
 
 
 def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics as floats, without the step, those of other names in older versions under both.
-    ValueError: one is not in the metric table.
+    """The metrics as floats, without the step; those that were renamed also under the old name.
+    ValueError: the metric table has no such name.
     """
     for name in metrics:
         metric(name)

@@ -32,7 +32,7 @@ class Run:
     config_text: str
     records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, at least one, by step, names of today
     samples: tuple[Mapping[str, Any], ...]  #: samples.jsonl; may be empty
-    configurations: tuple[Configuration, ...] = ()  #: those that steps were done under, by step
+    configurations: tuple[Configuration, ...] = ()  #: of its steps, by first step
 
     def over_time(self, text: Callable[[Mapping[str, Any]], str]) -> str:
         """What ``text`` makes of the configurations, each with its first step where it differs from

@@ -28,7 +28,7 @@ class LayerTrace:
         return LayerTrace(_pinned(self.expert_ids), _pinned(self.logprobs))
 
     def to(self, device: torch.device) -> LayerTrace:
-        """The same on the device; itself if it is there."""
+        """The same on the device; itself if it is on it already."""
         return LayerTrace(
             self.expert_ids.to(device, non_blocking=True),
             self.logprobs.to(device, non_blocking=True),
@@ -40,7 +40,7 @@ RouterTrace = Mapping[int, LayerTrace]
 
 
 def on_device(trace: RouterTrace, device: torch.device) -> RouterTrace:
-    """The trace on the device; nothing is copied where it is there already."""
+    """The trace on the device; what is on it already is not copied."""
     return {number: layer.to(device) for number, layer in trace.items()}
 
 
