@@ -32,7 +32,9 @@ class _Observer(Protocol):
 
 
 class RouterCapture:
-    """Wraps every MoE router of the given chunks. Layers have their global numbers, from 1."""
+    """Binds to every MoE router of the given chunks by walking them; layers are known by their
+    global number.
+    """
 
     def __init__(
         self, chunks: Sequence[torch.nn.Module], expected_layers: Sequence[Sequence[int]]

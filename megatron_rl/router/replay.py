@@ -6,10 +6,10 @@ experts are made from the live logits, so the router still learns. A balancing l
 router's own choice, load and expert bias at the replayed one.
 
 Each router has a ``RouterReplay`` of Megatron's (``moe_enable_routing_replay``), which is used
-through its instance only. Its static methods work on a list of the class, which holds the routers
-of every model that this process has built. Routers are found by walking the chunks, as in
-`RouterCapture`, so pipeline stages and virtual stages need no bookkeeping. The same calls serve
-Megatron-Core 0.16.1 and 0.19.2.
+through its instance only: the class-wide list that its static methods work on holds the routers of
+every model this process has built. Routers are found by walking the chunks, as in `RouterCapture`,
+so pipeline stages and virtual stages need no bookkeeping. The same calls serve Megatron-Core 0.16.1
+and 0.19.2.
 """
 
 from __future__ import annotations
