@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.algorithms.layer_rules import layer_rule
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
@@ -74,7 +75,7 @@ def build_policy(
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
     optimizer = build_optimizer(config, wrapped, transformer, groups)
-    moe = moe_layers(config.model)
+    moe, shift = moe_layers(config.model), config.algorithm.router_shift
     held, routers = [layer_numbers(chunk) for chunk in chunks], routers_of(chunks)
     return Policy(
         config=config,
@@ -91,8 +92,7 @@ def build_policy(
         replay=RouteReplay(routers) if config.algorithm.routing_replay != "none" else None,
         relay=DistanceRelay(
             groups.relay,
-            len(chunks),
-            config.algorithm.router_shift.layers,
+            layer_rule(shift.layers, shift.quantile),
             [sum(moe[: layers[0] - 1]) for layers in held],
         ),
         num_moe_layers=sum(moe),

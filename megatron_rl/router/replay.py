@@ -57,9 +57,9 @@ class RouteReplay:
     ) -> Iterator[None]:
         """The forward pass of a chunk inside takes these experts.
 
-        Its recomputation takes them again: Megatron keeps them in a queue for each router, since
+        Its recomputation takes them again. Megatron keeps them in a queue for each router, because
         both of its schedules run the backward passes of a chunk in the order of its forward passes.
-        Where nothing will be recomputed nothing is queued.
+        If nothing will be recomputed, nothing is queued.
 
         Args:
             chunk: index of the model chunk that runs.
@@ -71,8 +71,8 @@ class RouteReplay:
                 choose once more.
 
         Raises:
-            RouterError: they are not those of the chunk's layers, or K is another; not all are
-                known in a pass with gradients.
+            RouterError: the layers or K are not those of the chunk; or not all tokens are known in
+                a pass with gradients.
         """
         routers = self._routers[chunk]
         _check_routes(routers, expert_ids)
@@ -102,7 +102,7 @@ class RouteReplay:
                     replay.clear_router_replay_action()
 
     def finish(self) -> None:
-        """Let the routers choose by themselves again; call once the schedule has ended.
+        """Let the routers choose for themselves again; call it when the schedule has ended.
 
         Raises:
             RouterError: a router was not recomputed as often as it ran, so that a recomputation

@@ -27,7 +27,7 @@ def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
 
 
 def trace_fact(config: Config, world_size: int, longest: int) -> str:
-    """The size of the trace, for the header."""
+    """The size of the trace, for the run summary."""
     return (
         f"{trace_bytes_per_token(config.model):,} bytes a token over all pipeline stages; "
         + trace_text(config, world_size, longest)

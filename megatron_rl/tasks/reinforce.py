@@ -211,9 +211,9 @@ class Reinforce:
         if answers:
             now = self._engine.version
             lags = [now - a.version for a in answers if a.version is not None]
-            sums.add("rollout/lag", sum(lags), len(answers))
+            sums.add("rollout/staleness", sum(lags), len(answers))
             carried = sum(a.last_version != a.version for a in answers)
-            sums.add("rollout/carried_fraction", carried, len(answers))
+            sums.add("rollout/partial_fraction", carried, len(answers))
 
     def evaluate(self, sums: MetricSums) -> None:
         """Held-out problems, greedy and sampled."""

@@ -158,7 +158,7 @@ def test_the_mean_over_the_mini_batch_is_one(mode):
     gamma, normalised = joined(seen, "router_shift"), joined(other, "router_shift")
     torch.testing.assert_close(normalised, gamma / gamma[acting].mean(), rtol=1e-5, atol=1e-7)
     assert gamma[acting].mean() < 0.99
-    assert other_metrics["router/shift_mean"] == metrics["router/shift_mean"]
+    assert other_metrics["router/raw_gamma_mean"] == metrics["router/raw_gamma_mean"]
 
 
 #: Of four layers: the third smallest is the least that half of them and more do not exceed.
@@ -197,5 +197,5 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
     here = item.pack.mask
     torch.testing.assert_close(seen[0].router_shift[here], torch.exp(-one)[here])
     smallest = min(inputs.router_shift[inputs.mask].min().item() for inputs in seen)
-    assert metrics["router/shift_min"] == pytest.approx(smallest)
+    assert metrics["router/raw_gamma_min"] == pytest.approx(smallest)
     assert not math.isclose(smallest, 1.0, abs_tol=1e-3)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rl.observe.metric_table import split_part
-from megatron_rl.observe.run_files import Run
+from megatron_rl.report.run import Run
 
 _CURVES = 5  # of a plot: there are as many colours
 
@@ -67,10 +67,10 @@ PLOTS: tuple[Plot, ...] = (
         (("loss", "loss"),),
     ),
     Plot(
-        "router_shift",
-        "Router shift",
-        "Weight gamma = exp(-distance) before the floor: mean and minimum over tokens.",
-        (("router/shift_mean", "mean"), ("router/shift_min", "minimum")),
+        "raw_gamma",
+        "Raw gamma",
+        "gamma = exp(-router distance) before the floor: mean and minimum over tokens.",
+        (("router/raw_gamma_mean", "mean"), ("router/raw_gamma_min", "minimum")),
     ),
     Plot(
         "router_distance",
@@ -90,8 +90,8 @@ PLOTS: tuple[Plot, ...] = (
     Plot(
         "floor_fraction",
         "Floored tokens by layer",
-        "Tokens whose exp(-distance) of the layer alone is below the floor. Dashed: gamma itself.",
-        (("router/floor_fraction", "gamma"),),
+        "Tokens whose raw gamma of the layer alone is below the floor. Dashed: of all layers.",
+        (("router/floor_fraction", "all layers"),),
         "layers",
         percent=True,
     ),
@@ -104,7 +104,7 @@ PLOTS: tuple[Plot, ...] = (
     ),
     Plot(
         "clip_by_gamma",
-        "Clipped tokens by router shift",
+        "Clipped tokens by gamma",
         "Clipped share of each quarter of the step's tokens, by gamma.",
         (
             ("clip_fraction/gamma_q1", "smallest gamma"),
@@ -208,7 +208,7 @@ def part_names(run: Run) -> list[str]:
 
 
 def part_plots(run: Run) -> tuple[Plot, ...]:
-    """Plots of these; () where there are none."""
+    """Plots of `part_names`, a few curves each; () if there are none."""
     names = part_names(run)
     plots: list[Plot] = []
     for title, text, bases in (

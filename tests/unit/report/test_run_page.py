@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from megatron_rl.errors import UserError
-from megatron_rl.observe.plots import smooth
-from megatron_rl.observe.report import duration, points, summary, write_report
+from megatron_rl.report.plots import smooth
+from megatron_rl.report.run_page import duration, points, summary, write_report
 
 HOSTILE = "</pre><script>alert('x')</script>&amp;<img src=http://evil.example/x.png onerror=1>"
 CONFIG = """\
@@ -37,7 +37,7 @@ def _eval(pass_at_1, mean_at_k):
 def _train_record(step):
     record = {"step": step, "reward/mean": 0.1 * step, "reward/solved": 0.05 * step}
     record |= {"loss": None if step == 3 else -0.01 * step, "grad_norm": 0.5, "clip_fraction": 0.02}
-    record |= {"router/shift_mean": 0.99, "router/shift_min": 0.9 - 0.01 * step}
+    record |= {"router/raw_gamma_mean": 0.99, "router/raw_gamma_min": 0.9 - 0.01 * step}
     record |= {f"router/distance_mean/layer_0{i}": 0.001 * (i + step) for i in range(3)}
     record |= {"time/rollout_s": 10.0, "time/update_s": 8.0, "time/step_s": 20.0}
     return record
@@ -135,7 +135,7 @@ def test_hostile_text_stays_text_and_nothing_is_fetched(page):
 def test_plots_are_pictures_of_the_metrics_that_exist(train_run, page):
     files = {path.stem for path in (train_run / "plots").glob("*.png")}
     assert files == {
-        *("reward", "eval", "loss", "router_shift", "router_distance", "clip_fraction"),
+        *("reward", "eval", "loss", "raw_gamma", "router_distance", "clip_fraction"),
         *("grad_norm", "time"),
     }
     for path in (train_run / "plots").glob("*.png"):

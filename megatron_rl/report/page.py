@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: HTML with its style sheet and plots inside."""
+"""HTML pages that hold their style sheet and their plots."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 
 from megatron_rl.files import write_whole
-from megatron_rl.observe.plot_list import Plot
-from megatron_rl.observe.plots import DARK, LIGHT, render
-from megatron_rl.observe.report_style import STYLE
-from megatron_rl.observe.run_files import Run
+from megatron_rl.report.plot_list import Plot
+from megatron_rl.report.plots import DARK, LIGHT, render
+from megatron_rl.report.run import Run
+from megatron_rl.report.style import STYLE
 
 
 def write_page(path: Path, title: str, summary: str, sections: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from megatron_rl.cli import main
 from megatron_rl.errors import UserError
-from megatron_rl.observe.comparison import write_comparison
-from megatron_rl.observe.plots import LIGHT, _strokes
-from megatron_rl.observe.report import write_report
 from megatron_rl.observe.run_files import drop_after
+from megatron_rl.report.comparison import write_comparison
+from megatron_rl.report.plots import LIGHT, _strokes
+from megatron_rl.report.run_page import write_report
 
 
 def write_run(folder, name, lr, solved, norms, gammas):
@@ -25,7 +25,7 @@ def write_run(folder, name, lr, solved, norms, gammas):
     records = [{"step": 0, "eval/pass@1": solved[0], "eval/mean@k": 0.1, "eval/samples": 4.0}]
     for step, norm in enumerate(norms, start=1):
         records.append({"step": step, "grad_norm": norm, "kl_old": 0.01 * step, "loss": 0.0})
-        records[-1] |= {"router/shift_mean": gammas[step - 1]} if gammas else {}
+        records[-1] |= {"router/raw_gamma_mean": gammas[step - 1]} if gammas else {}
     records[-1] |= {"eval/pass@1": solved[1], "eval/mean@k": 0.3, "eval/samples": 4.0}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return run_dir

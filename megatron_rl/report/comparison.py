@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.observe.page import write_figures, write_page
-from megatron_rl.observe.plot_list import Plot
-from megatron_rl.observe.report import PLOTS_DIR, mean_at_k, points
-from megatron_rl.observe.run_files import COMPARISON_FILE, Run, read_run
+from megatron_rl.report.page import write_figures, write_page
+from megatron_rl.report.plot_list import Plot
+from megatron_rl.report.run import COMPARISON_FILE, Run, read_run
+from megatron_rl.report.run_page import PLOTS_DIR, mean_at_k, points
 
 #: What is drawn, in order: file, metric, title, caption, percent.
 _COMPARED = (
@@ -45,14 +45,14 @@ def write_comparison(run_dirs: Sequence[Path], page: Path | None = None) -> Path
     """Compare two runs or more on one page, with its plots as PNG files beside it.
 
     Args:
-        run_dirs: directories of runs; a curve is named by what tells their paths apart.
+        run_dirs: directories of runs; a curve is named by its run's path below the shared folder.
         page: the HTML file to write; None: comparison.html in the deepest folder they share.
 
     Returns:
         The page's path.
 
     Raises:
-        UserError: a run cannot be read, one is given twice or inside another, or there is but one.
+        UserError: a run cannot be read, is given twice, is inside another, or is the only one.
     """
     if len(run_dirs) < 2:
         raise UserError(f"found {len(run_dirs)} runs to compare; expected 2 or more")
@@ -87,7 +87,7 @@ def _merge(runs: dict[str, Run], shared: Path) -> tuple[Run, list[Plot]]:
 
 def _table(runs: dict[str, Run]) -> str:
     names = ["Run", "Loss", "Router shift", "Learning rate", "Steps", "pass@1", "mean@k"]
-    names += ["Largest gradient norm", "Largest KL", "Least mean gamma"]
+    names += ["Largest gradient norm", "Largest KL", "Least mean raw gamma"]
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(_row(label, run) for label, run in runs.items())
     return (
@@ -100,14 +100,14 @@ def _row(label: str, run: Run) -> str:
     cells = (
         label,
         run.over_time(lambda config: config.get("algorithm", {}).get("name", "")),
-        "yes" if run.series("router/shift_mean")[0] else "no",
+        "yes" if run.series("router/raw_gamma_mean")[0] else "no",
         run.over_time(lambda config: str(config.get("optimizer", {}).get("lr", ""))),
         run.records[-1]["step"],
         _gain(run, "eval/pass@1"),
         _sampled_gain(run),
         _extreme(run, "grad_norm", max),
         _extreme(run, "kl_old", max),
-        _extreme(run, "router/shift_mean", min),
+        _extreme(run, "router/raw_gamma_mean", min),
     )
     return f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
 

@@ -1,5 +1,5 @@
-"""The report of a run: one HTML page that needs nothing but itself, the plots as PNG files, and
-a one-line summary."""
+"""The report of a run: one HTML page that holds its plots, the plots as PNG files, and a summary of
+one line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_rl.catalogue.kinds import LOSSES
 from megatron_rl.config.on_resume import shown
-from megatron_rl.observe.page import write_figures, write_page
-from megatron_rl.observe.plot_list import PLOTS, part_names, part_plots
-from megatron_rl.observe.run_files import Run, read_run
+from megatron_rl.report.page import write_figures, write_page
+from megatron_rl.report.plot_list import PLOTS, part_names, part_plots
+from megatron_rl.report.run import Run, read_run
 
 REPORT_FILE = "report.html"
 PLOTS_DIR = "plots"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_rl.observe.plot_list import Plot
-from megatron_rl.observe.run_files import Run
+from megatron_rl.report.plot_list import Plot
+from megatron_rl.report.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
