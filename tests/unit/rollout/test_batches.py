@@ -2,12 +2,12 @@
 
 import pytest
 
-from megatron_rl.rollout.builtin.waves import split_by_tokens, split_into_waves
+from megatron_rl.rollout.builtin.batches import split_by_tokens, split_into_batches
 from tests.support.tiny import random_prompts
 
 
 def test_waves_cover_every_row_once_and_are_nearly_equal():
-    waves = split_into_waves(random_prompts([1] * 5), samples=3, max_batch=4)
+    waves = split_into_batches(random_prompts([1] * 5), samples=3, max_batch=4)
     assert [len(wave.prompt_of) for wave in waves] == [3, 4, 4, 4]
     rows = [
         (wave.prompts[p].index, number)
@@ -19,9 +19,9 @@ def test_waves_cover_every_row_once_and_are_nearly_equal():
 
 
 def test_a_wave_may_hold_some_answers_of_one_prompt():
-    waves = split_into_waves(random_prompts([1]), samples=5, max_batch=2)
+    waves = split_into_batches(random_prompts([1]), samples=5, max_batch=2)
     assert [wave.sample_numbers for wave in waves] == [[0], [1, 2], [3, 4]]
-    assert split_into_waves([], samples=5, max_batch=2) == []
+    assert split_into_batches([], samples=5, max_batch=2) == []
 
 
 @pytest.mark.parametrize(
