@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.rollout.servers.sync import Command
+from megatron_rl.rollout.servers.own_servers import Command
 from tests.support.tiny import cpu_device
 
 
@@ -58,12 +58,13 @@ def build_on(
 ) -> Any:
     """The engine on a model that is there."""
     from megatron_rl.rollout.engine import EngineParts
-    from megatron_rl.rollout.servers.engine import ServerEngine
+    from megatron_rl.rollout.servers.server_engine import ServerEngine
     from megatron_rl.rollout.servers.vllm import VllmApi
 
     decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
-    parts = EngineParts(config, chunks, groups, stop_ids, decode, say=told.append)
-    return ServerEngine(parts, VllmApi(method), command)
+    parts = EngineParts(config, chunks, groups, stop_ids, decode, warn=told.append)
+    api = VllmApi(method)
+    return ServerEngine(parts, api, command, broadcast=api)
 
 
 def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:

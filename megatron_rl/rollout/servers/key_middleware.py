@@ -1,8 +1,10 @@
-"""Runs inside vLLM: no route answers without the key. Imports nothing of this package.
+"""Runs inside vLLM: middleware that asks for the key on every route. It imports nothing of this
+package.
 
-``--middleware megatron_rl.rollout.servers.guard.Guard`` puts it before all routes. vLLM's own
-``--api-key`` guards those under /v1, /v2, /inference and /cohere (0.32), and not those of
-VLLM_SERVER_DEV_MODE: the ones that change weights, call methods of the workers and end answers.
+``--middleware megatron_rl.rollout.servers.key_middleware.KeyMiddleware`` puts it before all routes.
+vLLM's own ``--api-key`` guards only the routes under /v1, /v2, /inference and /cohere (0.32). It
+does not guard the routes of VLLM_SERVER_DEV_MODE, which change weights, call methods of the workers
+and abort answers.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import hmac
 import os
 from typing import Any, Awaitable, Callable
 
-#: As in `keys.py`.
+#: The same as in `keys.py`.
 KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
 
 
-class Guard:
-    """ASGI middleware. Without a key in the environment the server does not start."""
+class KeyMiddleware:
+    """ASGI middleware. A server without a key in its environment does not start."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         key = os.environ.get(KEY_VARIABLE)
@@ -27,7 +29,7 @@ class Guard:
     async def __call__(
         self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
     ) -> None:
-        """Answers 401 to requests without the key; closes such web sockets."""
+        """Answer 401 to a request without the key, and close a web socket without it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return

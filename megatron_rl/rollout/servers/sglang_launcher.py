@@ -1,9 +1,9 @@
-"""Starts SGLang with a key that no process list shows: a script of its own.
+"""Starts SGLang with its key, which no process list shows. A script of its own:
 
-    MEGATRON_RL_SERVER_KEY=... python keyed.py MODULE WORD...
+    MEGATRON_RL_SERVER_KEY=... python sglang_launcher.py MODULE ARGUMENT...
 
-SGLang takes its key as a word of its command and from nowhere else. So the word is added behind the
-others inside the process. With a key SGLang guards all routes but /health, /ready and /metrics.
+SGLang takes its key only as an argument. So this script adds the argument inside the process. With
+a key SGLang guards all routes but /health, /ready and /metrics.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import sys
 def main() -> None:
     """Run the module as `python -m` would."""
     key = os.environ["MEGATRON_RL_SERVER_KEY"]
-    sys.path[0] = os.getcwd()  # and not this directory, whose sglang.py is another
+    # Python put this directory first, and its sglang.py is not the package sglang.
+    sys.path[0] = os.getcwd()
     sys.argv[:] = [*sys.argv[1:], "--api-key", key]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

@@ -9,15 +9,9 @@ import pytest
 
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import (
-    LEAST_LOGPROB,
-    Answer,
-    BadAnswer,
-    ExpertShape,
-    answer_seed,
-    check_answers,
-    most_bytes,
-)
+from megatron_rl.rollout.servers.answer_checks import LEAST_LOGPROB, ExpertShape, check_answers
+from megatron_rl.rollout.servers.answer_requests import answer_seed, most_bytes
+from megatron_rl.rollout.servers.api import Answer, BadAnswer
 
 PROMPT = Prompt(3, np.array([5, 6, 7]), "", {})
 SETTINGS = SamplingSettings(samples=2, max_new_tokens=3)

@@ -14,9 +14,10 @@ from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers import pool as pool_module
 from megatron_rl.rollout.servers import process
-from megatron_rl.rollout.servers.api import BadAnswer, Call, NoAnswer, check_answers
+from megatron_rl.rollout.servers.answer_checks import check_answers
+from megatron_rl.rollout.servers.api import BadAnswer, Call, NoAnswer
 from megatron_rl.rollout.servers.exchange import ask_once, parse_json
-from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.pool import Request, ServerPool
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model, wait_for
 from tests.support.raw_server import RawServer, response, sending, silence
@@ -87,20 +88,20 @@ def test_the_deadline_is_of_the_whole_exchange(behaviour):
 
 def test_a_server_that_drips_is_not_waited_for(monkeypatch):
     """The other one answers, if not at once; a byte comes every 0.2 s."""
-    monkeypatch.setattr(pool_module, "LONGEST_REST_S", 0.1)
+    monkeypatch.setattr(pool_module, "LONGEST_BACKOFF_S", 0.1)
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(4)]
     settings, api, told = SamplingSettings(2, 5), VllmApi("load"), []
 
     def question(prompt):
         def read(payload):
-            check_answers(api.answers(payload), prompt, settings, (1,), 16, ["default"])
+            check_answers(api.read_answers(payload), prompt, settings, (1,), 16, ["default"])
             return prompt.index
 
-        return Question(api.generation(prompt, settings, prompt.index, (1,)), read)
+        return Request(api.generate_call(prompt, settings, prompt.index, (1,)), read)
 
     with RawServer(byte_by_byte(WHOLE, 0)) as slow, FakeServer(toy_model()) as good:
         urls = [slow.url, good.url]
-        pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=1000, say=told.append)
+        pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=1000, warn=told.append)
         assert pool.ask([question(prompt) for prompt in prompts]) == [0, 1, 2, 3]
         assert len(slow.asked) >= 1 and pool.take_failures() >= 1
         with pytest.raises(NoAnswer, match="/inference/v1/generate was not answered in full wit"):
@@ -127,8 +128,8 @@ def test_a_health_check_has_a_deadline_too(tmp_path, monkeypatch):
 def test_a_pool_that_is_closed_does_not_wait_for_its_servers(on):
     ended = []
     with RawServer(silence) as server:
-        pool = ServerPool([server.url], in_flight=1, deadline_s=600.0, retries=0, say=print)
-        question = Question(Call("/pause", {}), lambda payload: None)
+        pool = ServerPool([server.url], in_flight=1, deadline_s=600.0, retries=0, warn=print)
+        question = Request(Call("/pause", {}), lambda payload: None)
 
         def wait():
             with pytest.raises(RunFailed, match="the rollout servers are not asked any more"):

@@ -9,8 +9,9 @@ import pytest
 from megatron_rl.errors import RunFailed
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import NoAnswer, check_answers
-from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.answer_checks import check_answers
+from megatron_rl.rollout.servers.api import NoAnswer
+from megatron_rl.rollout.servers.pool import Request, ServerPool
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support import raw_server
 from tests.support.fake_server import FakeServer, toy_model, wait_for
@@ -32,7 +33,7 @@ def told():
 
 def make_pool(servers, told, **settings):
     settings = {"in_flight": 4, "deadline_s": 60.0, "retries": 3, **settings}
-    return ServerPool([server.url for server in servers], say=told.append, **settings)
+    return ServerPool([server.url for server in servers], warn=told.append, **settings)
 
 
 def questions(count=COUNT, version="default"):
@@ -40,14 +41,14 @@ def questions(count=COUNT, version="default"):
 
     def read(prompt):
         def answers(payload):
-            found = API.answers(payload)
+            found = API.read_answers(payload)
             check_answers(found, prompt, SETTINGS, STOPS, VOCABULARY, [version])
             return prompt.index, [answer.tokens.tolist() for answer in found]
 
         return answers
 
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(count)]
-    return [Question(API.generation(p, SETTINGS, p.index, STOPS), read(p)) for p in prompts]
+    return [Request(API.generate_call(p, SETTINGS, p.index, STOPS), read(p)) for p in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -325,13 +326,13 @@ def test_who_is_first_is_asked_for_first(servers, told):
     both_wait = threading.Event()
     servers[0].before_answer = lambda: both_wait.wait(100.0)
     threads = [
-        threading.Thread(target=pool.ask, args=(questions(12),), kwargs={"turn": turn})
-        for turn in (1, 2)
+        threading.Thread(target=pool.ask, args=(questions(12),), kwargs={"batch": batch})
+        for batch in (1, 2)
     ]
     threads[0].start()
     wait_for(lambda: servers[0].asked)
     threads[1].start()
-    wait_for(lambda: len(pool._unasked) == 2)
+    wait_for(lambda: len(pool._waiting) == 2)
     both_wait.set()
     for thread in threads:
         thread.join(60.0)

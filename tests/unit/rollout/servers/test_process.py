@@ -56,7 +56,7 @@ def test_it_serves_and_stops_with_all_it_started(process):
     process.wait_until_ready(120.0)
     assert process.is_running
     started = processes_of(process.pid)
-    assert len(started) == 3  # leash, server, its child
+    assert len(started) == 3  # supervisor, server, its child
     process.stop()
     wait_for(gone(started))
     assert not process.is_running

@@ -370,7 +370,7 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
     engine, *_ = build(config.model_copy(update={"rollout": rollout}), told, fake_command)
     with contextlib.closing(engine):
         expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
-        processes = [psutil.Process(process.pid) for process in engine.sync.own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
         assert engine.metrics()["servers/used"] == 2 and told == []
         # One dies while it is not needed: the other answers, and it is started beside it.
         kill(processes[0])
@@ -378,18 +378,20 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         metrics = engine.metrics()
         assert (metrics["servers/used"], metrics["servers/restarts"]) == (1, 1)
-        assert told == [f"rollout server {engine.sync.own[0].url} has ended; starting it again"]
-        wait_for(lambda: engine.sync.own[0].is_ready, 60.0)
+        assert told == [
+            f"rollout server {engine.sync.own.processes[0].url} has ended; starting it again"
+        ]
+        wait_for(lambda: engine.sync.own.processes[0].is_ready, 60.0)
         engine.weights_changed()
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         assert engine.metrics()["servers/used"] == 2
         # Both die before they are asked: they are brought back with the weights of the moment.
-        processes = [psutil.Process(process.pid) for process in engine.sync.own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
         for process in processes:
             kill(process)
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         assert engine.metrics()["servers/restarts"] == 2
-        processes = [psutil.Process(process.pid) for process in engine.sync.own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
     assert not any(process.is_running() for process in processes)
 
 
@@ -397,11 +399,11 @@ def tokens_of(groups):
     return [[answer.tokens.tolist() for answer in group.completions] for group in groups]
 
 
-def kill(leash):
-    """The server under a leash, as when it crashes; waits until the leash has seen it."""
-    for child in leash.children():
+def kill(supervisor):
+    """Kill the server, as a crash does, and wait until its supervisor has seen it."""
+    for child in supervisor.children():
         child.kill()
-    wait_for(lambda: not leash.is_running() or leash.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: not supervisor.is_running() or supervisor.status() == psutil.STATUS_ZOMBIE)
 
 
 def _generate(directory, run_dir, urls, parallel):

@@ -6,7 +6,7 @@ import torch
 from megatron_rl.rollout.servers import broadcast
 from megatron_rl.rollout.servers.api import BadAnswer, NoAnswer
 from megatron_rl.rollout.servers.broadcast import WeightBroadcast
-from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.pool import Request, ServerPool
 from megatron_rl.rollout.servers.transfer import PACKED_BYTES, offers_transfer
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model
@@ -24,8 +24,8 @@ def servers():
 
 
 def asking(server):
-    pool = ServerPool([server.url], in_flight=1, deadline_s=60.0, retries=0, say=print)
-    return lambda call, read: pool.ask_one(server.url, Question(call, read))
+    pool = ServerPool([server.url], in_flight=1, deadline_s=60.0, retries=0, warn=print)
+    return lambda call, read: pool.ask_one(server.url, Request(call, read))
 
 
 def joined(*servers):
@@ -96,7 +96,7 @@ def test_a_batch_is_what_the_workers_take_for_one_broadcast():
 
 
 def test_a_count_that_is_none_is_refused():
-    assert API.count({"world_size": 4}) == 4
+    assert API.read_world_size({"world_size": 4}) == 4
     for payload in (None, {}, {"world_size": "many"}):
         with pytest.raises(BadAnswer, match="not a response of /get_world_size"):
-            API.count(payload)
+            API.read_world_size(payload)
