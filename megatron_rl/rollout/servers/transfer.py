@@ -9,13 +9,13 @@ call names some weights, and one broadcast carries their bytes. This follows the
 from __future__ import annotations
 
 import base64
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Protocol, Sequence
 
 import torch
 
+from megatron_rl.rollout.daemon_thread import in_daemon_thread
 from megatron_rl.rollout.servers.api import BadAnswer, BroadcastApi, NoAnswer
 from megatron_rl.rollout.servers.channel import Ask, Entry, Wait
 
@@ -99,7 +99,7 @@ class TransferChannel:
             "packed_buffer_size_bytes": PACKED_BYTES,
         }
         joined = self._threads.submit(ask, api.join_call(information), _nothing)
-        here = _in_daemon_thread(self._link.join, size)
+        here = in_daemon_thread(self._link.join, size, name="weights")
         joined.result(self._seconds)
         here.result(self._seconds)
 
@@ -124,7 +124,7 @@ class TransferChannel:
         taken: Future[Any] = self._threads.submit(
             self._ask, self._api.update_call(entries), _nothing
         )
-        sent = _in_daemon_thread(self._link.broadcast, payload)
+        sent = in_daemon_thread(self._link.broadcast, payload, name="weights")
 
         def wait() -> None:
             taken.result(self._seconds)
@@ -140,19 +140,3 @@ class TransferChannel:
 
 def _nothing(payload: Any) -> None:
     """Reads a response whose content does not matter."""
-
-
-def _in_daemon_thread(function: Callable[[Any], object], argument: Any) -> Future[Any]:
-    """Run it in a thread that the process does not wait for when it ends: a collective with a
-    worker that is gone never returns.
-    """
-    done: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(function(argument))
-        except RuntimeError as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return done
