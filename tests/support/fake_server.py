@@ -110,10 +110,10 @@ class FakeServer:
         self.worker = _Worker(like, self._take, self._between) if like else None
         self.transfer: Any = None  #: answers the routes of vLLM's weight transfer
         self.version, self.loaded = "default", []
-        self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
+        self.asked: list[dict[str, Any]] = []  #: bodies of the requests, answered or not
         self.experts: tuple[int, int] | None = None  #: (L, K): answers carry experts
-        self.done: list[dict[str, Any]] = []  #: bodies of the questions answered
-        #: called before a question is answered; and before the server is paused, with how often
+        self.done: list[dict[str, Any]] = []  #: bodies of the requests answered
+        #: called before a request is answered; and before the server is paused, with how often
         self.before_answer: Callable[[], None] = lambda: None
         self.before_pause: Callable[[int], None] = lambda number: None
         #: (n, p): the n-th token of an answer, from 0, waits until the server is paused p times
@@ -139,11 +139,11 @@ class FakeServer:
 
     @property
     def answered(self) -> int:
-        """How many questions."""
+        """How many requests."""
         return len(self.done)
 
     def close(self) -> None:
-        """Stop at once: open questions are not answered, new connections refused."""
+        """Stop at once: open requests are not answered, new connections refused."""
         self._ended.set()
         self._http.shutdown()
         self._http.server_close()

@@ -16,11 +16,11 @@ from tests.support.tiny import cpu_device
 
 def config_of(directory: Path, run_dir: Path, urls: Sequence[str], **parallel: int) -> Config:
     """Of a run on servers, from a model directory."""
-    words = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
-    words += [f"--parallel.{name}={value}" for name, value in parallel.items()]
-    words += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
-    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=300"]
-    return load_config(None, words)
+    argv = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
+    argv += [f"--parallel.{name}={value}" for name, value in parallel.items()]
+    argv += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
+    argv += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=300"]
+    return load_config(None, argv)
 
 
 def build(

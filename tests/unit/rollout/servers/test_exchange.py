@@ -92,7 +92,7 @@ def test_a_server_that_drips_is_not_waited_for(monkeypatch):
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(4)]
     settings, api, told = SamplingSettings(2, 5), VllmApi("load"), []
 
-    def question(prompt):
+    def request(prompt):
         def read(payload):
             check_answers(api.read_answers(payload), prompt, settings, (1,), 16, ["default"])
             return prompt.index
@@ -102,10 +102,10 @@ def test_a_server_that_drips_is_not_waited_for(monkeypatch):
     with RawServer(byte_by_byte(WHOLE, 0)) as slow, FakeServer(toy_model()) as good:
         urls = [slow.url, good.url]
         pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=1000, warn=told.append)
-        assert pool.ask([question(prompt) for prompt in prompts]) == [0, 1, 2, 3]
+        assert pool.ask([request(prompt) for prompt in prompts]) == [0, 1, 2, 3]
         assert len(slow.asked) >= 1 and pool.take_failures() >= 1
         with pytest.raises(NoAnswer, match="/inference/v1/generate was not answered in full wit"):
-            pool.ask_one(slow.url, question(prompts[0]))  # as weights are sent, and probed
+            pool.ask_one(slow.url, request(prompts[0]))  # as weights are sent, and probed
     late = [line for line in told if line.startswith(f"rollout server {slow.url}")]
     assert late and all("not answered in full within 1 s; asking again" in line for line in late)
 
@@ -129,11 +129,11 @@ def test_a_pool_that_is_closed_does_not_wait_for_its_servers(on):
     ended = []
     with RawServer(silence) as server:
         pool = ServerPool([server.url], in_flight=1, deadline_s=600.0, retries=0, warn=print)
-        question = Request(Call("/pause", {}), lambda payload: None)
+        request = Request(Call("/pause", {}), lambda payload: None)
 
         def wait():
             with pytest.raises(RunFailed, match="the rollout servers are not asked any more"):
-                pool.ask([question]) if on == "ask" else pool.ask_one(server.url, question)
+                pool.ask([request]) if on == "ask" else pool.ask_one(server.url, request)
             ended.append(True)
 
         asking = threading.Thread(target=wait, daemon=True)
@@ -143,7 +143,7 @@ def test_a_pool_that_is_closed_does_not_wait_for_its_servers(on):
         asking.join(30.0)
         assert ended == [True]
         with pytest.raises(RunFailed, match="not asked any more"):
-            pool.ask_one(server.url, question)
+            pool.ask_one(server.url, request)
 
 
 def peak_of(function):

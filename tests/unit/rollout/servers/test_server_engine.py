@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 import threading
 
@@ -12,7 +13,9 @@ import torch
 
 from megatron_rl.errors import RunFailed, Stopped, UserError
 from megatron_rl.records import Prompt
-from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.engine import EngineParts, SamplingSettings
+from megatron_rl.rollout.servers.server_engine import ServerEngine
+from megatron_rl.rollout.servers.sglang import SglangApi
 from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
@@ -160,7 +163,7 @@ def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, serv
             parameter.mul_(1.1)
     engine.weights_changed()
     threading.Timer(0.3, may_answer.set).start()
-    # other questions, by the new weights, wait for the ones that are open
+    # other requests, by the new weights, wait for the ones that are open
     new = engine.generate(PROMPTS, SAMPLED)
     old = finish()
     assert tokens_of(old) == expected != tokens_of(new)
@@ -196,6 +199,35 @@ def test_weights_are_broadcast_without_a_disk(directory, tmp_path, receivers, to
         change_weights(engine, chunks)
     assert [len(server.loaded) for server in receivers] == [3, 3] and told == []
     assert not (tmp_path / "servers").exists()
+
+
+def test_config_json_is_read_once_and_not_at_each_broadcast(directory, tmp_path, receivers, told):
+    model = shutil.copytree(directory, tmp_path / "model")
+    engine, chunks, *_ = build(broadcasting(model, tmp_path / "run", receivers), told)
+    (model / "config.json").write_text("{")
+    for number in range(2):
+        groups = engine.generate(PROMPTS, SAMPLED)
+        assert {answer.version for group in groups for answer in group.completions} == {number}
+        change_weights(engine, chunks)
+    assert told == []
+
+
+def test_servers_that_take_no_broadcast_are_refused(built, directory, tmp_path, servers):
+    _, chunks, groups, _ = built
+    config = broadcasting(directory, tmp_path, servers)
+    parts = EngineParts(config, chunks, groups, (1,), str)
+    with pytest.raises(ValueError, match="sync broadcast needs servers that take a broadcast"):
+        ServerEngine(parts, SglangApi(config.model))
+
+
+def test_servers_are_not_started_without_a_command(built, directory, tmp_path, servers):
+    _, chunks, groups, _ = built
+    config = config_of(directory, tmp_path, [])
+    chosen = config.rollout.servers.model_copy(update={"start": 1})
+    rollout = config.rollout.model_copy(update={"servers": chosen})
+    parts = EngineParts(config.model_copy(update={"rollout": rollout}), chunks, groups, (1,), str)
+    with pytest.raises(ValueError, match="servers.start needs the command of a server"):
+        ServerEngine(parts, SglangApi(config.model))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +307,7 @@ def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, 
     assert {a.version for group in new for a in group.completions} == {1}
     weights = tmp_path / "run" / "servers" / "weights"
     models = [hugging_face.load(weights / f"version_{number}") for number in range(2)]
-    carried = 0
+    partial = 0
     for group in old:
         for answer in group.completions:
             first, last = hugging_face.drawn_by(models, group.prompt, answer, 1e-4)
@@ -283,8 +315,8 @@ def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, 
             assert last[switched:].all()
             assert len(answer.tokens) == 40 or answer.finished
             assert (answer.version, answer.last_version) == (0, int(switched < len(first)))
-            carried += 0 < switched < len(first)
-    assert carried >= 3 and sum(server.broken_off for server in servers) >= 3
+            partial += 0 < switched < len(first)
+    assert partial >= 3 and sum(server.broken_off for server in servers) >= 3
     assert told == [] and engine.metrics()["servers/failures"] == 0
 
 
@@ -358,8 +390,8 @@ def test_a_token_that_would_end_the_server_is_not_sent(built, servers):
 
 
 def fake_command(directory, host, port):
-    words = [sys.executable, "-m", "tests.support.fake_server", str(port), str(directory)]
-    return words, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "tests.support.fake_server", str(port), str(directory)]
+    return argv, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow

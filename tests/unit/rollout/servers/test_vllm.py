@@ -262,7 +262,7 @@ def test_a_choice_that_was_broken_off_says_so():
     api = VllmApi("load")
     assert [call.path for call in api.pause_calls()] == ["/pause?mode=abort"]
     assert [call.path for call in api.resume_calls()] == ["/resume"]
-    payload = {  # as 0.32 answers a question that a pause has ended
+    payload = {  # as 0.32 answers a request that a pause has ended
         "choices": [
             {
                 "index": 0,
