@@ -29,7 +29,7 @@ class ScoredGroup:
 
     @property
     def is_informative(self) -> bool:
-        """Whether the rewards differ. If not, all advantages are 0 and the group teaches nothing."""
+        """Whether the rewards differ. If not, all advantages are 0 and nothing is learnt."""
         return bool(np.ptp(self.values) > 0.0)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
+from megatron_rl.records import RolloutGroup
 from megatron_rl.rollout.servers.own_servers import Command
 from tests.support.tiny import cpu_device
 
@@ -73,6 +74,11 @@ def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:
         for parameter in chunks[0].parameters():
             parameter.mul_(1.1)
     engine.weights_changed()
+
+
+def tokens_of(groups: Sequence[RolloutGroup]) -> list[list[list[int]]]:
+    """The tokens of all answers, group by group."""
+    return [[answer.tokens.tolist() for answer in group.completions] for group in groups]
 
 
 def vllm_python() -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import sys
 import threading
 
@@ -13,14 +12,12 @@ import torch
 
 from megatron_rl.errors import RunFailed, Stopped, UserError
 from megatron_rl.records import Prompt
-from megatron_rl.rollout.engine import EngineParts, SamplingSettings
-from megatron_rl.rollout.servers.server_engine import ServerEngine
-from megatron_rl.rollout.servers.sglang import SglangApi
+from megatron_rl.rollout.engine import SamplingSettings
 from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import ROOT
-from tests.support.server_engine import build, build_on, change_weights, config_of
+from tests.support.server_engine import build, build_on, change_weights, config_of, tokens_of
 
 PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
 GREEDY = SamplingSettings(1, 6, greedy=True)
@@ -172,114 +169,6 @@ def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, serv
     assert engine.metrics()["servers/failures"] == 0
 
 
-@pytest.fixture
-def receivers(directory):
-    """Two servers that take weights from a process group."""
-    with (
-        FakeServer(toy_model(), hugging_face_model, like=directory) as one,
-        FakeServer(toy_model(), hugging_face_model, like=directory) as other,
-    ):
-        yield one, other
-
-
-def broadcasting(directory, run_dir, servers, lag=0, start_s=60.0, **parallel):
-    config = config_of(directory, run_dir, [server.url for server in servers], **parallel)
-    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": start_s})
-    rollout = config.rollout.model_copy(update={"servers": chosen, "lag": lag})
-    return config.model_copy(update={"rollout": rollout})
-
-
-def test_weights_are_broadcast_without_a_disk(directory, tmp_path, receivers, told):
-    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers), told)
-    for number in range(3):
-        groups = engine.generate(PROMPTS, SAMPLED)
-        assert {answer.version for group in groups for answer in group.completions} == {number}
-        metrics = engine.metrics()
-        assert metrics["servers/used"] == 2 and metrics["servers/probe_difference"] < 1e-4
-        change_weights(engine, chunks)
-    assert [len(server.loaded) for server in receivers] == [3, 3] and told == []
-    assert not (tmp_path / "servers").exists()
-
-
-def test_config_json_is_read_once_and_not_at_each_broadcast(directory, tmp_path, receivers, told):
-    model = shutil.copytree(directory, tmp_path / "model")
-    engine, chunks, *_ = build(broadcasting(model, tmp_path / "run", receivers), told)
-    (model / "config.json").write_text("{")
-    for number in range(2):
-        groups = engine.generate(PROMPTS, SAMPLED)
-        assert {answer.version for group in groups for answer in group.completions} == {number}
-        change_weights(engine, chunks)
-    assert told == []
-
-
-def test_servers_that_take_no_broadcast_are_refused(built, directory, tmp_path, servers):
-    _, chunks, groups, _ = built
-    config = broadcasting(directory, tmp_path, servers)
-    parts = EngineParts(config, chunks, groups, (1,), str)
-    with pytest.raises(ValueError, match="sync broadcast needs servers that take a broadcast"):
-        ServerEngine(parts, SglangApi(config.model))
-
-
-def test_servers_are_not_started_without_a_command(built, directory, tmp_path, servers):
-    _, chunks, groups, _ = built
-    config = config_of(directory, tmp_path, [])
-    chosen = config.rollout.servers.model_copy(update={"start": 1})
-    rollout = config.rollout.model_copy(update={"servers": chosen})
-    parts = EngineParts(config.model_copy(update={"rollout": rollout}), chunks, groups, (1,), str)
-    with pytest.raises(ValueError, match="servers.start needs the command of a server"):
-        ServerEngine(parts, SglangApi(config.model))
-
-
-@pytest.mark.parametrize(
-    ("fault", "start_s"), [("refuse", 60.0), ("refuse late", 60.0), ("stall", 8.0)]
-)
-def test_a_server_that_stops_reading_is_left_out_and_joins_again(
-    directory, tmp_path, receivers, told, fault, start_s
-):
-    """How long one that stalls is waited for is how long the test takes."""
-    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers, start_s=start_s), told)
-    engine.generate(PROMPTS, SAMPLED)
-    change_weights(engine, chunks)
-    receivers[0].fault = fault
-    groups = engine.generate(PROMPTS, SAMPLED)
-    assert [len(group.completions) for group in groups] == [3, 3, 3]
-    assert any(f"{receivers[0].url} did not take the weights" in text for text in told), told
-    assert engine.metrics()["servers/used"] == 1
-    receivers[0].fault = ""
-    change_weights(engine, chunks)
-    engine.generate(PROMPTS, SAMPLED)
-    assert engine.metrics()["servers/used"] == 2
-
-
-def broadcast_from_ranks(directory, run_dir, urls, parallel):
-    """On a rank: how far the servers are from the trainer, and what was told."""
-    from types import SimpleNamespace
-
-    told = []
-    servers = [SimpleNamespace(url=url) for url in urls]
-    engine, *_ = build(broadcasting(directory, run_dir, servers, **parallel), told)
-    groups = engine.generate([PROMPTS[0]], GREEDY)
-    return engine.metrics()["servers/probe_difference"], told, tokens_of(groups)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "parallel"),
-    [
-        (2, {"tensor": 2, "expert": 2}),
-        pytest.param(2, {"pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tensor": 2, "pipeline": 2, "expert": 2}, marks=pytest.mark.slow),
-    ],
-)
-def test_weights_that_are_spread_over_ranks_are_broadcast_whole(
-    directory, tmp_path, receivers, ranks, parallel
-):
-    urls = [server.url for server in receivers]
-    found = run_on_ranks(ranks, broadcast_from_ranks, directory, tmp_path, urls, parallel)
-    expected = hugging_face.greedy(directory, [PROMPTS[0].tokens.tolist()], 6)
-    for difference, told, tokens in found:
-        assert 0 < difference < 1e-4 and told == [] and tokens == [expected]
-
-
 LONG = SamplingSettings(3, 40, seed=4)
 
 
@@ -425,10 +314,6 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
         assert engine.metrics()["servers/restarts"] == 2
         processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
     assert not any(process.is_running() for process in processes)
-
-
-def tokens_of(groups):
-    return [[answer.tokens.tolist() for answer in group.completions] for group in groups]
 
 
 def kill(supervisor):
