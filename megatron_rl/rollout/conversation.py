@@ -9,6 +9,7 @@ from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import numpy as np
 
+from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_objects, shared_out
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.waiting import wait_together

@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from megatron_rl.run.engines import _meeting
 
 from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import Launch
@@ -27,6 +26,7 @@ from megatron_rl.rollout.servers.keys import (
     new_key,
 )
 from megatron_rl.rollout.servers.pool import Request, ServerPool
+from megatron_rl.tasks.build import _meeting
 from tests.support.fake_server import FakeServer, toy_model
 
 
