@@ -16,7 +16,7 @@ from tests.support.tiny import cpu_device
 
 
 def config_of(directory: Path, run_dir: Path, urls: Sequence[str], **parallel: int) -> Config:
-    """Of a run on servers, from a model directory."""
+    """The configuration of a run on servers, with the model of a directory."""
     argv = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
     argv += [f"--parallel.{name}={value}" for name, value in parallel.items()]
     argv += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
@@ -29,7 +29,7 @@ def build(
 ) -> tuple[Any, list[torch.nn.Module], Any, Any]:
     """(engine, chunks, groups, transformer) of this rank.
 
-    told: gets what is said to a person. method: with which the worker extension loads weights.
+    told: gets the warnings. method: the worker extension's method that loads weights.
     """
     device = cpu_device()
     from megatron.core import parallel_state
@@ -57,7 +57,7 @@ def build_on(
     method: str = "load",
     stop_ids: Sequence[int] = (1,),
 ) -> Any:
-    """The engine on a model that is there."""
+    """The engine for a model that is already built."""
     from megatron_rl.rollout.engine import EngineParts
     from megatron_rl.rollout.servers.server_engine import ServerEngine
     from megatron_rl.rollout.servers.vllm import VllmApi
@@ -69,7 +69,7 @@ def build_on(
 
 
 def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:
-    """As an update does it: every weight another, and the engine told."""
+    """Change every weight and tell the engine, as an update does."""
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.1)

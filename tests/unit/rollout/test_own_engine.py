@@ -1,4 +1,4 @@
-"""A rollout engine of a user's own: found by reference, looked at, blamed."""
+"""A user's own rollout engine: found by reference, checked, and named in errors."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ GOOD = Completion(np.array([5, 6, 1]), np.array([-0.5, -1.0, -2.0], dtype=np.flo
 
 
 class Fixed(WholeAnswers):
-    """Gives the same answer to everything."""
+    """An engine with one answer to everything."""
 
     answer = GOOD
 
@@ -36,7 +36,7 @@ class Fixed(WholeAnswers):
 
 
 class SpeedSettings(Settings):
-    """Of `tuned`."""
+    """Settings of `tuned`."""
 
     speed: int = 3
     """Answers a second."""
@@ -65,7 +65,7 @@ class Half:
         """See `Engine`."""
 
 
-#: Of one rank: what is done together is done at once.
+#: The groups of one rank.
 GROUPS = SimpleNamespace(world=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
 
 

@@ -73,7 +73,7 @@ def test_config_json_is_read_once_and_not_at_each_broadcast(directory, tmp_path,
 def test_a_server_that_stops_reading_is_left_out_and_joins_again(
     directory, tmp_path, receivers, told, fault, start_s
 ):
-    """How long one that stalls is waited for is how long the test takes."""
+    """The test takes as long as it waits for the server that stalls."""
     engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers, start_s=start_s), told)
     engine.generate(PROMPTS, SAMPLED)
     change_weights(engine, chunks)
@@ -89,7 +89,7 @@ def test_a_server_that_stops_reading_is_left_out_and_joins_again(
 
 
 def broadcast_from_ranks(directory, run_dir, urls, parallel):
-    """On a rank: how far the servers are from the trainer, and what was told."""
+    """On a rank: the probe's difference, the warnings and the tokens."""
     from types import SimpleNamespace
 
     told = []

@@ -27,14 +27,14 @@ MIB = 1 << 20
 
 
 def ask(behaviour, seconds=60.0, key=None):
-    """The body, and the server that was asked for it."""
+    """The body of a response, and the server."""
     with RawServer(behaviour) as server:
         call = Call("/collective_rpc", {"method": "load", "args": []})
         return ask_once(server.url, call, key=key, seconds=seconds), server
 
 
 def refusal(behaviour, seconds=60.0):
-    """What is said of a server, and the server."""
+    """The message of a `BadAnswer`, and the server."""
     with RawServer(behaviour) as server:
         with pytest.raises(BadAnswer) as error:
             ask_once(server.url, Call("/collective_rpc", {}), key=None, seconds=seconds)
@@ -42,7 +42,7 @@ def refusal(behaviour, seconds=60.0):
 
 
 def byte_by_byte(data, from_byte):
-    """Whole up to a byte, and then one every 0.2 s."""
+    """Sends the beginning at once, and then a byte every 0.2 s."""
     return sending([data[:from_byte], *(bytes([b]) for b in data[from_byte:])], pause=0.2)
 
 
@@ -81,13 +81,13 @@ WHOLE = response(GOOD, "Content-Type: application/json")
     ids=["silent", "status line", "headers", "body", "interim responses", "refusal"],
 )
 def test_the_deadline_is_of_the_whole_exchange(behaviour):
-    """Every byte is there long before a limit of its own would be over."""
+    """Each byte comes soon enough for a timeout of a single read."""
     said, _ = refusal(behaviour, seconds=0.7)
     assert said == "/collective_rpc was not answered in full within 0.7 s"
 
 
 def test_a_server_that_drips_is_not_waited_for(monkeypatch):
-    """The other one answers, if not at once; a byte comes every 0.2 s."""
+    """The other server answers every request, some at the second try."""
     monkeypatch.setattr(pool_module, "LONGEST_BACKOFF_S", 0.1)
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(4)]
     settings, api, told = SamplingSettings(2, 5), VllmApi("load"), []
@@ -147,7 +147,7 @@ def test_a_pool_that_is_closed_does_not_wait_for_its_servers(on):
 
 
 def peak_of(function):
-    """What it gives, and the most memory that Python held meanwhile beyond that before, bytes."""
+    """What the function returns, and by how many bytes Python's memory grew at most."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -193,12 +193,12 @@ def test_nothing_is_unpacked():
         assert peak < 24 * MIB
     body, _ = ask(sending([response(GOOD, "Content-Encoding: identity")]))
     assert body == GOOD
-    with pytest.raises(BadAnswer, match="no JSON"):  # and not guessed from the bytes
+    with pytest.raises(BadAnswer, match="no JSON"):  # gzip is not detected from the bytes
         parse_json(ask(sending([response(bomb[:1000])]))[0])
 
 
 def test_a_redirection_is_no_success_and_is_not_followed():
-    """A new version that a redirection "took" would be believed."""
+    """Else a server that redirects a change of weights would seem to have made it."""
     with RawServer(sending([response(GOOD)])) as other:
         for status in ("301 Moved", "302 Found", "307 Temporary", "308 Permanent", "304 Same"):
             answer = response(b"", f"Location: {other.url}/collective_rpc", status=status)
@@ -289,7 +289,7 @@ def test_a_text_does_not_become_twenty_times_as_large(one):
             parse_json(text)
 
     assert peak_of(read)[1] < MIB
-    entries = [[-1.5, 3, None]] * 16_000  # and as many as there may be are read
+    entries = [[-1.5, 3, None]] * 16_000  # as many as allowed are read
     assert len(parse_json(json.dumps(entries).encode())) == 16_000
 
 
@@ -297,7 +297,7 @@ def test_json_is_read():
     assert parse_json(b'{"a": [1, -2.5, null, true, "\\u00e4\xc3\xa4"]}') == {
         "a": [1, -2.5, None, True, "ää"]
     }
-    assert parse_json(b"") is None  # as some calls are answered
+    assert parse_json(b"") is None  # some calls have an empty response
 
 
 def test_a_server_that_is_not_there_is_no_answer():

@@ -1,4 +1,4 @@
-"""Who may ask a server, and where servers listen."""
+"""Keys of servers, and the addresses they listen on."""
 
 import asyncio
 import dataclasses
@@ -89,7 +89,8 @@ def test_every_call_carries_the_key():
 
 
 def guarded(monkeypatch, kind, *headers, key="Key-1"):
-    """What an application behind the middleware is asked, and what is sent in its place."""
+    """How many requests reach the application behind the middleware, and what the middleware
+    sends itself."""
     monkeypatch.setenv(KEY_VARIABLE, key)
     asked, sent = [], []
 
@@ -157,7 +158,7 @@ def test_the_former_name_of_the_middleware_still_works():
 
 
 def test_a_key_is_given_inside_the_process_alone(tmp_path):
-    """To a module that a package of this name beside `sglang_launcher.py` does not hide."""
+    """The file sglang.py beside `sglang_launcher.py` does not hide the package sglang."""
     (tmp_path / "sglang").mkdir()
     (tmp_path / "sglang" / "launch_server.py").write_text(
         "import json, sys\n"
@@ -186,7 +187,7 @@ def test_the_address_is_one_that_others_reach(monkeypatch):
     assert own_address("node0") == "10.0.0.1"
     named(monkeypatch, "127.0.0.1")
     assert own_address("localhost") == own_address("127.0.0.1") == "127.0.0.1"
-    named(monkeypatch, "127.0.1.1", "127.0.1.1")  # as Debian names a machine to itself
+    named(monkeypatch, "127.0.1.1", "127.0.1.1")  # as /etc/hosts has it on Debian
     with pytest.raises(UserError, match="^the address node0 where the ranks meet means 127.0.1.1"):
         own_address("node0")
     named(monkeypatch, "10.0.0.9")
@@ -212,7 +213,7 @@ def test_urls_of_addresses():
 
 
 def listeners(port):
-    """Addresses at which this machine listens on a port, as the kernel has them."""
+    """The addresses that this machine listens on at a port, from the kernel."""
     found = []
     for file in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(file).read_text().splitlines()[1:]:

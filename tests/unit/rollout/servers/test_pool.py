@@ -1,4 +1,4 @@
-"""Every request is answered once, whatever becomes of the servers."""
+"""Every request is answered once, whatever the servers do."""
 
 import threading
 import time
@@ -37,7 +37,7 @@ def make_pool(servers, told, **settings):
 
 
 def requests(count=COUNT, version="default"):
-    """Prompts that name themselves: number i is [i, 2]."""
+    """A request for each prompt [i, 2]; its result names i."""
 
     def read(prompt):
         def answers(payload):
@@ -53,7 +53,7 @@ def requests(count=COUNT, version="default"):
 
 @pytest.fixture(scope="module")
 def expected():
-    """The answers of a server that has no faults."""
+    """The answers of a server without faults."""
     with FakeServer(toy_model()) as server:
         return make_pool([server], []).ask(requests())
 
@@ -64,7 +64,7 @@ def test_all_answers_come_back_in_order_and_both_servers_work(servers, told, exp
     assert [index for index, _ in expected] == list(range(COUNT))
     assert counts == list(range(1, COUNT + 1))
     assert sum(server.answered for server in servers) == COUNT
-    # before any answer comes both have as many as may be open
+    # each server gets all the requests that may be open before any answer comes
     assert min(server.answered for server in servers) >= 4
     assert told == []
 
@@ -100,7 +100,7 @@ def with_logprob(logprob):
 
 
 def runs_on(choice):
-    """Behind the stop token 1."""
+    """Further tokens behind the stop token 1."""
     tokens = [1, *choice["token_ids"][1:], 2][:5]
     content = [{"token_id": token, "logprob": -1.0} for token in tokens]
     spans = [{"version": "default", "start": 0, "end": len(tokens)}]
@@ -110,7 +110,7 @@ def runs_on(choice):
 
 
 def cut_short(choice):
-    """One token, which is none that ends an answer."""
+    """One token, which is not a stop token."""
     logprobs = {"content": [{"token_id": 2, "logprob": -1.0}]}
     spans = [{"version": "default", "start": 0, "end": 1}]
     return {**choice, "token_ids": [2], "logprobs": logprobs, "weight_versions": spans} | {
@@ -199,7 +199,7 @@ def test_no_request_is_sent_on_a_connection_that_its_server_is_closing(servers, 
 
 
 def test_a_slow_server_gets_fewer_requests(servers, told, expected):
-    """The first answers nothing before the second has answered all the rest."""
+    """The first server answers only when the second has answered all other requests."""
     servers[0].before_answer = lambda: wait_for(lambda: servers[1].answered == COUNT - 2)
     assert make_pool(servers, told, in_flight=2, deadline_s=200.0).ask(requests()) == expected
     assert (len(servers[0].asked), len(servers[1].asked)) == (2, COUNT - 2)
@@ -214,7 +214,7 @@ def test_no_more_requests_are_open_than_allowed(servers, told):
     asking = threading.Thread(target=lambda: pool.ask(requests(12)))
     asking.start()
     wait_for(lambda: len(servers[0].asked) == len(servers[1].asked) == 3)
-    time.sleep(0.2)  # time in which more could be asked
+    time.sleep(0.2)  # time for further requests to arrive
     assert len(servers[0].asked) == len(servers[1].asked) == 3
     may_answer.set()
     asking.join()
@@ -266,7 +266,7 @@ def test_a_request_nobody_answers_well_ends_the_run_at_once(servers, told):
         server.fault = "garbage"
     with pytest.raises(RunFailed, match="gave a good answer in 2 tries; last http://127.0.0.1:"):
         make_pool(servers, told, retries=1).ask(requests())
-    # and does not wait for another server that hangs
+    # it does not wait for a server that hangs
     servers[1].fault = "hang"
     told.clear()
     with pytest.raises(RunFailed):
@@ -306,7 +306,7 @@ def test_excluded_servers_are_not_asked_until_they_are_admitted(servers, told, e
 
 
 def test_answers_that_are_held_count_once_it_is_known_that_they_may(servers, told, expected):
-    """The first server is left out meanwhile: what it has answered is asked for again."""
+    """The first server is excluded meanwhile, so its requests go to the other."""
     pool, found = make_pool(servers, told), []
     pool.hold()
     asking = threading.Thread(target=lambda: found.append(pool.ask(requests())))
@@ -321,7 +321,7 @@ def test_answers_that_are_held_count_once_it_is_known_that_they_may(servers, tol
 
 
 def test_who_is_first_is_asked_for_first(servers, told):
-    """One request at a time: those of the second thread wait for all of the first's."""
+    """One request at a time: the second thread's wait for all of the first's."""
     pool = make_pool(servers[:1], told, in_flight=1, deadline_s=200.0)
     both_wait = threading.Event()
     servers[0].before_answer = lambda: both_wait.wait(100.0)

@@ -1,4 +1,4 @@
-"""The engine on servers: the trainer's weights, or nothing."""
+"""The engine on servers: only servers with the trainer's weights answer."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def servers(directory):
-    """Two servers that have nothing to do with the policy until it sends its weights."""
+    """Two servers with other weights, until the policy sends its own."""
     with (
         FakeServer(toy_model(), hugging_face_model) as one,
         FakeServer(toy_model(), hugging_face_model) as other,
@@ -74,7 +74,7 @@ def test_answers_are_those_of_the_built_in_engine(built, servers, told):
 def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
     directory, tmp_path, servers, told
 ):
-    """Whatever tokens the server's own files name; sampled text is without the stop token."""
+    """The tokens in the server's own files do not count. The text has no stop token."""
     from megatron_rl.rollout.builtin.generate import BuiltinEngine
 
     for server in servers:
@@ -84,7 +84,7 @@ def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
     judge = BuiltinEngine(chunks, groups, transformer, (), 8, engine._decode, 64)
     settings = dataclasses.replace(GREEDY, max_new_tokens=20)
     endless = [g.completions[0].tokens.tolist() for g in judge.generate(PROMPTS, settings)]
-    stops = {tokens[n] for tokens, n in zip(endless, (3, 7))}  # the third ends where it will
+    stops = {tokens[n] for tokens, n in zip(endless, (3, 7))}  # the third answer may end anywhere
     engine = build_on(config, chunks, groups, told, stop_ids=tuple(stops))
     judge = BuiltinEngine(chunks, groups, transformer, stops, 8, engine._decode, 64)
     found, expected = (e.generate(PROMPTS, settings) for e in (engine, judge))
@@ -98,7 +98,7 @@ def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
 
 
 def test_an_answer_is_as_long_as_the_sequence_allows(directory, tmp_path, servers, told):
-    """Nothing longer is asked for, and nothing shorter is taken without a stop token."""
+    """Nothing longer is asked for, and nothing shorter is accepted without a stop token."""
     config = config_of(directory, tmp_path / "run", [s.url for s in servers])
     engine = build_on(config, *build(config, told)[1:3], told, stop_ids=())
     settings = SamplingSettings(1, 60, greedy=True)
@@ -108,7 +108,7 @@ def test_an_answer_is_as_long_as_the_sequence_allows(directory, tmp_path, server
 
 def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
     engine, chunks, *_ = built
-    left = tmp_path / "run" / "servers" / "weights" / "version_40"  # by a run that was killed
+    left = tmp_path / "run" / "servers" / "weights" / "version_40"  # of a run that was killed
     left.mkdir(parents=True)
     first = engine.generate(PROMPTS, SAMPLED)
     assert not left.exists()
@@ -137,7 +137,7 @@ def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
 
 def test_a_stop_is_heard_while_answers_are_waited_for(built, servers):
     engine, *_ = built
-    engine.generate(PROMPTS, SAMPLED)  # the weights are there
+    engine.generate(PROMPTS, SAMPLED)  # now the servers have the weights
     for server in servers:
         server.fault = "hang"
     looks = []
@@ -160,7 +160,7 @@ def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, serv
             parameter.mul_(1.1)
     engine.weights_changed()
     threading.Timer(0.3, may_answer.set).start()
-    # other requests, by the new weights, wait for the ones that are open
+    # requests with the new weights wait until the open requests are answered
     new = engine.generate(PROMPTS, SAMPLED)
     old = finish()
     assert tokens_of(old) == expected != tokens_of(new)
@@ -174,19 +174,19 @@ LONG = SamplingSettings(3, 40, seed=4)
 
 @pytest.fixture
 def ahead(directory, tmp_path, servers, told):
-    """As ``built``, with answers two steps ahead, which the servers hold in the middle until an
-    update breaks them off: their first pause is for the first weights.
+    """As ``built``, with a staleness of 2. The servers stop in the middle of each answer until an
+    update aborts it. Their first pause is that of the first weights.
     """
     config = config_of(directory, tmp_path / "run", [s.url for s in servers])
     rollout = config.rollout.model_copy(update={"lag": 2})
     built = build(config.model_copy(update={"rollout": rollout}), told)
     for server in servers:
-        server.hold = (15, 2)  # behind the longest answer to a probe
+        server.hold = (15, 2)  # later than any answer to the probe
     return built
 
 
 def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, tmp_path, told):
-    """Every token has the log-probability of the weights that drew it: the old ones first."""
+    """Every token has the log-probability of the weights that sampled it: first the old ones."""
     engine, chunks, *_ = ahead
     finish = engine.begin(PROMPTS, LONG)
     wait_for(lambda: sum(len(server.asked) for server in servers) >= 2 + len(PROMPTS))
@@ -293,7 +293,7 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
         expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
         processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
         assert engine.metrics()["servers/used"] == 2 and told == []
-        # One dies while it is not needed: the other answers, and it is started beside it.
+        # One dies between two steps: the other answers while it starts again.
         kill(processes[0])
         engine.weights_changed()
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
@@ -306,7 +306,7 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
         engine.weights_changed()
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         assert engine.metrics()["servers/used"] == 2
-        # Both die before they are asked: they are brought back with the weights of the moment.
+        # Both die before they are asked: both start again with the present weights.
         processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
         for process in processes:
             kill(process)
@@ -335,7 +335,7 @@ def _generate(directory, run_dir, urls, parallel):
 
 
 def _routes(directory, run_dir, urls, parallel):
-    """On a rank: the experts that answers carry, and where they start."""
+    """On a rank: the experts of each answer, and its length."""
     engine, *_ = build(config_of(directory, run_dir, urls, **parallel), [])
     (group,) = engine.generate(PROMPTS[:1], dataclasses.replace(SAMPLED, routes=True))
     return [(answer.routed_experts, len(answer.tokens)) for answer in group.completions]
@@ -372,7 +372,7 @@ def test_experts_that_the_model_does_not_have_are_asked_for_again(built, servers
     answers = [answer for group in groups for answer in group.completions]
     assert all(answer.routed_experts.ids.shape[1:] == (4, 2) for answer in answers)
     assert told and all("BadAnswer experts of" in text for text in told)
-    # where they are not asked for nobody looks at them
+    # they are ignored if they are not asked for
     told.clear()
     groups = built[0].generate(PROMPTS, SAMPLED)
     answers = [answer for group in groups for answer in group.completions]

@@ -1,4 +1,4 @@
-"""Requests to SGLang and its responses, as it documents them; no server was asked."""
+"""SGLang's calls and responses, from its documentation and not from a server."""
 
 import base64
 
@@ -20,7 +20,7 @@ PROMPT = Prompt(0, np.array([5, 6]), "", {})
 
 
 def response(tokens, logprobs, reason="length", experts=None, **changes):
-    """As documented; fields that are not read are left in."""
+    """A response as documented, with the fields that we do not read."""
     meta = {
         "id": "0a1b",
         "finish_reason": {"type": reason, "matched": tokens[-1] if reason == "stop" else None},
@@ -59,7 +59,9 @@ def test_an_answer_that_was_broken_off():
 
 @pytest.mark.parametrize("layers", [3, 2], ids=["all layers", "MoE layers"])
 def test_experts_are_unpacked(layers):
-    experts = np.arange(5 * layers * 2).reshape(5, layers, 2)  # 5 tokens: no multiple fits both
+    experts = np.arange(5 * layers * 2).reshape(
+        5, layers, 2
+    )  # 5 tokens fit only one number of layers
     (answer,) = API.read_answers(response([3, 4], [-1.0, -1.0], experts=experts))
     np.testing.assert_array_equal(answer.routed_experts, experts)
 

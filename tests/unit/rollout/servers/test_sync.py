@@ -1,4 +1,4 @@
-"""What a configuration asks of servers, and this kind of server cannot do."""
+"""A configuration that needs what this kind of server cannot do."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""vLLM's own weight transfer: its routes in their order, and every weight bit for bit."""
+"""vLLM's own weight transfer: its calls in order, and every weight bit for bit."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_all_weights_arrive_in_batches_and_again_with_the_next_update(servers, m
         for server in servers:
             same(server.transfer.weights, weights(count))
     asked = servers[0].transfer.asked
-    # the first is with an id that is none: it asks whether there is a transfer
+    # the first call has a malformed id: it asks whether there is a transfer
     assert asked[:3] == ["/init_weight_transfer_engine", "/get_world_size", asked[0]]
     first = asked[3 : asked.index(FINISH) + 1]
     assert first == [START, *[UPDATE] * (len(first) - 2), FINISH] and len(first) > 4

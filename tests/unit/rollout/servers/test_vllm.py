@@ -1,4 +1,4 @@
-"""Requests to vLLM and its responses; these are of a vLLM 0.32 server."""
+"""vLLM's calls and responses, recorded from a vLLM 0.32 server."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ PROMPT = Prompt(0, np.array([5, 6]), "", {})
 
 
 def choice(index, tokens, logprobs, reason="length", experts=None):
-    """As recorded; unused fields of the record are left in."""
+    """A response as recorded, with the fields that we do not read."""
     content = [
         {
             "token_id": token,
@@ -58,7 +58,7 @@ def test_experts_are_unpacked():
 
 
 def npy(array, **changes):
-    """A file as NumPy writes it, in base64; with another header, or more behind it."""
+    """A NumPy file in base64, perhaps with another header or with more bytes behind it."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)
     data = file.getvalue()
@@ -105,7 +105,7 @@ BOMB = b"(" * 2000 + b")" * 2000
     ],
 )
 def test_what_is_no_array_of_experts_is_no_answer(encoded):
-    """The array is as large as what was sent, whatever its header says."""
+    """The header does not decide how large the array is."""
     with pytest.raises(BadAnswer, match="not a response of /inference/v1/generate .routed_exp"):
         API.read_answers({"choices": [choice(0, [3, 4], [-1.0, -1.0], experts=encoded)]})
 
@@ -153,7 +153,7 @@ CONTENT = ONE["logprobs"]["content"][0]
         {"token_ids": 1},
         {"token_ids": {"0": 1}},
         {"token_ids": [1.5] * 100_000},
-        {"token_ids": [2]},  # and the log-probability is of 1
+        {"token_ids": [2]},  # the log-probability is that of token 1
         {"finish_reason": None},
         {"finish_reason": "error"},
         {"finish_reason": "repetition"},
@@ -210,7 +210,7 @@ def test_what_workers_did_not_say(payload):
     "size", [None, 0, -1, 2.0, True, "4", 5000, float("inf"), 10**4000, [4]], ids=range(10)
 )
 def test_what_is_no_number_of_workers(size):
-    """It decides how many the trainer waits for."""
+    """The trainer waits for as many workers as there are results."""
     with pytest.raises(BadAnswer, match="not a response of /get_world_size"):
         API.read_world_size({"world_size": size})
 
@@ -262,7 +262,7 @@ def test_a_choice_that_was_broken_off_says_so():
     api = VllmApi("load")
     assert [call.path for call in api.pause_calls()] == ["/pause?mode=abort"]
     assert [call.path for call in api.resume_calls()] == ["/resume"]
-    payload = {  # as 0.32 answers a request that a pause has ended
+    payload = {  # the response of vLLM 0.32 to a request that a pause has aborted
         "choices": [
             {
                 "index": 0,

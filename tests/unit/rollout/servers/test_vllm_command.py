@@ -12,7 +12,7 @@ from megatron_rl.rollout.servers.vllm_command import vllm_command
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Of an interpreter in whose environment these packages are."""
+    """Makes the command for an interpreter that has these packages."""
 
     def build(*packages, argv=(), on_cpu=True):
         for name in packages:
@@ -33,7 +33,7 @@ def test_vllm_serve_is_started(command):
     assert "--model" not in argv and environment["VLLM_SERVER_DEV_MODE"] == "1"
     place = argv.index("--middleware")
     assert argv[place + 1] == "megatron_rl.rollout.servers.key_middleware.KeyMiddleware"
-    assert environment["VLLM_API_KEY"] == ""  # it would guard some routes with another key
+    assert environment["VLLM_API_KEY"] == ""  # else vLLM asks for another key on some routes
 
 
 def test_an_interpreter_that_does_not_answer_is_refused(command, tmp_path, monkeypatch):
