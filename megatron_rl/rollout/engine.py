@@ -104,7 +104,7 @@ class EngineParts:
     """What a run gives to its engine, on every rank."""
 
     config: Config
-    chunks: Sequence[torch.nn.Module]  #: this rank's part of the policy, as bare GPTModels
+    chunks: Sequence[torch.nn.Module]  #: this rank's chunks of the policy's model
     groups: Groups
     stop_ids: Collection[int]  #: the tokens that end an answer
     decode: Callable[[Sequence[int]], str]  #: token ids to text, without special tokens

@@ -36,8 +36,8 @@ def silence(connection: socket.socket, ended: threading.Event) -> None:
 
 
 class RawServer:
-    """Serves until closed. ``asked``: the requests as bytes. ``hung_up``: number of clients that hung
-    up before they had everything.
+    """Serves until closed. ``asked``: the requests as bytes. ``hung_up``: how many clients left
+    before they had everything.
     """
 
     def __init__(self, behaviour: Behaviour) -> None:

@@ -40,8 +40,8 @@ def receive(
     dtype_names: list[str],
     shapes: list[list[int]],
 ) -> dict[str, torch.Tensor]:
-    """Receive as vLLM's workers do. A broadcast ends with the weight that exceeds the buffer, or with
-    the last.
+    """Receive as vLLM's workers do. A broadcast ends with the weight that exceeds the buffer,
+    or with the last one.
     """
     received, waiting = {}, []
     for number, (name, dtype, shape) in enumerate(zip(names, dtype_names, shapes), start=1):

@@ -93,7 +93,7 @@ class BuiltinEngine(WholeAnswers):
     ) -> None:
         """
         Args:
-            chunks: this rank's bare GPTModels.
+            chunks: this rank's chunks of the model.
             groups: process groups.
             transformer_config: of the chunks.
             stop_ids: the tokens that end an answer.

@@ -33,7 +33,7 @@ class RouteLog:
     ) -> None:
         """
         Args:
-            chunks: this rank's bare GPTModels.
+            chunks: this rank's chunks of the model.
             groups: process groups.
             capture: of the chunks' routers.
             shape: answers of the batch, and the most tokens of an answer.

@@ -54,7 +54,7 @@ class ServerProbe:
         """
         Args:
             config: of the run.
-            chunks: this rank's bare GPTModels.
+            chunks: this rank's chunks of the model.
             groups: process groups.
             requests: makes the requests for the answers.
         """
@@ -138,7 +138,7 @@ def trainer_logprobs(
     Every rank runs the same sequence, together with the ranks that hold other shards of the model.
 
     Args:
-        chunks: this rank's bare GPTModels.
+        chunks: this rank's chunks of the model.
         groups: process groups.
         tokens: int64 [P + N], the sequence.
         answer_length: N.
