@@ -11,38 +11,38 @@ from megatron_rl.config.section import Section
 
 
 class ServersConfig(Section):
-    """Inference servers that answer in place of the training model (rollout.engine)."""
+    """Inference servers that sample in place of the training model (rollout.engine)."""
 
     urls: tuple[str, ...] = ()
-    """Of servers that run already, such as http://host:8000; the environment variable
+    """Addresses of servers that run already, such as http://host:8000. The environment variable
     MEGATRON_RL_SERVER_KEY holds their key."""
     start: int = Field(0, ge=0)
-    """Servers to start on the machine of rank 0, in place of urls; they end with the run."""
+    """Number of servers to start on rank 0's machine, in place of urls; they end with the run."""
     python: str | None = None
     """Interpreter of the environment that has vLLM or SGLang; for start."""
     options: tuple[str, ...] = ()
-    """More words for the command that starts a server."""
+    """Further arguments of the command that starts a server."""
     start_s: float = Field(600.0, gt=0.0)
     """Longest wait for a started server, seconds."""
     sync: Literal["disk", "broadcast"] = "disk"
-    """How weights reach the servers. disk: through a directory that they see; broadcast: through a
-    process group of rank 0 and the servers' workers (engine vllm, with urls): NCCL on CUDA."""
+    """How weights reach the servers. disk: by a directory that they can read. broadcast: by process
+    groups of rank 0 and the servers' workers, NCCL on CUDA (engine vllm, with urls)."""
     weights_dir: Path | None = None
-    """sync disk: where weights are written, which the servers have to see; null: in run_dir."""
+    """sync disk: where weights are written, on storage that the servers can read; null: run_dir."""
     reload_method: str = "reload_checkpoint"
-    """Engine vllm: method of its workers that reads weights, called with a directory; the default
-    is that of the worker extension megatron_rl.rollout.servers.reload.Reload, which started servers
+    """Engine vllm: the workers' method that loads weights from a directory. The default is that of
+    the worker extension megatron_rl.rollout.servers.reload.Reload, which servers that a run starts
     have."""
     in_flight: int = Field(32, ge=1)
-    """Most open questions of a rank at a server; a question is a problem with all its answers."""
+    """Most open requests of a rank at a server; a request is a problem with all its answers."""
     deadline_s: float = Field(600.0, gt=0.0)
-    """Longest exchange with a server, from connecting to its last byte, and longest wait while none
-    can be asked, seconds."""
+    """Longest exchange with a server, from connecting to the last byte, and longest wait while no
+    server can be asked, seconds."""
     retries: int = Field(4, ge=0)
-    """How often a question that got no good answer is asked again."""
+    """How often a request that got no good answer is tried again."""
     probe_tolerance: float = Field(1e-3, gt=0.0)
-    """Largest difference of a server's log-probabilities from the trainer's, nats; bf16 needs more:
-    0.1 or so."""
+    """Largest difference between a server's log-probabilities and the trainer's, nats; bf16 needs
+    about 0.1."""
 
 
 class RolloutConfig(Section):
@@ -55,9 +55,9 @@ class RolloutConfig(Section):
     servers: ServersConfig = ServersConfig()
     """Of engines that ask servers, vllm and sglang."""
     lag: int = Field(0, ge=0)
-    """Engines of servers: answers are sampled this many steps ahead, beside the training. 1: by
-    weights that are one step old when they are trained on. More: answers that are being sampled
-    when the weights change are broken off and go on with the new ones."""
+    """Engines of servers: staleness, the number of steps that answers are sampled ahead, while the
+    model trains. 1: their weights are one step old when they are trained on. More: answers under
+    way when the weights change are aborted and continued with the new weights."""
     prompts_per_step: int = Field(64, ge=1)
     """Problems of a step, over all ranks."""
     samples_per_prompt: int = Field(8, ge=1)

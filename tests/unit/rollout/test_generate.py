@@ -1,4 +1,4 @@
-"""Generation on one rank: against transformers, scoring, and itself in other batches."""
+"""Generation on one rank, against transformers, scoring, and other batch sizes."""
 
 import numpy as np
 import pytest
@@ -218,7 +218,7 @@ def test_the_model_is_as_before(tiny):
 
 
 def test_routes_are_those_of_a_forward_pass_over_the_whole_answer(tiny):
-    """Prefill and decoding, rows that leave, a prompt of one token: as one causal pass sees it."""
+    """Prefill, decoding, rows that leave and a prompt of one token agree with one causal pass."""
     from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
     from megatron_rl.models.gpt.chunk import routers_of

@@ -1,4 +1,4 @@
-"""The engine on servers: the trainer's weights, or nothing."""
+"""The engine on servers: only servers with the trainer's weights answer."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import ROOT
-from tests.support.server_engine import build, build_on, change_weights, config_of
+from tests.support.server_engine import build, build_on, change_weights, config_of, tokens_of
 
 PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
 GREEDY = SamplingSettings(1, 6, greedy=True)
@@ -31,7 +31,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def servers(directory):
-    """Two servers that have nothing to do with the policy until it sends its weights."""
+    """Two servers with other weights, until the policy sends its own."""
     with (
         FakeServer(toy_model(), hugging_face_model) as one,
         FakeServer(toy_model(), hugging_face_model) as other,
@@ -74,7 +74,7 @@ def test_answers_are_those_of_the_built_in_engine(built, servers, told):
 def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
     directory, tmp_path, servers, told
 ):
-    """Whatever tokens the server's own files name; sampled text is without the stop token."""
+    """The tokens in the server's own files do not count. The text has no stop token."""
     from megatron_rl.rollout.builtin.generate import BuiltinEngine
 
     for server in servers:
@@ -84,7 +84,7 @@ def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
     judge = BuiltinEngine(chunks, groups, transformer, (), 8, engine._decode, 64)
     settings = dataclasses.replace(GREEDY, max_new_tokens=20)
     endless = [g.completions[0].tokens.tolist() for g in judge.generate(PROMPTS, settings)]
-    stops = {tokens[n] for tokens, n in zip(endless, (3, 7))}  # the third ends where it will
+    stops = {tokens[n] for tokens, n in zip(endless, (3, 7))}  # the third answer may end anywhere
     engine = build_on(config, chunks, groups, told, stop_ids=tuple(stops))
     judge = BuiltinEngine(chunks, groups, transformer, stops, 8, engine._decode, 64)
     found, expected = (e.generate(PROMPTS, settings) for e in (engine, judge))
@@ -98,7 +98,7 @@ def test_answers_end_with_the_same_stop_tokens_as_those_of_the_built_in_engine(
 
 
 def test_an_answer_is_as_long_as_the_sequence_allows(directory, tmp_path, servers, told):
-    """Nothing longer is asked for, and nothing shorter is taken without a stop token."""
+    """Nothing longer is asked for, and nothing shorter is accepted without a stop token."""
     config = config_of(directory, tmp_path / "run", [s.url for s in servers])
     engine = build_on(config, *build(config, told)[1:3], told, stop_ids=())
     settings = SamplingSettings(1, 60, greedy=True)
@@ -108,7 +108,7 @@ def test_an_answer_is_as_long_as_the_sequence_allows(directory, tmp_path, server
 
 def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
     engine, chunks, *_ = built
-    left = tmp_path / "run" / "servers" / "weights" / "version_40"  # by a run that was killed
+    left = tmp_path / "run" / "servers" / "weights" / "version_40"  # of a run that was killed
     left.mkdir(parents=True)
     first = engine.generate(PROMPTS, SAMPLED)
     assert not left.exists()
@@ -137,7 +137,7 @@ def test_new_weights_are_sent_once_and_answered_with(built, servers, tmp_path):
 
 def test_a_stop_is_heard_while_answers_are_waited_for(built, servers):
     engine, *_ = built
-    engine.generate(PROMPTS, SAMPLED)  # the weights are there
+    engine.generate(PROMPTS, SAMPLED)  # now the servers have the weights
     for server in servers:
         server.fault = "hang"
     looks = []
@@ -160,7 +160,7 @@ def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, serv
             parameter.mul_(1.1)
     engine.weights_changed()
     threading.Timer(0.3, may_answer.set).start()
-    # other questions, by the new weights, wait for the ones that are open
+    # requests with the new weights wait until the open requests are answered
     new = engine.generate(PROMPTS, SAMPLED)
     old = finish()
     assert tokens_of(old) == expected != tokens_of(new)
@@ -169,103 +169,24 @@ def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, serv
     assert engine.metrics()["servers/failures"] == 0
 
 
-@pytest.fixture
-def receivers(directory):
-    """Two servers that take weights from a process group."""
-    with (
-        FakeServer(toy_model(), hugging_face_model, like=directory) as one,
-        FakeServer(toy_model(), hugging_face_model, like=directory) as other,
-    ):
-        yield one, other
-
-
-def broadcasting(directory, run_dir, servers, lag=0, start_s=60.0, **parallel):
-    config = config_of(directory, run_dir, [server.url for server in servers], **parallel)
-    chosen = config.rollout.servers.model_copy(update={"sync": "broadcast", "start_s": start_s})
-    rollout = config.rollout.model_copy(update={"servers": chosen, "lag": lag})
-    return config.model_copy(update={"rollout": rollout})
-
-
-def test_weights_are_broadcast_without_a_disk(directory, tmp_path, receivers, told):
-    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers), told)
-    for number in range(3):
-        groups = engine.generate(PROMPTS, SAMPLED)
-        assert {answer.version for group in groups for answer in group.completions} == {number}
-        metrics = engine.metrics()
-        assert metrics["servers/used"] == 2 and metrics["servers/probe_difference"] < 1e-4
-        change_weights(engine, chunks)
-    assert [len(server.loaded) for server in receivers] == [3, 3] and told == []
-    assert not (tmp_path / "servers").exists()
-
-
-@pytest.mark.parametrize(
-    ("fault", "start_s"), [("refuse", 60.0), ("refuse late", 60.0), ("stall", 8.0)]
-)
-def test_a_server_that_stops_reading_is_left_out_and_joins_again(
-    directory, tmp_path, receivers, told, fault, start_s
-):
-    """How long one that stalls is waited for is how long the test takes."""
-    engine, chunks, *_ = build(broadcasting(directory, tmp_path, receivers, start_s=start_s), told)
-    engine.generate(PROMPTS, SAMPLED)
-    change_weights(engine, chunks)
-    receivers[0].fault = fault
-    groups = engine.generate(PROMPTS, SAMPLED)
-    assert [len(group.completions) for group in groups] == [3, 3, 3]
-    assert any(f"{receivers[0].url} did not take the weights" in text for text in told), told
-    assert engine.metrics()["servers/used"] == 1
-    receivers[0].fault = ""
-    change_weights(engine, chunks)
-    engine.generate(PROMPTS, SAMPLED)
-    assert engine.metrics()["servers/used"] == 2
-
-
-def broadcast_from_ranks(directory, run_dir, urls, parallel):
-    """On a rank: how far the servers are from the trainer, and what was told."""
-    from types import SimpleNamespace
-
-    told = []
-    servers = [SimpleNamespace(url=url) for url in urls]
-    engine, *_ = build(broadcasting(directory, run_dir, servers, **parallel), told)
-    groups = engine.generate([PROMPTS[0]], GREEDY)
-    return engine.metrics()["servers/probe_difference"], told, tokens_of(groups)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "parallel"),
-    [
-        (2, {"tensor": 2, "expert": 2}),
-        pytest.param(2, {"pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tensor": 2, "pipeline": 2, "expert": 2}, marks=pytest.mark.slow),
-    ],
-)
-def test_weights_that_are_spread_over_ranks_are_broadcast_whole(
-    directory, tmp_path, receivers, ranks, parallel
-):
-    urls = [server.url for server in receivers]
-    found = run_on_ranks(ranks, broadcast_from_ranks, directory, tmp_path, urls, parallel)
-    expected = hugging_face.greedy(directory, [PROMPTS[0].tokens.tolist()], 6)
-    for difference, told, tokens in found:
-        assert 0 < difference < 1e-4 and told == [] and tokens == [expected]
-
-
 LONG = SamplingSettings(3, 40, seed=4)
 
 
 @pytest.fixture
 def ahead(directory, tmp_path, servers, told):
-    """As ``built``, with answers two steps ahead, which the servers hold in the middle until an
-    update breaks them off: their first pause is for the first weights.
+    """As ``built``, with a staleness of 2. The servers stop in the middle of each answer until an
+    update aborts it. Their first pause is that of the first weights.
     """
     config = config_of(directory, tmp_path / "run", [s.url for s in servers])
     rollout = config.rollout.model_copy(update={"lag": 2})
     built = build(config.model_copy(update={"rollout": rollout}), told)
     for server in servers:
-        server.hold = (15, 2)  # behind the longest answer to a probe
+        server.hold = (15, 2)  # later than any answer to the probe
     return built
 
 
 def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, tmp_path, told):
-    """Every token has the log-probability of the weights that drew it: the old ones first."""
+    """Every token has the log-probability of the weights that sampled it: first the old ones."""
     engine, chunks, *_ = ahead
     finish = engine.begin(PROMPTS, LONG)
     wait_for(lambda: sum(len(server.asked) for server in servers) >= 2 + len(PROMPTS))
@@ -275,7 +196,7 @@ def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, 
     assert {a.version for group in new for a in group.completions} == {1}
     weights = tmp_path / "run" / "servers" / "weights"
     models = [hugging_face.load(weights / f"version_{number}") for number in range(2)]
-    carried = 0
+    partial = 0
     for group in old:
         for answer in group.completions:
             first, last = hugging_face.drawn_by(models, group.prompt, answer, 1e-4)
@@ -283,8 +204,8 @@ def test_answers_that_are_broken_off_go_on_with_the_new_weights(ahead, servers, 
             assert last[switched:].all()
             assert len(answer.tokens) == 40 or answer.finished
             assert (answer.version, answer.last_version) == (0, int(switched < len(first)))
-            carried += 0 < switched < len(first)
-    assert carried >= 3 and sum(server.broken_off for server in servers) >= 3
+            partial += 0 < switched < len(first)
+    assert partial >= 3 and sum(server.broken_off for server in servers) >= 3
     assert told == [] and engine.metrics()["servers/failures"] == 0
 
 
@@ -358,8 +279,8 @@ def test_a_token_that_would_end_the_server_is_not_sent(built, servers):
 
 
 def fake_command(directory, host, port):
-    words = [sys.executable, "-m", "tests.support.fake_server", str(port), str(directory)]
-    return words, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "tests.support.fake_server", str(port), str(directory)]
+    return argv, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -370,38 +291,36 @@ def test_servers_of_its_own_are_started_brought_back_and_stopped(directory, tmp_
     engine, *_ = build(config.model_copy(update={"rollout": rollout}), told, fake_command)
     with contextlib.closing(engine):
         expected = tokens_of(engine.generate(PROMPTS, SAMPLED))
-        processes = [psutil.Process(process.pid) for process in engine.sync.own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
         assert engine.metrics()["servers/used"] == 2 and told == []
-        # One dies while it is not needed: the other answers, and it is started beside it.
+        # One dies between two steps: the other answers while it starts again.
         kill(processes[0])
         engine.weights_changed()
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         metrics = engine.metrics()
         assert (metrics["servers/used"], metrics["servers/restarts"]) == (1, 1)
-        assert told == [f"rollout server {engine.sync.own[0].url} has ended; starting it again"]
-        wait_for(lambda: engine.sync.own[0].is_ready, 60.0)
+        assert told == [
+            f"rollout server {engine.sync.own.processes[0].url} has ended; starting it again"
+        ]
+        wait_for(lambda: engine.sync.own.processes[0].is_ready, 60.0)
         engine.weights_changed()
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         assert engine.metrics()["servers/used"] == 2
-        # Both die before they are asked: they are brought back with the weights of the moment.
-        processes = [psutil.Process(process.pid) for process in engine.sync.own]
+        # Both die before they are asked: both start again with the present weights.
+        processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
         for process in processes:
             kill(process)
         assert tokens_of(engine.generate(PROMPTS, SAMPLED)) == expected
         assert engine.metrics()["servers/restarts"] == 2
-        processes = [psutil.Process(process.pid) for process in engine.sync.own]
+        processes = [psutil.Process(process.pid) for process in engine.sync.own.processes]
     assert not any(process.is_running() for process in processes)
 
 
-def tokens_of(groups):
-    return [[answer.tokens.tolist() for answer in group.completions] for group in groups]
-
-
-def kill(leash):
-    """The server under a leash, as when it crashes; waits until the leash has seen it."""
-    for child in leash.children():
+def kill(supervisor):
+    """Kill the server, as a crash does, and wait until its supervisor has seen it."""
+    for child in supervisor.children():
         child.kill()
-    wait_for(lambda: not leash.is_running() or leash.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: not supervisor.is_running() or supervisor.status() == psutil.STATUS_ZOMBIE)
 
 
 def _generate(directory, run_dir, urls, parallel):
@@ -416,7 +335,7 @@ def _generate(directory, run_dir, urls, parallel):
 
 
 def _routes(directory, run_dir, urls, parallel):
-    """On a rank: the experts that answers carry, and where they start."""
+    """On a rank: the experts of each answer, and its length."""
     engine, *_ = build(config_of(directory, run_dir, urls, **parallel), [])
     (group,) = engine.generate(PROMPTS[:1], dataclasses.replace(SAMPLED, routes=True))
     return [(answer.routed_experts, len(answer.tokens)) for answer in group.completions]
@@ -453,7 +372,7 @@ def test_experts_that_the_model_does_not_have_are_asked_for_again(built, servers
     answers = [answer for group in groups for answer in group.completions]
     assert all(answer.routed_experts.ids.shape[1:] == (4, 2) for answer in answers)
     assert told and all("BadAnswer experts of" in text for text in told)
-    # where they are not asked for nobody looks at them
+    # they are ignored if they are not asked for
     told.clear()
     groups = built[0].generate(PROMPTS, SAMPLED)
     answers = [answer for group in groups for answer in group.completions]
