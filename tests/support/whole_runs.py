@@ -35,8 +35,8 @@ def problems(lengths: Sequence[int], first_index: int = 0) -> list[Prompt]:
 def run_config(run_dir: Path, **overrides: Mapping):
     """Four steps, of which the second and the last are evaluated.
 
-    Batches of 4 answers: evaluation 1 (greedy), 2, 3 (sampled); step one: 4; step two: 5, evaluation
-    6, 7, 8; step three: 9; step four: 10, evaluation 11, 12, 13.
+    Batches of 4 answers: evaluation 1 (greedy), 2, 3 (sampled); step one: 4; step two: 5,
+    evaluation 6, 7, 8; step three: 9; step four: 10, evaluation 11, 12, 13.
     """
     sections = {
         "rollout": {
