@@ -23,16 +23,16 @@ class NoAnswer(BadAnswer):
     """A server sent no HTTP response before the deadline."""
 
 
-class Sent(BaseModel):
+class Message(BaseModel):
     """Base of the messages that servers send. Types must match exactly; other keys are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-SentT = TypeVar("SentT", bound=Sent)
+MessageT = TypeVar("MessageT", bound=Message)
 
 
-def understood(kind: type[SentT], payload: Any, route: str) -> SentT:
+def parse_message(kind: type[MessageT], payload: Any, route: str) -> MessageT:
     """The response of a route as a message of this kind. Raises `BadAnswer`."""
     try:
         return kind.model_validate(payload)

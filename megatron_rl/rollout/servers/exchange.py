@@ -26,7 +26,7 @@ CONNECT_S = 15.0
 #: take 512 bytes and has one to three of them.
 _BYTES_OF_ONE = 64
 #: Bytes read of a response that is an error, and characters shown of it.
-REFUSAL_BYTES, SHOWN = 4096, 300
+REFUSAL_BYTES, SHOWN_CHARACTERS = 4096, 300
 
 
 def open_transport() -> httpx.AsyncHTTPTransport:
@@ -68,7 +68,7 @@ async def exchange(
     except asyncio.TimeoutError:
         raise NoAnswer(f"{call.path} was not answered in full within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
-        raise NoAnswer(f"{call.path}: {shown(one_line(error))}") from error
+        raise NoAnswer(f"{call.path}: {short_line(one_line(error))}") from error
 
 
 def ask_once(url: str, call: Call, *, key: str | None, seconds: float) -> bytes:
@@ -100,14 +100,14 @@ def parse_json(data: bytes, most_bytes: int = CONTROL_BYTES) -> Any:
     try:
         return from_json(data, allow_inf_nan=False) if data else None
     except ValueError as error:
-        raise BadAnswer(f"no JSON ({error}): {shown(_text(data[:80]))!r}") from error
+        raise BadAnswer(f"no JSON ({error}): {short_line(_text(data[:80]))!r}") from error
 
 
-def shown(text: str) -> str:
+def short_line(text: str) -> str:
     """A server's text for a message: one short line of printable characters, since a terminal would
     obey others.
     """
-    line = " ".join(text[: 4 * SHOWN].split())[:SHOWN]
+    line = " ".join(text[: 4 * SHOWN_CHARACTERS].split())[:SHOWN_CHARACTERS]
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
@@ -131,11 +131,13 @@ async def _exchange(
     response = await transport.handle_async_request(request)
     try:
         if response.status_code not in range(200, 300):
-            text = shown(_text(await _read(response, REFUSAL_BYTES, cut=True)))
+            text = short_line(_text(await _read(response, REFUSAL_BYTES, cut=True)))
             raise BadAnswer(f"{call.path} answered {response.status_code}: {text}")
         packed = response.headers.get("Content-Encoding", "identity").strip().lower()
         if packed not in ("", "identity"):
-            raise BadAnswer(f"{call.path} answered packed as {shown(packed)!r}; expected it plain")
+            raise BadAnswer(
+                f"{call.path} answered packed as {short_line(packed)!r}; expected it plain"
+            )
         return await _read(response, most_bytes)
     except _TooLarge:
         raise BadAnswer(

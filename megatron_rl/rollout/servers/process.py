@@ -15,7 +15,7 @@ from megatron_rl.errors import RunFailed, Stopped
 from megatron_rl.rollout.servers import supervisor
 from megatron_rl.rollout.servers.addresses import as_url, listening
 from megatron_rl.rollout.servers.api import BadAnswer, Call
-from megatron_rl.rollout.servers.exchange import ask_once, shown
+from megatron_rl.rollout.servers.exchange import ask_once, short_line
 from megatron_rl.rollout.servers.keys import KEY_VARIABLE, new_key
 
 #: Seconds to end by itself, and then to die of a kill. After both the process is given up: one that
@@ -124,7 +124,7 @@ class ServerProcess:
             return "no log"
         told = [line.strip() for line in text.split("\n") if line.strip()]
         errors = [line for line in told if "Error" in line]
-        return shown((errors or told or ["nothing in its log"])[-1][-300:])
+        return short_line((errors or told or ["nothing in its log"])[-1][-300:])
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -22,9 +22,9 @@ from megatron_rl.rollout.servers.api import (
     Answer,
     BadAnswer,
     Call,
-    Sent,
+    Message,
     logprob_array,
-    understood,
+    parse_message,
 )
 
 _ROUTE = "/generate"
@@ -33,23 +33,23 @@ _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Token = Annotated[tuple[float, _TokenId, Any], Field(strict=False)]
 
 
-class _Reason(Sent):
+class _Reason(Message):
     type: Literal["stop", "length", "abort"]
 
 
-class _Meta(Sent):
+class _Meta(Message):
     finish_reason: _Reason
     output_token_logprobs: Annotated[list[_Token], FailFast()]
     weight_version: Annotated[str, Field(pattern=r"^[!-~]{1,64}$")] | int | None = None
     routed_experts: str | None = None
 
 
-class _Sample(Sent):
+class _Sample(Message):
     meta_info: _Meta
     output_ids: Any = None  #: the same tokens as in meta_info
 
 
-class _Response(Sent):
+class _Response(Message):
     samples: Annotated[list[_Sample], FailFast()]
 
 
@@ -87,7 +87,7 @@ class SglangApi:
     def read_answers(self, payload: Any) -> list[Answer]:
         """See `ServerApi`. One sample comes as an object, several as a list of objects in order."""
         samples = {"samples": payload if isinstance(payload, list) else [payload]}
-        return [self._answer(one) for one in understood(_Response, samples, _ROUTE).samples]
+        return [self._answer(one) for one in parse_message(_Response, samples, _ROUTE).samples]
 
     def load_calls(self, directory: str, version: str) -> Sequence[Call]:
         """See `ServerApi`. The same call makes the server forget cached keys and values."""

@@ -22,9 +22,9 @@ from megatron_rl.rollout.servers.api import (
     Answer,
     BadAnswer,
     Call,
-    Sent,
+    Message,
     logprob_array,
-    understood,
+    parse_message,
 )
 
 _ROUTE = "/inference/v1/generate"
@@ -38,16 +38,16 @@ _NPY = re.compile(
 )
 
 
-class _Token(Sent):
+class _Token(Message):
     logprob: float
     token_id: int | None = None
 
 
-class _Logprobs(Sent):
+class _Logprobs(Message):
     content: Annotated[list[_Token], FailFast()]
 
 
-class _Span(Sent):
+class _Span(Message):
     """The weights of this version sampled the answer's tokens [start, end)."""
 
     version: str = Field(pattern=r"^[!-~]{1,64}$")
@@ -55,7 +55,7 @@ class _Span(Sent):
     end: int
 
 
-class _Choice(Sent):
+class _Choice(Message):
     index: int
     finish_reason: Literal["stop", "length", "abort"]
     token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
@@ -64,15 +64,15 @@ class _Choice(Sent):
     routed_experts: str | None = None
 
 
-class _Response(Sent):
+class _Response(Message):
     choices: Annotated[list[_Choice], FailFast()]
 
 
-class _Results(Sent):
+class _Results(Message):
     results: list[Any] = Field(min_length=1, max_length=_WORKERS)
 
 
-class _WorldSize(Sent):
+class _WorldSize(Message):
     world_size: int = Field(ge=1, le=_WORKERS)
 
 
@@ -107,7 +107,7 @@ class VllmApi:
 
     def read_answers(self, payload: Any) -> list[Answer]:
         """See `ServerApi`."""
-        choices = sorted(understood(_Response, payload, _ROUTE).choices, key=lambda c: c.index)
+        choices = sorted(parse_message(_Response, payload, _ROUTE).choices, key=lambda c: c.index)
         if [choice.index for choice in choices] != list(range(len(choices))):
             raise BadAnswer(f"not a response of {_ROUTE} (choices that are not numbered from 0)")
         return [_answer(choice) for choice in choices]
@@ -137,7 +137,7 @@ class VllmApi:
 
     def read_results(self, payload: Any) -> list[Any]:
         """See `BroadcastApi`."""
-        return understood(_Results, payload, "/collective_rpc").results
+        return parse_message(_Results, payload, "/collective_rpc").results
 
     def world_size_call(self) -> Call:
         """See `BroadcastApi`."""
@@ -145,7 +145,7 @@ class VllmApi:
 
     def read_world_size(self, payload: Any) -> int:
         """See `BroadcastApi`."""
-        return understood(_WorldSize, payload, "/get_world_size").world_size
+        return parse_message(_WorldSize, payload, "/get_world_size").world_size
 
     def join_call(self, information: dict[str, Any]) -> Call:
         """See `BroadcastApi`."""
