@@ -140,9 +140,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(run_dirs: Sequence[Path]) -> None:
-    from megatron_rl.observe.comparison import write_comparison
-    from megatron_rl.observe.report import write_report
-    from megatron_rl.observe.run_files import runs_among
+    from megatron_rl.report.comparison import write_comparison
+    from megatron_rl.report.run import runs_among
+    from megatron_rl.report.run_page import write_report
 
     runs, written = runs_among(run_dirs)
     if not runs:

@@ -1,7 +1,7 @@
 """Tries a loss, an advantage estimator or a correction on a small made batch: what are its traits?
 
-A user's own is held to what it declares before a run starts; a test holds the rows of this package
-to theirs.
+Before a run starts, a user's own is checked against the traits that it declares. A test checks the
+rows of this package.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _check_outputs(who: str, outputs: Any) -> None:
             raise UserError(f"{who} has {name} {value!r}; expected a finite 0-d tensor")
     if not outputs.loss_sum.requires_grad:
         raise UserError(
-            f"{who} has a loss_sum without gradient; expected one that hangs on inputs.logprobs"
+            f"{who} has a loss_sum without gradient; expected one that depends on inputs.logprobs"
         )
     for name in outputs.metrics:
         if not _METRIC.fullmatch(name):

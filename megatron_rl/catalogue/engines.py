@@ -23,8 +23,8 @@ ENGINES: tuple[EngineEntry, ...] = (
     ),
     EngineEntry(
         name="sglang",
-        summary="SGLang servers: running ones, or some that the run starts",
-        code="megatron_rl.rollout.servers.sglang:sglang_engine",
+        summary="asks SGLang servers, running ones or some that the run starts",
+        code="megatron_rl.rollout.servers.sglang_command:sglang_engine",
         servers=True,
         beside_training=True,
         routes=True,

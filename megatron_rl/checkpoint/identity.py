@@ -5,40 +5,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_rl.config.layout import heads_of, moe_layers
+from megatron_rl.config.architecture import NOT_ARCHITECTURE, filled_in
+from megatron_rl.config.layout import SPLITS
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.errors import UserError
-
-#: Fields of ModelConfig that change neither the shape nor the meaning of the weights.
-NOT_ARCHITECTURE = {
-    "preset",
-    "hf_path",
-    "hf_config",
-    "family",
-    "max_sequence_length",
-    "aux_loss_coeff",
-    "z_loss_coeff",
-    "expert_bias_update_rate",
-    "freeze_router",
-    "init_std",
-    "transformer_engine",
-}
 
 
 def architecture_of(model: ModelConfig) -> dict[str, Any]:
     """The fields that decide which weights there are and what they compute, defaults filled in."""
-    fields = model.model_dump(mode="json", exclude=NOT_ARCHITECTURE)
-    _, fields["num_query_groups"], fields["head_dim"] = heads_of(model)
-    fields["moe_layer_freq"] = [int(is_moe) for is_moe in moe_layers(model)]
-    return fields
+    return filled_in(model, NOT_ARCHITECTURE, "json")
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> dict[str, Any]:
     """How the weights and the optimizer state are spread over the ranks."""
-    split = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
     return {
         "world_size": world_size,
-        **{name: getattr(parallel, name) for name in split},
+        **{name: getattr(parallel, name) for name in SPLITS},
         "distributed_optimizer": parallel.distributed_optimizer,
     }
 

@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
 
 from megatron_rl.checkpoint.background import BackgroundWriter
@@ -33,6 +31,7 @@ from megatron_rl.checkpoint.manifest import STATE, Manifest, fingerprints, write
 from megatron_rl.checkpoint.optimizer_state import optimizer_shards, optimizer_step
 from megatron_rl.checkpoint.random_state import RANDOM, random_file, save_random_state
 from megatron_rl.checkpoint.torch_dist import shard_files, take_shards
+from megatron_rl.models.gpt.chunk import Chunk, chunk_shards
 from megatron_rl.parallel.collective_try import by_first, collective_try
 from megatron_rl.parallel.groups import Groups
 
@@ -59,7 +58,7 @@ def save_checkpoint(
 
     Args:
         root: directory of checkpoints, on storage that every rank sees.
-        chunks: this rank's bare GPTModels.
+        chunks: this rank's model chunks, bare.
         optimizer: None to save the weights alone.
         state: JSON-able; rank 0's is stored and given back by `load_checkpoint`.
         architecture, layout: of `identity`; a checkpoint of another architecture is not loaded.
@@ -131,20 +130,9 @@ def _nothing_half_done(partial: Path, is_first: bool) -> Iterator[None]:
         raise
 
 
-def model_shards(chunks: Sequence[MegatronModule], groups: Groups) -> dict[str, Any]:
-    """The chunks' tensors as shards of the whole model's; keys do not depend on the layout.
-
-    The "extra state" of layers is left out: it is empty but for Transformer Engine's FP8, which
-    measures it anew, and torch would unpickle it.
-    """
-    metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.data_context}
-    shards = {}
-    for number, chunk in enumerate(chunks):
-        entries = chunk.sharded_state_dict(metadata=metadata)
-        shards[str(number)] = {
-            name: entry for name, entry in entries.items() if not isinstance(entry, ShardedObject)
-        }
-    return shards
+def model_shards(chunks: Sequence[Chunk], groups: Groups) -> dict[str, Any]:
+    """The chunks' tensors as shards of the whole model's: number of the chunk -> name -> shard."""
+    return {str(number): chunk_shards(chunk, groups) for number, chunk in enumerate(chunks)}
 
 
 def _begin(root: Path, step: int) -> Path:

@@ -48,31 +48,36 @@ def attention_parameters(model: ModelConfig) -> tuple[int, int]:
     """Parameters of a layer's attention: (split over tensor ranks, whole on each), with its two
     norms over D.
 
-    Split: q and o, 2 H d D; k and v, 2 G d D; with qkv_bias (H + 2 G) d. Whole: 2 D, and the norms
-    of queries and keys, 2 d per head or (H + G) d over all heads. Latent attention: split Rq H d,
-    Rkv H (d - r + v) and H v D; whole D Rq, D (Rkv + r) and the norms Rq + Rkv; without Rq split
-    D H d in its place.
+    The matrices (`attention_matrices`), and vectors. Split: with qkv_bias (H + 2 G) d. Whole: 2 D,
+    and the norms of queries and keys, 2 d per head or (H + G) d over all heads; of latent attention
+    Rq + Rkv.
     """
-    if model.kv_lora_rank:
-        return _latent_attention_parameters(model)
+    split, whole = attention_matrices(model)
     heads, groups, width = heads_of(model)
-    split = 2 * (heads + groups) * width * model.hidden_size
+    whole += 2 * model.hidden_size
+    if model.kv_lora_rank:
+        return split, whole + model.kv_lora_rank + (model.q_lora_rank or 0)
     if model.qkv_bias:
         split += (heads + 2 * groups) * width
-    whole = 2 * model.hidden_size
     if model.qk_norm:
         whole += 2 * width if model.qk_norm_scope == "head" else (heads + groups) * width
     return split, whole
 
 
-def _latent_attention_parameters(model: ModelConfig) -> tuple[int, int]:
-    hidden, queries, compressed = model.hidden_size, model.q_lora_rank, model.kv_lora_rank or 0
+def attention_matrices(model: ModelConfig) -> tuple[int, int]:
+    """Elements of a layer's projections: (split over tensor ranks, whole on each).
+
+    q and o, 2 H d D; k and v, 2 G d D; all split. Latent attention: split Rq H d, Rkv H (d - r + v)
+    and H v D, whole D Rq and D (Rkv + r); without Rq split D H d in its place.
+    """
+    heads, groups, width = heads_of(model)
+    hidden, queries, compressed = model.hidden_size, model.q_lora_rank, model.kv_lora_rank
+    if not compressed:
+        return 2 * (heads + groups) * width * hidden, 0
     rotated, of_values = model.qk_rope_head_dim or 0, model.v_head_dim or 0
-    heads, _, width = heads_of(model)
     split = (queries or hidden) * heads * width
     split += compressed * heads * (width - rotated + of_values) + heads * of_values * hidden
-    whole = 2 * hidden + hidden * (compressed + rotated) + compressed
-    return split, whole + (hidden * queries + queries if queries else 0)
+    return split, hidden * (compressed + rotated) + hidden * (queries or 0)
 
 
 def expert_parameters(model: ModelConfig) -> int:
@@ -83,8 +88,8 @@ def expert_parameters(model: ModelConfig) -> int:
 def mlp_parameters(model: ModelConfig, is_moe: bool) -> tuple[int, int]:
     """Parameters of a layer's MLP without routed experts: (split over tensor ranks, whole on each).
 
-    Dense: 3 D F split. MoE: shared expert 3 D Fs split; router D E and shared gate D whole. The
-    expert bias is a buffer, not a parameter.
+    Dense: 3 D F split. MoE: shared expert 3 D Fs split; router D E and shared gate D, which give
+    scores, whole. The expert bias is a buffer, no parameter.
     """
     if not is_moe:
         return 3 * model.hidden_size * model.ffn_hidden_size, 0
@@ -166,15 +171,17 @@ def _stage_memory(config: Config, world_size: int, stage: int) -> Memory:
     """Memory of a rank of one pipeline stage.
 
     Weights: bytes of dtype a parameter. Gradients: fp32, 4 bytes a parameter. Optimizer: Adam's two
-    moments, 8 bytes (of muon 4 for experts; the other matrices are counted as Adam's), and for bf16
-    the fp32 main weights, 4 more; the distributed optimizer shares them among the ranks with the
-    same parameters (data-parallel x context, expert-data-parallel).
+    moments, 8 bytes (of muon one, 4 bytes, for matrices of the layers; routers and gates of shared
+    experts are counted as Adam's), and for bf16 the fp32 main weights, 4 more; the distributed
+    optimizer shares them among the ranks with the same parameters (data-parallel x context,
+    expert-data-parallel).
     """
     parallel, element = config.parallel, DTYPE_BYTES[config.model.dtype]
     dense, experts = _rank_parameters(config, stage)
+    matrices = _rank_matrices(config, stage)
     main = 4 if element == 2 else 0
-    state = 8 + main
-    state_of_experts = 4 * optimizer_of(config.optimizer).matrix_moments + main
+    state, state_of_matrices = 8 + main, 4 * optimizer_of(config.optimizer).matrix_moments + main
+    dense_state = (dense - matrices) * state + matrices * state_of_matrices
     if parallel.distributed_optimizer:
         dense_shards = data_parallel_size(parallel, world_size) * parallel.context
         expert_shards = expert_data_parallel_size(parallel, world_size)
@@ -184,7 +191,7 @@ def _stage_memory(config: Config, world_size: int, stage: int) -> Memory:
     return Memory(
         weights=(dense + experts) * element,
         gradients=(dense + experts) * 4,
-        optimizer=dense / dense_shards * state + experts / expert_shards * state_of_experts,
+        optimizer=dense_state / dense_shards + experts / expert_shards * state_of_matrices,
         activations=activation_bytes(config, stage),
         logits=logit_bytes(config) if last else 0,
     )
@@ -208,6 +215,20 @@ def _rank_parameters(config: Config, stage: int) -> tuple[float, float]:
         # a tied output layer is the embedding itself, or its copy on another stage
         split += table if not model.tie_embeddings or stage > 0 else 0
     return split / parallel.tensor + whole, experts / (parallel.expert * parallel.expert_tensor)
+
+
+def _rank_matrices(config: Config, stage: int) -> float:
+    """Of the dense parameters those of the layers' projections and of their dense and shared MLPs:
+    matrices between two hidden spaces.
+    """
+    model, parallel = config.model, config.parallel
+    is_moe = moe_layers(model)
+    total = 0.0
+    for layer in stage_layers(model.num_layers, parallel)[stage]:
+        split, whole = attention_matrices(model)
+        split += mlp_parameters(model, is_moe[layer])[0]
+        total += split / parallel.tensor + whole
+    return total
 
 
 def activation_bytes(config: Config, stage: int) -> float:

@@ -21,6 +21,7 @@ from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import FAMILIES
 from megatron_rl.catalogue.nearest import did_you_mean
+from megatron_rl.config.architecture import DESCRIBED
 from megatron_rl.config.json_text import read_json_object
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import printable, shown
@@ -33,20 +34,6 @@ _PLAIN = (
     f"a plain config.json of {', '.join(FAMILIES.names)}, or one of a family of your own "
     "(model.family)"
 )
-#: Fields that no config.json has: the origin of the architecture, and how it is trained.
-NOT_DESCRIBED = {
-    "preset",
-    "hf_config",
-    "hf_path",
-    "family",
-    "aux_loss_coeff",
-    "z_loss_coeff",
-    "expert_bias_update_rate",
-    "freeze_router",
-    "init_std",
-    "transformer_engine",
-}
-DESCRIBED = frozenset(ModelConfig.model_fields) - NOT_DESCRIBED
 
 
 def read_hf_config(path: Path, family: str | None = None) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 from megatron_rl.catalogue.families import FamilyEntry
 from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import FAMILIES
-from megatron_rl.config.hf_config import NOT_DESCRIBED, blamed, fields_of_values, read_hf_config
-from megatron_rl.config.layout import heads_of, moe_layers
+from megatron_rl.config.architecture import NOT_DESCRIBED, filled_in
+from megatron_rl.config.hf_config import blamed, fields_of_values, read_hf_config
+from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.families.common.family import Family
@@ -57,10 +58,8 @@ def describing_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 
 def _written(model: ModelConfig, row: FamilyEntry) -> dict[str, Any]:
-    """The config.json that a family writes."""
-    family, fields = row.load(), model.model_dump()
-    _, fields["num_query_groups"], fields["head_dim"] = heads_of(model)
-    fields["moe_layer_freq"] = [int(mark) for mark in moe_layers(model)]
+    """config.json as a family writes it."""
+    family, fields = row.load(), filled_in(model)
     with blamed(row, "writing config.json"):
         return {
             **family.write_common(fields),
@@ -91,10 +90,8 @@ def check_describes(directory: Path, model: ModelConfig) -> None:
 
 
 def _described(model: ModelConfig) -> dict[str, Any]:
-    """The fields that a config.json describes, with defaults filled in."""
-    fields = model.model_dump(exclude=NOT_DESCRIBED)
-    _, fields["num_query_groups"], fields["head_dim"] = heads_of(model)
-    fields["moe_layer_freq"] = [int(mark) for mark in moe_layers(model)]
+    """The fields that a config.json describes, defaults filled in."""
+    fields = filled_in(model, NOT_DESCRIBED)
     if all(moe_layers(model)):
         del fields["ffn_hidden_size"]  # of dense layers, which the model lacks
     if not model.num_experts:

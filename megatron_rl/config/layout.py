@@ -6,6 +6,9 @@ from math import lcm
 
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 
+#: Fields of ``ParallelConfig`` that split the model.
+SPLITS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+
 
 def smallest_world(parallel: ParallelConfig) -> int:
     """Fewest ranks the layout fits: pipeline x lcm(tensor x context, expert x expert_tensor)."""
@@ -29,9 +32,8 @@ def expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def layout_text(parallel: ParallelConfig, world_size: int) -> str:
-    """The layout as text: data-parallel size and every split above 1, "data 4, expert 2"."""
-    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
-    splits = [(name, getattr(parallel, name)) for name in names]
+    """The layout for reading: data-parallel size and every split there is, "data 4, expert 2"."""
+    splits = [(name, getattr(parallel, name)) for name in SPLITS]
     parts = [f"{name} {size}" for name, size in splits if size not in (None, 1)]
     return ", ".join([f"data {data_parallel_size(parallel, world_size)}", *parts])
 

@@ -11,41 +11,38 @@ from megatron_rl.config.section import Section
 
 
 class ServersConfig(Section):
-    """Inference servers that answer in place of the training model (rollout.engine)."""
+    """Inference servers that sample in place of the training model (rollout.engine)."""
 
     urls: tuple[str, ...] = ()
-    """Addresses of running servers, such as http://host:8000; the environment variable
+    """Addresses of servers that run already, such as http://host:8000. The environment variable
     MEGATRON_RL_SERVER_KEY holds their key."""
     start: int = Field(0, ge=0)
-    """Number of servers to start on the machine of rank 0, in place of urls; they end with the
-    run."""
+    """Number of servers to start on rank 0's machine, in place of urls; they end with the run."""
     python: str | None = None
     """Python interpreter of the environment with vLLM or SGLang; for start."""
     options: tuple[str, ...] = ()
-    """More arguments for the command that starts a server."""
+    """Further arguments of the command that starts a server."""
     start_s: float = Field(600.0, gt=0.0)
     """Longest wait for a started server, seconds."""
     sync: Literal["disk", "broadcast"] = "disk"
-    """How weights reach the servers. disk: through a directory that they can read; broadcast:
-    through a process group of rank 0 and the servers' workers (engine vllm, with urls): NCCL on
-    CUDA."""
+    """How weights reach the servers. disk: by a directory that they can read. broadcast: by process
+    groups of rank 0 and the servers' workers, NCCL on CUDA (engine vllm, with urls)."""
     weights_dir: Path | None = None
-    """sync disk: the directory for weights, which the servers must be able to read; null: in
-    run_dir."""
+    """sync disk: where weights are written, on storage that the servers can read; null: run_dir."""
     reload_method: str = "reload_checkpoint"
-    """Engine vllm: the workers' method that reads weights from a directory; the default is that of
-    the worker extension megatron_rl.rollout.servers.reload.Reload, which servers started by a run
+    """Engine vllm: the workers' method that loads weights from a directory. The default is that of
+    the worker extension megatron_rl.rollout.servers.reload.Reload, which servers that a run starts
     have."""
     in_flight: int = Field(32, ge=1)
     """Most open requests of a rank at a server; a request is a problem with all its answers."""
     deadline_s: float = Field(600.0, gt=0.0)
-    """Longest exchange with a server, from connecting to its last byte, and longest wait while no
-    server is available, seconds."""
+    """Longest exchange with a server, from connecting to the last byte, and longest wait while no
+    server can be asked, seconds."""
     retries: int = Field(4, ge=0)
-    """How often a failed request is sent again."""
+    """How often a request that got no good answer is tried again."""
     probe_tolerance: float = Field(1e-3, gt=0.0)
-    """Largest difference of a server's log-probabilities from the trainer's, nats; bf16 needs more:
-    0.1 or so."""
+    """Largest difference between a server's log-probabilities and the trainer's, nats; bf16 needs
+    about 0.1."""
 
 
 class RolloutConfig(Section):
@@ -58,9 +55,9 @@ class RolloutConfig(Section):
     servers: ServersConfig = ServersConfig()
     """Settings of the server engines, vllm and sglang."""
     lag: int = Field(0, ge=0)
-    """Staleness, for server engines: answers are sampled this many steps ahead, beside the
-    training. 1: the sampling weights are one step older than the trained ones. More: an answer that
-    is being sampled when the weights change continues with the new ones (partial rollout)."""
+    """Engines of servers: staleness, the number of steps that answers are sampled ahead, while the
+    model trains. 1: their weights are one step old when they are trained on. More: answers under
+    way when the weights change are aborted and continued with the new weights."""
     prompts_per_step: int = Field(64, ge=1)
     """Problems in a step, over all ranks."""
     samples_per_prompt: int = Field(8, ge=1)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.families.common.names import (
+    ATTENTION,
+    EXPERT,
+    EXPERT_BIAS,
+    ROUTER,
+    SHARED_EXPERTS,
+    SHARED_GATE,
+    swiglu,
+)
 
 
 def layer_weights(model: ModelConfig) -> list[str]:
-    """Names within a layer, as in `models.parameters`, of every weight that some layer has;
-    ``{expert}`` stands for an expert's number.
+    """Names within a layer (`families.common.names`) of all weights that some layer has, with
+    ``{expert}`` for the number of an expert.
     """
     marks = moe_layers(model)
     return [
         "input_layernorm.weight",
-        *(f"self_attention.{name}" for name in _attention(model)),
+        *(f"{ATTENTION}.{name}" for name in _attention(model)),
         "pre_mlp_layernorm.weight",
-        *(_swiglu("mlp") if not all(marks) else ()),
+        *(swiglu("mlp") if not all(marks) else ()),
         *(_experts(model) if any(marks) else ()),
     ]
 
@@ -33,15 +42,11 @@ def _attention(model: ModelConfig) -> list[str]:
 
 
 def _experts(model: ModelConfig) -> list[str]:
-    shared = _swiglu("mlp.shared_experts") if model.shared_expert_ffn_hidden_size else []
+    shared = swiglu(SHARED_EXPERTS) if model.shared_expert_ffn_hidden_size else ()
     return [
-        "mlp.router.weight",
-        *["mlp.router.expert_bias"] * model.router_expert_bias,
-        *_swiglu("mlp.experts.{expert}"),
+        ROUTER,
+        *[EXPERT_BIAS] * model.router_expert_bias,
+        *swiglu(EXPERT),
         *shared,
-        *["mlp.shared_experts.gate_weight"] * model.shared_expert_gate,
+        *[SHARED_GATE] * model.shared_expert_gate,
     ]
-
-
-def _swiglu(block: str) -> list[str]:
-    return [f"{block}.linear_fc1.weight", f"{block}.linear_fc2.weight"]

@@ -6,15 +6,13 @@ Shapes: T tokens of a pack, S sequences of a pack, M tokens of one sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence, TypeVar
+from typing import Sequence
 
 import numpy as np
 
 from megatron_rl.config.estimate import expert_id_bytes
 from megatron_rl.errors import UserError
 from megatron_rl.records import Pack, RoutedExperts, Sample
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,6 @@ def pack_samples(
         )
         for members in plan
     ]
-
-
-def split_mini_batches(items: Sequence[Item], n: int) -> list[list[Item]]:
-    """n consecutive parts whose sizes differ by at most one, larger ones first; with fewer than n
-    items some are empty.
-    """
-    if n < 1:
-        raise ValueError(f"{n} parts")
-    size, extra = divmod(len(items), n)
-    bounds = [part * size + min(part, extra) for part in range(n + 1)]
-    return [list(items[start:stop]) for start, stop in zip(bounds, bounds[1:])]
 
 
 def _build_pack(

@@ -1,6 +1,8 @@
-"""Hides warnings of Megatron-Core and torch that a user cannot act on.
+"""Warnings of Megatron-Core and torch about their own code. Users cannot act on them: not shown.
 
-Each entry names the version that warns. All other warnings still reach the user.
+Each entry names the version that says it. Everything else they say still reaches the user. A
+deprecation that this package has to follow is for its developers: it becomes a
+`DeprecationWarning`, which Python shows under pytest, ``-X dev`` or ``-W default``, not to users.
 """
 
 from __future__ import annotations
@@ -35,10 +37,13 @@ CPU_WARNINGS = (
 )
 #: Logger -> beginning of the message to hide.
 LOG_RECORDS = {
-    # 0.19 advises to build every model from its HybridModel, whose stock layers need CUDA.
-    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     # A CUDA build of torch on a machine without CUDA, once 0.19 imports the extension compiler.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+#: The same, of records that become a `DeprecationWarning`.
+DEPRECATIONS = {
+    # Megatron 0.19, with every GPTModel; what a move takes is in models/README.md.
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
 }
 
 
@@ -46,10 +51,11 @@ def silence(kind: str) -> None:
     """Hide these warnings from now on; the device is "cpu" or "cuda"."""
     for message in WARNINGS + (CPU_WARNINGS if kind == "cpu" else ()):
         warnings.filterwarnings("ignore", message=message)
-    for name, beginning in LOG_RECORDS.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(known, _Without) for known in logger.filters):
-            logger.addFilter(_Without(beginning))
+    for kind_of_filter, records in ((_Without, LOG_RECORDS), (_AsWarning, DEPRECATIONS)):
+        for name, beginning in records.items():
+            logger = logging.getLogger(name)
+            if not any(isinstance(known, _Without) for known in logger.filters):
+                logger.addFilter(kind_of_filter(beginning))
 
 
 class _Without(logging.Filter):
@@ -61,3 +67,24 @@ class _Without(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self._beginning)
+
+
+class _AsWarning(_Without):
+    """The same, and a `DeprecationWarning` in the place of each of these records."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__(beginning)
+        self._shown: dict[str | tuple[str, type[Warning], int], int] = {}  # once in a process
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        passes = super().filter(record)
+        if not passes:
+            warnings.warn_explicit(
+                record.getMessage(),
+                DeprecationWarning,
+                filename=record.pathname,
+                lineno=record.lineno,
+                module=__name__,  # no filter for Megatron's modules hides it
+                registry=self._shown,
+            )
+        return passes

@@ -11,6 +11,7 @@ from megatron_rl.families.common.config_json import dense_layers, read_common
 from megatron_rl.families.common.family import Family, Rule
 from megatron_rl.families.common.file import HuggingFaceFile
 from megatron_rl.families.common.keys import CommonKeys, Count, Positive, Size, Spelled
+from megatron_rl.families.common.names import EXPERT_BIAS, SHARED_EXPERTS
 from megatron_rl.families.common.weights import NORMS, OUTPUT, copies, experts, mlp
 
 
@@ -144,8 +145,8 @@ FAMILY = Family(
         ),
         **mlp(),
         **experts(),
-        "mlp.router.expert_bias": Rule("copy", ("mlp.gate.e_score_correction_bias",)),
-        **mlp("mlp.shared_experts", "mlp.shared_experts"),
+        EXPERT_BIAS: Rule("copy", ("mlp.gate.e_score_correction_bias",)),
+        **mlp(SHARED_EXPERTS, "mlp.shared_experts"),
     },
     meaningless={
         "num_mtp_layers": (0, 1),  # as num_nextn_predict_layers: its tensors are refused

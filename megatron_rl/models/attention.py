@@ -1,8 +1,8 @@
-"""Attention over packed sequences without Transformer Engine, and the layouts that tell it where
+"""Attention over packed sequences without Transformer Engine, and the placements that tell it where
 tokens belong.
 
-A *layout* travels through Megatron in the place of its packed-sequence parameters. It carries the
-positions of the tokens (for the rotary embedding) and computes the attention itself, so that
+A *placement* travels through Megatron in the place of its packed-sequence parameters. It carries
+the positions of the tokens (for the rotary embedding) and computes the attention itself, so that
 training packs, prompts being prefilled and single tokens being decoded with a key/value cache go
 through the same model.
 """
@@ -26,7 +26,7 @@ BUCKET_FILL = 0.67
 
 
 @dataclass
-class Layout(PackedSeqParams):
+class Placement(PackedSeqParams):
     """Where each token of a row of T tokens stands. Subclasses say what it attends to."""
 
     positions: torch.Tensor = field(kw_only=True)  #: int64 [T], position within its sequence
@@ -45,7 +45,8 @@ class Layout(PackedSeqParams):
         """Causal attention within each sequence.
 
         Args:
-            layer_number: Megatron's global layer number, from 1.
+            layer_number: which attention layer it is, as the model counts them; its own in the
+                whole model.
             query: [T, heads, head_dim] of this rank.
             key, value: [T, groups, head_dim]; heads is a multiple of groups. Values may be of
                 another width, which then is the output's.
@@ -58,7 +59,7 @@ class Layout(PackedSeqParams):
 
 
 @dataclass
-class PackedLayout(Layout):
+class PackedPlacement(Placement):
     """Several whole sequences one behind the other, then padding.
 
     Sequences of similar length are laid side by side as a batch [S, longest, ...] and go through
@@ -146,16 +147,16 @@ def out_of_buckets(entries: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return _OutOfBuckets.apply(entries, places)
 
 
-def packed_layout(
+def packed_placement(
     lengths: Sequence[int],
     num_tokens: int,
     device: torch.device,
-    kind: type[PackedLayout] = PackedLayout,
+    kind: type[PackedPlacement] = PackedPlacement,
     **fields: Any,
-) -> PackedLayout:
-    """The layout of a row of ``num_tokens`` tokens that begins with sequences of these lengths.
+) -> PackedPlacement:
+    """The placement of a row of ``num_tokens`` tokens that begins with sequences of these lengths.
 
-    ``kind`` and ``fields`` make a subclass of `PackedLayout` with its own fields.
+    ``kind`` and ``fields`` make a subclass of `PackedPlacement` with its own fields.
     """
     starts: list[int] = []
     positions: list[int] = []
@@ -258,7 +259,7 @@ def dot_product_attention(
 
 
 class PackedAttention(MegatronModule):
-    """The core attention of the local layer spec: hands queries, keys and values to the layout."""
+    """The core attention of the local layer spec: the placement gets queries, keys and values."""
 
     def __init__(
         self,
@@ -280,14 +281,14 @@ class PackedAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Layout | None = None,
+        packed_seq_params: Placement | None = None,
     ) -> torch.Tensor:
         """[T, 1, heads, d] queries, [T, 1, groups, d] keys and values -> [T, 1, heads * d].
 
         Latent attention leaves the axis of length 1 out.
         """
-        if not isinstance(packed_seq_params, Layout):
-            raise ValueError("PackedAttention needs a Layout as packed_seq_params")
+        if not isinstance(packed_seq_params, Placement):
+            raise ValueError("PackedAttention needs a Placement as packed_seq_params")
         scale = self.softmax_scale or query.shape[-1] ** -0.5
         query, key, value = (tensor.flatten(0, -3) for tensor in (query, key, value))
         output = packed_seq_params.attend(self.layer_number, query, key, value, scale)
@@ -295,7 +296,7 @@ class PackedAttention(MegatronModule):
 
 
 class PositionalRotaryEmbedding(RotaryEmbedding):
-    """Rotary embedding at the positions the layout gives, instead of 0..T-1.
+    """Rotary embedding at the positions the placement gives, instead of 0..T-1.
 
     Megatron asks for a length and then for the embedding of that length; here the "length" is the
     tensor of positions.

@@ -1,13 +1,13 @@
-"""From the configuration to Megatron-Core's GPTModel chunks of this rank."""
+"""From the configuration to this rank's chunks of the model."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import (
     MLATransformerConfig,
@@ -18,12 +18,10 @@ from megatron_rl.config.layout import heads_of
 from megatron_rl.config.schema import ModelConfig, ParallelConfig, YarnConfig
 from megatron_rl.device.select import Device
 from megatron_rl.errors import UserError
-from megatron_rl.models.attention import PositionalRotaryEmbedding
 from megatron_rl.models.experts import has_grouped_kernel
+from megatron_rl.models.gpt.chunk import Chunk, make_chunk, routers_of
 from megatron_rl.models.initial import initialise
 from megatron_rl.models.parameters import parameter_views
-from megatron_rl.models.specs import block_spec
-from megatron_rl.models.vocabulary import mask_padding, padded_vocabulary
 from megatron_rl.parallel.groups import Groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -180,53 +178,21 @@ def _parallel_fields(parallel: ParallelConfig) -> dict[str, object]:
 
 def build_chunks(
     model: ModelConfig, config: TransformerConfig, groups: Groups, device: Device, seed: int | None
-) -> list[GPTModel]:
+) -> list[Chunk]:
     """This rank's chunks of the model (one; with interleaving one per virtual stage), initialised
     from the seed; None: the matrices hold anything, because they are to be loaded.
     """
     # Embeddings fork Megatron's random states under sequence parallelism, dropout or not.
     model_parallel_cuda_manual_seed(seed or 0, force_reset_rng=True)
     stages = range(groups.virtual_stages) if groups.virtual_stages else [None]
-    chunks = [_build_chunk(model, config, groups, device, stage) for stage in stages]
+    with_te = uses_transformer_engine(model, device)
+    chunks = [
+        make_chunk(model, config, groups, stage, transformer_engine=with_te).to(device.torch_device)
+        for stage in stages
+    ]
     if seed is not None:
         initialise(parameter_views(chunks, groups), seed, model.init_std, model.num_layers)
     if model.freeze_router:
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
-                parameter.requires_grad_(".router." not in name)
+        for router in itertools.chain.from_iterable(map(dict.values, routers_of(chunks))):
+            router.requires_grad_(False)
     return chunks
-
-
-def _build_chunk(
-    model: ModelConfig,
-    config: TransformerConfig,
-    groups: Groups,
-    device: Device,
-    vp_stage: int | None,
-) -> GPTModel:
-    padded = padded_vocabulary(model.vocab_size, groups.tensor.size())
-    last_virtual = vp_stage is None or vp_stage == (groups.virtual_stages or 1) - 1
-    spec = block_spec(model, config, uses_transformer_engine(model, device), vp_stage)
-    chunk = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=padded,
-        max_sequence_length=model.max_sequence_length,
-        pre_process=groups.is_first_stage and vp_stage in (None, 0),
-        post_process=groups.is_last_stage and last_virtual,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rope_base,
-        vp_stage=vp_stage,
-    )
-    chunk.vocabulary_padding = padded - model.vocab_size
-    if chunk.vocabulary_padding and chunk.post_process:
-        mask_padding(chunk.output_layer, model.vocab_size, groups.tensor)
-    if not model.kv_lora_rank:  # latent attention has its own in each layer
-        chunk.rotary_pos_emb = PositionalRotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=model.rope_base,
-            use_cpu_initialization=True,
-        )
-    return chunk.to(device.torch_device)

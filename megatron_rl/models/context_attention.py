@@ -14,7 +14,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_rl.models.attention import (
-    Layout,
+    Placement,
     dot_product_attention,
     into_buckets,
     out_of_buckets,
@@ -44,7 +44,7 @@ class _Bucket:
 
 
 @dataclass
-class ContextLayout(Layout):
+class ContextPlacement(Placement):
     """This context-parallel rank's tokens of a row of padded sequences.
 
     Sequences of similar length are laid side by side. Rank r of C sees the first r + 1 chunks of
@@ -117,10 +117,10 @@ class _IntoKeyBuckets(torch.autograd.Function):
         return rows.index_copy_(0, entries[valid], grad.index_select(0, valid)), None, None
 
 
-def context_layout(
+def context_placement(
     lengths: Sequence[int], spans: Sequence[int], shards: SequenceShards, device: torch.device
-) -> ContextLayout:
-    """This rank's layout of a row.
+) -> ContextPlacement:
+    """This rank's placement of a row.
 
     Args:
         lengths: of the sequences, without padding.
@@ -150,7 +150,7 @@ def context_layout(
     query_entries, query_valid = torch.cat(queries), torch.cat(queries_valid).nonzero().squeeze(1)
     query_places = torch.empty(len(rows), dtype=torch.int64)
     query_places[query_entries[query_valid]] = query_valid
-    return ContextLayout(
+    return ContextPlacement(
         qkv_format="packed",
         positions=positions[rows].to(device),
         padding=padding[rows].to(device),

@@ -8,17 +8,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_rl.models.attention import Layout
+from megatron_rl.models.attention import Placement
 from megatron_rl.parallel.groups import Groups
 
 
-def forward_row(model: torch.nn.Module, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
+def forward_row(model: torch.nn.Module, tokens: torch.Tensor, placement: Placement) -> torch.Tensor:
     """Run one chunk.
 
     Args:
         model: a GPTModel chunk, bare or wrapped for data parallelism.
         tokens: int64 [T], this context-parallel rank's.
-        layout: where they stand.
+        placement: where they stand.
 
     Returns:
         On the last stage logits [1, T, V / tp] in the model's type, elsewhere hidden states [T /
@@ -26,16 +26,16 @@ def forward_row(model: torch.nn.Module, tokens: torch.Tensor, layout: Layout) ->
     """
     return model(
         input_ids=tokens[None],
-        position_ids=layout.positions[None],
+        position_ids=placement.positions[None],
         attention_mask=None,
-        packed_seq_params=layout,
-        padding_mask=None if layout.padding is None else layout.padding[None],
+        packed_seq_params=placement,
+        padding_mask=None if placement.padding is None else placement.padding[None],
     )
 
 
 @torch.no_grad()
 def forward_stages(
-    chunks: Sequence[MegatronModule], tokens: torch.Tensor, layout: Layout, groups: Groups
+    chunks: Sequence[MegatronModule], tokens: torch.Tensor, placement: Placement, groups: Groups
 ) -> torch.Tensor | None:
     """Run a row through all pipeline stages, one after the other, without gradients.
 
@@ -44,7 +44,7 @@ def forward_stages(
     """
     stage, stages = groups.pipeline.rank(), groups.pipeline.size()
     if stages == 1 and len(chunks) == 1:
-        return forward_row(chunks[0], tokens, layout).squeeze(0)
+        return forward_row(chunks[0], tokens, placement).squeeze(0)
     config = chunks[0].config
     rows = len(tokens) // (groups.tensor.size() if config.sequence_parallel else 1)
     shape = (rows, 1, config.hidden_size)
@@ -55,7 +55,7 @@ def forward_stages(
             hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=tokens.device)
             dist.recv(hidden, src=source, group=groups.pipeline)
             chunk.set_input_tensor(hidden)
-        output = forward_row(chunk, tokens, layout)
+        output = forward_row(chunk, tokens, placement)
         if stage < stages - 1 or virtual < len(chunks) - 1:
             target = dist.get_global_rank(groups.pipeline, (stage + 1) % stages)
             dist.send(output.contiguous(), dst=target, group=groups.pipeline)

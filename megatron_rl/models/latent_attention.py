@@ -16,7 +16,7 @@ from megatron_rl.models.attention import PositionalRotaryEmbedding
 
 
 class PackedLatentAttention(MLASelfAttention):
-    """Megatron's layer, with the positions that the layout gives."""
+    """Megatron's layer, with the positions that the placement gives."""
 
     rotary_pos_emb: RotaryEmbedding
 
@@ -37,7 +37,7 @@ class PackedLatentAttention(MLASelfAttention):
 
 
 class _LatentRotaryEmbedding(PositionalRotaryEmbedding):
-    """As Megatron's own of the layer, at the positions that the layout gives."""
+    """As Megatron's own of the layer, at the positions that the placement gives."""
 
     inv_freq: torch.Tensor
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
 
+from megatron_rl.families.common.names import EXPERT_BIAS, OF_THE_VOCABULARY
+from megatron_rl.models.gpt.chunk import Chunk
+from megatron_rl.models.gpt.names import name_in_model
 from megatron_rl.parallel.groups import Groups
 
 
@@ -24,7 +26,7 @@ from megatron_rl.parallel.groups import Groups
 class ParameterView:
     """One weight of the whole model, or this rank's slice of it."""
 
-    #: e.g. decoder.layers.3.mlp.experts.5.linear_fc1.weight; layers and experts count from 0
+    #: of `families.common.names`: decoder.layers.3.mlp.experts.5.linear_fc1.weight
     name: str
     parameter: torch.Tensor  #: a parameter, or a persistent buffer (expert bias)
     expert: int | None  #: index into the parameter's first axis, where experts are stacked
@@ -75,57 +77,29 @@ class ParameterView:
         return torch.cat([half[part] for part in range(2) for half in halves], self.axis)
 
 
-def parameter_views(chunks: Sequence[torch.nn.Module], groups: Groups) -> Iterator[ParameterView]:
-    """The views of all parameters of this rank's chunks (bare GPTModels), in a fixed order."""
+def parameter_views(chunks: Sequence[Chunk], groups: Groups) -> Iterator[ParameterView]:
+    """The views of all parameters of this rank's chunks (bare), in a fixed order."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield from _views(name, parameter, chunk, groups)
 
 
-def weight_views(chunks: Sequence[torch.nn.Module], groups: Groups) -> Iterator[ParameterView]:
+def weight_views(chunks: Sequence[Chunk], groups: Groups) -> Iterator[ParameterView]:
     """Everything a model of these weights needs: the parameters, and the routers' expert biases."""
     yield from parameter_views(chunks, groups)
     for chunk in chunks:
         for name, buffer in chunk.named_buffers():
-            if name.endswith(".router.expert_bias"):
+            if name.endswith(EXPERT_BIAS):
                 yield from _views(name, buffer, chunk, groups)
 
 
-def canonical_name(name: str) -> str:
-    """The name of the unfused layers: Transformer Engine, and checkpoints, keep a norm's weight in
-    the linear layer that follows it.
-    """
-    for fused, plain in _FUSED_NORMS.items():
-        name = name.replace(fused, plain)
-    return name
-
-
-_FUSED_NORMS = {
-    ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
-    ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
-    ".self_attention.linear_q_up_proj.layer_norm_": ".self_attention.q_layernorm.",
-    ".self_attention.linear_kv_up_proj.layer_norm_": ".self_attention.kv_layernorm.",
-}
-
-
 def _views(
-    local_name: str, parameter: torch.Tensor, chunk: MegatronModule, groups: Groups
+    local_name: str, parameter: torch.Tensor, chunk: Chunk, groups: Groups
 ) -> Iterator[ParameterView]:
-    numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-    name = canonical_name(_with_global_layer(local_name, numbers))
-    tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
-    if tied:
-        name = "embedding.word_embeddings.weight"
+    name, tied = name_in_model(local_name, chunk)
     padding = chunk.vocabulary_padding if name in OF_THE_VOCABULARY else 0
     for view in _views_of(name, parameter, groups, chunk.config.num_moe_experts):
         yield replace(view, padding=padding, tied=tied)
-
-
-OF_THE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-
-
-def _with_global_layer(name: str, numbers: Mapping[int, int]) -> str:
-    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(numbers[int(m[0])]), name)
 
 
 def _views_of(

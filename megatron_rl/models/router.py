@@ -23,7 +23,7 @@ class PackRouter(TopKRouter):
     """
 
     loss_scale: float | torch.Tensor = 1.0
-    _gradients: bool = False  #: of the last routing: were there to be any?
+    _gradients: bool = False  #: whether the last routing was to have gradients
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs: Any
@@ -36,7 +36,7 @@ class PackRouter(TopKRouter):
             padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
         # Megatron 0.19 sorts the K chosen scores only where gradients are enabled, and so would sum
         # them in another order when scoring than when updating: gamma would not be exactly 1 on the
-        # first mini-batch. Enabled here, and what hangs on it asks ``_gradients``.
+        # first mini-batch. So they are enabled here, and the losses ask ``_gradients`` instead.
         self._gradients = torch.is_grad_enabled()
         with torch.enable_grad():
             return super().routing(logits, padding_mask=padding_mask, **kwargs)

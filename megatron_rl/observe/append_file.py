@@ -16,8 +16,10 @@ MOST_WAITING = 64 * 2**20
 
 
 class AppendFile:
-    """Appends records. One that cannot be written is cut off again, kept in memory, and written,
-    in order, as soon as there is room: what stands in the file is always whole records.
+    """Appends records, so that the file holds whole records at any moment.
+
+    A record that cannot be written is cut off again and waits in memory. The records that wait are
+    written, in order, as soon as there is room.
     """
 
     def __init__(self, path: Path, most_waiting: int = MOST_WAITING) -> None:
@@ -28,7 +30,7 @@ class AppendFile:
         self._most_waiting = most_waiting
         self._descriptor = _open(path)
         self._end = os.fstat(self._descriptor).st_size  #: of the last whole record
-        self._torn = False  #: there may be a part of a record behind it
+        self._torn = False  #: a part of a record may follow it
 
     @property
     def waiting(self) -> int:
@@ -36,7 +38,7 @@ class AppendFile:
         return len(self._waiting)
 
     def append(self, *records: bytes) -> OSError | None:
-        """Add records and write all that wait; what went wrong, None: all are written."""
+        """Add records and write all that wait. Returns the error; None: all are written."""
         self._waiting.extend(records)
         try:
             self._write()
@@ -46,7 +48,7 @@ class AppendFile:
         return None
 
     def close(self) -> OSError | None:
-        """Try a last time, and close; what went wrong, None: all are written."""
+        """Try a last time to write, and close. Returns the error; None: all are written."""
         failure = self.append() if self._waiting else None
         try:
             os.close(self._descriptor)
@@ -55,7 +57,7 @@ class AppendFile:
         return failure
 
     def reopen(self) -> None:
-        """The file that stands at the path now, which has been replaced. OSError."""
+        """Go on in the file that has replaced the old one. OSError: it cannot be opened."""
         self.close()
         self._descriptor = _open(self.path)
         self._end, self._torn = os.fstat(self._descriptor).st_size, False
@@ -72,7 +74,7 @@ class AppendFile:
                 self._end += len(self._waiting.popleft())
                 self._torn = False
         except OSError as error:
-            with contextlib.suppress(OSError):  # else before the next record
+            with contextlib.suppress(OSError):  # else it is cut before the next record
                 if error.errno == errno.ESTALE:  # the server of the disk was started again
                     stale, self._descriptor = self._descriptor, _open(self.path)
                     os.close(stale)
@@ -91,8 +93,8 @@ class AppendFile:
             self.lost += 1
 
 
-class ToldFile(AppendFile):
-    """One that says it to a person when it cannot be written any more, and when it can again."""
+class WarningFile(AppendFile):
+    """An `AppendFile` that warns once when writing fails, and once when it works again."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         """OSError: the file cannot be opened or made."""
@@ -100,15 +102,15 @@ class ToldFile(AppendFile):
         self._warn, self._failing = warn, False
 
     def write(self, *records: bytes) -> None:
-        """`append` them."""
-        self.tell(self.append(*records))
+        """`append` the records."""
+        self.note(self.append(*records))
 
-    def tell(self, failure: OSError | None) -> None:
-        """What came of writing: once when it fails, once when it does no more."""
+    def note(self, failure: OSError | None) -> None:
+        """Warn once of a failure, and once when writing works again (None)."""
         if failure is not None and not self._failing:
             self._warn(
                 f"{self.path} could not be written ({reason(failure)}); what is missing is kept "
-                "in memory and tried again with every step; make room"
+                "in memory and written when there is room; make room"
             )
         elif failure is None and self._failing:
             lost = f", {self.lost} old records are lost" if self.lost else ""
@@ -116,7 +118,7 @@ class ToldFile(AppendFile):
         self._failing = failure is not None
 
     def finish(self) -> None:
-        """Write what waits for room, if there is some by now, close, and say what is lost."""
+        """Write what still waits, if there is room, close, and warn of what is lost."""
         failure = self.close()
         lost = self.waiting + self.lost
         if lost:
@@ -127,6 +129,6 @@ class ToldFile(AppendFile):
 
 
 def _open(path: Path) -> int:
-    # Not blocking: a pipe in its place would be waited for until somebody reads it.
+    # Not blocking: with a pipe in its place, open would wait for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     return os.open(path, flags, 0o666)

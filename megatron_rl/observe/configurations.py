@@ -33,8 +33,8 @@ class Configuration:
 
 
 def read_configurations(run_dir: Path) -> list[Configuration]:
-    """Those of a run by their first steps. Runs of older versions have one, config.yaml, taken as
-    that of all steps; empty: nothing is known.
+    """The configurations of a run, by first step; empty: none is known. A run of an older version
+    has only config.yaml, which counts for all its steps.
 
     Raises:
         UserError: a file is no YAML.
@@ -51,7 +51,7 @@ def read_configurations(run_dir: Path) -> list[Configuration]:
 
 
 def configuration_at(run_dir: Path, step: int) -> Configuration | None:
-    """The one that was in force at a step; None where that is not known. UserError: as above."""
+    """The one in force at a step; None: not known. UserError: as `read_configurations`."""
     return next((c for c in reversed(read_configurations(run_dir)) if c.first_step <= step), None)
 
 
@@ -62,10 +62,10 @@ def changes_since(run_dir: Path, step: int, config: Config) -> list[Change] | No
 
 
 def keep_configuration(run_dir: Path, config: Config, resume_step: int | None) -> int:
-    """Write config.yaml, and a copy below configs/ where other than silent keys have changed.
+    """Write config.yaml, and a copy in configs/ if a key has changed that is not silent.
 
-    A new run (``resume_step`` None) moves the configurations of an old one aside. Those of steps
-    that are done again go with the records of these steps.
+    A new run (``resume_step`` None) moves the configurations of an old run aside. A run that
+    resumes deletes the configurations of the steps that it does again.
 
     Returns:
         The first step of the configuration now in force.

@@ -30,7 +30,7 @@ _COLUMNS: tuple[tuple[str, str, _Format, int, str], ...] = (
     ("loss", "loss ", "{:.4f}".format, 7, ""),
     ("accuracy", "accuracy ", _percent, 6, ""),
     ("grad_norm", "grad ", _norm, 7, ""),
-    ("router/shift_mean", "gamma ", "{:.4f}".format, 6, ""),
+    ("router/raw_gamma_mean", "raw gamma ", "{:.4f}".format, 6, ""),
     ("clip_fraction", "clip ", _percent, 6, ""),
     ("entropy", "entropy ", "{:.3f}".format, 5, ""),
     ("tokens_per_second", "", "{:.0f}".format, 6, " tok/s"),
@@ -80,8 +80,8 @@ def _cell(value: float | None, form: _Format) -> str:
 class SilentConsole:
     """The same interface, showing nothing: for every rank but 0."""
 
-    def header(self, facts: Mapping[str, object], config_text: str = "") -> None:
-        """Show what is about to run: a line a fact, then the resolved config."""
+    def run_summary(self, facts: Mapping[str, object]) -> None:
+        """Show what is about to run, a line a fact."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
@@ -100,7 +100,7 @@ class SilentConsole:
         display shows it."""
 
     def confirm(self) -> None:
-        """For verbs whose result is what they show. RunFailed: some of it could not be written."""
+        """Called by verbs that print their result. RunFailed: some of it could not be written."""
 
     def __enter__(self) -> SilentConsole:
         return self
@@ -134,12 +134,10 @@ class Console(SilentConsole):
         else:
             self._display = _PlainDisplay(steady)
 
-    def header(self, facts: Mapping[str, object], config_text: str = "") -> None:
+    def run_summary(self, facts: Mapping[str, object]) -> None:
         width = max((len(name) for name in facts), default=0)
         for name, value in facts.items():
             self._display.line(f"{name:<{width}}  {value}", "bold")
-        for line in config_text.splitlines():
-            self._display.line(f"  {line}", "dim")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._display.line(step_line(step, self._total, metrics), "")
@@ -175,20 +173,20 @@ class Console(SilentConsole):
 
 
 class _Steady:
-    """A stream that goes on where it cannot be written (a log on a full disk, a pipe whose reader
-    has gone): what is shown there is no reason to lose a run."""
+    """A stream that keeps errors of writing and does not raise them (a log on a full disk, a pipe
+    without a reader): a lost line is no reason to lose a run."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.failure: OSError | None = None  #: the first, but for readers that have gone
+        self.failure: OSError | None = None  #: the first error, except a pipe without a reader
 
     def write(self, text: str) -> int:
-        """The stream's, or nothing."""
+        """Write to the stream, if that is possible."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """The stream's, or nothing."""
+        """Flush the stream, if that is possible."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[[], Any]) -> None:
@@ -249,7 +247,7 @@ class _RichDisplay:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[phase]}", markup=True),
-            # What rich asks of a stream beside writing goes through _Steady.__getattr__.
+            # Besides write and flush, rich reaches the stream through _Steady.__getattr__.
             console=RichConsole(
                 file=cast("TextIO", stream), force_terminal=True if force else None
             ),

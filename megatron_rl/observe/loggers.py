@@ -1,5 +1,5 @@
-"""Hands the metrics of each step to the loggers of a run, on rank 0. One that fails costs what it
-would have shown, and never the run.
+"""Gives the metrics of each step to the loggers of a run, on rank 0. A logger that fails loses its
+own output and never ends the run.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from megatron_rl.errors import UserError
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger is made of."""
+    """The facts of a run that a logger is made with."""
 
-    directory: Path  #: the run directory, which is there
-    resume_step: int | None  #: the run goes on behind this step; None: it is new
-    config: Mapping[str, Any]  #: the configuration as YAML has it; {}: not known
-    warn: Callable[[str], None]  #: tells a person
+    directory: Path  #: the run directory; it exists
+    resume_step: int | None  #: the run resumes after this step; None: it is new
+    config: Mapping[str, Any]  #: the configuration, as in config.yaml; {}: not known
+    warn: Callable[[str], None]  #: shows a warning
 
 
 class Logger(Protocol):
-    """What a logger is."""
+    """What a logger has to have."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step, as metrics.jsonl has them (NaN where it has null). Steps
-        rise; the last one may come again with metrics that were measured late, and those alone.
+        rise. The last step may come again, with only the metrics that were measured late.
         """
 
     def close(self) -> None:
-        """The run has ended, in whatever way."""
+        """Called once when the run ends, however it ends."""
 
 
 class Loggers:
     """The loggers of a run, each in turn."""
 
     def __init__(self, chosen: Sequence[ChosenLogger], run: LoggedRun) -> None:
-        """UserError: one cannot be made. OSError: a file of one cannot be."""
+        """UserError: a logger cannot be made. OSError: it cannot open a file."""
         self._warn = run.warn
-        self._failing: set[str] = set()  #: names of those that raised when last given a step
+        self._failing: set[str] = set()  #: names of those that raised at the last step
         self._loggers: list[tuple[str, Logger]] = []
         for one in chosen:
             self._loggers.append((one.row.name, _made(one, run)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give a step to each logger. One that raises is given the next step all the same; that it
-        fails, and that it does no more, is said once.
+        """Give a step to each logger. A logger that raises gets the next step too. The run warns
+        once when it begins to fail, and once when it works again.
         """
         for name, logger in self._loggers:
             try:
@@ -65,7 +65,7 @@ class Loggers:
                 self._failing.discard(name)
 
     def close(self) -> None:
-        """Close each; one that raises is told of."""
+        """Close each logger; warn of one that raises."""
         for name, logger in self._loggers:
             try:
                 with blame(f"the logger {name!r}, closed,", "metrics.jsonl has every step"):

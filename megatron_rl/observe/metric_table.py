@@ -1,6 +1,6 @@
 """The one table of metric names: unit, reduction over ranks, verbs that write it, meaning.
 
-Names ending in ``layer_NN`` stand for one name a layer, such as ``router/shift_mean/layer_03``: the
+Names ending in ``layer_NN`` stand for one name a layer, such as ``router/entropy/layer_03``: the
 transformer layer's number over all pipeline stages, from 0, at least two digits. ``PART`` stands
 for one name a part of the reward that the verifier fills, a metric of a user's own loss, or a data
 set of a mixture.
@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_rl.catalogue.nearest import nearest
 
@@ -79,10 +79,10 @@ _TABLE: tuple[Metric, ...] = (
            "Rounds of dynamic sampling."),
     Metric("groups/drawn", "groups", "sum", _RL,
            "Groups sampled by dynamic sampling, those not trained on included."),
-    Metric("rollout/lag", "steps", "mean", _RL,
+    Metric("rollout/staleness", "steps", "mean", _RL,
            "Age of the weights that sampled the first token, mean over answers; servers only."),
-    Metric("rollout/carried_fraction", "fraction", "mean", _RL,
-           "Answers that were begun by older weights than they were ended; servers only."),
+    Metric("rollout/partial_fraction", "fraction", "mean", _RL,
+           "Answers that weights of more than one step sampled (partial rollouts); servers only."),
     Metric("response/length_mean", "tokens", "mean", _RL,
            "Tokens of a completion that the policy wrote."),
     Metric("response/length_max", "tokens", "max", _RL,
@@ -119,14 +119,14 @@ _TABLE: tuple[Metric, ...] = (
            "Sampler correction weight (TIS, MIS, IcePop), mean over tokens."),
     Metric("mismatch/clipped_fraction", "fraction", "mean", _RL,
            "Tokens whose sampler correction was capped or zeroed."),
-    Metric("router/shift_mean", "", "mean", _RL,
-           "Router-shift weight gamma before the floor, mean over completion tokens."),
-    Metric("router/shift_min", "", "min", _RL,
-           "Smallest gamma before the floor of a completion token."),
+    Metric("router/raw_gamma_mean", "", "mean", _RL,
+           "exp(-router distance): gamma before the floor, mean over completion tokens."),
+    Metric("router/raw_gamma_min", "", "min", _RL,
+           "Smallest raw gamma of a completion token."),
     Metric("router/gamma_mean", "", "mean", _RL,
-           "Weight max(gamma, floor) on the ratio, mean over completion tokens."),
+           "gamma as the loss takes it, after the floor, mean over completion tokens."),
     Metric("router/floor_fraction", "fraction", "mean", _RL,
-           "Completion tokens whose gamma was raised to the floor."),
+           "Completion tokens whose raw gamma is below the floor."),
     Metric("router/distance_mean", "nat", "mean", _RL,
            "Router distance, mean over layers and completion tokens."),
     Metric("router/distance_max", "nat", "max", _RL,
@@ -137,14 +137,14 @@ _TABLE: tuple[Metric, ...] = (
            "Load of the busiest expert / mean load, mean over layers."),
     Metric("router/entropy", "nat", "mean", _RL,
            "Entropy of the router's distribution over experts, mean over tokens."),
-    Metric("router/shift_mean/layer_NN", "", "mean", _RL,
-           "exp(-distance) of the layer alone, mean over completion tokens."),
+    Metric("router/raw_gamma_mean/layer_NN", "", "mean", _RL,
+           "exp(-router distance) of the layer alone, mean over completion tokens."),
     Metric("router/distance_mean/layer_NN", "nat", "mean", _RL,
            "Router distance of the layer, mean over completion tokens."),
     Metric("router/distance_max/layer_NN", "nat", "max", _RL,
            "Router distance of the layer, largest of a completion token."),
     Metric("router/floor_fraction/layer_NN", "fraction", "mean", _RL,
-           "Completion tokens whose exp(-distance) of the layer alone is below the floor."),
+           "Completion tokens whose raw gamma of the layer alone is below the floor."),
     Metric("router/top_k_overlap/layer_NN", "fraction", "mean", _RL,
            "router/top_k_overlap of the layer."),
     Metric("router/load_max_over_mean/layer_NN", "", "mean", _RL,
@@ -152,13 +152,13 @@ _TABLE: tuple[Metric, ...] = (
     Metric("router/entropy/layer_NN", "nat", "mean", _RL,
            "router/entropy of the layer."),
     Metric("servers/used", "servers", "min", _ANY,
-           "Rollout servers that have the weights and were not left out."),
+           "Rollout servers that have the weights of the step and are in use."),
     Metric("servers/probe_difference", "nat", "max", _ANY,
            "Largest |log-prob of a server - log-prob of the trainer| of a probe's token."),
     Metric("servers/failures", "requests", "sum", _ANY,
-           "Questions a server did not answer, or wrongly; they were asked again."),
+           "Requests that a server did not answer, or answered wrongly; they were sent again."),
     Metric("servers/restarts", "servers", "sum", _ANY,
-           "Servers of the run that had ended and were started again."),
+           "Servers of the run that ended and were started again."),
     Metric("eval/pass@1", "fraction", "mean", _EVAL,
            "Held-out problems solved by the greedy answer."),
     Metric("eval/mean@k", "fraction", "mean", _EVAL,
@@ -192,10 +192,49 @@ _TABLE: tuple[Metric, ...] = (
 
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _TABLE})
 
+#: Names up to version 0.1.0 -> names of today, those of layers included. For one release files and
+#: loggers are given both.
+OLD_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "router/shift_mean": "router/raw_gamma_mean",
+        "router/shift_min": "router/raw_gamma_min",
+        "rollout/lag": "rollout/staleness",
+        "rollout/carried_fraction": "rollout/partial_fraction",
+    }
+)
+_OLD_OF = {new: old for old, new in OLD_NAMES.items()}
+
+
+def with_old_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics, followed by a copy under its old name of each that was renamed."""
+    return {**metrics, **_renamed(metrics, _OLD_OF)}
+
+
+def with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of any version, under the names of today only."""
+    new = _renamed(record, OLD_NAMES)
+    kept = {name: value for name, value in record.items() if _base(name) not in OLD_NAMES}
+    return new | kept
+
+
+def _renamed(metrics: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The metrics whose name is a key of ``names``, under the name it stands for."""
+    return {
+        names[base] + name.removeprefix(base): value
+        for name, value in metrics.items()
+        if (base := _base(name)) in names
+    }
+
+
+def _base(name: str) -> str:
+    """router/entropy of router/entropy/layer_03; any other name as it is."""
+    layered = split_layer(name)
+    return layered[0] if layered else name
+
 
 def layer_name(name: str, layer: int) -> str:
-    """The per-layer name of a metric: ``layer_name("router/shift_mean", 3)`` is
-    router/shift_mean/layer_03."""
+    """The per-layer name of a metric: ``layer_name("router/entropy", 3)`` is
+    router/entropy/layer_03."""
     return f"{name}/layer_{layer:02d}"
 
 
@@ -219,7 +258,7 @@ def metric(name: str) -> Metric:
 
 
 def fixed_metric(name: str) -> Metric:
-    """`metric` of a name that is not up to the verifier: others are refused as mistyped."""
+    """The row of a name that is no part. ValueError: the table has no such name."""
     layered = split_layer(name)
     row = METRICS.get(f"{layered[0]}{_LAYER_SUFFIX}" if layered else name)
     if row is None or name.endswith((_LAYER_SUFFIX, _PART_SUFFIX)):  # a row stands for its names

@@ -28,8 +28,8 @@ class MetricSums:
     """The running sums of one step on one rank.
 
     Values may be 0-d tensors: nothing is read back to the host before ``reduce``. The vectors
-    that travel hold a slot for every name of the table and every part of the reward that any rank
-    has, so ranks need not add the same names (pipeline stages add their own layers).
+    that travel have a slot for every name of the table and every part of the reward that any rank
+    has. So ranks need not add the same names (pipeline stages add their own layers).
     """
 
     def __init__(self, num_layers: int = 0, device: torch.device | str = "cpu") -> None:
@@ -40,7 +40,7 @@ class MetricSums:
         self._device = device
         self._sums: dict[str, Number] = {}
         self._counts: dict[str, Number] = {}
-        self._parts: set[str] = set()  # names that a verifier has given, of this rank
+        self._parts: set[str] = set()  # of this rank: names that a verifier or a loss has given
         self._tops: dict[str, Number] = {}  # running maximum; of the negated value for "min"
 
     def add(self, name: str, value: Number, count: Number = 1.0) -> None:

@@ -1,7 +1,7 @@
 """Scalars in TensorBoard's event format, one whole record at a time.
 
 torch's SummaryWriter writes in a thread: an error of the disk comes up later, leaves a torn record
-and a traceback, and ends the writer for good.
+and a traceback, and stops the writer for good.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.observe.append_file import ToldFile
+from megatron_rl.observe.append_file import WarningFile
 from megatron_rl.observe.loggers import LoggedRun
 
 TENSORBOARD_DIR = "tensorboard"
 
 
 class TensorBoard:
-    """A new event file in the run directory, which tells TensorBoard to forget what the older ones
-    hold of steps that are run again.
+    """A new event file in the run directory. It tells TensorBoard to forget those steps of older
+    files that the run does again.
     """
 
     def __init__(self, run: LoggedRun) -> None:
@@ -35,7 +35,7 @@ class TensorBoard:
         directory.mkdir(exist_ok=True)
         parts = (f"{time.time():.6f}", socket.gethostname(), str(os.getpid()), uuid.uuid4().hex[:8])
         path = directory / f"events.out.tfevents.{'.'.join(parts)}"
-        self._file = ToldFile(path, run.warn)
+        self._file = WarningFile(path, run.warn)
         purge = 0 if run.resume_step is None else run.resume_step + 1
         version = _record(file_version="brain.Event:2")
         start = _record(step=purge, session_log=SessionLog(status=SessionLog.START))

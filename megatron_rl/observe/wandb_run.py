@@ -49,7 +49,7 @@ def _import_wandb() -> Any:
         import wandb
     except ImportError as error:
         raise UserError(
-            "the logger wandb is asked for (observe.wandb, observe.loggers) but Weights & Biases "
+            "the logger wandb is on (observe.wandb, observe.loggers) but Weights & Biases "
             "is not installed; expected the package wandb; pip install wandb, or leave it out"
         ) from error
     return wandb

@@ -1,4 +1,4 @@
-"""What rank 0 writes while a run goes on: metrics.jsonl and samples.jsonl; loggers get the same."""
+"""Rank 0 writes metrics.jsonl and samples.jsonl during a run, and gives the loggers the metrics."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_rl.config.loggers import ChosenLogger
 from megatron_rl.files import move_aside, write_whole
-from megatron_rl.observe.append_file import ToldFile
+from megatron_rl.observe.append_file import WarningFile
 from megatron_rl.observe.loggers import LoggedRun, Loggers
-from megatron_rl.observe.metric_table import metric
+from megatron_rl.observe.metric_table import metric, with_old_names
 from megatron_rl.observe.run_files import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -28,8 +28,8 @@ class RunWriter:
     files read as if the run had never stopped. A new run (``resume_step`` None) in a used
     directory moves old files aside to ``<name>.old-N``.
 
-    Once open, a disk that is full or gone ends nothing: what cannot be written is said once, kept
-    in memory (`append_file.MOST_WAITING` bytes a file), and written when there is room.
+    Once it is open, a full or lost disk does not end the run. The writer warns once, keeps the
+    records in memory (`append_file.MOST_WAITING` bytes a file), and writes them when there is room.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class RunWriter:
         resume_step: int | None = None,
         warn: Callable[[str], None],
     ) -> None:
-        """loggers: are given what metrics.jsonl is. config: for them. warn: tells a person.
+        """loggers: get the content of metrics.jsonl. config: for them. warn: shows a warning.
         UserError: a logger cannot be made, or a file of the run cannot be read. OSError: one
         cannot be written."""
         #: First step of the configuration in force, written with every record; None: left out.
@@ -49,7 +49,7 @@ class RunWriter:
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as undo:
-            # Before a file is moved or cut: a logger may be refused.
+            # Loggers first: if one is refused, no file has been moved or cut.
             run = LoggedRun(self._run_dir, resume_step, config or {}, warn)
             self._loggers = Loggers(loggers, run)
             undo.callback(self._loggers.close)
@@ -59,8 +59,8 @@ class RunWriter:
                     move_aside(self._run_dir / name)
                 else:
                     last[name] = drop_after(self._run_dir / name, resume_step)
-            self._metrics = ToldFile(self._run_dir / METRICS_FILE, warn)
-            self._samples = ToldFile(self._run_dir / SAMPLES_FILE, warn)
+            self._metrics = WarningFile(self._run_dir / METRICS_FILE, warn)
+            self._samples = WarningFile(self._run_dir / SAMPLES_FILE, warn)
             undo.pop_all()
         kept = last.get(METRICS_FILE)
         self._last_step = -1 if kept is None else kept
@@ -86,10 +86,10 @@ class RunWriter:
     def add_to_last(
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Put metrics that came late into the object of the last step: the file is replaced. The
-        samples are written where the step has none.
+        """Add late metrics to the object of the last step; the file is replaced. The samples are
+        written only if the step has none.
 
-        ValueError: it is not the last step, or a name is not in the metric table.
+        ValueError: ``step`` is not the last step, or a name is not in the metric table.
         """
         if step != self._last_step:
             raise ValueError(f"step {step} with {self._last_step} the last; expected the last")
@@ -100,7 +100,7 @@ class RunWriter:
             write_whole(path, "".join(map(to_json_line, [*before, {**last, **values}])))
             self._metrics.reopen()
         except OSError as error:
-            self._metrics.tell(error)
+            self._metrics.note(error)
         self._loggers.log(step, values)
         if self._last_sampled != step:
             self.write_samples(step, samples)
@@ -111,8 +111,8 @@ class RunWriter:
         self._samples.write(*(_line({"step": step, **sample}) for sample in samples))
 
     def close(self) -> None:
-        """Write what waits for room, if there is some by now, and close every file; writing after
-        it is an error."""
+        """Write what still waits, if there is room, and close every file. Writing after it is an
+        error."""
         self._metrics.finish()
         self._samples.finish()
         self._loggers.close()
@@ -125,10 +125,12 @@ class RunWriter:
 
 
 def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics as floats, without the step. ValueError: one is not in the metric table."""
+    """The metrics as floats, without the step; those that were renamed also under the old name.
+    ValueError: the metric table has no such name.
+    """
     for name in metrics:
         metric(name)
-    return {name: float(value) for name, value in metrics.items() if name != "step"}
+    return with_old_names({name: float(value) for name, value in metrics.items() if name != "step"})
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

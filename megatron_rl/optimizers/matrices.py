@@ -6,18 +6,18 @@ it holds experts, and several matrices in one where query, key and value, or gat
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Sequence
 
 import torch
 
+from megatron_rl.families.common.names import ROUTER, SHARED_GATE, layer_of
+
 if TYPE_CHECKING:
     from megatron_rl.models.parameters import ParameterView
 
-_HIDDEN = re.compile(r"decoder\.layers\.\d+\..*\.(weight|gate_weight)")
-#: Gates: weights that give one number for each expert, or one number in all.
-_GATES = re.compile(r".*\.(router\.weight|shared_experts\.gate_weight)")
+#: Weights that give a score per expert, or one in all: no maps from one hidden space to another.
+_SCORES = (ROUTER, SHARED_GATE)
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Matrix:
         return self.view.name
 
     @property
-    def is_gate(self) -> bool:
-        """Whether it belongs to a router or to the gate of a shared expert."""
-        return _GATES.fullmatch(self.name) is not None
+    def scores(self) -> bool:
+        """Whether it is of a router, or of the gate of a shared expert."""
+        return (layer_of(self.name) or (0, ""))[1] in _SCORES
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view of this matrix (or slice) in a tensor shaped like the parameter."""
@@ -78,5 +78,11 @@ def matrices_of(views: Sequence[ParameterView], qkv: tuple[int, int, int]) -> tu
     return tuple(
         Matrix(view, qkv if view.name.endswith(".linear_qkv.weight") else None)
         for view in views
-        if view.of(view.parameter).dim() == 2 and _HIDDEN.fullmatch(view.name)
+        if view.of(view.parameter).dim() == 2 and _is_hidden(view.name)
     )
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether it is a weight of a layer, and no bias."""
+    layer = layer_of(name)
+    return layer is not None and layer[1].endswith((".weight", ".gate_weight"))

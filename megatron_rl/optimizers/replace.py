@@ -38,7 +38,7 @@ def replace_optimizer(
         optimizer: of ``get_megatron_optimizer``, not distributed; it has not stepped yet.
         row: the optimizer, not Megatron's own.
         settings: of it.
-        chunks: this rank's bare GPTModels.
+        chunks: this rank's model chunks, bare.
         groups: the process groups.
         model: the architecture.
     """

@@ -13,6 +13,7 @@ from megatron_rl.catalogue.blame import blame
 from megatron_rl.catalogue.entry import OptimizerEntry
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.errors import UserError
+from megatron_rl.families.common.names import ATTENTION, EXPERT, in_layer, swiglu
 from megatron_rl.optimizers.matrices import Matrix
 from megatron_rl.optimizers.state import (
     MATRICES,
@@ -110,11 +111,10 @@ def _made(
     generator = torch.Generator().manual_seed(1)
     shapes = ((4, 6), (2, 6, 4), (6,))
     matrix, experts, vector = (torch.randn(shape, generator=generator) for shape in shapes)
-    layer = "decoder.layers.0"
-    whole: Any = _Whole  # has all that Matrix reads of a view
-    of_matrix = (Matrix(whole(f"{layer}.self_attention.linear_proj.weight", None)),)
+    whole: Any = _Whole  # has what a matrix asks of a view
+    of_matrix = (Matrix(whole(in_layer(0, f"{ATTENTION}.linear_proj.weight"), None)),)
     of_experts = tuple(
-        Matrix(whole(f"{layer}.mlp.experts.{number}.linear_fc2.weight", number))
+        Matrix(whole(in_layer(0, swiglu(EXPERT.format(expert=number))[1]), number))
         for number in range(2)
     )
     both = {"lr": _RATE, "max_lr": _RATE, "min_lr": 0.0, "wd_mult": 1.0, "lr_mult": 1.0}

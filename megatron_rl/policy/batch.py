@@ -12,8 +12,8 @@ from torch.distributed import ProcessGroup
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.data.packing import Routing, pack_samples, plan_packs, round_up
-from megatron_rl.models.attention import Layout, packed_layout
-from megatron_rl.models.context_attention import context_layout
+from megatron_rl.models.attention import Placement, packed_placement
+from megatron_rl.models.context_attention import context_placement
 from megatron_rl.parallel.collectives import all_max
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.sequence_shards import (
@@ -29,7 +29,7 @@ from megatron_rl.records import Pack, Sample
 @dataclass(frozen=True)
 class PackTensors:
     """A pack as tensors on the device: the whole row on every context-parallel rank, shapes as in
-    `records.Pack`, and the layout of the part that this rank's model runs on.
+    `records.Pack`, and the placement of the part that this rank's model runs on.
     """
 
     tokens: torch.Tensor
@@ -39,8 +39,8 @@ class PackTensors:
     num_sequences: int
     advantages: torch.Tensor
     rollout_logprobs: torch.Tensor | None
-    shards: SequenceShards  #: the rows of that part
-    layout: Layout
+    shards: SequenceShards  #: which rows that part is
+    placement: Placement
     #: the sampler's experts of this rank's tokens and layers, in host memory: global layer number
     #: (from 1) -> integers [T_local, K]; None: not replayed
     routes: Mapping[int, torch.Tensor] | None = None
@@ -55,9 +55,9 @@ def to_device(
     spans = padded_spans(pack.lengths, pack.num_tokens, pack.sequence_multiple)
     shards = sequence_shards(spans, context, device)
     if pack.sequence_multiple > 1:
-        layout = context_layout(pack.lengths, spans, shards, device)
+        placement = context_placement(pack.lengths, spans, shards, device)
     else:
-        layout = packed_layout(pack.lengths, pack.num_tokens, device)
+        placement = packed_placement(pack.lengths, pack.num_tokens, device)
 
     def tensor(array: np.ndarray | None) -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
@@ -72,7 +72,7 @@ def to_device(
         advantages=tensor(pack.advantages),
         rollout_logprobs=tensor(pack.rollout_logprobs),
         shards=shards,
-        layout=layout,
+        placement=placement,
         routes=routes,
         routes_known=known,
     )

@@ -8,10 +8,10 @@ from typing import Sequence
 import torch
 
 from megatron_rl.checkpoint.identity import architecture_of
-from megatron_rl.checkpoint.load import load_weights
+from megatron_rl.checkpoint.restore import load_weights
 from megatron_rl.config.schema import Config
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.load import load_hf_weights
+from megatron_rl.weights.from_hugging_face import load_hf_weights
 
 
 def load_initial_weights(

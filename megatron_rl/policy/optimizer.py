@@ -9,7 +9,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -19,12 +18,13 @@ from megatron_rl.catalogue.optimizers import AdamSettings
 from megatron_rl.config.optimizer import optimizer_of, optimizer_settings
 from megatron_rl.config.schema import Config, OptimizerConfig, ParallelConfig
 from megatron_rl.device.select import Device
+from megatron_rl.models.gpt.chunk import Chunk
 from megatron_rl.optimizers.replace import replace_optimizer
 from megatron_rl.parallel.groups import Groups
 
 
 def wrap_data_parallel(
-    chunks: Sequence[GPTModel],
+    chunks: Sequence[Chunk],
     transformer: TransformerConfig,
     parallel: ParallelConfig,
     device: Device,

@@ -16,7 +16,7 @@ from megatron_rl.policy.batch import PackTensors
 
 def forward_pack(model: torch.nn.Module, pack: PackTensors) -> torch.Tensor:
     """Run one chunk on this rank's tokens of the pack; see `forward_row`."""
-    return forward_row(model, pack.shards.local(pack.tokens), pack.layout)
+    return forward_row(model, pack.shards.local(pack.tokens), pack.placement)
 
 
 def pack_logprobs(

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.algorithms.layer_rules import layer_rule
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
 from megatron_rl.models.build import build_chunks, transformer_config
+from megatron_rl.models.gpt.chunk import Chunk, layer_numbers, routers_of
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_rl.policy.reference import ReferenceWeights
@@ -31,7 +32,7 @@ class Policy:
     device: Device
     groups: Groups
     transformer: TransformerConfig
-    chunks: tuple[GPTModel, ...]  #: this rank's model chunks, unwrapped, in order of virtual stages
+    chunks: tuple[Chunk, ...]  #: bare model chunks of this rank, in order of virtual stages
     wrapped: tuple[DistributedDataParallel, ...]  #: the same, wrapped for data parallelism
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -72,11 +73,8 @@ def build_policy(
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
     wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
     optimizer = build_optimizer(config, wrapped, transformer, groups)
-    moe = moe_layers(config.model)
-    expected = [
-        [layer.layer_number for layer in chunk.decoder.layers if moe[layer.layer_number - 1]]
-        for chunk in chunks
-    ]
+    moe, shift = moe_layers(config.model), config.algorithm.router_shift
+    held, routers = [layer_numbers(chunk) for chunk in chunks], routers_of(chunks)
     return Policy(
         config=config,
         device=device,
@@ -86,13 +84,14 @@ def build_policy(
         wrapped=tuple(wrapped),
         optimizer=optimizer,
         scheduler=build_scheduler(config.optimizer, optimizer, optimizer_steps),
-        capture=RouterCapture(chunks, expected),
-        replay=RouteReplay(chunks) if config.algorithm.routing_replay != "none" else None,
+        capture=RouterCapture(
+            routers, [[layer for layer in layers if moe[layer - 1]] for layers in held]
+        ),
+        replay=RouteReplay(routers) if config.algorithm.routing_replay != "none" else None,
         relay=DistanceRelay(
             groups.relay,
-            len(chunks),
-            config.algorithm.router_shift.layers,
-            [sum(moe[: chunk.decoder.layers[0].layer_number - 1]) for chunk in chunks],
+            layer_rule(shift.layers, shift.quantile),
+            [sum(moe[: layers[0] - 1]) for layers in held],
         ),
         num_moe_layers=sum(moe),
         reference=ReferenceWeights(chunks) if with_reference else None,

@@ -13,7 +13,7 @@ from megatron_rl.algorithms import LossInputs, LossOutputs, SamplerWeights
 from megatron_rl.algorithms.aggregate import EMPTY, Segments, SumAndCount, count_of, make_segments
 from megatron_rl.algorithms.mismatch import mismatch_metrics
 from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
-from megatron_rl.algorithms.router_shift import normalise_shift
+from megatron_rl.algorithms.router_shift import normalise_shift, raw_gamma
 from megatron_rl.catalogue.kinds import CORRECTIONS, LOSSES
 from megatron_rl.config.algorithm import (
     correction_of,
@@ -129,10 +129,10 @@ def policy_loss(
 def _add_shift(
     sums: MetricSums, mean_distance: torch.Tensor, floor: float, mask: torch.Tensor
 ) -> None:
-    gamma = torch.exp(-mean_distance)
+    gamma = raw_gamma(mean_distance)
     count = mask.sum()
-    sums.add("router/shift_mean", (gamma * mask).sum(), count)
-    sums.add("router/shift_min", torch.where(mask, gamma, 1.0).min(), count)
+    sums.add("router/raw_gamma_mean", (gamma * mask).sum(), count)
+    sums.add("router/raw_gamma_min", torch.where(mask, gamma, 1.0).min(), count)
     sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
 
 

@@ -7,12 +7,7 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from megatron_rl.algorithms.router_shift import (
-    acting_sum,
-    layer_divisor,
-    layer_quantile,
-    shift_weight,
-)
+from megatron_rl.algorithms.router_shift import acting_sum, shift_weight
 from megatron_rl.config.algorithm import uses_router_shift
 from megatron_rl.parallel.collectives import all_reduce, gather_first_dim
 from megatron_rl.parallel.sequence_shards import tensor_slice
@@ -32,26 +27,24 @@ def forward_compared(
     item: ScoredPack,
     telemetry: RouterTelemetry | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a chunk on a pack. Returns its output, and on the last chunk the distance over all
-    layers, [T_local] (for a quantile the distance of each layer, [L, T_local]).
+    """Run a chunk on a pack: its output, and on the last one the distance of all layers, [T_local].
 
     The distance is None on other chunks and without router shift. With routing replay the routers
     use the experts of the trace. The telemetry counts in every case.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     mask = tensor_slice(pack.shards.local(pack.mask), policy.groups.tensor)
-    layers = algorithm.router_shift.layers
     trace = None
     if item.traces:
         trace = on_device(item.traces[chunk], policy.device.torch_device)
     with (
         _replayed(policy, chunk, trace),
-        policy.capture.compare(chunk, trace, mask, telemetry, layers) as distance,
+        policy.capture.compare(chunk, trace, mask, telemetry) as distances,
     ):
         output = forward_pack(model, pack)
     if not uses_router_shift(algorithm):
         return output, None
-    return output, policy.relay.pass_on(chunk, distance())
+    return output, policy.relay.pass_on(chunk, distances())
 
 
 def _replayed(
@@ -76,14 +69,12 @@ def gamma_of(
     """The weight gamma~ of a pack's tokens and the distance in its exponent, both [T]. A
     collective.
 
-    distance: [T_local], of all layers; for a quantile [L, T_local].
+    distance: [T_local], of all layers.
     """
-    shift = policy.config.algorithm.router_shift
-    if shift.layers == "quantile":
-        distance = layer_quantile(distance.T, shift.quantile)
     distance = pack.shards.whole(gather_first_dim(distance, policy.groups.tensor))
-    layers = layer_divisor(policy.num_moe_layers, shift.layers)
-    return shift_weight(distance, layers, shift.floor), distance / layers
+    layers = policy.relay.rule.divisor(policy.num_moe_layers)
+    floor = policy.config.algorithm.router_shift.floor
+    return shift_weight(distance, layers, floor), distance / layers
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""From scored groups to training samples, to metrics and sample lines."""
+"""Scored groups, and what is made of them: training samples, metrics, lines of samples.jsonl."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ class ScoredGroup:
 
     @property
     def is_informative(self) -> bool:
-        """Whether the rewards differ: else every advantage is 0 and the group teaches nothing."""
+        """Whether the rewards differ. If not, all advantages are 0 and nothing is learnt."""
         return bool(np.ptp(self.values) > 0.0)
 
 
 def shape_overlong(
     groups: Sequence[ScoredGroup], longest: int, buffer: int, penalty: float
 ) -> list[ScoredGroup]:
-    """The groups with ``overlong_offset`` added to each reward, and noted as its part overlong."""
+    """The groups with the overlong punishment added to each reward, and to its part ``overlong``.
+
+    Args:
+        groups: scored groups.
+        longest, buffer, penalty: see `overlong_offset`.
+    """
 
     def shaped(reward: Reward, length: int) -> Reward:
         offset = overlong_offset(length, longest, buffer, penalty)
@@ -59,7 +64,12 @@ def shape_overlong(
 def to_samples(
     groups: Sequence[ScoredGroup], advantages: np.ndarray | torch.Tensor
 ) -> list[Sample]:
-    """One training sequence for each completion, prompt by prompt; ``advantages`` is [P, G]."""
+    """One training sample for each completion, prompt by prompt.
+
+    Args:
+        groups: P groups of G completions.
+        advantages: [P, G].
+    """
     samples = []
     for scored, row in zip(groups, advantages, strict=True):
         prompt = scored.group.prompt.tokens
@@ -78,11 +88,10 @@ def to_samples(
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, float]]:
-    """Metrics of this rank's groups as (sum, count), to be added up over ranks before dividing.
+    """Metrics of this rank's groups as (sum, count). Add both over ranks before dividing.
 
-    ``reward/std`` and ``groups/zero_variance_fraction`` are means over groups: of the standard
-    deviation (over G) of the rewards, and of whether all rewards of the group are the same, so that
-    it teaches nothing.
+    ``reward/std`` is the mean over groups of the standard deviation (over G) of the rewards.
+    ``groups/zero_variance_fraction`` is the share of groups whose rewards are all the same.
     """
     rewards = [reward for scored in groups for reward in scored.rewards]
     completions = [answer for scored in groups for answer in scored.group.completions]
@@ -98,7 +107,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, flo
 
 
 def part_sums(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, float]]:
-    """Each part of this rank's rewards as (sum, number of the completions that have it)."""
+    """Each part of this rank's rewards as (sum, number of completions with the part)."""
     values: dict[str, list[float]] = {}
     for scored in groups:
         for reward in scored.rewards:
@@ -110,8 +119,11 @@ def part_sums(groups: Sequence[ScoredGroup]) -> dict[str, tuple[float, float]]:
 def source_sums(
     groups: Sequence[ScoredGroup], parts: Sequence[DataPart]
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Of a mixture: ``data``, each data set's reward as (sum, completions), and ``share``, its part
-    of this rank's groups as (groups, all groups).
+    """Metrics of the data sets of a mixture, on this rank.
+
+    Returns:
+        ``data``: label -> (sum of rewards, completions). ``share``: label -> (groups of the data
+        set, all groups).
     """
     firsts = [part.first for part in parts]
     mine: list[list[ScoredGroup]] = [[] for _ in parts]
@@ -131,7 +143,9 @@ def _sum_and_count(numbers: Any) -> tuple[float, float]:
 
 
 def sample_rows(groups: Sequence[ScoredGroup], limit: int) -> list[dict[str, Any]]:
-    """At most ``limit`` objects for samples.jsonl; every prompt before a prompt's second answer."""
+    """At most ``limit`` objects for samples.jsonl: first an answer of every prompt, then the second
+    of each, and so on.
+    """
     longest = max((len(scored.rewards) for scored in groups), default=0)
     order = [(n, scored) for n in range(longest) for scored in groups if n < len(scored.rewards)]
     rows = []

@@ -3,66 +3,70 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import numpy as np
 
-from megatron_rl.catalogue.blame import raised
-from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_objects, shared_out
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.waiting import wait_together
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rollout.engine import Engine, SamplingSettings
+from megatron_rl.rollout.first_error import raise_first
 from megatron_rl.rollout.turns import join_turns
 
 
 class Environment(Protocol):
-    """What answers the policy: a function of the problem and of all that was said since.
+    """What replies to the policy: a function of the problem and of the conversation so far.
 
-    It must give the same reply to the same arguments, and is called from several threads.
+    It must give the same reply to the same arguments. Several threads call it.
     """
 
     def __call__(self, record: Mapping[str, Any], turns: Sequence[str]) -> str | None:
-        """The reply to the last of the turns, which are the policy's and the environment's by
-        turns, the policy's first; None: the conversation is over.
+        """The reply to the last turn; None: the conversation is over.
+
+        Args:
+            record: the problem.
+            turns: the texts so far, of the policy and the environment in alternation. The first and
+                the last are the policy's.
         """
         ...
 
 
 @dataclass
 class _Conversation:
-    """With number ``number`` of the answers to a prompt."""
+    """A conversation that began with one answer to a prompt."""
 
     prompt: Prompt
-    number: int  #: which names its random numbers
+    number: int  #: of that answer; it selects the random numbers
     answers: list[Completion]
     replies: list[np.ndarray] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> np.ndarray:
-        """All so far, int64."""
-        said = itertools.zip_longest(self.answers, self.replies)
-        parts = [part for answer, reply in said for part in (answer.tokens, reply)]
+        """The prompt and all turns so far, int64."""
+        turns = itertools.zip_longest(self.answers, self.replies)
+        parts = [part for answer, reply in turns for part in (answer.tokens, reply)]
         return np.concatenate([self.prompt.tokens, *(part for part in parts if part is not None)])
 
     def joined(self) -> Completion:
-        """One answer stays as it is."""
+        """The turns as one completion."""
         if len(self.answers) == 1:
             return self.answers[0]
         return join_turns(self.answers, self.replies, self.texts)
 
 
 class ConversationEngine:
-    """`Engine` that has an environment reply to another engine's answers, and go on.
+    """`Engine` whose answers are conversations: an environment replies to another engine's answers,
+    and the policy answers again.
 
-    A conversation ends when the environment says so, after ``max_turns`` answers, with an answer
-    that was cut off, or where a reply leaves no room for another answer of ``max_new_tokens``. A
-    reply that nothing follows is not kept: nobody would learn from it.
+    A conversation ends when the environment returns None, after ``max_turns`` answers, with an
+    answer that was cut off, or if a reply leaves no room for another answer of ``max_new_tokens``.
+    A reply without an answer behind it is dropped, because nothing learns from it.
     """
 
     def __init__(
@@ -79,12 +83,12 @@ class ConversationEngine:
     ) -> None:
         """
         Args:
-            engine: samples every turn; closed with this one.
-            environment: asked on one of the ranks that hold a conversation.
+            engine: samples every turn. `close` closes it too.
+            environment: called on one of the ranks that hold a conversation.
             name: of the environment, for messages.
             encode: a reply's text to token ids.
             max_turns: most answers of a conversation, >= 1.
-            max_sequence_length: longest prompt and completion, tokens.
+            max_sequence_length: longest prompt and completion together, tokens.
             groups: process groups.
             threads: most calls of the environment at once on this rank.
             stop: whether this rank has heard that the run is to stop.
@@ -98,14 +102,15 @@ class ConversationEngine:
         """See `Engine`. A collective over all ranks.
 
         Raises:
-            RunFailed: the environment raised, or its reply is none; on all ranks.
+            RunFailed: the environment raised an error, or returned neither a text nor None; on all
+                ranks.
         """
         return self.begin(prompts, settings)()
 
     def begin(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Callable[[], list[RolloutGroup]]:
-        """See `Engine`; later turns are sampled only when the answers are taken."""
+        """See `Engine`. Only the first turn is sampled in the background."""
         first = self._engine.begin(prompts, settings)
         return lambda: self._converse(first(), settings)
 
@@ -119,7 +124,7 @@ class ConversationEngine:
         self._engine.weights_changed()
 
     def metrics(self) -> dict[str, float]:
-        """See `Engine`: those of the engine."""
+        """See `Engine`."""
         return self._engine.metrics()
 
     def close(self) -> None:
@@ -159,7 +164,12 @@ class ConversationEngine:
         ]
 
     def _replied(self, talks: Sequence[_Conversation], room: int) -> list[_Conversation]:
-        """Those of the conversations that go on, with the environment's replies. A collective."""
+        """Add the environment's replies; the conversations that go on. A collective.
+
+        Args:
+            talks: conversations that end with an answer.
+            room: longest conversation that another answer fits behind, tokens.
+        """
         replies = shared_out(talks, self._ask, self._groups.model, self._groups.context)
         going = []
         for talk, text in zip(talks, replies, strict=True):
@@ -172,6 +182,15 @@ class ConversationEngine:
         return going
 
     def _ask(self, talks: Sequence[_Conversation]) -> list[str | None]:
+        """The environment's replies. A collective."""
+
+        def describe(number: int, error: str) -> str:
+            return (
+                f"the environment {self._name!r} raised {error} on problem "
+                f"{talks[number].prompt.index} (from 0); expected a text, or None; correct the "
+                "environment"
+            )
+
         world = self._groups.world
         executor = ThreadPoolExecutor(self._threads, "environment")
         try:
@@ -180,24 +199,10 @@ class ConversationEngine:
                 for talk in talks
             ]
             if wait_together(calls, world, stop=self._stop):
-                collective_try(world, lambda: self._raise_first(talks, calls))
+                collective_try(world, lambda: raise_first(calls, describe))
             return [call.result() for call in calls]
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
-
-    def _raise_first(
-        self, talks: Sequence[_Conversation], calls: Sequence[Future[str | None]]
-    ) -> None:
-        for talk, call in zip(talks, calls, strict=True):
-            error = call.exception() if call.done() else None
-            if isinstance(error, UserError):
-                raise error
-            if error is not None:
-                raise RunFailed(
-                    f"the environment {self._name!r} raised {raised(error)} on problem "
-                    f"{talk.prompt.index} (from 0); expected a text, or None; correct the "
-                    "environment"
-                ) from error
 
 
 def _reply(environment: Environment, record: Mapping[str, Any], turns: Sequence[str]) -> str | None:
@@ -208,12 +213,17 @@ def _reply(environment: Environment, record: Mapping[str, Any], turns: Sequence[
 
 
 def turn_seed(seed: int, turn: int) -> int:
-    """Seed of the answers of a turn, from 1, in [0, 2^63); the first has ``seed`` itself."""
+    """Seed of the answers of a turn, in [0, 2^63).
+
+    Args:
+        seed: of the first answers.
+        turn: number of answers before, >= 1.
+    """
     state = np.random.SeedSequence([seed, turn]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 def _as_prompt(talk: _Conversation) -> Prompt:
-    """What the policy is to answer next, with the random numbers of this answer of its problem."""
+    """The conversation as the prompt of its next answer."""
     text = talk.prompt.text + "".join(talk.texts)
     return replace(talk.prompt, tokens=talk.tokens, text=text, occurrence=talk.number)

@@ -1,7 +1,7 @@
-"""Dynamic sampling: more prompts are drawn until enough groups have answers of unequal reward.
+"""Dynamic sampling: draw prompts until enough groups have rewards that differ.
 
-DAPO, arXiv 2503.14476, section 3.2. The condition here is on the reward the advantages are taken
-of, shaping included, and not on being solved.
+DAPO, arXiv 2503.14476, section 3.2. DAPO asks whether answers are solved. Here the rewards count
+that the advantages are computed from, shaping included.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megatron_rl.rollout.collect import ScoredGroup
 
 @dataclass(frozen=True)
 class DynamicBatch:
-    """What dynamic sampling gives."""
+    """The result of dynamic sampling."""
 
     chosen: list[ScoredGroup]  #: as many as wanted, in the order drawn; the same on every rank
-    drawn: list[ScoredGroup]  #: every group this rank has generated
-    rounds: int
+    drawn: list[ScoredGroup]  #: all groups that this rank has generated
+    rounds: int  #: rounds of drawing and generating
 
 
 def collect_informative(
@@ -32,18 +32,18 @@ def collect_informative(
     max_rounds: int,
     data: ProcessGroup,
 ) -> DynamicBatch:
-    """Draw and generate round by round until ``wanted`` groups are informative. A collective.
+    """Draw and generate, round by round, until ``wanted`` groups are informative. A collective.
 
-    Which prompts are drawn, which groups are chosen and in which order depends on the rewards
-    only, not on the number of ranks. Informative groups beyond those wanted are dropped, the last
-    ones drawn. After ``max_rounds`` the batch is filled up with the first groups of equal reward.
+    The prompts drawn and the groups chosen depend on the rewards only, not on the number of ranks.
+    If there are more informative groups than wanted, those drawn last are dropped. If there are too
+    few after ``max_rounds``, the first groups of equal reward fill the batch up.
 
     Args:
-        draw: the next n prompts, the same on every rank.
-        generate: scored groups of this rank's prompts (possibly none) in that round, from 0.
+        draw: gives the next n prompts, the same on every rank.
+        generate: gives the scored groups of this rank's prompts (possibly none) in a round, from 0.
         wanted: groups of a batch, >= 1.
-        max_rounds: >= 1.
-        data: the data-parallel group, over whose ranks the prompts of a round are dealt out.
+        max_rounds: most rounds, >= 1.
+        data: the data-parallel group; its ranks share the prompts of a round.
     """
     rank, size = data.rank(), data.size()
     mine: dict[int, ScoredGroup] = {}  # by place in the order drawn
@@ -64,9 +64,15 @@ def collect_informative(
 
 
 def next_draw(wanted: int, found: int, drawn: int) -> int:
-    """Prompts of the next round: as many as should give the missing groups, at the rate so far.
+    """Number of prompts in the next round: enough for the missing groups, at the rate so far.
 
-    At least the missing ones, at most ``wanted``; ``wanted`` as long as none was found.
+    It is at least the number missing and at most ``wanted``; it is ``wanted`` before a group is
+    found.
+
+    Args:
+        wanted: informative groups of a batch.
+        found: informative groups so far.
+        drawn: groups so far.
     """
     missing = wanted - found
     if found == 0:
@@ -75,9 +81,8 @@ def next_draw(wanted: int, found: int, drawn: int) -> int:
 
 
 def choose(informative: Sequence[bool], wanted: int) -> list[int]:
-    """The places of the first ``wanted`` informative groups, made up with the first others.
-
-    Ascending. Expects at least ``wanted`` places.
+    """The places, in ascending order, of the first ``wanted`` informative groups. If there are too
+    few, the first other groups are added. Expects at least ``wanted`` groups.
     """
     good = [place for place, flag in enumerate(informative) if flag][:wanted]
     others = [place for place, flag in enumerate(informative) if not flag]

@@ -22,22 +22,25 @@ class SamplingSettings:
 
     samples: int  #: answers G to each prompt, >= 1
     max_new_tokens: int  #: longest answer, tokens, >= 1
-    temperature: float = (
-        1.0  #: > 0; log-probabilities are those at this temperature, under greedy too
-    )
+    temperature: float = 1.0  #: > 0; log-probabilities are those at it, also with greedy
     top_p: float = 1.0  #: nucleus, in (0, 1]; 1: off
-    top_k: int = 0  #: sample among the k likeliest tokens; 0: off
+    top_k: int = 0  #: sample from the k likeliest tokens; 0: off
     greedy: bool = False  #: take the likeliest token; top_p and top_k have no effect
-    seed: int = (
-        0  #: with the prompt's index and the answer's number it determines an answer's randomness
-    )
+    #: an answer's random numbers follow from it, the prompt's index and the answer's number
+    seed: int = 0
     routes: bool = False  #: completions carry the experts of their tokens
 
 
 def sampling_settings(
     rollout: RolloutConfig, *, samples: int, greedy: bool, seed: int, routes: bool = False
 ) -> SamplingSettings:
-    """As the configuration says, for these many answers."""
+    """The configuration's settings.
+
+    Args:
+        rollout: section ``rollout`` of the configuration.
+        samples: answers to each prompt.
+        greedy, seed, routes: see `SamplingSettings`.
+    """
     return SamplingSettings(
         samples=samples,
         max_new_tokens=rollout.max_new_tokens,
@@ -54,11 +57,11 @@ class Engine(Protocol):
     """Samples answers from the current policy."""
 
     def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
-        """One group for each prompt, in the order given.
+        """Sample answers; one group for each prompt, in the order given.
 
-        Every rank calls it with its own prompts, possibly none, and with the same settings; ranks
-        of one tensor-, pipeline- or context-parallel group with the same prompts. Where experts or
-        the context are split over ranks the call is collective.
+        All ranks call it with the same settings. Each passes its own prompts, possibly none. Ranks
+        of one tensor-, pipeline- or context-parallel group pass the same prompts. The call is a
+        collective if ranks split the experts or the context.
 
         Raises:
             Stopped: a signal asked the run to stop; on all ranks.
@@ -68,58 +71,65 @@ class Engine(Protocol):
     def begin(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Callable[[], list[RolloutGroup]]:
-        """`generate`, begun: what is returned waits for the answers and gives them. Both are called
-        as `generate` is. They are by the weights of now, whatever happens to those in between.
+        """Begin to sample answers with the present weights, also if the weights change meanwhile.
+
+        Returns:
+            A function that waits for the answers and returns them, as `generate` does. All ranks
+            call it as they call `generate`.
         """
         ...
 
     @property
     def version(self) -> int:
-        """How often `weights_changed` was called; completions carry theirs."""
+        """How often `weights_changed` was called. Completions carry the version that sampled
+        them.
+        """
         ...
 
     def weights_changed(self) -> None:
-        """The policy's weights are others than at the last call: answer with those from now on."""
+        """Sample with the policy's new weights from now on."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """This rank's numbers since the last call, under names of observe/README.md."""
+        """This rank's metrics since the last call; observe/README.md lists their names."""
         ...
 
     def close(self) -> None:
-        """Let go of everything the engine has started. It is not used afterwards."""
+        """Release what the engine has started. It is not used afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class EngineParts:
-    """What a run gives to the engine that it makes, on every rank."""
+    """What a run gives to its engine, on every rank."""
 
     config: Config
-    chunks: Sequence[torch.nn.Module]  #: this rank's bare GPTModels, whose weights are the policy's
+    chunks: Sequence[torch.nn.Module]  #: this rank's chunks of the policy's model
     groups: Groups
     stop_ids: Collection[int]  #: the tokens that end an answer
     decode: Callable[[Sequence[int]], str]  #: token ids to text, without special tokens
-    #: of the chunks' routers; None: the run needs no routes
-    capture: RouterCapture | None = None
-    say: Callable[[str], None] = lambda text: None  #: tells a person what has gone wrong
-    #: told how many of this rank's prompts are answered, of how many
+    capture: RouterCapture | None = None  #: of the chunks' routers; None: no routes are needed
+    warn: Callable[[str], None] = lambda text: None  #: shows the user a line
+    #: gets how many of this rank's prompts are answered, and how many there are
     progress: Callable[[int, int], None] = lambda done, total: None
-    #: the address of rank 0's machine at which ranks on others reach it; None: all are on one
+    #: rank 0's address, at which ranks on other machines reach it; None: all are on one machine
     meeting: str | None = None
-    #: whether this rank has heard that the run is to stop; an engine that looks raises `Stopped`
+    #: whether this rank has heard that the run is to stop; the engine then raises `Stopped`
     stop: Callable[[], bool] = lambda: False
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return next(self.chunks[0].parameters()).device
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """The former name of ``warn``, for engines of users that still read it."""
+        return self.warn
 
 
 class WholeAnswers:
-    """`Engine` whose answers are there when `generate` returns. A class that derives from it
-    writes `generate`, and what else it needs.
-    """
+    """Base of engines that sample nothing in the background. A derived class writes `generate`."""
 
     _version = 0
 
@@ -130,7 +140,7 @@ class WholeAnswers:
     def begin(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Callable[[], list[RolloutGroup]]:
-        """See `Engine`: the answers are made before it returns."""
+        """See `Engine`. The answers are complete when it returns."""
         groups = self.generate(prompts, settings)
         return lambda: groups
 
@@ -144,8 +154,8 @@ class WholeAnswers:
         self._version += 1
 
     def metrics(self) -> dict[str, float]:
-        """See `Engine`: none."""
+        """See `Engine`. No metrics."""
         return {}
 
     def close(self) -> None:
-        """See `Engine`: nothing has been started."""
+        """See `Engine`. There is nothing to release."""

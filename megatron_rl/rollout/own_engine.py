@@ -1,4 +1,6 @@
-"""A rollout engine of a user's own: what it raises names it, and what it gives is looked at."""
+"""A user's own rollout engine: its errors become one line that names it, and its answers are
+checked.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,29 @@ from megatron_rl.errors import UserError
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import Engine, EngineParts, SamplingSettings
-from megatron_rl.rollout.servers.api import Answer, BadAnswer, check_answers
+from megatron_rl.rollout.servers.answer_checks import check_answers
+from megatron_rl.rollout.servers.api import Answer, BadAnswer
 
-#: Stands for the version of answers, which an own engine need not give.
+#: The version of all answers here: an own engine need not give one.
 _ANY = "any"
 
 
 def own_engine(
     row: EngineEntry, make: Callable[[EngineParts], Any], parts: EngineParts
 ) -> OwnEngine:
-    """Make the engine. A collective.
+    """Make a user's engine. A collective.
+
+    Args:
+        row: the engine's entry in the catalogue.
+        make: makes the engine.
+        parts: what the run gives to it.
 
     Raises:
-        UserError: it raises on some rank while it is made, or lacks a method.
+        UserError: ``make`` raises on a rank, or the engine lacks a method. On all ranks.
     """
     who = f"the rollout engine {row.name!r}"
 
-    def made() -> None:
+    def make_engine() -> None:
         with blame(f"{who}, made for a run,", "correct the engine"):
             engine.append(make(parts))
         for name in ENGINES.methods:
@@ -42,17 +50,17 @@ def own_engine(
                 )
 
     engine: list[Engine] = []
-    collective_try(parts.groups.world, made)
+    collective_try(parts.groups.world, make_engine)
     return OwnEngine(who, engine[0], parts)
 
 
 class OwnEngine:
-    """`Engine` of a user's own. Its errors and wrong answers end the run with one line, on all
-    ranks; the trainer trusts what it returns.
+    """`Engine` around a user's engine. An error or an impossible answer ends the run with one line,
+    on all ranks.
     """
 
     def __init__(self, who: str, engine: Engine, parts: EngineParts) -> None:
-        """who: begins the line of an error."""
+        """who: names the engine at the beginning of an error."""
         self._who, self._engine, self._parts = who, engine, parts
 
     def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
@@ -104,12 +112,12 @@ class OwnEngine:
     ) -> list[RolloutGroup]:
         groups: list[RolloutGroup] = []
 
-        def taken() -> None:
+        def take() -> None:
             with self._blame():
                 groups.extend(answers())
             self._check(groups, prompts, settings)
 
-        collective_try(self._parts.groups.world, taken)
+        collective_try(self._parts.groups.world, take)
         return groups
 
     def _check(
@@ -118,7 +126,7 @@ class OwnEngine:
         prompts: Sequence[Prompt],
         settings: SamplingSettings,
     ) -> None:
-        """UserError: not a group for each prompt, or answers that cannot have been sampled."""
+        """Raises UserError if a group is missing, or the policy cannot have sampled an answer."""
         given = [getattr(group, "prompt", None) for group in groups]
         if len(given) != len(prompts) or any(a is not b for a, b in zip(given, prompts)):
             raise UserError(
@@ -146,7 +154,7 @@ class OwnEngine:
 
 
 def _as_answer(completion: Completion) -> Answer:
-    """As servers give it. BadAnswer: other types than those of `Completion`."""
+    """The completion in the form of a server's answer. BadAnswer: a field has a wrong type."""
     kinds = {"tokens": np.int64, "logprobs": np.float32}
     for name, kind in kinds.items():
         array = getattr(completion, name, None)

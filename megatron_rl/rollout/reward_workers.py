@@ -1,4 +1,4 @@
-"""Rewards of answers: judged side by side on each rank, each answer once, all ranks in step."""
+"""Rewards of answers: all ranks judge at the same time, and each answer is judged once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
-from megatron_rl.catalogue.blame import raised
-from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.observe.console import SilentConsole
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import shared_out
@@ -16,23 +14,25 @@ from megatron_rl.records import Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward
 from megatron_rl.rewards.chosen import Judge, combine
 from megatron_rl.rollout.collect import ScoredGroup
+from megatron_rl.rollout.first_error import raise_first
 from megatron_rl.rollout.judging import Verdicts, checked
 
 if TYPE_CHECKING:
     from megatron_rl.parallel.groups import Groups
 
-#: A log without a progress display is told of a wait after this long, then after twice as long...
+#: Seconds of waiting before a log without a progress display gets a note; twice as long for each
+#: further note.
 _FIRST_NOTE_S = 60.0
 
 
 class RewardWorkers:
     """The verifiers on all ranks.
 
-    Ranks of one tensor-, pipeline- or context-parallel group hold the same answers: each judges its
-    share of them and has the others' verdicts from them, so that all train on the same rewards.
+    Ranks of one tensor-, pipeline- or context-parallel group hold the same answers. Each judges a
+    share of them, and they exchange the verdicts. So all train on the same rewards.
 
-    A verifier without a deadline bounds the time of an answer by itself; of n answers on a rank
-    none is waited for longer than n / threads times that bound.
+    A verifier without a deadline has to limit its own time. A rank with n answers waits at most
+    n / threads times that limit.
     """
 
     def __init__(
@@ -46,22 +46,22 @@ class RewardWorkers:
         """
         Args:
             judges: the verifiers.
-            threads: cores of this rank: so many answers are judged at once by verifiers that are
-                no ``async def``. A call uses one process at most.
+            threads: most calls at once of verifiers that are not ``async def``: the cores of this
+                rank, since a call uses at most one process.
             groups: process groups.
-            console: told which rank is waited for.
+            console: shows which rank is waited for.
             stop: whether this rank has heard that the run is to stop.
         """
         self._judges, self._threads = judges, threads
         self._groups, self._console, self._stop = groups, console, stop
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """The groups of this rank's prompts with a reward for each answer. A collective over all
-        ranks.
+        """Judge the answers of this rank's groups. A collective over all ranks.
 
         Raises:
-            UserError: a record lacks what the verifier needs; RunFailed: the verifier raised. Both
-                on all ranks. Stopped: a signal asked the run to stop; on all ranks.
+            UserError: a record lacks what the verifier needs; on all ranks. RunFailed: the verifier
+                raised an error; on all ranks. Stopped: a signal asked the run to stop; on all
+                ranks.
         """
         answers = [
             (group.prompt, answer.judged_text) for group in groups for answer in group.completions
@@ -80,7 +80,16 @@ class RewardWorkers:
             for judge in self._judges
             if judge.deadline_s is not None
         }
-        calls: list[tuple[Future[Reward], Judge, Prompt]] = []
+        futures: list[Future[Reward]] = []
+        calls: list[tuple[Judge, Prompt]] = []  #: the judge and the problem of each future
+
+        def describe(number: int, error: str) -> str:
+            judge, prompt = calls[number]
+            return (
+                f"the verifier {judge.name!r} raised {error} on an answer to problem "
+                f"{prompt.index} (from 0); expected a reward for every answer; correct the verifier"
+            )
+
         try:
             for prompt, text in answers:
                 for judge in self._judges:
@@ -88,21 +97,21 @@ class RewardWorkers:
                         future = timed[judge].begin(prompt.record, text)
                     else:
                         future = executor.submit(_reward, judge, prompt.record, text)
-                    calls.append((future, judge, prompt))
-            futures = [future for future, _, _ in calls]
+                    futures.append(future)
+                    calls.append((judge, prompt))
             show = _Progress(self._console, world.size())
             if wait_together(futures, world, show, stop=self._stop):
-                collective_try(world, lambda: _raise_first(calls))
-            self._say_late(timed, len(answers))
+                collective_try(world, lambda: raise_first(futures, describe))
+            self._warn_late(timed, len(answers))
             verdicts = iter(future.result() for future in futures)
             return [combine(self._judges, [next(verdicts) for _ in self._judges]) for _ in answers]
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
-            for future, judge, _ in calls:
+            for future, (judge, _) in zip(futures, calls):
                 if judge in timed:
-                    future.cancel()  # nothing, once it is done
+                    future.cancel()  # does nothing if it is done
 
-    def _say_late(self, timed: Mapping[Judge, Verdicts], answers: int) -> None:
+    def _warn_late(self, timed: Mapping[Judge, Verdicts], answers: int) -> None:
         for judge, verdicts in timed.items():
             if verdicts.late:
                 self._console.warn(
@@ -115,20 +124,8 @@ def _reward(judge: Judge, record: Mapping[str, Any], text: str) -> Reward:
     return checked(judge.verifier(record, text))
 
 
-def _raise_first(calls: Sequence[tuple[Future[Reward], Judge, Prompt]]) -> None:
-    for future, judge, prompt in calls:
-        error = future.exception() if future.done() else None
-        if isinstance(error, (UserError, RunFailed)):
-            raise error
-        if error is not None:
-            raise RunFailed(
-                f"the verifier {judge.name!r} raised {raised(error)} on an answer to problem "
-                f"{prompt.index} (from 0); expected a reward for every answer; correct the verifier"
-            ) from error
-
-
 class _Progress:
-    """Says which rank is waited for: on a progress display always, in a log now and then."""
+    """Shows which rank is waited for: always on a progress display, now and then in a log."""
 
     def __init__(self, console: SilentConsole, ranks: int) -> None:
         self._console, self._ranks = console, ranks

@@ -1,4 +1,4 @@
-"""Turns of one conversation, joined to one completion."""
+"""The turns of a conversation, joined to one completion."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from megatron_rl.records import Completion, RoutedExperts
 def join_turns(
     answers: Sequence[Completion], replies: Sequence[np.ndarray], texts: Sequence[str]
 ) -> Completion:
-    """One completion of a prompt: its first answer, the reply to it, the answer to that, and so on.
+    """One completion of a prompt: its first answer, the first reply, the second answer, and so on.
 
-    Each answer was sampled behind the prompt and all that stands before it here. Experts: a token
-    has those of the answer in which the token behind it was written. The last token of an answer
-    and a reply have those of the next answer, whose sampler was fed them; a reply behind the last
-    answer has none.
+    Each answer was sampled behind the prompt and all turns before it. A token has the experts of
+    the sampling that fed it to the model. So the last token of an answer and the reply behind it
+    have the experts of the next answer. A reply behind the last answer has none.
 
     Args:
-        answers: of the policy, at least one; none of them joined before.
-        replies: int64 [tokens] each; as many as answers, or one fewer.
-        texts: of the answers and replies, in turns.
+        answers: the policy's, at least one; each a single turn.
+        replies: the environment's, int64 [tokens] each; as many as answers, or one fewer.
+        texts: of all answers and replies, in order.
 
     Returns:
-        Its ``text`` is all of the texts, and ``last_text`` that of the last answer. Without experts
-        where an answer has none.
+        A completion whose ``text`` joins all texts, and whose ``last_text`` is that of the last
+        answer. It has no experts if an answer has none.
 
     Raises:
-        ValueError: the numbers do not fit.
+        ValueError: the numbers of answers, replies and texts do not fit together.
     """
     spare = len(answers) - len(replies)
     if not answers or spare not in (0, 1) or len(texts) != len(answers) + len(replies):
@@ -59,8 +58,8 @@ def join_turns(
 
 
 def _join_routes(answers: Sequence[Completion]) -> RoutedExperts | None:
-    """Of every token but the last answer's last; an answer's are of all that stands before it, too,
-    by the sampler's second look at them.
+    """The experts of every token but the last. An answer's experts also cover all tokens before it,
+    which its sampler read again; here each token keeps the experts of the first reading.
     """
     routes = [answer.routed_experts for answer in answers if answer.routed_experts is not None]
     if len(routes) < len(answers):

@@ -1,28 +1,28 @@
-"""Watches the routers of the model: what they chose at scoring time, and how far they have moved
-since.
+"""Records what the routers of a model choose, and measures how far they have moved since.
 
-Nothing is computed twice: `RouterCapture` wraps the `routing` method of each router instance,
-which receives the logits the router has just made and returns its choice. The wrapper only looks.
-Firings outside an open pass, such as the recomputation of activations during the backward pass, are
-let through unseen.
+`RouterCapture` wraps the `routing` method of each router instance, which takes the logits that the
+router has just made and returns its choice. So nothing is computed twice, and nothing is changed.
+Calls outside an open pass, such as the recomputation of activations during the backward pass, are
+not recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterator, Protocol, Sequence
+from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_rl.algorithms.router_shift import shift_distance
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.router.trace import LayerTrace, RouterTrace, id_dtype
 
 
 class RouterError(RuntimeError):
-    """A router did not fire once in a pass, or its tokens do not match the trace: the result would
-    be wrong.
+    """A router fired never or twice in a pass, or its tokens do not match the trace: the result
+    would be wrong.
     """
 
 
@@ -32,38 +32,36 @@ class _Observer(Protocol):
 
 
 class RouterCapture:
-    """Binds to every MoE router of the given chunks by walking them; layers are known by their
-    global number.
-    """
+    """Binds to every MoE router of this rank's chunks; layers are known by their global number."""
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], expected_layers: Sequence[Sequence[int]]
+        self,
+        routers: Sequence[Mapping[int, TopKRouter]],
+        expected_layers: Sequence[Sequence[int]],
     ) -> None:
         """
         Args:
-            chunks: this rank's model chunks. expected_layers: for each chunk the global numbers
-                (from 1) of the MoE layers it should hold.
+            routers: for each model chunk its routers by global layer number, from 1
+                (`models.gpt.chunk.routers_of`).
+            expected_layers: for each chunk the numbers of the MoE layers it should hold.
 
         Raises:
             RouterError: a chunk holds other routers than expected, or a configuration hides their
                 logits.
         """
-        self._routers = [
-            {m.layer_number: m for m in chunk.modules() if isinstance(m, TopKRouter)}
-            for chunk in chunks
-        ]
+        self._routers = [dict(of_chunk) for of_chunk in routers]
         self._observer: _Observer | None = None
-        for routers, expected in zip(self._routers, expected_layers, strict=True):
-            if sorted(routers) != sorted(expected):
+        for of_chunk, expected in zip(self._routers, expected_layers, strict=True):
+            if sorted(of_chunk) != sorted(expected):
                 raise RouterError(
-                    f"found routers in layers {sorted(routers)}; expected {list(expected)}"
+                    f"found routers in layers {sorted(of_chunk)}; expected {list(expected)}"
                 )
-            for number, router in routers.items():
+            for number, router in of_chunk.items():
                 _refuse_hidden_logits(router)
                 router.routing = self._watched(number, router.routing)
 
     def close(self) -> None:
-        """Give the routers their own method back."""
+        """Unwrap the routers."""
         for routers in self._routers:
             for router in routers.values():
                 del router.routing
@@ -80,8 +78,8 @@ class RouterCapture:
 
     @contextlib.contextmanager
     def _pass(self, chunks: Sequence[int], observe: _Observer) -> Iterator[None]:
-        """Send each router's firing to ``observe``; at the end each router of the chunks must have
-        fired once.
+        """Call ``observe`` for each router that fires. At the end each router of the chunks must
+        have fired once.
         """
         if self._observer is not None:
             raise RouterError("a pass over the routers is open already")
@@ -148,20 +146,18 @@ class RouterCapture:
         trace: RouterTrace | None,
         mask: torch.Tensor,
         telemetry: RouterTelemetry | None,
-        layers: str = "mean",
     ) -> Iterator[Callable[[], torch.Tensor]]:
-        """Measure the distance of the pass inside to the trace, per token.
+        """Measure how far the routers in the pass inside are from the trace, token by token.
 
         Args:
             chunk: index of the model chunk that runs.
-            trace: of the same tokens, from `record`; None: there is no distance, only telemetry.
+            trace: of the same tokens, from `record`; None: measure no distance.
             mask: bool [T_local], tokens that count in the telemetry.
             telemetry: receives the per-layer sums; None: nothing is counted.
-            layers: how the layers' distances mean_k |new - old| become one, see `DistanceRelay`.
 
         Yields:
-            A function that gives, of this chunk's layers, the sum ("mean") or the maximum ("max")
-            fp32 [T_local], or all of them ("quantile") fp32 [L_chunk, T_local].
+            A function that gives `shift_distance` of each MoE layer of this chunk, ascending, fp32
+            [L_chunk, T_local]; no layer where there is no trace.
         """
         distances: list[torch.Tensor] = []
 
@@ -178,21 +174,18 @@ class RouterCapture:
                 )
             ids = old.expert_ids.long()
             new = score_logprobs(logits, ids, self._routers[chunk][number].score_function)
-            distance = (new - old.logprobs).abs().mean(dim=1)
+            distance = shift_distance(new[:, None], old.logprobs[:, None])  # of one layer
             distances.append(distance)
             if telemetry is not None:
                 overlap = routing_map.gather(1, ids).float().mean(dim=1)
                 telemetry.add_shift(number - 1, mask, distance, overlap)
 
-        def over_layers() -> torch.Tensor:
+        def measured() -> torch.Tensor:
             none = torch.zeros(0, len(mask), device=mask.device)
-            stacked = torch.stack(distances) if distances else none
-            if layers == "quantile":
-                return stacked
-            return stacked.amax(0) if layers == "max" and distances else stacked.sum(0)
+            return torch.stack(distances) if distances else none
 
         with self._pass([chunk], observe):
-            yield over_layers
+            yield measured
 
 
 def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str) -> torch.Tensor:

@@ -16,9 +16,9 @@ class ClipSplit:
     """Counts of tokens and of clipped tokens over a histogram of Delta = -log gamma.
 
     The quartiles of gamma over a step are known only at its end, and quartiles of each pack would
-    depend on how sequences are packed. Histograms of packs and ranks add up. Delta and not gamma
-    has fixed bins, at equal ratios, because gamma crowds just below 1. Quartiles are exact but for
-    the bins in which one ends: such a bin's clipped tokens are shared out evenly over its tokens.
+    depend on how sequences are packed. Histograms of packs and ranks add up. The bins are of Delta,
+    at equal ratios, because gamma crowds just below 1. Quartiles are exact except in the bin where
+    one ends: there the clipped tokens are spread evenly over the tokens of the bin.
     """
 
     def __init__(self, device: torch.device) -> None:

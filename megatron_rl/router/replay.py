@@ -7,9 +7,8 @@ router's own choice, load and expert bias at the replayed one.
 
 Each router has a ``RouterReplay`` of Megatron's (``moe_enable_routing_replay``), which is used
 through its instance only: the class-wide list that its static methods work on holds the routers of
-every model this process has built. Routers are found by walking the chunks, as in `RouterCapture`,
-so pipeline stages and virtual stages need no bookkeeping. The same calls serve Megatron-Core 0.16.1
-and 0.19.2.
+every model this process has built. Routers are given by chunk, as to `RouterCapture`, so pipeline
+stages and virtual stages need no bookkeeping. The same calls serve Megatron-Core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -29,21 +28,24 @@ from megatron_rl.router.capture import RouterError
 class RouteReplay:
     """The replay of all MoE routers of this rank's chunks."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, routers: Sequence[Mapping[int, TopKRouter]]) -> None:
         """
+        Args:
+            routers: for each model chunk its routers by global layer number, from 1
+                (`models.gpt.chunk.routers_of`).
+
         Raises:
             RouterError: a router was built without replay.
         """
-        self._routers = [
-            {m.layer_number: m for m in chunk.modules() if isinstance(m, TopKRouter)}
-            for chunk in chunks
+        self._routers = [dict(of_chunk) for of_chunk in routers]
+        self._recomputes = [
+            any(_recomputes_routers(router.config) for router in of_chunk.values())
+            for of_chunk in self._routers
         ]
-        self._recomputes = [_recomputes_routers(chunk.config) for chunk in chunks]
-        for router in self._all():
+        for number, router in self._all():
             if router.router_replay is None:
                 raise RouterError(
-                    f"the router of layer {router.layer_number} was built without "
-                    "moe_enable_routing_replay"
+                    f"the router of layer {number} was built without moe_enable_routing_replay"
                 )
 
     @contextlib.contextmanager
@@ -55,9 +57,9 @@ class RouteReplay:
     ) -> Iterator[None]:
         """The forward pass of a chunk inside takes these experts.
 
-        Its recomputation takes them again: Megatron keeps them in a queue for each router, since
+        Its recomputation takes them again. Megatron keeps them in a queue for each router, because
         both of its schedules run the backward passes of a chunk in the order of its forward passes.
-        Where nothing will be recomputed nothing is queued.
+        If nothing will be recomputed, nothing is queued.
 
         Args:
             chunk: index of the model chunk that runs.
@@ -69,8 +71,8 @@ class RouteReplay:
                 choose once more.
 
         Raises:
-            RouterError: they are not those of the chunk's layers, or K is another; not all are
-                known in a pass with gradients.
+            RouterError: the layers or K are not those of the chunk; or not all tokens are known in
+                a pass with gradients.
         """
         routers = self._routers[chunk]
         _check_routes(routers, expert_ids)
@@ -100,22 +102,22 @@ class RouteReplay:
                     replay.clear_router_replay_action()
 
     def finish(self) -> None:
-        """Let the routers choose by themselves again; call once the schedule has ended.
+        """Let the routers choose for themselves again; call it when the schedule has ended.
 
         Raises:
             RouterError: a router was not recomputed as often as it ran, so that a recomputation
                 may have met the experts of another micro-batch.
         """
-        left = {r.layer_number: len(r.router_replay.replay_backward_list) for r in self._all()}
-        for router in self._all():
+        left = {n: len(router.router_replay.replay_backward_list) for n, router in self._all()}
+        for _, router in self._all():
             router.router_replay.clear_router_replay_action()
             router.router_replay.clear_indices()
         left = {number: count for number, count in left.items() if count}
         if left:
             raise RouterError(f"routes that no recomputation has taken, by layer: {left}")
 
-    def _all(self) -> list[TopKRouter]:
-        return [router for routers in self._routers for router in routers.values()]
+    def _all(self) -> list[tuple[int, TopKRouter]]:
+        return [numbered for of_chunk in self._routers for numbered in of_chunk.items()]
 
 
 def _check_routes(routers: Mapping[int, Any], expert_ids: Mapping[int, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What the routers did in a step, per layer: load, entropy, shift, overlap with the old choice."""
+"""What the routers did in a step, layer by layer: load, entropy, distance, overlap."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_rl.algorithms.router_shift import raw_gamma
 from megatron_rl.router.clip_split import ClipSplit, quartile_fractions
 
 #: Sums over tokens: of the routers' choice, and of its distance to a trace.
 _CHOICE = ("tokens", "entropy")
-_SHIFT = ("compared", "distance", "shift", "floored", "overlap")
+_SHIFT = ("compared", "distance", "raw_gamma", "floored", "overlap")
 
 
 class RouterTelemetry:
-    """Sums over the real tokens of a step; reduced once at its end, nothing is read back before.
+    """Sums over the tokens of a step that count. One reduction at its end; nothing is read back to
+    the host before.
 
     Every rank holds sums of the layers and tokens it saw and zeros elsewhere, so one sum over all
     ranks is right under any split: pipeline stages hold other layers, tensor (sequence-parallel),
@@ -50,9 +52,9 @@ class RouterTelemetry:
         self, layer: int, mask: torch.Tensor, distance: torch.Tensor, overlap: torch.Tensor
     ) -> None:
         """Count how far a pack of layer ``layer`` is from its trace: all [T_local]."""
-        weights, shift = mask.to(distance.dtype), (-distance).exp()
-        floored = (shift < self._floor).to(distance.dtype)
-        columns = torch.stack([torch.ones_like(distance), distance, shift, floored, overlap])
+        weights, gamma = mask.to(distance.dtype), raw_gamma(distance)
+        floored = (gamma < self._floor).to(distance.dtype)
+        columns = torch.stack([torch.ones_like(distance), distance, gamma, floored, overlap])
         self.sums[layer, len(_CHOICE) :] += columns @ weights
         furthest = torch.where(mask, distance, 0.0).max().double()
         self.furthest[layer] = torch.maximum(self.furthest[layer], furthest)
@@ -81,7 +83,7 @@ class RouterTelemetry:
         means = _layer_means(sums[:, len(_CHOICE) :])
         columns = {
             "router/distance_mean": 0,
-            "router/shift_mean": 1,
+            "router/raw_gamma_mean": 1,
             "router/floor_fraction": 2,
             "router/top_k_overlap": 3,
         }

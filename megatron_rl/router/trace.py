@@ -1,5 +1,5 @@
-"""The router trace: which experts the old policy chose for each token, and with which
-log-probability.
+"""The router trace: the experts that the old policy chose for each token, and their
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LayerTrace:
         return LayerTrace(_pinned(self.expert_ids), _pinned(self.logprobs))
 
     def to(self, device: torch.device) -> LayerTrace:
-        """The same on the device; itself if it is there."""
+        """The same on the device; itself if it is on it already."""
         return LayerTrace(
             self.expert_ids.to(device, non_blocking=True),
             self.logprobs.to(device, non_blocking=True),
@@ -40,7 +40,7 @@ RouterTrace = Mapping[int, LayerTrace]
 
 
 def on_device(trace: RouterTrace, device: torch.device) -> RouterTrace:
-    """The trace on the device; nothing is copied where it is there already."""
+    """The trace on the device; what is on it already is not copied."""
     return {number: layer.to(device) for number, layer in trace.items()}
 
 
@@ -52,8 +52,8 @@ def id_dtype(num_experts: int) -> torch.dtype:
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that the host does not wait for.
 
-    It is made on the current stream, as is the copy back, so the one is done when the other
-    begins; the host must not read it in between.
+    This copy and the copy back run on the current stream, one after the other. The host must not
+    read it in between.
     """
     if not tensor.is_cuda:
         return tensor

@@ -8,8 +8,8 @@ from typing import Any, Callable, Mapping, TypeVar
 from megatron_rl.checkpoint.background import BackgroundWriter
 from megatron_rl.checkpoint.directory import newest_checkpoint, newest_first
 from megatron_rl.checkpoint.identity import architecture_of, layout_of
-from megatron_rl.checkpoint.load import load_checkpoint
 from megatron_rl.checkpoint.manifest import Damaged
+from megatron_rl.checkpoint.restore import load_checkpoint
 from megatron_rl.checkpoint.save import save_checkpoint
 from megatron_rl.config.reward import reward_text
 from megatron_rl.config.schema import Config

@@ -8,7 +8,7 @@ from megatron_rl.config import stop_tokens
 from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
 from megatron_rl.errors import UserError, printable
-from megatron_rl.weights.companions import kept_companions, run_of
+from megatron_rl.weights.side_files import kept_side_files, run_of
 
 
 def model_directories(config: Config) -> list[Path]:
@@ -16,7 +16,7 @@ def model_directories(config: Config) -> list[Path]:
     that the run of ``checkpoint.init_from`` has kept.
     """
     hf_path, init_from = config.model.hf_path, config.checkpoint.init_from
-    kept = None if init_from is None else kept_companions(run_of(init_from))
+    kept = None if init_from is None else kept_side_files(run_of(init_from))
     return [directory for directory in (hf_path, kept) if directory is not None]
 
 

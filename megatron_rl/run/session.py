@@ -32,8 +32,8 @@ from megatron_rl.rollout.servers.keys import check_key
 from megatron_rl.run.model_stop_tokens import model_directories, stop_tokens_of
 from megatron_rl.run.run_lock import RunLock
 from megatron_rl.tasks.task_session import TaskSession
-from megatron_rl.weights.companions import FOLDER as COMPANIONS
-from megatron_rl.weights.companions import keep_companions, kept_companions
+from megatron_rl.weights.side_files import FOLDER as SIDE_FILES
+from megatron_rl.weights.side_files import keep_side_files, kept_side_files
 
 #: Verbs that add steps to a run.
 TRAINING = ("train", "sft")
@@ -79,10 +79,10 @@ class Session(TaskSession):
                 if resume_step is None:
                     self._clear_for_a_new_run()
                 origin = next(iter(model_directories(self.config)), None)
-                kept = kept_companions(self.run_dir)
+                kept = kept_side_files(self.run_dir)
                 if kept is not None and (kept / "config.json").is_file():
-                    origin = kept  # the run started from these, even if hf_path has changed
-                keep_companions(origin, self.run_dir, tuple(self.stop_tokens))
+                    origin = kept  # those the run has started from, whatever hf_path is now
+                keep_side_files(origin, self.run_dir, tuple(self.stop_tokens))
 
         collective_try(self.groups.world, open_files)
         return opened[0] if opened else None
@@ -91,13 +91,13 @@ class Session(TaskSession):
         """Move an old run's files out of the way of a new run, which would resume from its
         checkpoints and export its tokenizer.
         """
-        companions = self.run_dir / COMPANIONS
+        side_files = self.run_dir / SIDE_FILES
         if newest_first(self.checkpoints):
-            for path in (self.checkpoints, companions):
+            for path in (self.checkpoints, side_files):
                 move_aside(path)
             self.console.note(f"moved the checkpoints in {self.run_dir} aside: a new run")
-        elif companions.is_dir():
-            shutil.rmtree(companions)
+        elif side_files.is_dir():
+            shutil.rmtree(side_files)
 
     def confirm_lock(self) -> None:
         """Call before writing what only the owner of the run directory may write. A collective.

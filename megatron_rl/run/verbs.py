@@ -11,8 +11,8 @@ from typing import Callable, Mapping, Sequence
 
 from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.checkpoint.identity import architecture_of
-from megatron_rl.checkpoint.load import load_weights
 from megatron_rl.checkpoint.manifest import read_manifest
+from megatron_rl.checkpoint.restore import load_weights
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step
 from megatron_rl.config.data import data_text
 from megatron_rl.config.reward import reward_text
@@ -22,11 +22,11 @@ from megatron_rl.device.launch import read_launch
 from megatron_rl.errors import UserError
 from megatron_rl.files import written_for_the_user
 from megatron_rl.models.build import build_chunks, transformer_config
-from megatron_rl.observe.report import summary, write_report
 from megatron_rl.observe.run_files import METRICS_FILE
 from megatron_rl.policy.initial_weights import load_initial_weights
 from megatron_rl.policy.policy import Policy, build_policy
 from megatron_rl.records import Prompt
+from megatron_rl.report.run_page import summary, write_report
 from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.run.checkpoints import load_newest
 from megatron_rl.run.continuation import check_continuation, run_identity
@@ -85,7 +85,7 @@ def _run(
     make_task: MakeTask,
 ) -> None:
     with open_session(config, verb, config.train.steps, data.tokenizer) as session:
-        session.console.header({**run_facts(session, data.machine), **facts})
+        session.console.run_summary({**run_facts(session, data.machine), **facts})
         policy = build_policy(
             config,
             session.device,
@@ -129,7 +129,7 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
             f"reward {reward_text(config.reward)}"
         )
         facts = {"weights": weights, "data": what, **data.facts()}
-        session.console.header({**run_facts(session, data.machine), **facts})
+        session.console.run_summary({**run_facts(session, data.machine), **facts})
         sums = session.new_sums()
         with contextlib.closing(engine):
             evaluate_problems(session, engine, problems, sums)

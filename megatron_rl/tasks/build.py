@@ -76,7 +76,7 @@ def _engine_of_answers(
         stop_ids=tuple(session.stop_tokens),
         decode=session.tokenizer.decode,
         capture=capture,
-        say=session.console.warn,
+        warn=session.console.warn,
         progress=partial(session.console.phase, "rollout"),
         meeting=_meeting(session.launch),
         stop=session.stop.heard,

@@ -212,10 +212,10 @@ class Reinforce:
         answers = [answer for answer in answers if answer.version is not None]
         if answers:
             now = self._engine.version
-            staleness = [now - a.version for a in answers if a.version is not None]
-            sums.add("rollout/lag", sum(staleness), len(answers))
-            partial = sum(a.last_version != a.version for a in answers)
-            sums.add("rollout/carried_fraction", partial, len(answers))
+            lags = [now - a.version for a in answers if a.version is not None]
+            sums.add("rollout/staleness", sum(lags), len(answers))
+            carried = sum(a.last_version != a.version for a in answers)
+            sums.add("rollout/partial_fraction", carried, len(answers))
 
     def evaluate(self, sums: MetricSums) -> None:
         """Held-out problems, greedy and sampled."""

@@ -29,9 +29,9 @@ from megatron_rl.families.common.family import Family
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.groups import Groups, build_groups, destroy_groups
-from megatron_rl.weights.companions import keep_companions, kept_companions
 from megatron_rl.weights.export import describe
-from megatron_rl.weights.load import load_hf_weights
+from megatron_rl.weights.from_hugging_face import load_hf_weights
+from megatron_rl.weights.side_files import keep_side_files, kept_side_files
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights
 from megatron_rl.weights.verify import refuse_unknown_to_transformers, verify
@@ -89,7 +89,7 @@ def to_megatron(
 
         def finish() -> None:
             (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            keep_companions(source, partial)
+            keep_side_files(source, partial)
             os.rename(partial, target)
 
         collective_try(world, lambda: finish() if first else None)
@@ -218,7 +218,7 @@ def _stored_model(
     model = ModelConfig(**architecture, max_sequence_length=longest, family=named or family)
     if like is not None:
         family_of(like, model.family)  # it has a config.json
-    return checkpoint, model, like or kept_companions(run_dir)
+    return checkpoint, model, like or kept_side_files(run_dir)
 
 
 def _longest_and_family(config_file: Path) -> tuple[int, str | None]:

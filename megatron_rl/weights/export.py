@@ -105,7 +105,7 @@ def export_model(
     """Write the model as a Hugging Face directory that transformers and vLLM load. A collective.
 
     Args:
-        chunks: this rank's bare GPTModels.
+        chunks: this rank's model chunks, bare.
         groups: process groups.
         model: the architecture.
         directory: the target; see `write_hf_directory`, as for the other arguments.

@@ -1,12 +1,11 @@
 """Weights of the model and the Hugging Face tensors they are made of, by the rules of a family.
 
-Weights have the names of `models.parameters` (layers and experts counted over the whole model); a
-family's rule gives the names of their parts in a Hugging Face checkpoint, and how they are joined.
+Weights have the package's own names (`families.common.names`); a family's rule gives the names of
+their parts in a Hugging Face checkpoint, and how they are joined.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Sequence
 
 import torch
@@ -15,9 +14,7 @@ from megatron_rl.config.layout import heads_of
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.families.common.family import Family, Rule
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+")
+from megatron_rl.families.common.names import expert_of, layer_of
 
 
 def rule_of(name: str, family: Family) -> Rule:
@@ -28,9 +25,8 @@ def rule_of(name: str, family: Family) -> Rule:
     """
     if name in family.weights:
         return Rule(family.weights[name].join, family.weights[name].parts)
-    layer = _LAYER.fullmatch(name)
-    expert = _EXPERT.search(name)
-    within = "" if layer is None else _EXPERT.sub("{expert}", layer[2])
+    layer, within = layer_of(name) or (None, "")
+    expert, within = expert_of(within)
     rule = family.layer_weights.get(within)
     if rule is None:
         raise UserError(
@@ -38,7 +34,7 @@ def rule_of(name: str, family: Family) -> Rule:
             "expected a model that the family describes; see megatron_rl/families/README.md"
         )
     assert layer is not None, "a rule of a layer"
-    begin, number = family.layer_name.format(layer=layer[1]), "" if expert is None else expert[0]
+    begin, number = family.layer_name.format(layer=layer), "" if expert is None else expert
     return Rule(rule.join, tuple(begin + part.format(expert=number) for part in rule.parts))
 
 

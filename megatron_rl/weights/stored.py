@@ -11,11 +11,9 @@ from megatron_rl.checkpoint.save import SHARDS
 from megatron_rl.checkpoint.torch_dist import StoredTensors
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.families.common.family import Family
-from megatron_rl.models.parameters import OF_THE_VOCABULARY, canonical_name
+from megatron_rl.families.common.names import OF_THE_VOCABULARY
+from megatron_rl.models.gpt.names import holds_experts, name_of_key
 from megatron_rl.weights.rules import alone, rule_of, split
-
-#: The experts of a layer are stored as one tensor, stacked along a first axis.
-_STACKED = ".mlp.experts.experts."
 
 
 class StoredWeights:
@@ -35,8 +33,8 @@ class StoredWeights:
         """How many tensors `stream` yields."""
         shapes = self._tensors.shapes
         return sum(
-            len(rule_of(_expert_name(key, 0), self._family).parts)
-            * (shapes[key][0] if _STACKED in key else 1)
+            len(rule_of(name_of_key(key), self._family).parts)
+            * (shapes[key][0] if holds_experts(key) else 1)
             for key in self.keys[rank::ranks]
         )
 
@@ -56,16 +54,9 @@ class StoredWeights:
                 yield part, alone(tensor)
 
     def _weights(self, key: str, stored: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        name = canonical_name(key)
-        if _STACKED in name:
+        if holds_experts(key):
             for expert in range(len(stored)):
-                yield _expert_name(name, expert), stored[expert]
-        elif name in OF_THE_VOCABULARY:
-            yield name, stored[: self._model.vocab_size]
-        else:
-            yield name, stored
-
-
-def _expert_name(key: str, expert: int) -> str:
-    """The name of one expert's weight in a stacked tensor; of others the canonical one."""
-    return canonical_name(key).replace(_STACKED, f".mlp.experts.{expert}.")
+                yield name_of_key(key, expert), stored[expert]
+            return
+        name = name_of_key(key)
+        yield name, stored[: self._model.vocab_size] if name in OF_THE_VOCABULARY else stored

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from megatron_rl.checkpoint.identity import architecture_of
-from megatron_rl.checkpoint.load import load_weights
+from megatron_rl.checkpoint.restore import load_weights
 from megatron_rl.config.hf_config import family_of
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
 from megatron_rl.errors import RunFailed, UserError, shown
-from megatron_rl.models.attention import packed_layout
+from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.build import build_chunks, transformer_config
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.left_over import left_over
 from megatron_rl.weights.source import HuggingFaceTensors
 from megatron_rl.weights.stored import StoredWeights
+from megatron_rl.weights.unused import unused_tensors
 
 TOKENS = 64
 #: Of the largest logit, in fp32.
@@ -78,7 +78,7 @@ def _same_tensors(
             f"{len(wrong)} tensors of {checkpoint} are not those of {directory}, first {wrong[0]}"
         )
     compared = set().union(*(names for names, _ in everyone))
-    absent = left_over(source, compared, config.model, family)
+    absent = unused_tensors(source, compared, config.model, family)
     if absent:
         raise RunFailed(f"{checkpoint} lacks {len(absent)} tensors of {directory}: {absent[0]}")
 
@@ -102,8 +102,8 @@ def _same_logits(
     generator = torch.Generator().manual_seed(1)
     count = min(TOKENS, model.max_sequence_length)
     tokens = torch.randint(model.vocab_size, (count,), generator=generator)
-    layout = packed_layout([count], count, device.torch_device)
-    found = forward_stages(chunks, tokens.to(device.torch_device), layout, groups)
+    placement = packed_placement([count], count, device.torch_device)
+    found = forward_stages(chunks, tokens.to(device.torch_device), placement, groups)
     if found is not None:
         found = gather_first_dim(found.T.contiguous(), groups.tensor).T[:, : model.vocab_size]
     del chunks

@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.collective_try import collective_try
-from megatron_rl.weights.companions import copy_companions
 from megatron_rl.weights.rules import alone
+from megatron_rl.weights.side_files import copy_side_files
 from megatron_rl.weights.source import INDEX
 
 SHARD_BYTES = 1 << 30
@@ -152,7 +152,7 @@ def _publish(
         "weight_map": dict(sorted(weight_map.items())),
     }
     _write_json(partial / INDEX, index)
-    copied = [] if like is None else copy_companions(like, partial)
+    copied = [] if like is None else copy_side_files(like, partial)
     if "config.json" not in copied:
         _write_json(partial / "config.json", config)
     for path in partial.iterdir():

@@ -26,7 +26,7 @@ def save(training, root, step):
 
 
 def load(training, path):
-    from megatron_rl.checkpoint.load import load_checkpoint
+    from megatron_rl.checkpoint.restore import load_checkpoint
 
     return load_checkpoint(path, **training.for_checkpoint())
 
@@ -77,7 +77,7 @@ def train_and_save(parallel, model, root):
 
 def weights_only(parallel, model, root):
     """On a rank: logits of fixed tokens with the weights of the newest checkpoint."""
-    from megatron_rl.checkpoint.load import load_weights
+    from megatron_rl.checkpoint.restore import load_weights
 
     training = build_training(config(parallel, model), seed=99)
     arguments = training.for_checkpoint()

@@ -69,7 +69,7 @@ def import_and_export(job: Job):
     from megatron_rl.checkpoint.identity import architecture_of, layout_of
     from megatron_rl.checkpoint.save import save_checkpoint
     from megatron_rl.weights.export import export_model
-    from megatron_rl.weights.load import load_hf_weights
+    from megatron_rl.weights.from_hugging_face import load_hf_weights
 
     config = job.config
     groups, _, chunks = build_tiny(config)
@@ -93,9 +93,9 @@ def import_and_export(job: Job):
 def load_checkpoint_of(job: Job, checkpoint: Path):
     """On a rank: names of weights that a checkpoint of another layout gives other values."""
     from megatron_rl.checkpoint.identity import architecture_of
-    from megatron_rl.checkpoint.load import load_weights
+    from megatron_rl.checkpoint.restore import load_weights
     from megatron_rl.models.parameters import weight_views
-    from megatron_rl.weights.load import load_hf_weights
+    from megatron_rl.weights.from_hugging_face import load_hf_weights
 
     config = job.config
     groups, _, chunks = build_tiny(config)
@@ -112,12 +112,12 @@ def load_checkpoint_of(job: Job, checkpoint: Path):
 
 def model_logits(chunks, groups):
     """Logits of this rank's columns, padding left out; None but on the last stage."""
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_stages
 
     tokens = hugging_face.tokens()
-    layout = packed_layout([len(tokens)], len(tokens), torch.device("cpu"))
-    found = forward_stages(chunks, tokens, layout, groups)
+    placement = packed_placement([len(tokens)], len(tokens), torch.device("cpu"))
+    found = forward_stages(chunks, tokens, placement, groups)
     return None if found is None else (groups.tensor.rank(), found)
 
 

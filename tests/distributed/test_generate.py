@@ -51,6 +51,7 @@ def assert_same(answers, expected):
 
 def routes(parallel, share):
     """On a rank: {(prompt, number of the answer, layer): experts of its tokens}."""
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture
 
     config = tiny_config(parallel=parallel, model={"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]})
@@ -59,7 +60,7 @@ def routes(parallel, share):
         [layer.layer_number for layer in chunk.decoder.layers if layer.layer_number > 1]
         for chunk in built[2]
     ]
-    capture = RouterCapture(built[2], held)
+    capture = RouterCapture(routers_of(built[2]), held)
     engine = tiny_engine(config, *built, max_batch=4, capture=capture)
     prompts = random_prompts(LENGTHS)[share[0] : share[1]]
     found = {}

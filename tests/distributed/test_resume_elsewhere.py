@@ -36,7 +36,7 @@ def train_and_save(case: Case, root: Path) -> list[dict[str, float]]:
 def go_on(case: Case, root: Path) -> list[dict[str, float]]:
     """On a rank: the same updates, from the checkpoint."""
     from megatron_rl.checkpoint.directory import newest_checkpoint
-    from megatron_rl.checkpoint.load import load_checkpoint
+    from megatron_rl.checkpoint.restore import load_checkpoint
 
     with policy_of(layout_config(case)) as policy:
         load_checkpoint(newest_checkpoint(root), **of_checkpoint(policy, case))

@@ -76,7 +76,7 @@ def test_every_loss_has_load_and_entropy_of_every_layer():
 def test_with_router_shift_there_is_more():
     metrics = single("rspo")
     for layer in range(4):
-        for name in ("distance_mean", "distance_max", "shift_mean", "top_k_overlap", "entropy"):
+        for name in ("distance_mean", "distance_max", "raw_gamma_mean", "top_k_overlap", "entropy"):
             assert metrics[f"router/{name}/layer_{layer:02d}"] > 0
         assert (
             metrics[f"router/distance_max/layer_{layer:02d}"]

@@ -73,7 +73,7 @@ def test_a_rank_with_almost_nothing_keeps_step_with_the_others(name, parallel):
     names = set()
     for _, found, some_weights in results:
         for got, want in zip(found, metrics, strict=True):
-            for key in ("loss", "grad_norm", "router/shift_mean"):
+            for key in ("loss", "grad_norm", "router/raw_gamma_mean"):
                 assert got[key] == pytest.approx(want[key], rel=TOLERANCE), key
         for weight, value in some_weights.items():
             assert relative(value, weights[weight]) < TOLERANCE, weight

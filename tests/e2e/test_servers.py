@@ -202,9 +202,9 @@ def test_weights_reach_a_standing_server_without_a_disk(folder, standing, monkey
 
 
 def is_server(process, port):
-    """The server of this test's run with that port, not its leash."""
+    """The server of this test's run with that port, not its supervisor."""
     command = process.info["cmdline"] or []
-    return port in command and "leash.py" not in " ".join(command[:3])
+    return port in command and "supervisor.py" not in " ".join(command[:3])
 
 
 def test_servers_end_with_the_run(folder, served):

@@ -70,9 +70,9 @@ def test_a_run_that_replays_the_samplers_experts(folder, sft_run):
         assert row["mismatch/logprob_max"] < 1e-4
         assert row["router/top_k_overlap"] == 1.0
         assert row["router/distance_max"] > row["router/distance_mean"] > 0
-        assert 0 < row["router/shift_min"] < 1
+        assert 0 < row["router/raw_gamma_min"] < 1
         assert row["router/entropy"] > 0
         for quarter in (1, 2, 3, 4):
             assert 0 <= row[f"clip_fraction/gamma_q{quarter}"] <= 1
         # gamma is of one of the layers' distances, so the largest of all bounds it
-        assert row["router/shift_min"] >= np.exp(-row["router/distance_max"]) - 1e-6
+        assert row["router/raw_gamma_min"] >= np.exp(-row["router/distance_max"]) - 1e-6

@@ -126,7 +126,7 @@ def test_weights_reach_a_server_by_its_own_transfer_and_answers_end_where_ours_d
     every second token as an end token.
     """
     told, link = [], partial(WeightBroadcast, link=GlooLink)
-    monkeypatch.setattr("megatron_rl.rollout.servers.sync.WeightBroadcast", link)
+    monkeypatch.setattr("megatron_rl.rollout.servers.broadcast_delivery.WeightBroadcast", link)
     directory = hugging_face.save("qwen3_moe", tmp_path / "hf")
     generation = json.dumps({"eos_token_id": list(range(0, 125, 2)), "repetition_penalty": 1.3})
     (directory / "generation_config.json").write_text(generation)

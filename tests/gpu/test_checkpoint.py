@@ -38,7 +38,7 @@ def train_and_save(kind, model, root):
 
 def load_and_go_on(kind, model, root):
     """On a rank: the same from the checkpoint."""
-    from megatron_rl.checkpoint.load import load_checkpoint
+    from megatron_rl.checkpoint.restore import load_checkpoint
 
     training = build_training(config(kind, model), seed=99)
     load_checkpoint(Path(root) / "step_3", **training.for_checkpoint())

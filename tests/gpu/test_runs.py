@@ -46,7 +46,7 @@ def test_reinforcement_learning_gives_the_metrics_of_the_cpu(folder, name):
     # Later steps may part: one answer drawn otherwise changes all that follow.
     for found, expected in zip(metrics(folder, name)[1:3], metrics(folder, "cpu")[1:3]):
         assert found["mismatch/logprob_max"] < 1e-4
-        for key in ("loss", "grad_norm", "entropy", "router/shift_mean", "reward/mean"):
+        for key in ("loss", "grad_norm", "entropy", "router/raw_gamma_mean", "reward/mean"):
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 

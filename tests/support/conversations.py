@@ -105,12 +105,12 @@ def _alone(policy: Any, sample: Sample) -> Any:
     """Log-probability of each token but the first, the sequence alone in a row: fp32 [M - 1]."""
     import torch
 
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
     tokens = torch.from_numpy(sample.tokens)
-    layout = packed_layout([len(tokens)], len(tokens), torch.device("cpu"))
-    logits = forward_row(policy.chunks[0], tokens, layout).squeeze(0)
+    placement = packed_placement([len(tokens)], len(tokens), torch.device("cpu"))
+    logits = forward_row(policy.chunks[0], tokens, placement).squeeze(0)
     return logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
 
 

@@ -47,7 +47,7 @@ def hugging_face_model(directory: Path) -> Model:
 
 
 class _Worker(Reload):
-    """Of a fake server: the real extension, on a model that is a directory."""
+    """The worker of a fake server: the real extension, around a model directory."""
 
     rank, device = 0, "cpu"
 
@@ -61,7 +61,7 @@ class _Worker(Reload):
         pass
 
     def reload_weights(self, weights_iterator: Iterable[tuple[str, Any]]) -> None:
-        """As vLLM's model runner has it."""
+        """The method of vLLM's model runner."""
         from safetensors.torch import save_file
 
         with tempfile.TemporaryDirectory() as folder:
@@ -76,22 +76,22 @@ class _Worker(Reload):
 
 class _Listening(ThreadingHTTPServer):
     daemon_threads = True
-    #: Connections that wait to be accepted; of the usual 5 more are turned away where this process
-    #: does not get round to it.
+    #: Connections that may wait to be accepted. With the usual 5, some are refused if this process
+    #: is slow.
     request_queue_size = 1024
 
 
 class FakeServer:
     """Serves until closed. Set ``fault`` to the name of one of its faults; "" for none.
 
-    hang: no answer for a minute. garbage: something else than an answer. vocabulary: a token that
-    the model does not have. error: status 500. refuse: no new weights are taken, which is said at
-    once; refuse late: after a pause. stall: the first of them are read, and no more. lie: they are
-    said to be taken, and are not. stale: an old version is named. impatient: a connection that was
-    used is closed when it is to be used again.
+    hang: it answers nothing for a minute. garbage: its response is no answer. vocabulary: an answer
+    has a token outside the vocabulary. error: status 500. refuse: it refuses new weights at once;
+    refuse late: after a pause. stall: it reads the first weights and no more. lie: it reports new
+    weights that it has not taken. stale: it names an old version. impatient: it closes a connection
+    that is used a second time.
 
-    What comes first is decided by ``before_answer``, ``before_pause``, ``hold`` and ``dies_after``,
-    and not by who is faster.
+    ``before_answer``, ``before_pause``, ``hold`` and ``dies_after`` decide what comes first, so no
+    test depends on which side is faster.
     """
 
     def __init__(
@@ -102,23 +102,23 @@ class FakeServer:
         like: Path | None = None,
     ) -> None:
         """like: a model directory whose config.json describes weights that are broadcast."""
-        self.key: str | None = None  #: without which nothing is answered
-        #: what becomes of each choice before it is sent
+        self.key: str | None = None  #: what requests must carry; None: nothing
+        #: changes each choice before it is sent
         self.spoil: Callable[[dict[str, Any]], Any] = lambda choice: choice
         self.model, self._load = model, load or (lambda directory: self.model)
         self.fault, self.pause = "", 0.3
         self.worker = _Worker(like, self._take, self._between) if like else None
         self.transfer: Any = None  #: answers the routes of vLLM's weight transfer
         self.version, self.loaded = "default", []
-        self.asked: list[dict[str, Any]] = []  #: bodies of the questions, answered or not
+        self.asked: list[dict[str, Any]] = []  #: bodies of the requests, answered or not
         self.experts: tuple[int, int] | None = None  #: (L, K): answers carry experts
-        self.done: list[dict[str, Any]] = []  #: bodies of the questions answered
-        #: called before a question is answered; and before the server is paused, with how often
+        self.done: list[dict[str, Any]] = []  #: bodies of the requests answered
+        #: called before a request is answered; and before a pause, with its number
         self.before_answer: Callable[[], None] = lambda: None
         self.before_pause: Callable[[int], None] = lambda number: None
         #: (n, p): the n-th token of an answer, from 0, waits until the server is paused p times
         self.hold: tuple[int, int] | None = None
-        self.dies_after: int | None = None  #: so many answers; closed then
+        self.dies_after: int | None = None  #: answers after which it closes; None: it does not
         self.broken_off = 0
         self.own_stops: set[int] = set()  #: end-of-sequence tokens of the files it was started with
         self._pauses = 0  #: how often it was paused
@@ -139,17 +139,17 @@ class FakeServer:
 
     @property
     def answered(self) -> int:
-        """How many questions."""
+        """Number of requests answered."""
         return len(self.done)
 
     def close(self) -> None:
-        """Stop at once: open questions are not answered, new connections refused."""
+        """Stop at once: open requests are not answered, new connections refused."""
         self._ended.set()
         self._http.shutdown()
         self._http.server_close()
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any] | None:
-        """Status and JSON; None: hang up without a word."""
+        """Status and JSON of the response; None: hang up."""
         if path == "/inference/v1/generate":
             return self._generate(body)
         if path == "/collective_rpc":
@@ -181,7 +181,7 @@ class FakeServer:
         return 200, {"results": ["ok"]}
 
     def _experts(self, tokens: int) -> str | None:
-        """Of a token at place t, in layer l (from 0): t + l, t + l + 1... modulo 8."""
+        """Experts of a token at place t in layer l (from 0): t + l, t + l + 1... modulo 8."""
         if self.experts is None:
             return None
         layers, top_k = self.experts
@@ -221,10 +221,10 @@ class FakeServer:
                 threading.Thread(target=self.close, daemon=True).start()
                 return None
             self.done.append(body)
-        return 200, {"choices": choices[::-1]}  # in any order: they carry an index
+        return 200, {"choices": choices[::-1]}  # in reverse: each carries its index
 
     def _begin(self) -> tuple[int, Model, str] | None:
-        """How often it was paused, model and version, once it is not paused; None: it is closed."""
+        """Wait until it is not paused: number of pauses, model and version; None: it is closed."""
         while not self._ended.is_set():
             with self._lock:
                 if self._running.is_set():
@@ -321,7 +321,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Until it holds. AssertionError: it does not in time."""
+    """Wait until the condition holds. AssertionError: it takes too long."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -329,7 +329,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
 
 
 def main() -> None:
-    """PORT DIRECTORY: serve a model directory until ended, a process of its own."""
+    """Arguments PORT DIRECTORY: serve a model directory until the process is ended."""
     port, directory = int(sys.argv[1]), Path(sys.argv[2])
     FakeServer(hugging_face_model(directory), hugging_face_model, port)
     threading.Event().wait()

@@ -1,4 +1,4 @@
-"""A server that sends bytes, whatever HTTP says of them."""
+"""A server that sends any bytes, valid HTTP or not."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import socket
 import threading
 from typing import Callable, Iterable
 
-#: Gets the connection, whose request has been read, and the event that ends the server.
+#: Responds on a connection whose request has been read; the event says that the server ends.
 Behaviour = Callable[[socket.socket, threading.Event], None]
 
 
 def response(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
-    """A right one, with its length, unless a header says otherwise."""
+    """A valid response. It has the right length, unless a header gives another."""
     lines = [f"HTTP/1.1 {status}", *headers]
     if not any(h.lower().startswith(("content-length", "transfer-encoding")) for h in headers):
         lines.append(f"Content-Length: {len(body)}")
@@ -19,7 +19,7 @@ def response(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
 
 
 def sending(parts: Iterable[bytes], pause: float = 0.0) -> Behaviour:
-    """Sends these, one after the other, with a pause behind each, and hangs up."""
+    """Sends the parts, with a pause after each, and hangs up."""
 
     def behave(connection: socket.socket, ended: threading.Event) -> None:
         for part in parts:
@@ -31,13 +31,13 @@ def sending(parts: Iterable[bytes], pause: float = 0.0) -> Behaviour:
 
 
 def silence(connection: socket.socket, ended: threading.Event) -> None:
-    """Says nothing."""
+    """Sends nothing."""
     ended.wait(60.0)
 
 
 class RawServer:
-    """Serves until closed. ``asked``: the requests, as they came. ``hung_up``: so many who asked
-    have gone before they had everything.
+    """Serves until closed. ``asked``: the requests as bytes. ``hung_up``: how many clients left
+    before they had everything.
     """
 
     def __init__(self, behaviour: Behaviour) -> None:
@@ -54,7 +54,7 @@ class RawServer:
 
     def __exit__(self, *exc_info: object) -> None:
         self._ended.set()
-        self._listening.shutdown(socket.SHUT_RDWR)  # and so ends `accept`
+        self._listening.shutdown(socket.SHUT_RDWR)  # this ends `accept`
         self._listening.close()
 
     def _serve(self) -> None:

@@ -10,17 +10,18 @@ import torch
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.rollout.servers.sync import Command
+from megatron_rl.records import RolloutGroup
+from megatron_rl.rollout.servers.own_servers import Command
 from tests.support.tiny import cpu_device
 
 
 def config_of(directory: Path, run_dir: Path, urls: Sequence[str], **parallel: int) -> Config:
-    """Of a run on servers, from a model directory."""
-    words = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
-    words += [f"--parallel.{name}={value}" for name, value in parallel.items()]
-    words += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
-    words += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=300"]
-    return load_config(None, words)
+    """The configuration of a run on servers, with the model of a directory."""
+    argv = [f"--model.hf_path={directory}", f"--run_dir={run_dir}", "--device.kind=cpu"]
+    argv += [f"--parallel.{name}={value}" for name, value in parallel.items()]
+    argv += ["--rollout.engine=vllm", f"--rollout.servers.urls=[{','.join(urls)}]"]
+    argv += ["--rollout.servers.retries=20", "--rollout.servers.deadline_s=300"]
+    return load_config(None, argv)
 
 
 def build(
@@ -28,7 +29,7 @@ def build(
 ) -> tuple[Any, list[torch.nn.Module], Any, Any]:
     """(engine, chunks, groups, transformer) of this rank.
 
-    told: gets what is said to a person. method: with which the worker extension loads weights.
+    told: gets the warnings. method: the worker extension's method that loads weights.
     """
     device = cpu_device()
     from megatron.core import parallel_state
@@ -56,22 +57,28 @@ def build_on(
     method: str = "load",
     stop_ids: Sequence[int] = (1,),
 ) -> Any:
-    """The engine on a model that is there."""
+    """The engine for a model that is already built."""
     from megatron_rl.rollout.engine import EngineParts
-    from megatron_rl.rollout.servers.engine import ServerEngine
+    from megatron_rl.rollout.servers.server_engine import ServerEngine
     from megatron_rl.rollout.servers.vllm import VllmApi
 
     decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
-    parts = EngineParts(config, chunks, groups, stop_ids, decode, say=told.append)
-    return ServerEngine(parts, VllmApi(method), command)
+    parts = EngineParts(config, chunks, groups, stop_ids, decode, warn=told.append)
+    api = VllmApi(method)
+    return ServerEngine(parts, api, command, broadcast=api)
 
 
 def change_weights(engine: Any, chunks: Sequence[torch.nn.Module]) -> None:
-    """As an update does it: every weight another, and the engine told."""
+    """Change every weight and tell the engine, as an update does."""
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.1)
     engine.weights_changed()
+
+
+def tokens_of(groups: Sequence[RolloutGroup]) -> list[list[list[int]]]:
+    """The tokens of all answers, group by group."""
+    return [[answer.tokens.tolist() for answer in group.completions] for group in groups]
 
 
 def vllm_python() -> str:

@@ -22,7 +22,7 @@ class TinyTraining:
 
     config: Config
     groups: Any
-    chunks: list[torch.nn.Module]  #: bare GPTModels
+    chunks: list[torch.nn.Module]  #: bare model chunks
     wrapped: list[torch.nn.Module]  #: the same, wrapped for data parallelism
     optimizer: Any
 
@@ -69,11 +69,11 @@ class TinyTraining:
         ]
 
     def _forward(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        from megatron_rl.models.attention import packed_layout
+        from megatron_rl.models.attention import packed_placement
         from megatron_rl.models.forward import forward_row
 
-        layout = packed_layout(LENGTHS, len(tokens), self.device)
-        return forward_row(model, tokens, layout)[0]
+        placement = packed_placement(LENGTHS, len(tokens), self.device)
+        return forward_row(model, tokens, placement)[0]
 
     def for_checkpoint(self) -> dict[str, Any]:
         """The arguments that saving and loading a checkpoint have in common."""

@@ -3,7 +3,7 @@
     --worker-extension-cls tests.support.vllm_gloo.Extension
     --weight-transfer-config '{"backend": "gloo"}'
 
-All but the group is vLLM's: routes, the worker's part, what is said of group and weights, loading.
+Only the group is ours. The routes, the worker's code, the messages and the loading are vLLM's.
 """
 
 from types import SimpleNamespace
@@ -27,13 +27,13 @@ class GlooEngine(NCCLWeightTransferEngine):
         self.group = join(init_info.nccl_unique_id_bytes, rank, init_info.world_size)
 
     def start_weight_update(self) -> None:
-        """See `Reload` for what has to be forgotten on a CPU."""
+        """Forget the kernels first, as `Reload` does on a CPU."""
         runner = SimpleNamespace(get_model=lambda: self.model)
         Reload._forget_kernels(SimpleNamespace(model_runner=runner))
         super().start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load what comes; there is no accelerator to wait for."""
+        """Load the weights; there is no accelerator to wait for."""
         self.parse_update_info(update_info)
         weights = receive(self.group, self.packed_buffer_size_bytes, **update_info)
         self.model.load_weights(weights.items())
@@ -43,4 +43,4 @@ WeightTransferEngineFactory.register_engine("gloo", GlooEngine)
 
 
 class Extension:
-    """Of the worker class: importing it is what it is for."""
+    """An extension of the worker class. It exists only so that vLLM imports this module."""

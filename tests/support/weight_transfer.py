@@ -21,7 +21,7 @@ def _group(store: TCPStore, rank: int, size: int) -> ProcessGroupGloo:
 
 
 def refusal(text: str) -> dict[str, Any]:
-    """What vLLM 0.32 answers where a worker has raised an error."""
+    """The response of vLLM 0.32 when a worker raised an error."""
     text = f"Call to collective_rpc method failed: Worker failed with error '{text}', please check"
     return {"error": {"message": f"{text} the stack trace above for the root cause", "code": 500}}
 
@@ -40,8 +40,8 @@ def receive(
     dtype_names: list[str],
     shapes: list[list[int]],
 ) -> dict[str, torch.Tensor]:
-    """As vLLM's workers receive: a broadcast for as many weights as come before they are more than
-    fit in the buffer.
+    """Receive as vLLM's workers do. A broadcast ends with the weight that exceeds the buffer,
+    or with the last one.
     """
     received, waiting = {}, []
     for number, (name, dtype, shape) in enumerate(zip(names, dtype_names, shapes), start=1):
@@ -58,7 +58,7 @@ def receive(
 
 
 class GlooLink:
-    """The trainer's end, in the place of `transfer.NcclLink`."""
+    """The trainer's end, in place of `transfer.NcclLink`."""
 
     def __init__(self, device: torch.device) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -68,11 +68,11 @@ class GlooLink:
         return str(self._store.port).encode().ljust(128, b"\0")
 
     def join(self, size: int) -> None:
-        """As rank 0."""
+        """See `Link`."""
         self._group = _group(self._store, 0, size)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Bytes."""
+        """See `Link`."""
         self._group.broadcast([tensor], BroadcastOptions()).wait()
 
 

@@ -35,8 +35,8 @@ def problems(lengths: Sequence[int], first_index: int = 0) -> list[Prompt]:
 def run_config(run_dir: Path, **overrides: Mapping):
     """Four steps, of which the second and the last are evaluated.
 
-    Waves of 4 answers: evaluation 1 (greedy), 2, 3 (sampled); step one: 4; step two: 5, evaluation
-    6, 7, 8; step three: 9; step four: 10, evaluation 11, 12, 13.
+    Batches of 4 answers: evaluation 1 (greedy), 2, 3 (sampled); step one: 4; step two: 5,
+    evaluation 6, 7, 8; step three: 9; step four: 10, evaluation 11, 12, 13.
     """
     sections = {
         "rollout": {
@@ -58,15 +58,15 @@ def run_config(run_dir: Path, **overrides: Mapping):
     return tiny_config(run_dir=run_dir, seed=3, **sections)
 
 
-def run_here(config, at_wave: Mapping[int, Callable[[], None]] = {}) -> tuple[bool, int]:
+def run_here(config, at_batch: Mapping[int, Callable[[], None]] = {}) -> tuple[bool, int]:
     """Start the run, or go on with it.
 
     Args:
         config: of `run_config`.
-        at_wave: wave of answers, counted from 1 -> what is done before it is decoded.
+        at_batch: batch of answers, counted from 1 -> what is done before it is decoded.
 
     Returns:
-        Whether the run is complete, and how many tokens a row were decoded in its last wave.
+        Whether the run is complete, and how many tokens a row were decoded in its last batch.
     """
     device = cpu_device()
     import torch.distributed as dist
@@ -83,14 +83,14 @@ def run_here(config, at_wave: Mapping[int, Callable[[], None]] = {}) -> tuple[bo
     from megatron_rl.tasks.reinforce import Reinforce
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    seen = {"waves": 0, "tokens": 0}
-    run_wave, decode = BuiltinEngine._run, BuiltinEngine._decode
+    seen = {"batches": 0, "tokens": 0}
+    run_batch, decode = BuiltinEngine._run, BuiltinEngine._decode
 
-    def watched_wave(self, *args):
-        seen["waves"] += 1
+    def watched_batch(self, *args):
+        seen["batches"] += 1
         seen["tokens"] = 0
-        at_wave.get(seen["waves"], lambda: None)()
-        return run_wave(self, *args)
+        at_batch.get(seen["batches"], lambda: None)()
+        return run_batch(self, *args)
 
     def watched_decode(self, *args):
         seen["tokens"] += 1
@@ -99,7 +99,7 @@ def run_here(config, at_wave: Mapping[int, Callable[[], None]] = {}) -> tuple[bo
     tokenizer = mock.Mock(eos_id=EOS, decode=say)
     with (
         policy_of(config) as policy,
-        mock.patch.object(BuiltinEngine, "_run", watched_wave),
+        mock.patch.object(BuiltinEngine, "_run", watched_batch),
         mock.patch.object(BuiltinEngine, "_decode", watched_decode),
     ):
         console = Console("plain", "train", 4) if rank == 0 else SilentConsole()

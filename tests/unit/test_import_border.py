@@ -21,6 +21,7 @@ LEVELS = {
     "config": 0.5,
     **dict.fromkeys(("rewards", "algorithms", "device", "parallel"), 1),
     **dict.fromkeys(("data", "observe", "router"), 2),
+    "report": 2.5,
     "extend": 1.5,
     "models": 3,
     "optimizers": 3.5,

@@ -10,6 +10,7 @@ from typing import Any, Callable, Literal, Mapping
 from megatron_rl.families.common.config_json import read_common, write_common
 from megatron_rl.families.common.file import HuggingFaceFile
 from megatron_rl.families.common.keys import Keys
+from megatron_rl.families.common.names import EMBEDDING, FINAL_NORM, OUTPUT
 
 #: How a weight is joined from its parts (by ``weights/rules.py``): copy: the one part. gate_up:
 #: [gate; up], each [F, D]. qkv: for each query group its query heads, its key head, its value head.
@@ -37,9 +38,9 @@ Writer = Callable[[Model], dict[str, Any]]
 
 #: Weights outside of the layers.
 TOP: Mapping[str, Rule] = {
-    "embedding.word_embeddings.weight": Rule("copy", ("model.embed_tokens.weight",)),
-    "decoder.final_layernorm.weight": Rule("copy", ("model.norm.weight",)),
-    "output_layer.weight": Rule("copy", ("lm_head.weight",)),
+    EMBEDDING: Rule("copy", ("model.embed_tokens.weight",)),
+    FINAL_NORM: Rule("copy", ("model.norm.weight",)),
+    OUTPUT: Rule("copy", ("lm_head.weight",)),
 }
 
 

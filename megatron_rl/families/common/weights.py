@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Sequence
 
 from megatron_rl.families.common.family import Rule
+from megatron_rl.families.common.names import ATTENTION, EXPERT, ROUTER, swiglu
 
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 
@@ -12,7 +13,7 @@ SWIGLU = ("gate_proj", "up_proj", "down_proj")
 def copies(**names: str) -> dict[str, Rule]:
     """Rules of attention weights that are one tensor: our name -> theirs."""
     return {
-        f"self_attention.{ours}.weight": Rule("copy", (f"self_attn.{theirs}.weight",))
+        f"{ATTENTION}.{ours}.weight": Rule("copy", (f"self_attn.{theirs}.weight",))
         for ours, theirs in names.items()
     }
 
@@ -20,7 +21,7 @@ def copies(**names: str) -> dict[str, Rule]:
 def qkv(parameter: str = "weight") -> dict[str, Rule]:
     """Rules of queries, keys and values; ``parameter`` bias: of their biases."""
     parts = tuple(f"self_attn.{x}_proj.{parameter}" for x in "qkv")
-    return {f"self_attention.linear_qkv.{parameter}": Rule("qkv", parts)}
+    return {f"{ATTENTION}.linear_qkv.{parameter}": Rule("qkv", parts)}
 
 
 def mlp(ours: str = "mlp", theirs: str = "mlp", names: Sequence[str] = SWIGLU) -> dict[str, Rule]:
@@ -28,10 +29,8 @@ def mlp(ours: str = "mlp", theirs: str = "mlp", names: Sequence[str] = SWIGLU) -
     down.
     """
     gate, up, down = (f"{theirs}.{name}.weight" for name in names)
-    return {
-        f"{ours}.linear_fc1.weight": Rule("gate_up", (gate, up)),
-        f"{ours}.linear_fc2.weight": Rule("copy", (down,)),
-    }
+    gate_up, back = swiglu(ours)
+    return {gate_up: Rule("gate_up", (gate, up)), back: Rule("copy", (down,))}
 
 
 def experts(block: str = "mlp", names: Sequence[str] = SWIGLU) -> dict[str, Rule]:
@@ -43,14 +42,13 @@ def experts(block: str = "mlp", names: Sequence[str] = SWIGLU) -> dict[str, Rule
     gate, up, down = (f"{block}.experts.{{expert}}.{name}.weight" for name in names)
     blocks = dict.fromkeys(("mlp", block))
     renamed = tuple(f"{one}.gate.weight" for one in blocks if one != block)
+    gate_up, back = swiglu(EXPERT)
     return {
-        "mlp.router.weight": Rule("copy", (f"{block}.gate.weight",), renamed),
-        "mlp.experts.{expert}.linear_fc1.weight": Rule(
+        ROUTER: Rule("copy", (f"{block}.gate.weight",), renamed),
+        gate_up: Rule(
             "gate_up", (gate, up), tuple(f"{one}.experts.gate_up_proj" for one in blocks)
         ),
-        "mlp.experts.{expert}.linear_fc2.weight": Rule(
-            "copy", (down,), tuple(f"{one}.experts.down_proj" for one in blocks)
-        ),
+        back: Rule("copy", (down,), tuple(f"{one}.experts.down_proj" for one in blocks)),
     }
 
 

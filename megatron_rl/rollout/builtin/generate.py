@@ -1,8 +1,8 @@
-"""The built-in engine: the training model generates by itself, with the weights it has.
+"""The built-in engine: the training model itself generates, with the weights it has.
 
-Answers are generated in waves of rows. A wave prefills its prompts, packed into rows of unequal
-sequences, each once; gives every answer its copy of the prompt's cache; and then decodes one token
-a row and step. Rows that have finished leave the batch from time to time.
+Answers are generated in batches, one row for each answer. A batch first prefills its prompts, each
+once and packed together. Then every row gets a copy of its prompt's cache. Then each step decodes
+one token for each row. Finished rows leave the batch from time to time.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.errors import Stopped, UserError
-from megatron_rl.models.attention import packed_layout
+from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.forward import forward_stages
 from megatron_rl.parallel.collectives import all_max, broadcast, gather_first_dim, gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup
-from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillLayout, decode_layout
-from megatron_rl.rollout.builtin.lockstep import Lockstep
+from megatron_rl.rollout.builtin.batches import Batch, split_by_tokens, split_into_batches
+from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillPlacement, decode_placement
+from megatron_rl.rollout.builtin.rank_sync import RankSync
 from megatron_rl.rollout.builtin.routes import RouteLog
 from megatron_rl.rollout.builtin.sampler import sample, uniforms
-from megatron_rl.rollout.builtin.waves import Wave, split_by_tokens, split_into_waves
 from megatron_rl.rollout.engine import EngineParts, SamplingSettings, WholeAnswers
 from megatron_rl.router.capture import RouterCapture
 
 #: Most tokens of one prefill pass, unless a single prompt is longer.
 PREFILL_TOKENS = 4096
-#: Tokens of a wave between two looks at whether the run is to stop.
+#: Steps between two looks at whether the run is to stop.
 LOOK_EVERY = 8
-#: Finished rows leave the batch as soon as no more than this share of it is still generating.
+#: Finished rows leave the batch when at most this share of its rows still generates.
 COMPACT_BELOW = 0.8
 
 
 @dataclass
 class _Rows:
-    """State of the R rows in the batch, on the device."""
+    """State of the R rows still in the batch, on the device."""
 
-    numbers: torch.Tensor  #: int64 [R], row of the wave
-    positions: torch.Tensor  #: int64 [R], where the next token goes
+    numbers: torch.Tensor  #: int64 [R], number of the row in the whole batch
+    positions: torch.Tensor  #: int64 [R], position of the next token
     limits: torch.Tensor  #: int64 [R], most tokens of the answer
     uniforms: torch.Tensor  #: float64 [R, max_new_tokens]
     finished: torch.Tensor  #: bool [R]
-    longest: int  #: at least the largest of ``positions``
+    longest: int  #: an upper bound of ``positions``, known without asking the device
 
     def select(self, rows: torch.Tensor) -> _Rows:
         return _Rows(
@@ -60,7 +60,7 @@ class _Rows:
 
 
 def builtin_engine(parts: EngineParts) -> BuiltinEngine:
-    """Of a run."""
+    """The engine ``builtin`` of a run."""
     return BuiltinEngine(
         parts.chunks,
         parts.groups,
@@ -75,8 +75,8 @@ def builtin_engine(parts: EngineParts) -> BuiltinEngine:
 
 
 class BuiltinEngine(WholeAnswers):
-    """`Engine` on the training model (bare GPTModel chunks) of this rank. It has no other weights
-    than the model's, and its completions name no version of them.
+    """`Engine` on this rank's training model. It has no weights of its own, so its completions name
+    no version.
     """
 
     def __init__(
@@ -93,12 +93,15 @@ class BuiltinEngine(WholeAnswers):
     ) -> None:
         """
         Args:
-            stop_ids: the tokens that end an answer, the first of them that is drawn.
-            max_batch: answers decoded at a time on this rank.
+            chunks: this rank's chunks of the model.
+            groups: process groups.
+            transformer_config: of the chunks.
+            stop_ids: the tokens that end an answer.
+            max_batch: most answers decoded at a time on this rank.
             decode: token ids to text, without special tokens.
-            max_sequence_length: longest prompt and answer together; answers are cut there.
-            capture: of the chunks' routers; needed for completions that carry their experts.
-            stop: whether this rank has heard that the run is to stop; None: it never does.
+            max_sequence_length: longest prompt and answer together, tokens; answers are cut there.
+            capture: of the chunks' routers; needed if completions are to carry their experts.
+            stop: whether this rank has heard that the run is to stop; None: it is never asked.
         """
         self._chunks = chunks
         self._groups = groups
@@ -109,30 +112,30 @@ class BuiltinEngine(WholeAnswers):
         self._stop_ids = self._tensor(sorted(stop_ids))
         self._capture = capture
         self._stop = stop
-        self._lockstep = Lockstep(groups, transformer_config, self._device)
+        self._ranks = RankSync(groups, transformer_config, self._device)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
-        """One group for each prompt, in the order given; see `Engine`.
+        """See `Engine`.
 
-        Context-parallel ranks have the same prompts and all dense weights: each generates for its
-        share of them, with whole sequences, and they exchange the answers.
+        Context-parallel ranks have the same prompts and all dense weights. So each generates whole
+        sequences for its share of the prompts, and they exchange the answers.
 
         Raises:
             UserError: a prompt leaves no room for an answer.
-            ValueError: experts are asked for, and the engine has no capture.
+            ValueError: ``settings.routes`` without a capture.
             Stopped: a rank has heard that the run is to stop; on all ranks.
         """
         self._check(prompts)
         if settings.routes and self._capture is None:
             raise ValueError("settings.routes needs an engine with a RouterCapture")
         context = self._groups.context
-        given_up = False
+        stopped = False
         try:
             mine = self._generate(prompts[context.rank() :: context.size()], settings)
-        except Stopped:  # of the ranks that generate in step with this one
-            given_up = True
-        if self._stop is not None and all_max(int(given_up), self._groups.world, self._device):
+        except Stopped:  # on the ranks that this one generates with, perhaps not on all
+            stopped = True
+        if self._stop is not None and all_max(int(stopped), self._groups.world, self._device):
             raise Stopped
         shares = gather_objects(mine, context)
         return [shares[i % context.size()][i // context.size()] for i in range(len(prompts))]
@@ -140,12 +143,12 @@ class BuiltinEngine(WholeAnswers):
     def _generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> list[RolloutGroup]:
-        waves = split_into_waves(prompts, settings.samples, self._max_batch)
+        batches = split_into_batches(prompts, settings.samples, self._max_batch)
         completions: list[Completion] = []
         with _evaluation_mode(self._chunks):
-            for number in range(self._lockstep.most(len(waves))):
-                wave = waves[number] if number < len(waves) else Wave([], [], [])
-                completions += self._run(wave, settings)
+            for number in range(self._ranks.most(len(batches))):
+                batch = batches[number] if number < len(batches) else Batch([], [], [])
+                completions += self._run(batch, settings)
         answers = iter(completions)
         return [
             RolloutGroup(prompt, tuple(next(answers) for _ in range(settings.samples)))
@@ -162,30 +165,30 @@ class BuiltinEngine(WholeAnswers):
                     "drop the prompt or raise model.max_sequence_length"
                 )
 
-    def _run(self, wave: Wave, settings: SamplingSettings) -> list[Completion]:
-        """Generate a wave; an empty one only keeps step with other ranks."""
-        rows = self._first_rows(wave, settings)
-        prompt_of = self._tensor(wave.prompt_of)
-        shape = (len(wave.prompt_of), settings.max_new_tokens)
+    def _run(self, batch: Batch, settings: SamplingSettings) -> list[Completion]:
+        """Generate a batch. An empty batch only takes part in the other ranks' collectives."""
+        rows = self._first_rows(batch, settings)
+        prompt_of = self._tensor(batch.prompt_of)
+        shape = (len(batch.prompt_of), settings.max_new_tokens)
         log = None
         if settings.routes:
-            assert self._capture is not None, "given where answers carry their experts"
+            assert self._capture is not None, "generate has checked it"
             log = RouteLog(self._chunks, self._groups, self._capture, shape)
-        cache, logits = self._prefill(wave.prompts, log)
+        cache, logits = self._prefill(batch.prompts, log)
         cache = cache.select(prompt_of)
         logits = None if logits is None else logits[prompt_of]
         tokens_out = torch.zeros(shape, dtype=torch.int64, device=self._device)
         logprobs_out = torch.zeros(shape, dtype=torch.float32, device=self._device)
         for step in range(settings.max_new_tokens):
             if self._stop is not None and step % LOOK_EVERY == 0:
-                if self._lockstep.any(self._stop()):
+                if self._ranks.any(self._stop()):
                     raise Stopped
             tokens, logprobs = self._sample(logits, rows, step, settings)
             tokens_out[rows.numbers, step] = tokens
             logprobs_out[rows.numbers, step] = logprobs
             stopped = (tokens[:, None] == self._stop_ids).any(dim=1)
             rows.finished |= stopped | (rows.limits <= step + 1)
-            here, anywhere = self._lockstep.count(~rows.finished)
+            here, anywhere = self._ranks.count(~rows.finished)
             if not anywhere:
                 break
             if here <= COMPACT_BELOW * len(tokens):
@@ -194,15 +197,15 @@ class BuiltinEngine(WholeAnswers):
             logits = self._decode(tokens, rows, cache, step, log)
             rows.positions = rows.positions + 1
             rows.longest += 1
-        return self._completions(wave, settings, tokens_out, logprobs_out, log)
+        return self._completions(batch, settings, tokens_out, logprobs_out, log)
 
-    def _first_rows(self, wave: Wave, settings: SamplingSettings) -> _Rows:
-        lengths = np.array([len(prompt.tokens) for prompt in wave.prompts], dtype=np.int64)
-        lengths = lengths[wave.prompt_of]
+    def _first_rows(self, batch: Batch, settings: SamplingSettings) -> _Rows:
+        lengths = np.array([len(prompt.tokens) for prompt in batch.prompts], dtype=np.int64)
+        lengths = lengths[batch.prompt_of]
         limits = np.minimum(settings.max_new_tokens, self._max_sequence_length - lengths)
         names = [
-            (wave.prompts[p].index, wave.prompts[p].first_sample(settings.samples) + number)
-            for p, number in zip(wave.prompt_of, wave.sample_numbers)
+            (batch.prompts[p].index, batch.prompts[p].first_sample(settings.samples) + number)
+            for p, number in zip(batch.prompt_of, batch.sample_numbers)
         ]
         count = 0 if settings.greedy else settings.max_new_tokens
         return _Rows(
@@ -217,56 +220,57 @@ class BuiltinEngine(WholeAnswers):
     def _prefill(
         self, prompts: list[Prompt], log: RouteLog | None
     ) -> tuple[KVCache, torch.Tensor | None]:
-        """Cache of the prompts, one row each, and the logits at their last tokens, [P, V / tp].
-
-        The logits are None before the last pipeline stage.
+        """The cache of the prompts, one row each, and the logits at their last tokens [P, V / tp],
+        or None before the last pipeline stage.
         """
         cache = KVCache(len(prompts), max((len(p.tokens) for p in prompts), default=0) + 1)
-        batches = split_by_tokens(prompts, PREFILL_TOKENS)
+        passes = split_by_tokens(prompts, PREFILL_TOKENS)
         logits, first = [], 0
-        for number in range(self._lockstep.most(len(batches))):
-            batch = batches[number] if number < len(batches) else []
-            lengths = [len(prompt.tokens) for prompt in batch]
-            num_tokens = self._lockstep.row_tokens(sum(lengths))
+        for number in range(self._ranks.most(len(passes))):
+            packed = passes[number] if number < len(passes) else []
+            lengths = [len(prompt.tokens) for prompt in packed]
+            num_tokens = self._ranks.row_tokens(sum(lengths))
             row = np.zeros(num_tokens, dtype=np.int64)
-            if batch:
-                row[: sum(lengths)] = np.concatenate([prompt.tokens for prompt in batch])
-            cache_rows = np.repeat(np.arange(first, first + len(batch)), lengths)
-            layout = packed_layout(
+            if packed:
+                row[: sum(lengths)] = np.concatenate([prompt.tokens for prompt in packed])
+            cache_rows = np.repeat(np.arange(first, first + len(packed)), lengths)
+            placement = packed_placement(
                 lengths,
                 num_tokens,
                 self._device,
-                PrefillLayout,
+                PrefillPlacement,
                 cache=cache,
                 rows=self._tensor(cache_rows),
             )
             tokens = self._tensor(row)
             if log is None:
-                output = forward_stages(self._chunks, tokens, layout, self._groups)
+                output = forward_stages(self._chunks, tokens, placement, self._groups)
             else:
-                output = log.prefill(tokens, layout, lengths)
+                output = log.prefill(tokens, placement, lengths)
             if output is not None:
                 logits.append(output[self._tensor(np.cumsum(lengths) - 1)])
-            first += len(batch)
+            first += len(packed)
         return cache, torch.cat(logits) if logits else None
 
     def _decode(
         self, tokens: torch.Tensor, rows: _Rows, cache: KVCache, step: int, log: RouteLog | None
     ) -> torch.Tensor | None:
-        """One token further: logits [R, V / tp] on the last pipeline stage."""
-        num_tokens = self._lockstep.row_tokens(len(tokens))
-        layout = decode_layout(cache, rows.positions, rows.longest, num_tokens)
+        """Feed one token of each row: the logits [R, V / tp], or None before the last stage."""
+        num_tokens = self._ranks.row_tokens(len(tokens))
+        placement = decode_placement(cache, rows.positions, rows.longest, num_tokens)
         padded = torch.cat([tokens, tokens.new_zeros(num_tokens - len(tokens))])
         if log is None:
-            logits = forward_stages(self._chunks, padded, layout, self._groups)
+            logits = forward_stages(self._chunks, padded, placement, self._groups)
         else:
-            logits = log.decode(padded, layout, rows.numbers, step)
+            logits = log.decode(padded, placement, rows.numbers, step)
         return None if logits is None else logits[: len(tokens)]
 
     def _sample(
         self, logits: torch.Tensor | None, rows: _Rows, step: int, settings: SamplingSettings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next tokens int64 [R] and log-probabilities fp32 [R], alike on all ranks of a replica."""
+        """Next tokens int64 [R] and log-probabilities fp32 [R], the same on all ranks of a
+        replica.
+        """
         groups = self._groups
         num_rows = len(rows.numbers)
         drawn = torch.zeros(2, num_rows, dtype=torch.float64, device=self._device)
@@ -283,7 +287,7 @@ class BuiltinEngine(WholeAnswers):
 
     def _completions(
         self,
-        wave: Wave,
+        batch: Batch,
         settings: SamplingSettings,
         tokens_out: torch.Tensor,
         logprobs_out: torch.Tensor,
@@ -292,8 +296,8 @@ class BuiltinEngine(WholeAnswers):
         tokens, logprobs = tokens_out.cpu().numpy(), logprobs_out.cpu().numpy()
         stopped = np.isin(tokens, self._stop_ids.cpu().numpy())
         completions = []
-        for row, p in enumerate(wave.prompt_of):
-            room = self._max_sequence_length - len(wave.prompts[p].tokens)
+        for row, p in enumerate(batch.prompt_of):
+            room = self._max_sequence_length - len(batch.prompts[p].tokens)
             limit = min(settings.max_new_tokens, room)
             ends = np.flatnonzero(stopped[row, :limit])
             length = int(ends[0]) + 1 if len(ends) else limit
@@ -308,7 +312,7 @@ class BuiltinEngine(WholeAnswers):
             )
         if log is None:
             return completions
-        routes = log.take(wave.prompt_of, [len(answer.tokens) for answer in completions])
+        routes = log.take(batch.prompt_of, [len(answer.tokens) for answer in completions])
         return [
             replace(answer, routed_experts=routed)
             for answer, routed in zip(completions, routes, strict=True)

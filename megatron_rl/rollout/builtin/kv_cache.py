@@ -1,4 +1,4 @@
-"""The key/value cache, and the layouts that fill and read it from inside the attention."""
+"""The key/value cache, and the attention placements that fill it and read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_rl.models.attention import Layout, PackedLayout, dot_product_attention
+from megatron_rl.models.attention import PackedPlacement, Placement, dot_product_attention
 
 #: A cache grows by this many positions at a time.
 BLOCK = 64
@@ -19,11 +19,11 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class KVCache:
-    """Keys and values of this rank's layers, [rows, groups, capacity, head_dim], a row a sequence.
+    """Keys and values of this rank's layers, [rows, groups, capacity, head_dim], one row for each
+    sequence.
 
-    Layers are named by Megatron's global layer number; their tensors are made, in the model's type,
-    when a layer first writes. Positions never written are zero: a masked position must be finite,
-    whatever its weight.
+    Layers have Megatron's global layer numbers. A layer's tensors are made when it first writes, in
+    its type. Positions never written are zero, because a masked position must be finite.
     """
 
     def __init__(self, rows: int, length: int) -> None:
@@ -58,7 +58,7 @@ class KVCache:
                     store[number] = grown
 
     def select(self, rows: torch.Tensor) -> KVCache:
-        """The cache of ``rows`` int64 [n], in that order; a row may come several times."""
+        """A cache of ``rows`` int64 [n], in that order; a row may be repeated."""
         selected = KVCache(len(rows), self.capacity)
         selected.keys = {number: tensor[rows] for number, tensor in self.keys.items()}
         selected.values = {number: tensor[rows] for number, tensor in self.values.items()}
@@ -66,8 +66,8 @@ class KVCache:
 
 
 @dataclass
-class PrefillLayout(PackedLayout):
-    """Packed prompts whose keys and values are stored while they attend; padding is not stored."""
+class PrefillPlacement(PackedPlacement):
+    """Packed prompts whose keys and values are stored while they attend. Padding is not stored."""
 
     cache: KVCache = field(kw_only=True)
     #: int64 [n], cache row of each token; n = T - padding
@@ -87,18 +87,17 @@ class PrefillLayout(PackedLayout):
 
 
 @dataclass
-class DecodeLayout(Layout):
+class DecodePlacement(Placement):
     """One new token for each of the cache's R rows, then padding, whose attention output is zero.
 
-    Token r stands at ``positions[r]``; it is written there and attends to positions 0..positions[r]
-    of its row. The query heads that share a key/value group are laid out as a query length, so the
-    cache is read without repeating it.
+    Token r is written at ``positions[r]`` and attends to positions 0..positions[r] of its row. The
+    query heads that share a key/value group become a query length, so the cache is not repeated.
     """
 
     cache: KVCache = field(kw_only=True)
     rows: torch.Tensor = field(kw_only=True)  #: int64 [R], 0..R-1
     length: int = 0  #: cache positions read; a multiple of ALIGNMENT
-    mask: torch.Tensor | None = None  #: bool [R, 1, 1, length], True where row r may look
+    mask: torch.Tensor | None = None  #: bool [R, 1, 1, length], True: row r attends to it
 
     def attend(  # noqa: D102
         self,
@@ -124,22 +123,22 @@ class DecodeLayout(Layout):
         return torch.cat([output, output.new_zeros(num_tokens - num_rows, *output.shape[1:])])
 
 
-def decode_layout(
+def decode_placement(
     cache: KVCache, positions: torch.Tensor, longest: int, num_tokens: int
-) -> DecodeLayout:
-    """The layout of one decoding step.
+) -> DecodePlacement:
+    """The placement of one decoding step.
 
     Args:
-        cache: of R rows; grown here where the new tokens need it.
-        positions: int64 [R], where each row's new token goes.
-        longest: the largest of them, known without asking the device.
+        cache: of R rows; it grows if the new tokens need room.
+        positions: int64 [R], of each row's new token.
+        longest: the largest position, known without asking the device.
         num_tokens: T >= R, length of the row of tokens.
     """
     cache.reserve(longest + 1)
     length = _round_up(longest + 1, ALIGNMENT)
     columns = torch.arange(length, device=positions.device)
     padding = positions.new_zeros(num_tokens - len(positions))
-    return DecodeLayout(
+    return DecodePlacement(
         qkv_format="packed",
         positions=torch.cat([positions, padding]),
         cache=cache,

@@ -1,9 +1,9 @@
 """From logits to tokens: temperature, top-k, top-p, greedy.
 
-Randomness comes as uniform numbers, a fixed sequence of them for each answer, and a token is found
-by inverting the cumulative distribution in vocabulary order. So an answer depends on the seed, its
-prompt and its number among the answers that the step draws to the prompt, and not on the batch, the
-rank or the layout it is generated in.
+Each answer has a fixed sequence of uniform numbers. A token is found by inverting the cumulative
+distribution in vocabulary order. So an answer depends on the seed, its prompt and its number among
+the answers that the step draws to that prompt. It does not depend on the batch, the rank or the
+layout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CHUNK_ELEMENTS = 1 << 25
 def uniforms(seed: int, sequences: Sequence[tuple[int, int]], count: int) -> np.ndarray:
     """Uniform numbers in [0, 1) of each sequence (prompt index, sample number): float64 [R, count].
 
-    Philox 4x64 (Salmon et al., SC 2011) with key (seed, 0); the sequence is the upper half of its
-    counter, so that the sequences of a seed never overlap.
+    Philox 4x64 (Salmon et al., SC 2011) with key (seed, 0). The sequence is the upper half of the
+    counter, so the sequences of a seed never overlap.
     """
     numbers = np.empty((len(sequences), count))
     for row, (index, sample) in enumerate(sequences):
@@ -45,8 +45,7 @@ def sample(
 
     Returns:
         Tokens int64 [R], and their log-probabilities fp32 [R] under softmax(logits / temperature)
-        over the whole vocabulary, also where top-k or top-p left only a part of it, and under
-        greedy.
+        over the whole vocabulary, also with top-k, top-p or greedy.
     """
     rows = max(1, CHUNK_ELEMENTS // logits.shape[1])
     parts = []
@@ -65,18 +64,18 @@ def _sample_chunk(
     if settings.greedy:
         tokens = logits.argmax(dim=-1)
     else:
-        assert uniform is not None, "given to all but greedy sampling"
+        assert uniform is not None, "only greedy sampling needs none"
         probs = truncated(logprobs, settings.top_k, settings.top_p)
         tokens = invert_cdf(probs, uniform)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
 def truncated(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Probabilities [R, V], not normalised, zero outside the top-k and then outside the nucleus.
+    """Probabilities [R, V], not normalised: zero outside the top-k, then outside the nucleus.
 
     The nucleus is the smallest set of the likeliest tokens whose share of the probability left by
     top-k reaches ``top_p`` (Holtzman et al., arXiv 1904.09751, eq. 2). Tokens as likely as the last
-    one kept are kept as well, so that the result does not hang on how a sort breaks ties.
+    one kept are kept too, so the result does not depend on how a sort breaks ties.
     """
     probs = logprobs.exp()
     if 0 < top_k < probs.shape[1]:
@@ -85,7 +84,7 @@ def truncated(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     if top_p < 1.0:
         ordered = probs.sort(dim=-1, descending=True).values
         mass = ordered.double().cumsum(-1)
-        # The first token is always in; every other one is in if those before it do not reach top_p.
+        # A token is inside if the tokens before it do not reach top_p; the first always is.
         inside = (mass - ordered) < top_p * mass[:, -1:]
         last = ordered.masked_fill(~inside, float("inf")).amin(dim=-1, keepdim=True)
         probs = probs.masked_fill(probs < last, 0.0)
@@ -93,13 +92,15 @@ def truncated(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def invert_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token whose part of the distribution holds ``uniform`` [R]; its own is never 0."""
+    """The token [R] whose part of the distribution ``uniform`` [R] falls into; never a token with
+    probability 0.
+    """
     cdf = probs.double().cumsum(-1)
     total = cdf[:, -1]
-    # The smallest token with cdf > point has probability; below the total there is always one.
-    # Rounding may bring u * total up to the total itself.
+    # The smallest token with cdf > point has a positive probability. There is one if the point is
+    # below the total, and rounding may raise u * total to the total itself.
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Without the limit a row of NaN would give a token that does not exist; its log-probability is
-    # NaN, and whoever asked for the answer can say so.
+    # The clamp keeps a row of NaN from giving a token that does not exist. Its log-probability is
+    # NaN, which the caller can report.
     last = probs.shape[1] - 1
     return torch.searchsorted(cdf, point[:, None], right=True).squeeze(1).clamp(max=last)

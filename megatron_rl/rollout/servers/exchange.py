@@ -1,8 +1,8 @@
-"""One exchange with a server: a request out and all of its response back, within one deadline and
-in bounded memory.
+"""One exchange with a server: send a call and read its response, within one deadline and in bounded
+memory.
 
-Whatever a server does, `BadAnswer` is all that comes of it. The response is read below httpx's
-client, so nothing follows its redirects, keeps its cookies or unpacks its body.
+Whatever a server does, the only exception is `BadAnswer`. The response is read below httpx's
+client. So redirects are not followed, cookies are not kept and bodies are not unpacked.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pydantic_core import from_json
 from megatron_rl.errors import one_line
 from megatron_rl.rollout.servers.api import CONTROL_BYTES, BadAnswer, Call, NoAnswer
 
-#: Seconds for a connection. This side may be the slow one: while it trains, its threads can be
-#: late by seconds.
+#: Seconds to connect. This side may be the slow one: while it trains, its threads can be seconds
+#: late.
 CONNECT_S = 15.0
-#: Of the bytes that a response may have, so many for each of its lists and objects. A token, which
-#: may take 512, has one to three.
+#: A response may have one list or object for this many of the bytes that it may have. A token may
+#: take 512 bytes and has one to three of them.
 _BYTES_OF_ONE = 64
-#: Bytes of a refusal that are read, and characters of it that are shown.
-REFUSAL_BYTES, SHOWN = 4096, 300
+#: Bytes read of a response that is an error, and characters shown of it.
+REFUSAL_BYTES, SHOWN_CHARACTERS = 4096, 300
 
 
 def open_transport() -> httpx.AsyncHTTPTransport:
-    """Connects to servers, with no proxy in between; to be closed."""
+    """A transport that connects to servers without a proxy. The caller closes it."""
     return httpx.AsyncHTTPTransport(
         verify=_certificates(),
-        # A connection for each question. Servers close one that is not used for 5 s; a question
-        # that is sent at that moment is lost.
+        # A new connection for each request. Servers close one that is idle for 5 s, and a request
+        # sent at that moment is lost.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         trust_env=False,
     )
@@ -54,24 +54,25 @@ async def exchange(
     Args:
         transport: of this event loop.
         url: of the server.
-        call: the request.
-        key: sent as a bearer token; None: none is.
-        seconds: from the first attempt to connect to the last byte.
+        call: what is asked.
+        key: sent as a bearer token; None: no token is sent.
+        seconds: deadline, from the first attempt to connect to the last byte.
         most_bytes: largest body.
 
     Raises:
-        BadAnswer: it is not there in time or broken off (`NoAnswer`), larger, packed, no success.
+        NoAnswer: the response is late or incomplete. BadAnswer: it is an error, packed or too
+            large.
     """
     try:
         return await asyncio.wait_for(_exchange(transport, url, call, key, most_bytes), seconds)
     except asyncio.TimeoutError:
         raise NoAnswer(f"{call.path} was not answered in full within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
-        raise NoAnswer(f"{call.path}: {shown(one_line(error))}") from error
+        raise NoAnswer(f"{call.path}: {short_line(one_line(error))}") from error
 
 
 def ask_once(url: str, call: Call, *, key: str | None, seconds: float) -> bytes:
-    """`exchange`, for a thread without an event loop."""
+    """`exchange` in a thread without an event loop."""
 
     async def ask() -> bytes:
         async with open_transport() as transport:
@@ -81,15 +82,16 @@ def ask_once(url: str, call: Call, *, key: str | None, seconds: float) -> bytes:
 
 
 def parse_json(data: bytes, most_bytes: int = CONTROL_BYTES) -> Any:
-    """The value of a JSON text; None for none at all. Nested at most 200 deep, without NaN, and
-    with no more lists and objects than a response of ``most_bytes`` has: three bytes of text make
-    one of 60 to 240 bytes.
+    """The value of a JSON text; None for an empty text.
 
-    It is read by pydantic's reader, which takes a fifth of the time of `config.json_text`: answers
-    are most of what a run reads.
+    Three bytes of JSON can become a list or an object of 60 to 240 bytes. So their number is
+    limited to what a response of ``most_bytes`` can need. JSON is nested at most 200 deep.
+
+    pydantic's reader takes a fifth of the time of `config.json_text`. Answers are most of what a
+    run reads.
 
     Raises:
-        BadAnswer: anything else.
+        BadAnswer: the text is not JSON, holds NaN or an infinity, or exceeds a limit.
     """
     if data.count(b"[") + data.count(b"{") > most_bytes // _BYTES_OF_ONE:
         raise BadAnswer(
@@ -98,14 +100,14 @@ def parse_json(data: bytes, most_bytes: int = CONTROL_BYTES) -> Any:
     try:
         return from_json(data, allow_inf_nan=False) if data else None
     except ValueError as error:
-        raise BadAnswer(f"no JSON ({error}): {shown(_text(data[:80]))!r}") from error
+        raise BadAnswer(f"no JSON ({error}): {short_line(_text(data[:80]))!r}") from error
 
 
-def shown(text: str) -> str:
-    """What a server has said, for a message: on one line, not long, and only what can be printed
-    (a terminal obeys the rest).
+def short_line(text: str) -> str:
+    """A server's text for a message: one short line of printable characters, since a terminal would
+    obey others.
     """
-    line = " ".join(text[: 4 * SHOWN].split())[:SHOWN]
+    line = " ".join(text[: 4 * SHOWN_CHARACTERS].split())[:SHOWN_CHARACTERS]
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
@@ -129,11 +131,13 @@ async def _exchange(
     response = await transport.handle_async_request(request)
     try:
         if response.status_code not in range(200, 300):
-            text = shown(_text(await _read(response, REFUSAL_BYTES, cut=True)))
+            text = short_line(_text(await _read(response, REFUSAL_BYTES, cut=True)))
             raise BadAnswer(f"{call.path} answered {response.status_code}: {text}")
         packed = response.headers.get("Content-Encoding", "identity").strip().lower()
         if packed not in ("", "identity"):
-            raise BadAnswer(f"{call.path} answered packed as {shown(packed)!r}; expected it plain")
+            raise BadAnswer(
+                f"{call.path} answered packed as {short_line(packed)!r}; expected it plain"
+            )
         return await _read(response, most_bytes)
     except _TooLarge:
         raise BadAnswer(
@@ -148,12 +152,12 @@ class _TooLarge(Exception):
 
 
 async def _read(response: httpx.Response, most_bytes: int, cut: bool = False) -> bytes:
-    """The body; ``cut``: its beginning, where it is larger."""
+    """The body. If it is too large: its beginning with ``cut``, else `_TooLarge`."""
     length = response.headers.get("Content-Length", "")
     if not cut and length.isdecimal() and (len(length) > 18 or int(length) > most_bytes):
         raise _TooLarge
     body = bytearray()
-    assert isinstance(response.stream, httpx.AsyncByteStream), "of an asynchronous transport"
+    assert isinstance(response.stream, httpx.AsyncByteStream), "the transport is asynchronous"
     async for part in response.stream:
         body += part
         if len(body) > most_bytes:
@@ -169,5 +173,7 @@ def _text(data: bytes) -> str:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Of those who may vouch for https servers; to read them takes longer than most exchanges."""
+    """The certificates that https servers are checked with. Cached: to read them takes longer than
+    most exchanges.
+    """
     return httpx.create_ssl_context(trust_env=False)

@@ -1,43 +1,5 @@
-"""Runs inside vLLM: no route answers without the key. Imports nothing of this package.
+"""The former name of `key_middleware.py`, for commands of servers that still name it."""
 
-``--middleware megatron_rl.rollout.servers.guard.Guard`` puts it before all routes. vLLM's own
-``--api-key`` guards those under /v1, /v2, /inference and /cohere (0.32), and not those of
-VLLM_SERVER_DEV_MODE: the ones that change weights, call methods of the workers and end answers.
-"""
+from megatron_rl.rollout.servers.key_middleware import KeyMiddleware as Guard
 
-from __future__ import annotations
-
-import hmac
-import os
-from typing import Any, Awaitable, Callable
-
-#: As in `keys.py`.
-KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
-
-
-class Guard:
-    """ASGI middleware. Without a key in the environment the server does not start."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        key = os.environ.get(KEY_VARIABLE)
-        if not key:
-            raise RuntimeError(f"{KEY_VARIABLE} is not set; expected the key of this server")
-        self._app, self._expected = app, f"Bearer {key}".encode()
-
-    async def __call__(
-        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
-    ) -> None:
-        """Answers 401 to requests without the key; closes such web sockets."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
-        if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            headers = [(b"content-type", b"application/json")]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            body = b'{"error": "the key of this server is missing or another"}'
-            await send({"type": "http.response.body", "body": body})
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+__all__ = ["Guard"]

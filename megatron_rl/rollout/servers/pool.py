@@ -1,8 +1,8 @@
-"""Questions spread over several servers, some of which fail.
+"""Requests spread over several servers, some of which fail.
 
-A question goes to the server with the fewest open ones. One that is not answered in time, or
-wrongly, is asked again elsewhere; the server rests, longer each time, and is then tried again. A
-question is answered once or not at all: an answer that comes too late is not looked at.
+A request goes to the server with the fewest open ones. A server that fails is left alone for a
+while, twice as long after each further failure (backoff), and its request goes to another. Each
+request gets one answer or none: an answer that comes after the deadline is dropped.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from megatron_rl.rollout.servers.exchange import exchange, open_transport, parse
 
 Result = TypeVar("Result")
 
-#: Seconds a server rests after its first failure in a row; doubled with each further one.
-FIRST_REST_S, LONGEST_REST_S = 0.5, 30.0
-#: Seconds between looks for a server that can be asked, where none can.
+#: Backoff after a server's first failure in a row, seconds, and the longest; it doubles in between.
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0
+#: Seconds between two looks for a free server.
 LOOK_EVERY_S = 0.05
 _CLOSED = "the rollout servers are not asked any more"
 
 
 @dataclass(frozen=True)
-class Question(Generic[Result]):
-    """A request and what makes its response a result, or raises `BadAnswer`."""
+class Request(Generic[Result]):
+    """A call, and how to read its response."""
 
     call: Call
-    read: Callable[[Any], Result]
+    read: Callable[[Any], Result]  #: the response's JSON to a result; raises `BadAnswer`
     most_bytes: int = CONTROL_BYTES  #: largest response
 
 
 @dataclass
 class _Server:
     url: str
-    open: int = 0  #: questions it has not answered yet
+    open: int = 0  #: requests it has not answered yet
     failures: int = 0  #: in a row
-    rests_until: float = 0.0
-    excluded: str | None = None  #: why it is not to be asked until the next `admit`
+    backoff_until: float = 0.0  #: by the monotonic clock
+    excluded: str | None = None  #: why it gets no requests until the next `admit`
 
 
 @dataclass(eq=False)
-class _Unasked:
-    """Questions of one call of `ask` that no server has been asked yet."""
+class _Waiting:
+    """Requests of one call of `ask` that no server has got yet."""
 
-    turn: int
+    batch: int
     count: int
 
 
 class ServerPool:
-    """The servers of a run, as one rank asks them."""
+    """The servers of a run, as one rank asks them. Several threads may use it at a time."""
 
     def __init__(
         self,
@@ -65,118 +65,127 @@ class ServerPool:
         in_flight: int,
         deadline_s: float,
         retries: int,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
         revive: Callable[[], None] = lambda: None,
         key: str | None = None,
     ) -> None:
         """
         Args:
-            urls: of the servers.
-            in_flight: most open questions at a server.
-            deadline_s: for a whole exchange with a server, from connecting to the last byte; and
-                how long to wait for a server when none is left.
-            retries: how often a question is asked again.
-            say: tells a person what has gone wrong.
-            revive: called, in a thread, when no server can be asked; may bring some back.
-            key: of the servers; None: they have none.
+            urls: addresses of the servers.
+            in_flight: most open requests at a server.
+            deadline_s: for one exchange, from connecting to the last byte. Also how long to wait
+                for a server when none can be asked.
+            retries: how often a request is tried again.
+            warn: shows the user a line.
+            revive: called in a thread when no server can be asked; may bring some back.
+            key: the servers' key; None: they have none.
         """
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._in_flight, self._deadline, self._retries = in_flight, deadline_s, retries
-        self._say, self._revive, self._key = say, revive, key
-        self._reviving = self._waiting = self._closed = self._held = False
+        self._warn, self._revive, self._key = warn, revive, key
+        self._reviving = self._has_warned = self._closed = self._held = False
         self._failures = 0
-        self._lock = threading.Lock()  # several threads may ask at a time
-        self._unasked: list[_Unasked] = []  #: of each call of `ask`
-        #: what is being asked, each in the loop of its thread
-        self._asking: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
+        self._lock = threading.Lock()
+        self._waiting: list[_Waiting] = []  #: one entry for each call of `ask`
+        #: calls of `ask` and `ask_one` under way, each in the event loop of its thread
+        self._tasks: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
 
     @property
     def urls(self) -> list[str]:
-        """Of all servers."""
+        """Addresses of all servers."""
         return [server.url for server in self._servers]
 
     @property
     def admitted(self) -> list[str]:
-        """Of those that are asked."""
+        """Addresses of the servers that are not excluded."""
         return [server.url for server in self._servers if server.excluded is None]
 
     def ask(
         self,
-        questions: Sequence[Question[Result]],
+        requests: Sequence[Request[Result]],
         done: Callable[[int], None] = lambda n: None,
-        turn: int = 0,
+        batch: int = 0,
     ) -> list[Result]:
-        """The results, in order. ``done`` is told how many there are. While questions of a lower
-        ``turn`` have not been asked yet, in other threads, these wait.
+        """The results of the requests, in order.
+
+        Args:
+            requests: spread over the admitted servers.
+            done: gets the number of results so far, after each.
+            batch: the requests wait while other threads have unsent requests of a lower number.
 
         Raises:
-            RunFailed: a question had no good answer, asked ``retries`` times again, or no server
-                came back within the deadline; or the pool was closed. Open questions are dropped
-                then.
+            RunFailed: a request failed, ``retries`` retries included; no server could be asked
+                within the deadline; or the pool was closed. The open requests are dropped then.
         """
-        return self._run(self._ask(questions, done, turn)) if questions else []
+        return self._run(self._ask(requests, done, batch)) if requests else []
 
-    def ask_one(self, url: str, question: Question[Result]) -> Result:
-        """Ask this server, once. Raises: BadAnswer; RunFailed: the pool was closed."""
+    def ask_one(self, url: str, request: Request[Result]) -> Result:
+        """The result of one try at one server, excluded or not.
+
+        Raises:
+            BadAnswer: the server failed. RunFailed: the pool was closed.
+        """
 
         async def ask() -> Result:
             async with open_transport() as transport:
-                return question.read(await self._payload(transport, url, question))
+                return request.read(await self._payload(transport, url, request))
 
         return self._run(ask())
 
+    def send(self, url: str, call: Call) -> None:
+        """Make a call to one server, and ignore what the response holds. Raises as `ask_one`."""
+        self.ask_one(url, Request(call, lambda payload: None))
+
     def exclude(self, url: str, why: str) -> None:
-        """Do not ask this server any more."""
+        """Send this server no more requests."""
         self._of(url).excluded = why
 
     def admit(self, url: str) -> None:
-        """Ask this server again."""
+        """Send this server requests again, without backoff."""
         server = self._of(url)
-        server.excluded, server.failures, server.rests_until = None, 0, 0.0
+        server.excluded, server.failures, server.backoff_until = None, 0, 0.0
 
     def hold(self) -> None:
-        """Answers that come from now on wait for `release`; those of servers that are excluded by
-        then are asked for again. Calls of `ask_one` are not held.
+        """Keep all responses to `ask` until `release`. A response of a server that is excluded by
+        then is dropped, and its request tried again.
         """
         self._held = True
 
     def release(self) -> None:
-        """See `hold`."""
+        """End `hold`."""
         self._held = False
 
     def close(self) -> None:
-        """Ask nothing more: who is asking, in another thread, gets `RunFailed` at once, whatever
-        the servers do.
-        """
+        """Break off all requests. Threads in `ask` or `ask_one` get `RunFailed` at once."""
         with self._lock:
             self._closed = True
-            for loop, task in self._asking:
+            for loop, task in self._tasks:
                 loop.call_soon_threadsafe(task.cancel)
 
     def take_failures(self) -> int:
-        """Questions since the last call that were not answered, or wrongly, and asked again."""
+        """Failed tries since the last call of this method."""
         failures, self._failures = self._failures, 0
         return failures
 
     def _of(self, url: str) -> _Server:
         return next(server for server in self._servers if server.url == url)
 
-    def _run(self, asking: Coroutine[Any, Any, Result]) -> Result:
-        """In an event loop of this thread's own, until `close` breaks it off."""
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run in an event loop of this thread, until `close` cancels it."""
 
         async def watched() -> Result:
             task = asyncio.current_task()
-            assert task is not None, "it runs as one"
+            assert task is not None, "asyncio.run makes one"
             entry = (asyncio.get_running_loop(), task)
             with self._lock:
-                self._asking.add(entry)
+                self._tasks.add(entry)
                 if self._closed:
-                    task.cancel()  # at its first wait
+                    task.cancel()  # takes effect at its first await
             try:
-                return await asking
+                return await work
             finally:
                 with self._lock:
-                    self._asking.remove(entry)
+                    self._tasks.remove(entry)
 
         try:
             return asyncio.run(watched())
@@ -186,52 +195,53 @@ class ServerPool:
             raise
 
     async def _ask(
-        self, questions: Sequence[Question[Result]], done: Callable[[int], None], turn: int
+        self, requests: Sequence[Request[Result]], done: Callable[[int], None], batch: int
     ) -> list[Result]:
         results: dict[int, Result] = {}
-        left = deque(enumerate(questions))
-        unasked = _Unasked(turn, len(left))
+        left = deque(enumerate(requests))
+        waiting = _Waiting(batch, len(left))
 
         async def work(transport: httpx.AsyncHTTPTransport) -> None:
             while left:
-                number, question = left.popleft()
-                results[number] = await self._answer(transport, question, unasked)
+                number, request = left.popleft()
+                results[number] = await self._answer(transport, request, waiting)
                 done(len(results))
 
         with self._lock:
-            self._unasked.append(unasked)
+            self._waiting.append(waiting)
 
         async with open_transport() as transport:
-            count = min(len(questions), self._in_flight * len(self._servers))
+            count = min(len(requests), self._in_flight * len(self._servers))
             workers = [asyncio.create_task(work(transport)) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
             finally:
                 with self._lock:
-                    self._unasked.remove(unasked)
+                    self._waiting.remove(waiting)
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
-        return [results[number] for number in range(len(questions))]
+        return [results[number] for number in range(len(requests))]
 
     async def _answer(
-        self, transport: httpx.AsyncHTTPTransport, question: Question[Result], unasked: _Unasked
+        self, transport: httpx.AsyncHTTPTransport, request: Request[Result], waiting: _Waiting
     ) -> Result:
+        """The result of one request, tried at one server after the other."""
         reasons: list[str] = []
         while len(reasons) <= self._retries:
-            server = await self._take(unasked, first=not reasons)
+            server = await self._next_server(waiting, first=not reasons)
             try:
-                payload = await self._payload(transport, server.url, question)
+                payload = await self._payload(transport, server.url, request)
                 while self._held and not self._closed:
                     await asyncio.sleep(LOOK_EVERY_S)
                 if server.excluded is not None:
                     raise BadAnswer(server.excluded)
-                result = question.read(payload)
+                result = request.read(payload)
             except BadAnswer as error:
                 text = one_line(error)
                 reasons.append(f"{server.url}: {text}")
-                self._rest(server)
-                self._say(f"rollout server {reasons[-1]}; asking again")
+                self._back_off(server)
+                self._warn(f"rollout server {reasons[-1]}; asking again")
             else:
                 server.failures = 0
                 return result
@@ -243,32 +253,37 @@ class ServerPool:
         )
 
     async def _payload(
-        self, transport: httpx.AsyncHTTPTransport, url: str, question: Question[Any]
+        self, transport: httpx.AsyncHTTPTransport, url: str, request: Request[Any]
     ) -> Any:
         body = await exchange(
             transport,
             url,
-            question.call,
+            request.call,
             key=self._key,
             seconds=self._deadline,
-            most_bytes=question.most_bytes,
+            most_bytes=request.most_bytes,
         )
-        return parse_json(body, question.most_bytes)
+        return parse_json(body, request.most_bytes)
 
-    async def _take(self, unasked: _Unasked, first: bool) -> _Server:
-        """The server to ask next; waits for one, and for its turn."""
+    async def _next_server(self, waiting: _Waiting, first: bool) -> _Server:
+        """Wait until a server is free and no earlier batch waits; count the request as its own.
+
+        Args:
+            waiting: the batch of the request.
+            first: whether this is the first try of the request.
+        """
         end = None
         while True:
             if self._closed:
                 raise RunFailed(_CLOSED)
             now = time.monotonic()
             with self._lock:
-                able = [s for s in self._servers if s.excluded is None and s.rests_until <= now]
+                able = [s for s in self._servers if s.excluded is None and s.backoff_until <= now]
                 free = [server for server in able if server.open < self._in_flight]
-                before = any(o.turn < unasked.turn and o.count > 0 for o in self._unasked)
+                before = any(o.batch < waiting.batch and o.count > 0 for o in self._waiting)
                 if free and not before:
-                    self._waiting = False
-                    unasked.count -= first
+                    self._has_warned = False
+                    waiting.count -= first
                     server = min(free, key=lambda server: server.open)
                     server.open += 1
                     return server
@@ -280,15 +295,15 @@ class ServerPool:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _wait_for_any(self, too_long: bool) -> None:
-        """No server can be asked: say so, once, and let the owner bring some back."""
+        """No server can be asked: warn once, and try to revive some."""
         if too_long:
             raise RunFailed(
                 f"no rollout server could be asked for {self._deadline:g} s; expected one of "
                 f"{', '.join(self.urls)}; start them again and run the same command to continue"
             )
-        if not self._waiting:
-            self._waiting = True
-            self._say(f"no rollout server can be asked; waiting up to {self._deadline:g} s")
+        if not self._has_warned:
+            self._has_warned = True
+            self._warn(f"no rollout server can be asked; waiting up to {self._deadline:g} s")
         if not self._reviving:
             self._reviving = True
             try:
@@ -296,8 +311,8 @@ class ServerPool:
             finally:
                 self._reviving = False
 
-    def _rest(self, server: _Server) -> None:
+    def _back_off(self, server: _Server) -> None:
         self._failures += 1
         server.failures += 1
-        rest = min(FIRST_REST_S * 2 ** (server.failures - 1), LONGEST_REST_S)
-        server.rests_until = time.monotonic() + rest
+        seconds = min(FIRST_BACKOFF_S * 2 ** (server.failures - 1), LONGEST_BACKOFF_S)
+        server.backoff_until = time.monotonic() + seconds

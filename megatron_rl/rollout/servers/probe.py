@@ -1,31 +1,122 @@
-"""Do the servers compute with the weights that the trainer has?
+"""The probe: does a server compute with the weights that the trainer has?
 
-A server that answers "success" to a change of weights has proved nothing. A few fixed prompts are
-answered by each server, and the trainer computes the log-probabilities of the same tokens.
+A server that answers "success" to a change of weights has proved nothing. So each server answers a
+few fixed prompts, and the trainer computes the log-probabilities of the same tokens.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Sequence
 
 import numpy as np
 import torch
 
+from megatron_rl.config.schema import Config
 from megatron_rl.data.packing import round_up
-from megatron_rl.models.attention import packed_layout
+from megatron_rl.errors import one_line
+from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.forward import forward_stages
+from megatron_rl.parallel.collective_try import by_first
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
 from megatron_rl.records import Prompt
+from megatron_rl.rollout.engine import SamplingSettings
+from megatron_rl.rollout.servers.answer_requests import AnswerRequests
+from megatron_rl.rollout.servers.api import Answer, BadAnswer
+from megatron_rl.rollout.servers.pool import ServerPool
 
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 2, 8, 12
-#: Index of the first probe: no data set is as long.
+#: Index of the first probe prompt. No data set has so many problems.
 FIRST_INDEX = 1 << 40
 
 
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the servers' answers to the probe show."""
+
+    difference: float  #: largest difference of a log-probability, over the servers that passed
+    wrong: dict[str, str]  #: url -> why it did not pass
+
+
+class ServerProbe:
+    """Compares the servers' log-probabilities with the trainer's."""
+
+    def __init__(
+        self,
+        config: Config,
+        chunks: Sequence[torch.nn.Module],
+        groups: Groups,
+        requests: AnswerRequests,
+    ) -> None:
+        """
+        Args:
+            config: of the run.
+            chunks: this rank's chunks of the model.
+            groups: process groups.
+            requests: makes the requests for the answers.
+        """
+        self._chunks, self._groups, self._requests = chunks, groups, requests
+        self._tolerance = config.rollout.servers.probe_tolerance
+        temperature = config.rollout.temperature
+        self._settings = SamplingSettings(1, ANSWER_TOKENS, temperature=temperature, seed=5)
+        self._prompts = probe_prompts(config.model.vocab_size, config.model.max_sequence_length)
+
+    def run(self, pool: ServerPool, urls: Sequence[str], version: int) -> ProbeResult:
+        """Probe the servers at ``urls`` for these weights. A collective; alike on all ranks."""
+
+        def ask() -> dict[str, list[Answer] | str]:
+            with ThreadPoolExecutor(max(1, len(urls))) as threads:
+                answers = threads.map(lambda url: self._ask(pool, url, version), urls)
+                return dict(zip(urls, answers))
+
+        largest, wrong = 0.0, {}
+        for url, answers in by_first(self._groups.world, ask).items():
+            if isinstance(answers, str):
+                wrong[url] = answers
+                continue
+            pairs = zip(self._prompts, answers, strict=True)
+            difference = float(np.max([self._difference(p, a) for p, a in pairs]))  # NaN if any is
+            if difference <= self._tolerance:
+                largest = max(largest, difference)
+            else:
+                wrong[url] = (
+                    f"its log-probabilities differ from the trainer's by {difference:.3g}; "
+                    f"expected at most {self._tolerance:g}"
+                )
+        return ProbeResult(largest, wrong)
+
+    def _ask(self, pool: ServerPool, url: str, version: int) -> list[Answer] | str:
+        """A server's answer to each prompt, or why there is none."""
+        try:
+            requests = [
+                self._requests.of_prompt(prompt, self._settings, version)
+                for prompt in self._prompts
+            ]
+            return [pool.ask_one(url, request)[0] for request in requests]
+        except BadAnswer as error:
+            return f"the probe failed: {one_line(error)}"
+
+    def _difference(self, prompt: Prompt, answer: Answer) -> float:
+        """Largest difference between the server's and the trainer's log-probability of a token. A
+        collective.
+        """
+        tokens = np.concatenate([prompt.tokens, answer.tokens])
+        expected = trainer_logprobs(
+            self._chunks, self._groups, tokens, len(answer.tokens), self._settings.temperature
+        )
+        return float(np.abs(answer.logprobs - expected).max())
+
+
 def probe_prompts(vocab_size: int, room: int) -> list[Prompt]:
-    """The fixed prompts: random tokens, the same in every run."""
+    """The fixed prompts: random tokens, the same in every run.
+
+    Args:
+        vocab_size: token ids are below it.
+        room: longest prompt and answer together, tokens.
+    """
     generator = np.random.default_rng(11)
     length = max(1, min(PROMPT_TOKENS, room - ANSWER_TOKENS))
     return [
@@ -44,8 +135,14 @@ def trainer_logprobs(
 ) -> np.ndarray:
     """Log-probabilities fp32 [N] of the last N tokens of a sequence. A collective over all ranks.
 
-    Every rank runs the same sequence: on its own where it holds all it needs, together with those
-    that hold the other shards where it does not.
+    Every rank runs the same sequence, together with the ranks that hold other shards of the model.
+
+    Args:
+        chunks: this rank's chunks of the model.
+        groups: process groups.
+        tokens: int64 [P + N], the sequence.
+        answer_length: N.
+        temperature: divides the logits.
     """
     device = next(chunks[0].parameters()).device
     count = round_up(len(tokens), groups.tensor.size())
@@ -54,7 +151,7 @@ def trainer_logprobs(
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    logits = forward_stages(chunks, row, packed_layout([len(tokens)], count, device), groups)
+    logits = forward_stages(chunks, row, packed_placement([len(tokens)], count, device), groups)
     for chunk, before in zip(chunks, training):
         chunk.train(before)
     found = None

@@ -1,4 +1,4 @@
-"""Servers of our own: started, watched and stopped by their process group."""
+"""One server of a run's own: a process that is started, watched and ended."""
 
 from __future__ import annotations
 
@@ -12,46 +12,45 @@ from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
 from megatron_rl.errors import RunFailed, Stopped
-from megatron_rl.rollout.servers import leash
+from megatron_rl.rollout.servers import supervisor
+from megatron_rl.rollout.servers.addresses import as_url, listening
 from megatron_rl.rollout.servers.api import BadAnswer, Call
-from megatron_rl.rollout.servers.exchange import ask_once, shown
-from megatron_rl.rollout.servers.keys import KEY_VARIABLE, as_url, listening, new_key
+from megatron_rl.rollout.servers.exchange import ask_once, short_line
+from megatron_rl.rollout.servers.keys import KEY_VARIABLE, new_key
 
-#: Seconds a server has to end by itself before it is killed, and then until it is given up: a
-#: process that hangs in a driver cannot be ended.
+#: Seconds to end by itself, and then to die of a kill. After both the process is given up: one that
+#: hangs in a driver cannot be ended.
 GRACE_S, KILLED_S = 15.0, 5.0
-#: Seconds for a sign of life.
+#: Deadline of a health check, seconds.
 HEALTH_S = 5.0
-#: Bytes of a log's end in which its last words are looked for.
+#: Bytes at the end of a log in which an error message is looked for.
 _LOG_END = 1 << 16
 
 
 class ServerProcess:
-    """One server on this machine, on a port of its own, with its output in a log file that only
-    its owner may read.
-    """
+    """A server on this machine, on a port of its own. Only the file's owner may read its log."""
 
     def __init__(self, host: str, log: Path, key: str | None = None) -> None:
         """
         Args:
-            host: address of this machine.
-            log: file that its output is added to.
-            key: without which it answers nobody; None: a new one.
+            host: the address of this machine at which it listens.
+            log: the file that its output is appended to.
+            key: what a request must carry; None: a new key.
         """
         with listening(host) as free:
-            self.port = free.getsockname()[1]
+            self.host, self.port = host, free.getsockname()[1]
         self.url, self.key = as_url(host, self.port), key or new_key()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Whether the process is there."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def is_ready(self) -> bool:
-        """Whether it answers. Asks it once."""
+        """Whether it answers a health check."""
         if not self.is_running:
             return False
         try:
@@ -62,15 +61,20 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Its process, if it was started."""
+        """Process id of its supervisor; None: it was not started, or was stopped."""
         return self._process.pid if self._process is not None else None
 
-    def start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Run a command that serves on ``port``, in a process group that ends with this process."""
+    def start(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Run a command that serves on ``port``, in a process group that ends with this process.
+
+        Args:
+            argv: the command.
+            environment: variables beyond those of this process.
+        """
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab", opener=_owners_alone) as log:
+        with open(self._log, "ab", opener=_open_private) as log:
             self._process = subprocess.Popen(
-                [sys.executable, leash.__file__, *words],
+                [sys.executable, supervisor.__file__, *argv],
                 env={**os.environ, **environment, KEY_VARIABLE: self.key},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -79,11 +83,11 @@ class ServerProcess:
             )
 
     def wait_until_ready(self, seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
-        """Wait for its first sign of life.
+        """Wait until it answers a health check.
 
         Raises:
-            RunFailed: it ended, or took longer; with the last line of its log.
-            Stopped: ``stop`` said that nobody waits any more.
+            RunFailed: it ended, or did not answer in time; with an error from its log.
+            Stopped: ``stop`` returned True.
         """
         end = time.monotonic() + seconds
         while self.is_running and time.monotonic() < end:
@@ -100,17 +104,18 @@ class ServerProcess:
         )
 
     def stop(self) -> None:
-        """End it and all it has started, within 20 s. Does nothing if it has ended."""
+        """End it and all processes that it started, within 20 s."""
         if self._process is None:
             return
         for number, seconds in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, KILLED_S)):
-            with contextlib.suppress(ProcessLookupError):  # SIGKILL: for what it has left behind
+            with contextlib.suppress(ProcessLookupError):  # SIGKILL also ends what it left behind
                 os.killpg(self._process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
         self._process = None
 
     def _last_words(self) -> str:
+        """The last line of its log with an error, or the last line."""
         try:
             with open(self._log, "rb") as log:
                 log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_END))
@@ -119,11 +124,11 @@ class ServerProcess:
             return "no log"
         told = [line.strip() for line in text.split("\n") if line.strip()]
         errors = [line for line in told if "Error" in line]
-        return shown((errors or told or ["nothing in its log"])[-1][-300:])
+        return short_line((errors or told or ["nothing in its log"])[-1][-300:])
 
 
-def _owners_alone(path: str, flags: int) -> int:
-    """Opens a file; one that is new is for its owner alone: some servers write what they were
-    started with.
+def _open_private(path: str, flags: int) -> int:
+    """Open a file, and create it for its owner alone: some servers log their arguments, with the
+    key.
     """
     return os.open(path, flags, 0o600)

@@ -1,7 +1,8 @@
-"""Runs inside vLLM's workers: new weights in place, from a disk or through a process group. Imports
-nothing of this package.
+"""Runs inside vLLM's workers: replaces the weights in place, from a disk or from a process group.
+Imports nothing of this package.
 
-``--worker-extension-cls megatron_rl.rollout.servers.reload.Reload`` gives a worker these methods.
+``--worker-extension-cls megatron_rl.rollout.servers.reload.Reload`` adds these methods to a worker.
+`broadcast.py` is the trainer's end.
 """
 
 from __future__ import annotations
@@ -16,29 +17,37 @@ import torch
 class Reload:
     """An extension of vLLM's worker class."""
 
-    # What that class has; without values, for a name of both would be refused.
+    # Attributes of that class. They have no values here: vLLM refuses a name that both define.
     rank: int
     device: torch.device
     model_runner: Any
 
     def reload_checkpoint(self, directory: str) -> str:
-        """Take the weights of a Hugging Face directory."""
+        """Load the weights of a Hugging Face directory; the directory."""
         self._forget_kernels()
         self.model_runner.reload_weights(weights_path=directory)
         return directory
 
     def count(self) -> int:
-        """One of each worker: so many they are."""
+        """This worker's rank. The caller counts the results: one for each worker."""
         return self.rank
 
     def join_weights(self, host: str, port: int, backend: str, size: int, seconds: float) -> int:
-        """Form the group with the trainer, whose rank 0 keeps the store; see `broadcast.py`."""
+        """Join the trainer's group; its size.
+
+        Args:
+            host: where rank 0 of the trainer has the group's store.
+            port: of the store.
+            backend: nccl or gloo.
+            size: number of ranks, the trainer's included, which is rank 0.
+            seconds: timeout of the group.
+        """
         import torch.distributed as dist
 
         timeout = timedelta(seconds=seconds)
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         prefixed = dist.PrefixStore("weights", store)
-        group: Any  # torch's stubs know no broadcast of it
+        group: Any  # torch's stubs lack its broadcast
         if backend == "gloo":
             group = dist.ProcessGroupGloo(prefixed, 1 + self.rank, size, timeout)
         else:
@@ -50,10 +59,10 @@ class Reload:
         return size
 
     def receive_weights(self, number: int) -> int:
-        """Take the weights that the trainer sends to the group; how many tensors they were.
+        """Load the weights that the trainer broadcasts; the number of tensors.
 
         Args:
-            number: of the sending, under which the trainer is told that this worker reads.
+            number: of the broadcast. The store then tells the trainer that this worker reads.
         """
         received = 0
 
@@ -70,7 +79,7 @@ class Reload:
                 payload = self._receive(sum(sizes), torch.uint8)
                 for (name, dtype, shape), part in zip(entries, payload.split(sizes)):
                     received += 1
-                    # a copy is aligned, which a slice of bytes need not be
+                    # a slice of bytes may be unaligned; its copy is aligned
                     yield name, part.clone().view(dtype).view(shape)
 
         self._forget_kernels()
@@ -85,10 +94,12 @@ class Reload:
         return tensor
 
     def _forget_kernels(self) -> None:
-        """vLLM 0.32 on a CPU packs the experts' weights for its kernels only while a layer has no
-        kernel, which is at the first load: a second one leaves them unpacked, answers success, and
-        computes nonsense. So the kernels are forgotten first. On CUDA they must stay: graphs have
-        captured their addresses. Can go when vLLM packs at every load.
+        """Make vLLM pack the experts' weights for its kernels again, on a CPU.
+
+        vLLM 0.32 packs them there only while a layer has no kernel, so only at the first load.
+        A second load leaves them unpacked, reports success, and the model computes nonsense. On
+        CUDA the kernels must stay, because graphs have captured their addresses. This can go when
+        vLLM packs at every load.
         """
         from vllm.platforms import current_platform
 

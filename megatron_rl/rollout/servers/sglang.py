@@ -1,60 +1,55 @@
-"""SGLang's native HTTP API (`/generate`), and the command that starts a server.
+"""SGLang's native HTTP API (`/generate`).
 
-No server was at hand: there is no build of it for a CPU. Requests and responses are those that
-SGLang documents and that other trainers send and read; the probe judges what a real one computes.
-Its samples are not seeded, because the samples of a prompt would share one seed.
+It has not been run: SGLang has no build for a CPU. Requests and responses are those that SGLang
+documents and that other trainers use. The probe judges what a real server computes. Samples are not
+seeded, because all samples of a prompt would share one seed.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, Sequence
 
 import numpy as np
 from pydantic import FailFast, Field
 
 from megatron_rl.config.layout import moe_layers
-from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.config.schema import ModelConfig
 from megatron_rl.records import Prompt
-from megatron_rl.rollout.engine import EngineParts, SamplingSettings
-from megatron_rl.rollout.servers import keyed
+from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.api import (
     Answer,
     BadAnswer,
     Call,
-    Sent,
+    Message,
     logprob_array,
-    understood,
+    parse_message,
 )
-from megatron_rl.rollout.servers.engine import ServerEngine
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _ROUTE = "/generate"
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-#: Log-probability, token and its text, which JSON has as a list.
+#: Log-probability, token id and text. JSON has them as a list.
 _Token = Annotated[tuple[float, _TokenId, Any], Field(strict=False)]
 
 
-class _Reason(Sent):
+class _Reason(Message):
     type: Literal["stop", "length", "abort"]
 
 
-class _Meta(Sent):
+class _Meta(Message):
     finish_reason: _Reason
     output_token_logprobs: Annotated[list[_Token], FailFast()]
     weight_version: Annotated[str, Field(pattern=r"^[!-~]{1,64}$")] | int | None = None
     routed_experts: str | None = None
 
 
-class _Sample(Sent):
+class _Sample(Message):
     meta_info: _Meta
     output_ids: Any = None  #: the same tokens as in meta_info
 
 
-class _Response(Sent):
+class _Response(Message):
     samples: Annotated[list[_Sample], FailFast()]
 
 
@@ -62,15 +57,16 @@ class SglangApi:
     """`ServerApi` of SGLang."""
 
     def __init__(self, model: ModelConfig) -> None:
-        """model: tells the shape of the experts that answers carry."""
+        """model: the policy's; it gives the shape of the experts in answers."""
         self._layers, self._top_k = model.num_layers, model.moe_top_k
         self._moe_layers = sum(moe_layers(model))
 
-    def generation(
+    def generate_call(
         self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
-        """Log-probabilities are those at the temperature, before top-p and top-k. The server stops
-        at end-of-sequence tokens of its own as well: ``ignore_eos`` would drop these here too.
+        """See `ServerApi`. Log-probabilities are those at the temperature, before top-p and top-k.
+        The server also stops at end-of-sequence tokens of its own files: ``ignore_eos`` would make
+        it ignore ``stop_token_ids`` too.
         """
         sampling = {
             "n": settings.samples,
@@ -88,21 +84,21 @@ class SglangApi:
         }
         return Call(_ROUTE, body | ({"return_routed_experts": True} if settings.routes else {}))
 
-    def answers(self, payload: Any) -> list[Answer]:
-        """See `ServerApi`. One sample is an object, several are a list of them, in order."""
+    def read_answers(self, payload: Any) -> list[Answer]:
+        """See `ServerApi`. One sample comes as an object, several as a list of objects in order."""
         samples = {"samples": payload if isinstance(payload, list) else [payload]}
-        return [self._answer(one) for one in understood(_Response, samples, _ROUTE).samples]
+        return [self._answer(one) for one in parse_message(_Response, samples, _ROUTE).samples]
 
-    def loading(self, directory: str, version: str) -> Sequence[Call]:
-        """See `ServerApi`. Cached keys and values of the old weights are forgotten with it."""
+    def load_calls(self, directory: str, version: str) -> Sequence[Call]:
+        """See `ServerApi`. The same call makes the server forget cached keys and values."""
         body = {"model_path": directory, "weight_version": version, "flush_cache": True}
         return (Call("/update_weights_from_disk", body),)
 
-    def interrupting(self) -> Sequence[Call]:
+    def pause_calls(self) -> Sequence[Call]:
         """See `ServerApi`."""
         return (Call("/pause_generation", {"mode": "abort"}),)
 
-    def resuming(self) -> Sequence[Call]:
+    def resume_calls(self) -> Sequence[Call]:
         """See `ServerApi`."""
         return (Call("/continue_generation", {}),)
 
@@ -123,7 +119,7 @@ class SglangApi:
         )
 
     def _experts(self, encoded: str) -> np.ndarray:
-        """int32 [tokens, L, K], of all layers or of the MoE layers alone."""
+        """Experts int32 [tokens, L, K]; L: all layers, or only the MoE layers."""
         try:
             flat = np.frombuffer(base64.b64decode(encoded, validate=True), dtype=np.int32)
         except (binascii.Error, ValueError) as error:
@@ -132,24 +128,3 @@ class SglangApi:
             if layers and len(flat) % (layers * self._top_k) == 0:
                 return flat.reshape(-1, layers, self._top_k)
         raise BadAnswer(f"not a response of {_ROUTE} (routed_experts: {len(flat)} numbers)")
-
-
-def sglang_command(
-    config: Config, directory: Path, host: str, port: int
-) -> tuple[list[str], dict[str, str]]:
-    """Words and environment variables; ``directory`` is what it loads first."""
-    servers = config.rollout.servers
-    assert servers.python is not None, "checked where servers are started"
-    words = [servers.python, keyed.__file__, "sglang.launch_server"]
-    words += ["--model-path", str(directory)]
-    words += ["--host", host, "--port", str(port), "--skip-tokenizer-init"]
-    words += ["--dtype", _DTYPES[config.model.dtype]]
-    words += ["--context-length", str(config.model.max_sequence_length)]
-    if config.algorithm.routing_replay == "r3":
-        words += ["--enable-return-routed-experts"]
-    return [*words, *servers.options], {"HF_HUB_OFFLINE": "1"}
-
-
-def sglang_engine(parts: EngineParts) -> ServerEngine:
-    """Of a run."""
-    return ServerEngine(parts, SglangApi(parts.config.model), partial(sglang_command, parts.config))

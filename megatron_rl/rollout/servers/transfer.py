@@ -1,48 +1,43 @@
-"""vLLM's own weight transfer: a server started with ``--weight-transfer-config '{"backend":
-"nccl"}'`` takes weights through an NCCL group, without an extension of its workers.
+"""Weights by vLLM's own weight transfer. A server started with ``--weight-transfer-config
+'{"backend": "nccl"}'`` receives weights through an NCCL group and needs no worker extension.
 
-The trainer makes the group's id and gives it to the server, whose workers join as the ranks behind
-it. Weights come packed, a broadcast of bytes for each request that names them. As the source
-of vLLM 0.32 has it; it needs a GPU on both sides and has not been run with NCCL.
+The trainer makes the group's id and sends it to the server. The workers join as ranks 1 and up. A
+call names some weights, and one broadcast carries their bytes. This follows the source of vLLM
+0.32. It needs GPUs on both sides and has not been run with NCCL.
 """
 
 from __future__ import annotations
 
 import base64
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Protocol, Sequence
 
 import torch
 
-from megatron_rl.rollout.servers.api import BadAnswer, Call, NoAnswer
-from megatron_rl.rollout.servers.vllm import VllmApi
+from megatron_rl.rollout.daemon_thread import in_daemon_thread
+from megatron_rl.rollout.servers.api import BadAnswer, BroadcastApi, NoAnswer
+from megatron_rl.rollout.servers.channel import Ask, Entry, Wait
 
-#: Asks one server; gives what the function makes of its response.
-Ask = Callable[[Call, Callable[[Any], Any]], Any]
-#: Name, type and shape of a weight.
-Entry = tuple[str, str, list[int]]
-
-#: Bytes that the workers take for one broadcast at most, unless the last weight is larger.
+#: Most bytes in one broadcast, without its last weight. The workers expect the same number.
 PACKED_BYTES = 256 << 20
 
 
 class Link(Protocol):
-    """The trainer's end of the group."""
+    """The trainer's end of a group, with rank 0."""
 
     def id(self) -> bytes:
-        """Of the group, for those who are to join it."""
+        """The group's id, with which the workers join."""
 
     def join(self, size: int) -> None:
-        """Be its rank 0; returns when all are there."""
+        """Join as rank 0; returns when all ``size`` ranks have joined."""
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """From rank 0, bytes."""
+        """Send bytes from rank 0 to all others."""
 
 
 class NcclLink:
-    """`Link` of NCCL."""
+    """`Link` by NCCL."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._id, self._comm = device, torch.cuda.nccl.unique_id(), None
@@ -52,7 +47,7 @@ class NcclLink:
         return self._id
 
     def join(self, size: int) -> None:
-        """See `Link`. vLLM's workers begin with a sum of one number each."""
+        """See `Link`. vLLM's workers begin with an all-reduce of one number."""
         with torch.cuda.device(self._device):
             self._comm = torch.cuda.nccl.init_rank(size, self._id, 0)
             number = torch.zeros(1, device=self._device)
@@ -66,15 +61,15 @@ class NcclLink:
             torch.cuda.current_stream().synchronize()
 
 
-def offers_transfer(api: VllmApi, ask: Ask) -> bool:
-    """Whether a server takes weights through a group whose id it is given.
+def offers_transfer(api: BroadcastApi, ask: Ask) -> bool:
+    """Whether a server has the weight transfer.
 
-    It is asked to join one with an id that is none, which changes nothing: only a server that can
-    complains of the id.
+    It gets a malformed id, which changes nothing. Only a server with the transfer complains of the
+    id.
     """
     wrong = {"nccl_unique_id_b64": "?", "rank_offset": 1, "world_size": 2}
     try:
-        ask(api.joining(wrong), lambda payload: None)
+        ask(api.join_call(wrong), lambda payload: None)
     except NoAnswer:
         raise
     except BadAnswer as refusal:
@@ -83,11 +78,11 @@ def offers_transfer(api: VllmApi, ask: Ask) -> bool:
 
 
 class TransferChannel:
-    """`broadcast.Channel` over these routes."""
+    """`channel.Channel` by the weight transfer."""
 
     def __init__(
         self,
-        api: VllmApi,
+        api: BroadcastApi,
         ask: Ask,
         link: Link,
         timeout: timedelta,
@@ -95,7 +90,7 @@ class TransferChannel:
         """Form the group with the server's workers."""
         self._api, self._ask, self._seconds = api, ask, timeout.total_seconds()
         self._threads, self._link = ThreadPoolExecutor(1), link
-        size = 1 + ask(api.counting(), api.count)
+        size = 1 + ask(api.world_size_call(), api.read_world_size)
         information = {
             "nccl_unique_id_b64": base64.b64encode(self._link.id()).decode(),
             "rank_offset": 1,
@@ -103,31 +98,33 @@ class TransferChannel:
             "packed": True,
             "packed_buffer_size_bytes": PACKED_BYTES,
         }
-        joined = self._threads.submit(ask, api.joining(information), _nothing)
-        here = _beside(self._link.join, size)
+        joined = self._threads.submit(ask, api.join_call(information), _nothing)
+        here = in_daemon_thread(self._link.join, size, name="weights")
         joined.result(self._seconds)
         here.result(self._seconds)
 
     def start(self, number: int) -> None:
-        """See `Channel`. An update that was broken off is still open, and is closed first: all
-        weights come again.
+        """See `Channel`. If the last update broke off, the server refuses a new one. Then that
+        update is finished first; all weights are sent again anyway.
         """
         try:
-            self._ask(self._api.starting(), _nothing)
+            self._ask(self._api.start_call(), _nothing)
         except NoAnswer:
             raise
         except BadAnswer:
-            self._ask(self._api.finishing(), _nothing)
-            self._ask(self._api.starting(), _nothing)
+            self._ask(self._api.finish_call(), _nothing)
+            self._ask(self._api.start_call(), _nothing)
 
     def reads(self) -> bool:
-        """See `Channel`: they read what a request names."""
+        """See `Channel`. Workers read when a call names weights, so always."""
         return True
 
-    def send(self, entries: Sequence[Entry], payload: torch.Tensor) -> Callable[[], None]:
+    def send(self, entries: Sequence[Entry], payload: torch.Tensor) -> Wait:
         """See `Channel`."""
-        taken: Future[Any] = self._threads.submit(self._ask, self._api.updating(entries), _nothing)
-        sent = _beside(self._link.broadcast, payload)
+        taken: Future[Any] = self._threads.submit(
+            self._ask, self._api.update_call(entries), _nothing
+        )
+        sent = in_daemon_thread(self._link.broadcast, payload, name="weights")
 
         def wait() -> None:
             taken.result(self._seconds)
@@ -135,27 +132,11 @@ class TransferChannel:
 
         return wait
 
-    def end(self) -> Callable[[], None]:
+    def end(self) -> Wait:
         """See `Channel`."""
-        finished = self._threads.submit(self._ask, self._api.finishing(), _nothing)
+        finished = self._threads.submit(self._ask, self._api.finish_call(), _nothing)
         return lambda: finished.result(self._seconds)
 
 
 def _nothing(payload: Any) -> None:
-    """What the responses hold."""
-
-
-def _beside(function: Callable[[Any], object], argument: Any) -> Future[Any]:
-    """Run it in a thread that the process does not wait for at its end: what has been begun with a
-    worker that is gone does not come back.
-    """
-    done: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(function(argument))
-        except RuntimeError as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return done
+    """Reads a response whose content does not matter."""

@@ -1,9 +1,8 @@
 """vLLM's HTTP API: tokens in, tokens out (`/inference/v1/generate`, seen on 0.32).
 
-The server has to be started with ``--enable-scale-out`` for that route, and with
-VLLM_SERVER_DEV_MODE=1 for the routes that change weights. It says of every answer which version of
-the weights made it. A token outside the model's vocabulary ends the server, so prompts have to be
-right.
+The server needs ``--enable-scale-out`` for that route, and VLLM_SERVER_DEV_MODE=1 for the routes
+that change weights. Every answer names the versions of the weights that sampled it. A prompt with a
+token outside the vocabulary ends the server, so prompts are checked first.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from megatron_rl.rollout.servers.api import (
     Answer,
     BadAnswer,
     Call,
-    Sent,
+    Message,
     logprob_array,
-    understood,
+    parse_message,
 )
 
 _ROUTE = "/inference/v1/generate"
-#: Most workers of a server, and updates of its weights while it samples an answer.
+#: Most workers of a server, and most versions of the weights in an answer.
 _WORKERS, _SPANS = 4096, 256
-#: The beginning of an array as NumPy writes it: of three dimensions, C order, whole numbers.
+#: The header of a NumPy file: three dimensions, C order, integers.
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([|<][iu][1248])', 'fortran_order': False, "
     rb"'shape': \((\d{1,9}), (\d{1,9}), (\d{1,9})\), \} *\n",
@@ -39,24 +38,24 @@ _NPY = re.compile(
 )
 
 
-class _Token(Sent):
+class _Token(Message):
     logprob: float
     token_id: int | None = None
 
 
-class _Logprobs(Sent):
+class _Logprobs(Message):
     content: Annotated[list[_Token], FailFast()]
 
 
-class _Span(Sent):
-    """Output tokens [start, end) were drawn by the weights of this version."""
+class _Span(Message):
+    """The weights of this version sampled the answer's tokens [start, end)."""
 
     version: str = Field(pattern=r"^[!-~]{1,64}$")
     start: int
     end: int
 
 
-class _Choice(Sent):
+class _Choice(Message):
     index: int
     finish_reason: Literal["stop", "length", "abort"]
     token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
@@ -65,31 +64,31 @@ class _Choice(Sent):
     routed_experts: str | None = None
 
 
-class _Response(Sent):
+class _Response(Message):
     choices: Annotated[list[_Choice], FailFast()]
 
 
-class _Results(Sent):
+class _Results(Message):
     results: list[Any] = Field(min_length=1, max_length=_WORKERS)
 
 
-class _WorldSize(Sent):
+class _WorldSize(Message):
     world_size: int = Field(ge=1, le=_WORKERS)
 
 
 class VllmApi:
-    """`ServerApi` of vLLM."""
+    """`BroadcastApi` of vLLM."""
 
     def __init__(self, reload_method: str) -> None:
-        """reload_method: of the server's workers, called with the directory; see `reload.py`."""
+        """reload_method: the workers' method that loads a directory; see `reload.py`."""
         self._reload_method = reload_method
 
-    def generation(
+    def generate_call(
         self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
-        """Temperature 0 is vLLM's greedy decoding, and its log-probabilities those of temperature
-        1 either way. The server's own end-of-sequence tokens, of the files it was started with, do
-        not count.
+        """See `ServerApi`. Temperature 0 is vLLM's greedy decoding; its log-probabilities are those
+        of temperature 1. ``ignore_eos`` makes the server ignore the end-of-sequence tokens of its
+        own files.
         """
         sampling = {
             "n": settings.samples,
@@ -106,69 +105,65 @@ class VllmApi:
         body = {"token_ids": prompt.tokens.tolist(), "sampling_params": sampling}
         return Call(_ROUTE, body)
 
-    def answers(self, payload: Any) -> list[Answer]:
+    def read_answers(self, payload: Any) -> list[Answer]:
         """See `ServerApi`."""
-        choices = sorted(understood(_Response, payload, _ROUTE).choices, key=lambda c: c.index)
+        choices = sorted(parse_message(_Response, payload, _ROUTE).choices, key=lambda c: c.index)
         if [choice.index for choice in choices] != list(range(len(choices))):
             raise BadAnswer(f"not a response of {_ROUTE} (choices that are not numbered from 0)")
         return [_answer(choice) for choice in choices]
 
-    def loading(self, directory: str, version: str) -> Sequence[Call]:
-        """See `ServerApi`. Cached keys and values of the old weights are forgotten."""
-        return (self.of_workers(self._reload_method, [directory]), *self.naming(version))
+    def load_calls(self, directory: str, version: str) -> Sequence[Call]:
+        """See `ServerApi`."""
+        return (self.worker_call(self._reload_method, [directory]), *self.version_calls(version))
 
-    def naming(self, version: str) -> Sequence[Call]:
-        """What follows new weights, however they came."""
+    def pause_calls(self) -> Sequence[Call]:
+        """See `ServerApi`. An aborted choice has the finish reason "abort"."""
+        return (Call("/pause?mode=abort", {}),)
+
+    def resume_calls(self) -> Sequence[Call]:
+        """See `ServerApi`."""
+        return (Call("/resume", {}),)
+
+    def version_calls(self, version: str) -> Sequence[Call]:
+        """See `BroadcastApi`."""
         return (
             Call("/reset_prefix_cache", {}),
             Call("/update_weight_version", {"new_version": version}),
         )
 
-    def of_workers(self, method: str, arguments: list[Any]) -> Call:
-        """Call a method of all workers; its response holds what each returns, see `results`."""
+    def worker_call(self, method: str, arguments: list[Any]) -> Call:
+        """See `BroadcastApi`."""
         return Call("/collective_rpc", {"method": method, "args": arguments})
 
-    def results(self, payload: Any) -> list[Any]:
-        """Of the workers. Raises `BadAnswer`."""
-        return understood(_Results, payload, "/collective_rpc").results
+    def read_results(self, payload: Any) -> list[Any]:
+        """See `BroadcastApi`."""
+        return parse_message(_Results, payload, "/collective_rpc").results
 
-    # -- weight transfer, see `transfer.py` -------------------------------------------------------
-
-    def counting(self) -> Call:
-        """How many workers there are; see `count`."""
+    def world_size_call(self) -> Call:
+        """See `BroadcastApi`."""
         return Call("/get_world_size", None)
 
-    def count(self, payload: Any) -> int:
-        """Of the workers. Raises `BadAnswer`."""
-        return understood(_WorldSize, payload, "/get_world_size").world_size
+    def read_world_size(self, payload: Any) -> int:
+        """See `BroadcastApi`."""
+        return parse_message(_WorldSize, payload, "/get_world_size").world_size
 
-    def joining(self, information: dict[str, Any]) -> Call:
-        """Join the trainer's group."""
+    def join_call(self, information: dict[str, Any]) -> Call:
+        """See `BroadcastApi`."""
         return Call("/init_weight_transfer_engine", {"init_info": information})
 
-    def starting(self) -> Call:
-        """Get ready for new weights."""
+    def start_call(self) -> Call:
+        """See `BroadcastApi`."""
         return Call("/start_weight_update", {})
 
-    def updating(self, entries: Sequence[tuple[str, str, list[int]]]) -> Call:
-        """Take these weights, (name, type, shape), from the group."""
+    def update_call(self, entries: Sequence[tuple[str, str, list[int]]]) -> Call:
+        """See `BroadcastApi`."""
         names, dtypes, shapes = (list(column) for column in zip(*entries))
         information = {"names": names, "dtype_names": dtypes, "shapes": shapes}
         return Call("/update_weights", {"update_info": information})
 
-    def finishing(self) -> Call:
-        """Those were all."""
+    def finish_call(self) -> Call:
+        """See `BroadcastApi`."""
         return Call("/finish_weight_update", {})
-
-    # -- breaking off ----------------------------------------------------------------------------
-
-    def interrupting(self) -> Sequence[Call]:
-        """See `ServerApi`. The choices broken off end with the reason "abort"."""
-        return (Call("/pause?mode=abort", {}),)
-
-    def resuming(self) -> Sequence[Call]:
-        """See `ServerApi`."""
-        return (Call("/resume", {}),)
 
 
 def _answer(choice: _Choice) -> Answer:
@@ -187,7 +182,7 @@ def _answer(choice: _Choice) -> Answer:
 
 
 def _versions(spans: Sequence[_Span], count: int) -> tuple[str, ...]:
-    """Of spans that hold all tokens, one behind the other."""
+    """The versions in order. The spans must cover all ``count`` tokens, without gaps."""
     if spans:
         places = [0, *(span.end for span in spans)]
         if [span.start for span in spans] != places[:-1] or places != sorted(places):
@@ -198,8 +193,8 @@ def _versions(spans: Sequence[_Span], count: int) -> tuple[str, ...]:
 
 
 def _experts(encoded: str) -> np.ndarray:
-    """The array in a file as NumPy writes it. NumPy's own reader would evaluate the header, and
-    make room for what it promises.
+    """The array in a NumPy file. NumPy's own reader would evaluate the header, and allocate as much
+    as it claims.
     """
     try:
         data = base64.b64decode(encoded, validate=True)

@@ -1,4 +1,6 @@
-"""The command that starts a vLLM server whose weights can be replaced, and the engine of such."""
+"""The command that starts a vLLM server whose weights can be replaced, and the engine of vLLM
+servers.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +13,50 @@ import megatron_rl
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import EngineParts
-from megatron_rl.rollout.servers.engine import ServerEngine
+from megatron_rl.rollout.servers.server_engine import ServerEngine
 from megatron_rl.rollout.servers.vllm import VllmApi
 
-#: Seconds for an interpreter to say what it has.
+#: Seconds for the interpreter to say whether it has vLLM.
 _ASK_S = 60.0
-#: vLLM's names of our types.
+#: Config dtype -> vLLM's name of it.
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def vllm_engine(parts: EngineParts) -> ServerEngine:
-    """Of a run."""
+    """The engine ``vllm`` of a run."""
     config = parts.config
+    api = VllmApi(config.rollout.servers.reload_method)
     command = partial(vllm_command, config, parts.device.type == "cpu")
-    return ServerEngine(parts, VllmApi(config.rollout.servers.reload_method), command)
+    return ServerEngine(parts, api, command, broadcast=api)
 
 
 def vllm_command(
     config: Config, on_cpu: bool, directory: Path, host: str, port: int
 ) -> tuple[list[str], dict[str, str]]:
-    """Words and environment variables; ``directory`` is what it loads first."""
+    """The command of a server that loads the weights in ``directory``: argv and environment
+    variables.
+
+    Raises:
+        UserError: the interpreter ``rollout.servers.python`` cannot be run.
+    """
     servers = config.rollout.servers
-    assert servers.python is not None, "checked where servers are started"
+    assert servers.python is not None, "the configuration was checked"
     mode = "raw_logprobs" if config.rollout.temperature == 1.0 else "processed_logprobs"
-    words = [*_serve(servers.python, directory), "--served-model-name", "policy"]
-    words += ["--host", host, "--port", str(port)]
-    words += ["--dtype", _DTYPES[config.model.dtype]]
-    words += ["--max-model-len", str(config.model.max_sequence_length)]
-    words += ["--logprobs-mode", mode, "--max-logprobs", "1"]
-    words += ["--skip-tokenizer-init", "--enable-scale-out"]
+    argv = [*_serve(servers.python, directory), "--served-model-name", "policy"]
+    argv += ["--host", host, "--port", str(port)]
+    argv += ["--dtype", _DTYPES[config.model.dtype]]
+    argv += ["--max-model-len", str(config.model.max_sequence_length)]
+    argv += ["--logprobs-mode", mode, "--max-logprobs", "1"]
+    argv += ["--skip-tokenizer-init", "--enable-scale-out"]
     if on_cpu:
-        words += ["--enforce-eager"]  # compiling takes longer than it saves
-        # vLLM 0.32 ends where a prompt with a seed is read in parts: it takes back the random
-        # numbers of all parts but the last, which torch cannot do on a CPU.
-        words += ["--no-enable-chunked-prefill"]
-    words += ["--worker-extension-cls", "megatron_rl.rollout.servers.reload.Reload"]
-    words += ["--middleware", "megatron_rl.rollout.servers.guard.Guard"]
+        argv += ["--enforce-eager"]  # compiling takes longer than it saves
+        # vLLM 0.32 crashes when it reads a seeded prompt in chunks: it rewinds the generator after
+        # all chunks but the last, and torch cannot do that on a CPU.
+        argv += ["--no-enable-chunked-prefill"]
+    argv += ["--worker-extension-cls", "megatron_rl.rollout.servers.reload.Reload"]
+    argv += ["--middleware", "megatron_rl.rollout.servers.key_middleware.KeyMiddleware"]
     if config.algorithm.routing_replay == "r3":
-        words += ["--enable-return-routed-experts"]
+        argv += ["--enable-return-routed-experts"]
     root = str(Path(megatron_rl.__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {
@@ -56,19 +64,20 @@ def vllm_command(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # routes that change weights
-        "VLLM_API_KEY": "",  # another key than ours, for some of the routes
+        "VLLM_API_KEY": "",  # vLLM would ask for it on some routes, in place of our key
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }
-    return [*words, *servers.options], environment
+    return [*argv, *servers.options], environment
 
 
 def _serve(python: str, directory: Path) -> list[str]:
-    """`vllm serve DIRECTORY` of the interpreter's environment. Where its command cannot run, since
-    it asks for the version of a package called vllm, and vllm-cpu is not called so: the module that
-    is deprecated since vLLM 0.29.
+    """The beginning of the command: ``vllm serve DIRECTORY``.
+
+    That command asks for the version of a package called vllm, so it cannot run with the package
+    vllm-cpu. There the older module is used, which vLLM 0.29 deprecated.
 
     Raises:
-        UserError: there is no such interpreter.
+        UserError: the interpreter cannot be run.
     """
     ask = "import importlib.metadata; importlib.metadata.version('vllm')"
     try:

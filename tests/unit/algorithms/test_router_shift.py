@@ -7,14 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.router_shift import (
-    layer_divisor,
-    layer_quantile,
-    over_layers,
-    shift_distance,
-    shift_metrics,
-    shift_weight,
-)
+from megatron_rl.algorithms.router_shift import shift_distance, shift_weight
 
 NEW = torch.tensor([[[-1.0, -2.0], [-1.0, -1.0]], [[-3.0, -3.0], [-0.5, -0.5]]])
 OLD = torch.tensor([[[-1.5, -1.0], [-1.0, -3.0]], [[-3.0, -3.0], [-0.5, -0.5]]])
@@ -50,38 +43,6 @@ def test_quantile_by_hand() -> None:
     # token 0: layers 0.75 and 1.0;  token 1: 0 and 0
     assert shift_distance(NEW, OLD, "quantile", 0.5).tolist() == [0.75, 0.0]
     assert shift_distance(NEW, OLD, "quantile", 0.51).tolist() == [1.0, 0.0]
-    distances = torch.tensor([[0.4, 0.1, 0.3, 0.2, 0.5]])
-    for quantile, expected in {
-        0.01: 0.1,
-        0.2: 0.1,
-        0.21: 0.2,
-        0.6: 0.3,
-        0.9: 0.5,
-        1.0: 0.5,
-    }.items():
-        assert layer_quantile(distances, quantile).tolist() == pytest.approx([expected])
-    assert shift_weight(layer_quantile(distances, 0.6), layer_divisor(5, "quantile"), 0.0) == (
-        pytest.approx(math.exp(-0.3))
-    )
-
-
-@pytest.mark.parametrize("num_layers", [1, 4, 10, 48, 100])
-def test_quantile_matches_the_definition(num_layers) -> None:
-    """The least distance that at least the share q of the layers do not exceed."""
-    rng = torch.Generator().manual_seed(num_layers)
-    distances = torch.rand(7, num_layers, generator=rng)
-    for hundredths in (1, 7, 10, 29, 50, 57, 90, 99, 100):
-        found = layer_quantile(distances, hundredths / 100)
-        for row, value in zip(distances.tolist(), found.tolist()):
-            enough = [d for d in row if 100 * sum(e <= d for e in row) >= hundredths * num_layers]
-            assert value == min(enough)
-    assert torch.equal(layer_quantile(distances, 1.0), over_layers(distances, "max"))
-
-
-def test_a_quantile_of_no_layer_or_outside_its_range_is_refused() -> None:
-    for distances, quantile in ((torch.zeros(3, 0), 0.5), (NEW[0], 0.0), (NEW[0], 1.5)):
-        with pytest.raises(ValueError, match="expected one in"):
-            layer_quantile(distances, quantile)
 
 
 def test_distance_of_bfloat16_is_taken_in_float32() -> None:
@@ -110,14 +71,6 @@ def test_weight_is_detached_and_finite() -> None:
     weight = shift_weight(distance, 1, 0.0)
     assert not weight.requires_grad
     assert weight[1].item() == 0.0
-
-
-def test_metrics() -> None:
-    weight = shift_weight(torch.tensor([0.0, 0.1, 9.0, 9.0]), 1, 0.8)
-    metrics = shift_metrics(weight, 0.8, torch.tensor([True, True, True, False]))
-    total, count = metrics["router/gamma_mean"]
-    assert (total / count).item() == pytest.approx((1 + math.exp(-0.1) + 0.8) / 3)
-    assert [v.item() for v in metrics["router/floor_fraction"]] == [1.0, 3.0]
 
 
 def test_mistakes_are_refused() -> None:

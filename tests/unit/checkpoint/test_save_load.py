@@ -56,13 +56,13 @@ def save(training, root, step=3, keep=2, **changes):
 
 
 def load(training, path, **changes):
-    from megatron_rl.checkpoint.load import load_checkpoint
+    from megatron_rl.checkpoint.restore import load_checkpoint
 
     return load_checkpoint(path, **{**training.for_checkpoint(), **changes})
 
 
 def load_weights(training, path, **changes):
-    from megatron_rl.checkpoint.load import load_weights
+    from megatron_rl.checkpoint.restore import load_weights
 
     arguments = {**training.for_checkpoint(), **changes}
     del arguments["optimizer"], arguments["layout"]

@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 
 from megatron_rl.algorithms.interface import SHIFT_MODES
+from megatron_rl.algorithms.layer_rules import LAYERS
 from megatron_rl.algorithms.regularisers import ESTIMATORS
-from megatron_rl.algorithms.router_shift import LAYERS
 from megatron_rl.catalogue import kinds
 from megatron_rl.config.algorithm import correction_settings, keeps_trace, uses_router_shift
 from megatron_rl.config.checks import check_config

@@ -12,7 +12,7 @@ from megatron_rl.config.estimate import (
     trace_bytes_per_token,
 )
 from megatron_rl.config.presets import MODEL_PRESETS
-from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.config.schema import Config, ModelConfig, OptimizerConfig
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,46 @@ def test_the_distributed_optimizer_divides_its_state_among_equal_ranks():
     # 8 ranks hold the same dense parameters, 8 / 2 the same half of the experts
     assert memory.optimizer == 8 * (others / 8 + 2 * EXPERT / 4)
     assert memory.weights == 4 * (others + 2 * EXPERT)
+
+
+def test_muon_keeps_one_moment_of_matrices_and_two_of_the_rest():
+    config = make(tensor=2, expert=4).model_copy(update={"optimizer": OptimizerConfig(name="muon")})
+    matrices, rest = 2 * ATTENTION + DENSE, 2 * TABLE  # split in two
+    whole = 2 * NORMS + ROUTER + 6  # each rank has these
+    expected = (4 * matrices + 8 * rest) / 2 + 8 * whole + 4 * EXPERT
+    assert rank_memory(config, 4).optimizer == expected
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"shared_expert_ffn_hidden_size": 5, "shared_expert_gate": True, "qkv_bias": True},
+        {
+            **{"kv_lora_rank": 5, "q_lora_rank": 7, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2},
+            **{"v_head_dim": 3, "head_dim": None, "num_query_groups": None, "qk_norm": True},
+        },
+    ],
+    ids=["shared experts and biases", "latent attention"],
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_muons_state_is_as_large_as_a_real_one(model, dtype):
+    from tests.support.tiny_training import build_training
+
+    config = Config(
+        model={**SMALL, **model, "dtype": dtype},
+        optimizer={"name": "muon"},
+        device={"kind": "cpu", "threads": 1},
+    )
+    training = build_training(config)
+    for parameter in training.chunks[0].parameters():
+        parameter.main_grad.fill_(0.5)
+    training.optimizer.step()
+    held = 0
+    for member in training.optimizer.chained_optimizers:
+        for main, state in member.optimizer.state.items():
+            held += sum(tensor.nbytes for tensor in state.values())
+            held += main.nbytes if dtype == "bf16" else 0  # in fp32 it is the weight itself
+    assert rank_memory(config, 1).optimizer == held > 0
 
 
 def test_the_fullest_pipeline_stage_counts():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.checkpoint.identity import NOT_ARCHITECTURE
+from megatron_rl.config.architecture import NOT_ARCHITECTURE
 from megatron_rl.config.fields import leaf_fields
 from megatron_rl.config.on_resume import ON_RESUME, changes, kind_of
 from megatron_rl.config.schema import Config, ModelConfig

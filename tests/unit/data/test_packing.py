@@ -10,7 +10,6 @@ from megatron_rl.data.packing import (
     pack_samples,
     plan_packs,
     round_up,
-    split_mini_batches,
 )
 from megatron_rl.errors import UserError
 from megatron_rl.records import RoutedExperts, Sample
@@ -160,13 +159,6 @@ def test_mistakes():
 
 def test_round_up():
     assert [round_up(n, 8) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
-
-
-def test_split_mini_batches():
-    assert split_mini_batches([1, 2, 3, 4, 5, 6, 7], 3) == [[1, 2, 3], [4, 5], [6, 7]]
-    assert split_mini_batches([1, 2], 3) == [[1], [2], []]
-    with pytest.raises(ValueError):
-        split_mini_batches([1], 0)
 
 
 ROUTING = Routing(layers=(5, 2), top_k=2, num_experts=8)

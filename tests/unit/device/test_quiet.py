@@ -43,3 +43,36 @@ def test_log_records_too_and_a_second_call_changes_nothing(caplog):
     logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
     logger.warning("the compiler is broken")
     assert [record.message for record in caplog.records] == ["the compiler is broken"]
+
+
+DEPRECATION = "GPTModel IS DEPRECATED. Please reference the migration guide"
+
+
+def deprecations_heard(caplog, *filters):
+    """What three models built under these filters of warnings say, as warnings and in the log."""
+    silence("cpu")
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    (converter,) = logger.filters
+    converter._shown.clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        for arguments in filters:
+            warnings.filterwarnings(**arguments)
+        for _ in range(3):
+            logger.warning(DEPRECATION)
+        logger.warning("the model has no layers")
+    assert [record.message for record in caplog.records] == ["the model has no layers"]
+    return [(warning.category, str(warning.message)) for warning in seen]
+
+
+def test_developers_are_told_once_that_gptmodel_is_deprecated(caplog):
+    of_megatron = {"action": "ignore", "module": r"megatron\.core\."}
+    assert deprecations_heard(caplog, {"action": "default"}, of_megatron) == [
+        (DeprecationWarning, DEPRECATION)
+    ]
+
+
+def test_users_are_not_told_under_the_filters_that_python_starts_with(caplog):
+    ignored = {"action": "ignore", "category": DeprecationWarning}
+    of_main = {"action": "default", "category": DeprecationWarning, "module": "__main__"}
+    assert deprecations_heard(caplog, ignored, of_main) == []

@@ -147,7 +147,7 @@ def _dense_prefix(rest, state, layer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family):
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
     from megatron_rl.models.parameters import parameter_views
 
@@ -166,9 +166,9 @@ def test_logits_are_those_of_transformers(family):
                 layer.mlp.router.expert_bias.copy_(state[key])
     lengths = [11, 1, 6]
     tokens = torch.randint(64, (sum(lengths),), generator=torch.Generator().manual_seed(6))
-    layout = packed_layout(lengths, len(tokens), torch.device("cpu"))
+    placement = packed_placement(lengths, len(tokens), torch.device("cpu"))
     with torch.no_grad():
-        found = forward_row(chunk, tokens, layout).squeeze(0)
+        found = forward_row(chunk, tokens, placement).squeeze(0)
         expected = torch.cat([reference(part[None]).logits[0] for part in tokens.split(lengths)])
     assert expected.std() > 0.5
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -29,7 +29,7 @@ def slow_attention(query, key, value):
 
 @pytest.mark.parametrize(("lengths", "padding"), ROWS)
 def test_values_and_gradients_are_those_of_one_sequence_at_a_time(lengths, padding):
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
 
     total = sum(lengths)
     generator = torch.Generator().manual_seed(total)
@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_of_one_sequence_at_a_time(lengths, paddi
     inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     weights = torch.randn(shapes[0], generator=generator)
     weights[total:] = 0.0  # nothing is asked of padding
-    output = packed_layout(lengths, total + padding, CPU).attend(1, *inputs, SCALE)
+    output = packed_placement(lengths, total + padding, CPU).attend(1, *inputs, SCALE)
     (output * weights).sum().backward()
 
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -54,30 +54,30 @@ def test_values_and_gradients_are_those_of_one_sequence_at_a_time(lengths, paddi
 
 
 def test_a_layout_says_where_tokens_and_padding_are():
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
 
-    layout = packed_layout([3, 1, 2], 8, CPU)
-    assert layout.positions.tolist() == [0, 1, 2, 0, 0, 1, 0, 0]
-    assert layout.padding.tolist() == [False] * 6 + [True] * 2
-    assert layout.cumulative_lengths.tolist() == [0, 3, 4, 6, 8]
-    assert layout.longest == 3
+    placement = packed_placement([3, 1, 2], 8, CPU)
+    assert placement.positions.tolist() == [0, 1, 2, 0, 0, 1, 0, 0]
+    assert placement.padding.tolist() == [False] * 6 + [True] * 2
+    assert placement.cumulative_lengths.tolist() == [0, 3, 4, 6, 8]
+    assert placement.longest == 3
     with pytest.raises(ValueError, match="sequences of 6 tokens do not fit a row of 5"):
-        packed_layout([3, 1, 2], 5, CPU)
+        packed_placement([3, 1, 2], 5, CPU)
 
 
 def test_buckets_hold_sequences_of_similar_length():
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
 
     # 10 and 7 (>= 0.67 * 10), then 6 and 5 (6.7 > 6), then 2, then 1 (< 1.34).
-    layout = packed_layout([5, 10, 1, 7, 2, 6], 31, CPU)
-    assert layout.bucket_shapes == ((2, 10), (2, 6), (1, 2), (1, 1))
+    placement = packed_placement([5, 10, 1, 7, 2, 6], 31, CPU)
+    assert placement.bucket_shapes == ((2, 10), (2, 6), (1, 2), (1, 1))
 
 
 def run_model(chunk, tokens, lengths, num_tokens):
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
-    return forward_row(chunk, tokens, packed_layout(lengths, num_tokens, CPU)).squeeze(0)
+    return forward_row(chunk, tokens, packed_placement(lengths, num_tokens, CPU)).squeeze(0)
 
 
 def test_a_packed_model_is_the_model_on_each_sequence():
@@ -137,12 +137,12 @@ def test_rotary_angles_are_megatrons_at_the_positions():
 
 
 def test_bf16_attention_on_the_cpu_is_rounded_once():
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
 
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(9, HEADS, WIDTH, generator=generator).bfloat16()
     key, value = (torch.randn(9, GROUPS, WIDTH, generator=generator).bfloat16() for _ in range(2))
-    layout = packed_layout([9], 9, CPU)
-    output = layout.attend(1, query, key, value, SCALE)
-    exact = layout.attend(1, query.float(), key.float(), value.float(), SCALE)
+    placement = packed_placement([9], 9, CPU)
+    output = placement.attend(1, query, key, value, SCALE)
+    exact = placement.attend(1, query.float(), key.float(), value.float(), SCALE)
     assert torch.equal(output, exact.bfloat16())

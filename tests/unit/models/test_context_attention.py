@@ -25,24 +25,24 @@ def attend(multiple, spoilt, dtype):
 
     ``spoilt``: padding is large numbers, and the outputs there count for nothing.
     """
-    from megatron_rl.models.context_attention import context_layout
+    from megatron_rl.models.context_attention import context_placement
 
     spans = padded_spans(LENGTHS, NUM_TOKENS, multiple)
     shards = sequence_shards(spans, dist.group.WORLD, torch.device("cpu"))
-    layout = context_layout(LENGTHS, spans, shards, torch.device("cpu"))
+    placement = context_placement(LENGTHS, spans, shards, torch.device("cpu"))
     *tensors, weights = inputs(dtype)
     if spoilt:
         tensors = [torch.where(_padding(multiple)[:, None, None], 50.0, t) for t in tensors]
     leaves = [shards.local(tensor).clone().requires_grad_() for tensor in tensors]
-    output = layout.attend(1, *leaves, SCALE)
-    local_weights = shards.local(weights) * ~layout.padding[:, None, None]
+    output = placement.attend(1, *leaves, SCALE)
+    local_weights = shards.local(weights) * ~placement.padding[:, None, None]
     (output * local_weights).sum().backward()
     return {
         "output": output.detach(),
         "gradients": [leaf.grad for leaf in leaves],
-        "positions": layout.positions.tolist(),
-        "padding": layout.padding.tolist(),
-        "work": sum(mask.numel() for bucket in layout.buckets for mask in bucket.masks),
+        "positions": placement.positions.tolist(),
+        "padding": placement.padding.tolist(),
+        "work": sum(mask.numel() for bucket in placement.buckets for mask in bucket.masks),
     }
 
 

@@ -15,7 +15,7 @@ def test_the_next_multiple():
 
 def logits_and_answers(tensor):
     """On a rank: logits of fixed tokens, this rank's columns, and greedy answers of the engine."""
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
     from megatron_rl.models.parameters import weight_views
     from megatron_rl.rollout.engine import SamplingSettings
@@ -24,7 +24,7 @@ def logits_and_answers(tensor):
     groups, megatron, chunks = build_tiny(config)
     tokens = torch.arange(24) * 7 % 61
     with torch.no_grad():
-        logits = forward_row(chunks[0], tokens, packed_layout([24], 24, torch.device("cpu")))[0]
+        logits = forward_row(chunks[0], tokens, packed_placement([24], 24, torch.device("cpu")))[0]
     engine = tiny_engine(config, groups, megatron, chunks)
     settings = SamplingSettings(samples=2, max_new_tokens=8, temperature=3.0, seed=4)
     answers = engine.generate(random_prompts([5, 9]), settings)

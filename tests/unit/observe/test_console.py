@@ -14,7 +14,7 @@ METRICS = {
     "reward/solved": 0.3125,
     "loss": -0.01234,
     "grad_norm": 0.5178,
-    "router/shift_mean": 0.99312,
+    "router/raw_gamma_mean": 0.99312,
     "clip_fraction": 0.0213,
     "entropy": 1.2,
     "tokens_per_second": 12345.6,
@@ -22,7 +22,7 @@ METRICS = {
     "memory/peak_gib": 1.0,
 }
 LINE = (
-    "step   7/300  reward  0.432  solved  31.2%  loss -0.0123  grad   0.518  gamma 0.9931  "
+    "step   7/300  reward  0.432  solved  31.2%  loss -0.0123  grad   0.518  raw gamma 0.9931  "
     "clip   2.1%  entropy 1.200   12346 tok/s    2.31 s/step"
 )
 
@@ -58,7 +58,7 @@ def test_eval_line():
 def test_plain_is_one_line_a_step_and_warnings_go_to_stderr(capsys):
     stream = io.StringIO()
     with Console("auto", "train", total_steps=300, stream=stream) as console:
-        console.header({"model": "tiny", "world": 2}, "seed: 1\nmodel: {}")
+        console.run_summary({"model": "tiny", "world": 2})
         console.phase("rollout", 128, 256)
         console.step(7, METRICS)
         console.note("saved [step 7]")
@@ -67,8 +67,6 @@ def test_plain_is_one_line_a_step_and_warnings_go_to_stderr(capsys):
     assert stream.getvalue().splitlines() == [
         "model  tiny",
         "world  2",
-        "  seed: 1",
-        "  model: {}",
         LINE,
         "saved [step 7]",
         "eval at step   7  pass@1  50.0%",
@@ -107,7 +105,7 @@ def test_silent_console_has_the_whole_interface_and_shows_nothing(capsys):
     public = {name for name in dir(Console) if not name.startswith("_")}
     assert public == {name for name in dir(SilentConsole) if not name.startswith("_")}
     with SilentConsole() as console:
-        console.header({"a": 1}, "x")
+        console.run_summary({"a": 1})
         console.step(1, METRICS)
         console.eval(1, {})
         console.phase("rollout", 1, 2)
@@ -121,7 +119,7 @@ def test_silent_console_has_the_whole_interface_and_shows_nothing(capsys):
 def test_a_log_that_cannot_be_written_ends_nothing(kind, capsys):
     with open("/dev/full", "w") as full:
         with Console(kind, "train", total_steps=5, stream=full) as console:
-            console.header({"model": "tiny"})
+            console.run_summary({"model": "tiny"})
             console.step(1, {"loss": 1.0})
             console.note("x" * 100_000)
             console.warn("disk full")

@@ -12,6 +12,7 @@ import torch
 import megatron_rl.observe
 from megatron_rl.observe.metric_table import (
     METRICS,
+    OLD_NAMES,
     layer_name,
     metric,
     reduced_names,
@@ -38,11 +39,13 @@ def test_mean_is_weighted_by_the_counts():
 
 def test_sum_max_and_min():
     sums = MetricSums()
-    sums.add_all({"tokens/step": (10, 1), "ratio_max": (1.5, 3), "router/shift_min": (0.9, 3)})
-    sums.add_all({"tokens/step": (7, 1), "ratio_max": (1.2, 3), "router/shift_min": (0.7, 3)})
+    sums.add_all({"tokens/step": (10, 1), "ratio_max": (1.5, 3), "router/raw_gamma_min": (0.9, 3)})
+    sums.add_all({"tokens/step": (7, 1), "ratio_max": (1.2, 3), "router/raw_gamma_min": (0.7, 3)})
     # No tokens in this pack: its extremes do not count.
-    sums.add_all({"ratio_max": (9.0, 0), "router/shift_min": (torch.tensor(0.0), torch.tensor(0))})
-    assert sums.reduce() == {"tokens/step": 17.0, "ratio_max": 1.5, "router/shift_min": 0.7}
+    sums.add_all(
+        {"ratio_max": (9.0, 0), "router/raw_gamma_min": (torch.tensor(0.0), torch.tensor(0))}
+    )
+    assert sums.reduce() == {"tokens/step": 17.0, "ratio_max": 1.5, "router/raw_gamma_min": 0.7}
 
 
 def test_reduce_reads_only_and_keeps_double_precision():
@@ -69,8 +72,8 @@ def test_nan_is_not_hidden_by_a_later_value(make):
     sums.add("loss", make(1.0))
     sums.add("ratio_max", make(math.nan))
     sums.add("ratio_max", make(2.0))
-    sums.add("router/shift_min", make(0.5))
-    sums.add("router/shift_min", make(math.nan))
+    sums.add("router/raw_gamma_min", make(0.5))
+    sums.add("router/raw_gamma_min", make(math.nan))
     assert all(math.isnan(value) for value in sums.reduce().values())
 
 
@@ -85,14 +88,14 @@ def test_values_are_detached():
 
 def test_layers():
     sums = MetricSums(num_layers=4)
-    sums.add("router/shift_mean/layer_03", 1.8, 2)
-    assert sums.reduce() == {"router/shift_mean/layer_03": 0.9}
-    assert layer_name("router/shift_mean", 3) == "router/shift_mean/layer_03"
+    sums.add("router/raw_gamma_mean/layer_03", 1.8, 2)
+    assert sums.reduce() == {"router/raw_gamma_mean/layer_03": 0.9}
+    assert layer_name("router/raw_gamma_mean", 3) == "router/raw_gamma_mean/layer_03"
     assert layer_name("router/entropy", 120) == "router/entropy/layer_120"
-    assert split_layer("router/shift_mean/layer_03") == ("router/shift_mean", 3)
-    assert split_layer("router/shift_mean") is None
+    assert split_layer("router/raw_gamma_mean/layer_03") == ("router/raw_gamma_mean", 3)
+    assert split_layer("router/raw_gamma_mean") is None
     with pytest.raises(ValueError, match="num_layers"):
-        sums.add("router/shift_mean/layer_04", 1.0)
+        sums.add("router/raw_gamma_mean/layer_04", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,8 @@ def test_layers():
         ("reward/mena", "reward/mean"),  # names the nearest
         ("reward/PART", "METRICS"),
         ("loss/layer_00", "METRICS"),
-        ("router/shift_mean/layer_NN", "METRICS"),
-        ("router/shift_mean/layer_3", "METRICS"),
+        ("router/raw_gamma_mean/layer_NN", "METRICS"),
+        ("router/raw_gamma_mean/layer_3", "METRICS"),
         ("tokens_per_second", "after the reduction"),
     ],
 )
@@ -140,7 +143,7 @@ def test_a_vector_is_refused():
 
 
 def test_table_holds_the_contract_and_names_are_sorted():
-    assert [name for name in CONTRACT if name not in METRICS] == []
+    assert [name for name in CONTRACT if name not in {**METRICS, **OLD_NAMES}] == []
     names = reduced_names(2)
     assert list(names) == sorted(names) and "step" not in names
     assert names.count("router/entropy/layer_01") == 1 and "router/entropy/layer_02" not in names
@@ -173,7 +176,7 @@ sums = MetricSums(num_layers=2)
 sums.add("reward/mean", float(rank + 1), 1 + 2 * rank)          # (1 + 2) / (1 + 3)
 sums.add("tokens/step", torch.tensor(10.0 + rank))                # 21
 sums.add("ratio_max", torch.tensor(1.0 + rank), 5)                # 2
-sums.add("router/shift_min", 0.5 + rank / 4, 5)                   # 0.5
+sums.add("router/raw_gamma_min", 0.5 + rank / 4, 5)                   # 0.5
 sums.add("time/step_s", float("nan") if rank == 0 else 1.0)       # one NaN shows
 sums.add_parts("reward", [{"b": (1.0, 2)}, {"a": (3.0, 1), "c": (4.0, 1)}][rank])
 sums.add(f"router/entropy/layer_0{rank}", 3.0 * (rank + 1), 3)    # each stage its own layer
@@ -211,7 +214,7 @@ def test_two_ranks_agree_on_the_reduced_metrics(tmp_path):
         "reward/mean": 0.75,
         "router/entropy/layer_00": 1.0,
         "router/entropy/layer_01": 2.0,
-        "router/shift_min": 0.5,
+        "router/raw_gamma_min": 0.5,
         "tokens/step": 21.0,
     }
     assert answers[1][1]["reward/mean"] == 2 / 3 and answers[1][1]["tokens/step"] == 11.0

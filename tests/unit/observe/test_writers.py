@@ -46,6 +46,27 @@ def test_lines_are_flushed_and_strict_json(tmp_path):
         ]
 
 
+def test_names_of_older_versions_are_written_beside_those_of_today(tmp_path):
+    with _open(tmp_path) as writer:
+        writer.write_metrics(1, {"router/raw_gamma_mean": 0.75, "router/raw_gamma_min": math.nan})
+        writer.add_to_last(1, {"router/raw_gamma_mean/layer_03": 0.5, "rollout/staleness": 2.0}, [])
+        with pytest.raises(ValueError, match="unknown metric 'router/shift_mean'"):
+            writer.write_metrics(2, {"router/shift_mean": 0.75})
+    assert _lines(tmp_path / "metrics.jsonl") == [
+        {
+            "step": 1,
+            "router/raw_gamma_mean": 0.75,
+            "router/shift_mean": 0.75,
+            "router/raw_gamma_min": None,
+            "router/shift_min": None,
+            "router/raw_gamma_mean/layer_03": 0.5,
+            "router/shift_mean/layer_03": 0.5,
+            "rollout/staleness": 2.0,
+            "rollout/lag": 2.0,
+        }
+    ]
+
+
 def test_one_record_a_step_and_known_names(tmp_path):
     with _open(tmp_path) as writer:
         writer.write_metrics(3, {"loss": 1.0})

@@ -89,5 +89,5 @@ def test_tensors_hold_what_the_pack_holds():
     assert tensors.mask.tolist() == [True, True, False, True, False, False, False, False]
     assert tensors.advantages.tolist()[:5] == [0.5, 0.5, 0.5, -2.0, -2.0]
     assert tensors.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert tensors.layout.positions.tolist()[:5] == [0, 1, 2, 0, 1]
-    assert tensors.layout.padding.tolist() == [False] * 5 + [True] * 3
+    assert tensors.placement.positions.tolist()[:5] == [0, 1, 2, 0, 1]
+    assert tensors.placement.padding.tolist() == [False] * 5 + [True] * 3

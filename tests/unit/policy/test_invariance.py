@@ -153,12 +153,12 @@ def test_what_stands_in_the_padding_does_not_matter():
 
 def share_of_busiest_expert(tokens):
     """[L]: of a row of padding, the part of the tokens that goes to each layer's busiest expert."""
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
     with policy_of(layout_config(CASE)) as policy, torch.no_grad():
         with policy.capture.record(0) as trace:
-            forward_row(policy.chunks[0], tokens, packed_layout([], len(tokens), CPU))
+            forward_row(policy.chunks[0], tokens, packed_placement([], len(tokens), CPU))
     counts = [torch.bincount(layer.expert_ids.flatten().long()) for layer in trace.values()]
     return [float(count.max()) / len(tokens) for count in counts]
 

@@ -138,7 +138,7 @@ def test_occurrences_are_counted_over_all_draws_of_a_step():
 @pytest.mark.parametrize("samples", [1, 4])
 def test_answers_of_a_prompt_never_share_a_seed(samples):
     """Wherever the first seed of a prompt falls, also at the end of the range."""
-    from megatron_rl.rollout.servers.api import SEEDS, answer_seed
+    from megatron_rl.rollout.servers.answer_requests import SEEDS, answer_seed
 
     for index in range(200):
         firsts = [answer_seed(7, index, occurrence * samples) for occurrence in range(3)]

@@ -60,13 +60,13 @@ def scored_batch(policy, pack, samples=SAMPLES[:8]):
 
 def alone(policy, sample):
     """Log-probabilities of a sample's completion, the sequence alone in a row: fp32 [N]."""
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
     tokens = torch.from_numpy(sample.tokens)
-    layout = packed_layout([len(tokens)], len(tokens), torch.device("cpu"))
+    placement = packed_placement([len(tokens)], len(tokens), torch.device("cpu"))
     with torch.no_grad():
-        logits = forward_row(policy.chunks[0], tokens, layout).squeeze(0)
+        logits = forward_row(policy.chunks[0], tokens, placement).squeeze(0)
     logits = logits / policy.config.rollout.temperature
     logprobs = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
     return logprobs[torch.from_numpy(sample.trained)]
@@ -213,7 +213,7 @@ def test_supervised_accuracy_counts_targets_that_are_the_likeliest_token():
             ((row,),) = pack([sample])
             from megatron_rl.models.forward import forward_row
 
-            return forward_row(policy.chunks[0], row.tokens, row.layout)[0].argmax(-1)
+            return forward_row(policy.chunks[0], row.tokens, row.placement)[0].argmax(-1)
 
         for sample in samples:
             places = np.flatnonzero(sample.written)

@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from tests.support.layouts import Case, layout_config, packed_mini_batches, policy_of, rollout_batch
+from tests.support.layouts import (
+    Case,
+    layout_config,
+    packed_mini_batches,
+    policy_of,
+    rollout_batch,
+)
 from tests.support.slow_losses import slow_loss, slow_regularisers
 
 
@@ -152,7 +158,7 @@ def test_the_mean_over_the_mini_batch_is_one(mode):
     gamma, normalised = joined(seen, "router_shift"), joined(other, "router_shift")
     torch.testing.assert_close(normalised, gamma / gamma[acting].mean(), rtol=1e-5, atol=1e-7)
     assert gamma[acting].mean() < 0.99
-    assert other_metrics["router/shift_mean"] == metrics["router/shift_mean"]
+    assert other_metrics["router/raw_gamma_mean"] == metrics["router/raw_gamma_mean"]
 
 
 #: Of four layers: the third smallest is the least that half of them and more do not exceed.
@@ -179,7 +185,7 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
                 rows.append(distance)
 
         with torch.no_grad(), policy.capture.compare(0, item.traces[0], item.pack.mask, Listener()):
-            forward_row(policy.chunks[0], item.pack.tokens, item.pack.layout)
+            forward_row(policy.chunks[0], item.pack.tokens, item.pack.placement)
         distances = torch.stack(rows)
         metrics, seen = one_update(policy, batches[1])
     assert len(distances) == 4
@@ -191,5 +197,5 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
     here = item.pack.mask
     torch.testing.assert_close(seen[0].router_shift[here], torch.exp(-one)[here])
     smallest = min(inputs.router_shift[inputs.mask].min().item() for inputs in seen)
-    assert metrics["router/shift_min"] == pytest.approx(smallest)
+    assert metrics["router/raw_gamma_min"] == pytest.approx(smallest)
     assert not math.isclose(smallest, 1.0, abs_tol=1e-3)

@@ -1,4 +1,4 @@
-"""Dynamic sampling: which prompts are drawn and which groups chosen, on any number of ranks."""
+"""Dynamic sampling: the prompts drawn and the groups chosen, on any number of ranks."""
 
 import numpy as np
 import pytest

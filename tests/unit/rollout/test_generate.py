@@ -1,4 +1,4 @@
-"""Generation on one rank: against transformers, scoring, and itself in other batches."""
+"""Generation on one rank, against transformers, scoring, and other batch sizes."""
 
 import numpy as np
 import pytest
@@ -218,13 +218,14 @@ def test_the_model_is_as_before(tiny):
 
 
 def test_routes_are_those_of_a_forward_pass_over_the_whole_answer(tiny):
-    """Prefill and decoding, rows that leave, a prompt of one token: as one causal pass sees it."""
-    from megatron_rl.models.attention import packed_layout
+    """Prefill, decoding, rows that leave and a prompt of one token agree with one causal pass."""
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture
 
     chunk = tiny[3][0]
-    capture = RouterCapture([chunk], [[1, 2]])
+    capture = RouterCapture(routers_of([chunk]), [[1, 2]])
     try:
         engine = tiny_engine(*tiny, max_batch=7, capture=capture)
         settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11, routes=True)
@@ -236,9 +237,9 @@ def test_routes_are_those_of_a_forward_pass_over_the_whole_answer(tiny):
             for answer, without in zip(group.completions, same.completions):
                 assert without.routed_experts is None
                 row = np.concatenate([group.prompt.tokens, answer.tokens])[:-1]
-                layout = packed_layout([len(row)], len(row), torch.device("cpu"))
+                placement = packed_placement([len(row)], len(row), torch.device("cpu"))
                 with torch.no_grad(), capture.record(0) as trace:
-                    forward_row(chunk, torch.from_numpy(row), layout)
+                    forward_row(chunk, torch.from_numpy(row), placement)
                 assert answer.routed_experts.layers == (1, 2)
                 for column, number in enumerate((1, 2)):
                     found = answer.routed_experts.ids[:, column]

@@ -20,7 +20,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logprobs_equal_those_of_scoring_packed_sequences(architecture):
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
     from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
 
@@ -35,9 +35,9 @@ def test_logprobs_equal_those_of_scoring_packed_sequences(architecture):
             sequences.append(np.concatenate([group.prompt.tokens, answer.tokens]))
             expected.append((len(group.prompt.tokens), answer.logprobs))
     row = torch.tensor(np.concatenate(sequences))
-    layout = packed_layout([len(s) for s in sequences], len(row), row.device)
+    placement = packed_placement([len(s) for s in sequences], len(row), row.device)
     with torch.no_grad():
-        logits = forward_row(chunks[0], row, layout).squeeze(0)
+        logits = forward_row(chunks[0], row, placement).squeeze(0)
     scored, _ = vocab_logprobs(logits, row.roll(-1), 1.3, groups.tensor)
     start = 0
     for sequence, (prompt_length, logprobs) in zip(sequences, expected):

@@ -1,4 +1,4 @@
-"""Verdicts with a deadline: so many at once, late ones, and threads that do not come back."""
+"""Verdicts with a deadline: how many at once, late ones, and threads that never return."""
 
 import asyncio
 import threading
@@ -90,7 +90,7 @@ def test_a_thread_that_hangs_is_left_and_the_others_go_on():
             release.wait()
         return Reward(1.0)
 
-    # More hang than there are places: others take theirs.
+    # More calls hang than there are places, and further calls still get a place.
     mine = (Judge("j", "j", 1.0, verifier, deadline_s=0.2),)
     try:
         (scored,) = score(mine, ["hangs", "hangs", "hangs", "a"])

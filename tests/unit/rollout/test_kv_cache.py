@@ -1,4 +1,4 @@
-"""The cache and the layouts that use it, against attention over the whole sequence."""
+"""The cache and the placements that use it, against attention over the whole sequence."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def random_qkv(num_tokens, generator):
 
 @pytest.mark.parametrize("padding", [0, 3])
 def test_prefill_then_decode_is_attention_over_the_whole_sequence(padding):
-    from megatron_rl.models.attention import packed_layout
-    from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillLayout, decode_layout
+    from megatron_rl.models.attention import packed_placement
+    from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillPlacement, decode_placement
 
     generator = torch.Generator().manual_seed(0)
     lengths = [3, 70, 5]
@@ -40,10 +40,10 @@ def test_prefill_then_decode_is_attention_over_the_whole_sequence(padding):
     cache = KVCache(3, 6)  # too short: it has to grow
     cache.reserve(70)
     rows = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-    layout = packed_layout(
-        lengths, total + padding, torch.device("cpu"), PrefillLayout, cache=cache, rows=rows
+    placement = packed_placement(
+        lengths, total + padding, torch.device("cpu"), PrefillPlacement, cache=cache, rows=rows
     )
-    layout.attend(9, query, key, value, SCALE)
+    placement.attend(9, query, key, value, SCALE)
     keys, values = list(key[:total].split(lengths)), list(value[:total].split(lengths))
 
     picked = torch.tensor([2, 1, 1, 0])
@@ -52,8 +52,8 @@ def test_prefill_then_decode_is_attention_over_the_whole_sequence(padding):
     positions = torch.tensor(lengths)[picked]
     for step in range(3):
         query, key, value = random_qkv(4 + padding, generator)
-        layout = decode_layout(cache, positions + step, 70 + step, 4 + padding)
-        output = layout.attend(9, query, key, value, SCALE)
+        placement = decode_placement(cache, positions + step, 70 + step, 4 + padding)
+        output = placement.attend(9, query, key, value, SCALE)
         for row in range(4):
             keys[row] = torch.cat([keys[row], key[row : row + 1]])
             values[row] = torch.cat([values[row], value[row : row + 1]])

@@ -1,4 +1,4 @@
-"""A rollout engine of a user's own: found by reference, looked at, blamed."""
+"""A user's own rollout engine: found by reference, checked, and named in errors."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ GOOD = Completion(np.array([5, 6, 1]), np.array([-0.5, -1.0, -2.0], dtype=np.flo
 
 
 class Fixed(WholeAnswers):
-    """Gives the same answer to everything."""
+    """An engine with one answer to everything."""
 
     answer = GOOD
 
@@ -36,7 +36,7 @@ class Fixed(WholeAnswers):
 
 
 class SpeedSettings(Settings):
-    """Of `tuned`."""
+    """Settings of `tuned`."""
 
     speed: int = 3
     """Answers a second."""
@@ -65,7 +65,7 @@ class Half:
         """See `Engine`."""
 
 
-#: Of one rank: what is done together is done at once.
+#: The groups of one rank.
 GROUPS = SimpleNamespace(world=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
 
 
@@ -73,9 +73,9 @@ def built(name, monkeypatch, **attributes):
     """The engine of a run."""
     for key, value in attributes.items():
         monkeypatch.setattr(Fixed, key, value)
-    words = [f"--rollout.engine={__name__}:{name}", "--model.preset=tiny_moe"]
-    words += ["--model.vocab_size=64", "--model.max_sequence_length=64"]
-    config = load_config(None, words)
+    argv = [f"--rollout.engine={__name__}:{name}", "--model.preset=tiny_moe"]
+    argv += ["--model.vocab_size=64", "--model.max_sequence_length=64"]
+    config = load_config(None, argv)
     row, settings = engine_of(config.rollout), engine_settings(config.rollout)
     return own_engine(row, row.bind(settings), EngineParts(config, (), GROUPS, (1,), str))
 
@@ -98,6 +98,14 @@ def test_its_settings_and_traits_count(monkeypatch):
     assert row.beside_training and row.routes and not row.servers and not row.broadcast
     with pytest.raises(UserError, match="rollout.settings.sped is no setting of the rollout engi"):
         engine_settings(RolloutConfig(engine=f"{__name__}:tuned", settings={"sped": 1}))
+
+
+def test_parts_have_the_former_name_of_warn_too():
+    told = []
+    parts = EngineParts(load_config(None, []), (), GROUPS, (1,), str, warn=told.append)
+    parts.say("a server is gone")
+    parts.warn("another")
+    assert told == ["a server is gone", "another"]
 
 
 def raising(self, prompts, settings):

@@ -1,4 +1,4 @@
-"""Rewards on one rank and on several: in order, once an answer, and of a verifier that fails."""
+"""Rewards on one rank and on several: in order, each answer once, and failing verifiers."""
 
 import threading
 from types import SimpleNamespace
@@ -74,7 +74,7 @@ def test_as_many_at_once_as_there_are_threads(threads):
 
 
 def test_a_stop_is_heard_while_answers_are_judged():
-    """Of 40, two are being judged, without end, and the others are judged no more."""
+    """Two of 40 answers are judged for ever, and the others are not begun."""
     begun, ended = [], threading.Event()
 
     def verifier(record, text):
@@ -95,7 +95,7 @@ def test_a_stop_is_heard_while_answers_are_judged():
 
 
 def recording(kind):
-    """A verifier that judges by the rank it runs on, and what it was asked."""
+    """A verifier whose rewards name its rank, and the list of what it was asked."""
     asked = []
 
     def verifier(record, text):
@@ -106,7 +106,7 @@ def recording(kind):
 
     from megatron_rl.parallel.groups import build_groups, destroy_groups
 
-    if parallel_state.model_parallel_is_initialized():  # by a test before
+    if parallel_state.model_parallel_is_initialized():  # in an earlier test
         destroy_groups()
     groups = build_groups(ParallelConfig(**{kind: 2}))
     try:
@@ -162,7 +162,7 @@ def test_a_verifier_that_fails_is_one_error_on_all_ranks(kind, error, message):
 
 
 class Listener(SilentConsole):
-    """Keeps what it is told."""
+    """A console that keeps all lines."""
 
     def __init__(self):
         self.heard, self.noted = [], threading.Event()

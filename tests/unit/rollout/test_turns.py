@@ -49,7 +49,7 @@ def test_turns_are_joined_by_hand():
 def test_a_last_reply_is_no_turn_of_the_policy():
     found = join_turns([answer([5, 6], [-1, -2], "a", [1, 2, 3])], [[8, 9]], ["a", "b"])
     assert found.written.tolist() == [True, True, False, False]
-    assert found.routed_experts.ids[:, 0, 0].tolist() == [1, 2, 3]  # of 6 tokens: 3 not known
+    assert found.routed_experts.ids[:, 0, 0].tolist() == [1, 2, 3]  # of 6 tokens, 3 are not known
     (sample,) = to_samples([scored(found)], np.array([[2.0]]))
     assert sample.written.tolist() == [False, False, True, True, False, False]
 
@@ -115,13 +115,14 @@ def encode(text):
 
 def conversations(environment, max_turns=3, longest=64, routes=False):
     """(a tiny engine, the same with the environment)."""
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.rollout.conversation import ConversationEngine
     from megatron_rl.router.capture import RouterCapture
     from tests.support.tiny import build_tiny, tiny_config, tiny_engine
 
     config = tiny_config()
     groups, megatron_config, chunks = build_tiny(config)
-    capture = RouterCapture(chunks, [[1, 2]]) if routes else None
+    capture = RouterCapture(routers_of(chunks), [[1, 2]]) if routes else None
     engine = tiny_engine(config, groups, megatron_config, chunks, STOPS, capture=capture)
     talks = ConversationEngine(
         engine, environment, "tool", encode, max_turns, longest, groups, threads=2
@@ -133,7 +134,7 @@ SETTINGS = SamplingSettings(samples=3, max_new_tokens=8, seed=5)
 
 
 def test_a_conversation_goes_on_until_the_environment_ends_it():
-    """Each turn is what the engine answers to all that was said before."""
+    """Each answer is the engine's answer to everything before it."""
     from megatron_rl.rollout.conversation import turn_seed
     from tests.support.tiny import random_prompts
 
@@ -195,7 +196,7 @@ def test_a_conversation_ends_where_there_is_no_room_and_after_the_last_turn():
         ]
         assert max(spans) <= max_turns
         assert all(4 + len(one.tokens) <= longest for one in answers)
-        for one in answers:  # what nobody answered is not kept
+        for one in answers:  # a reply without an answer is dropped
             assert one.written is None or one.written[-1]
         lengths[max_turns, longest] = max(spans)
     assert lengths[1, 64] == 1 and lengths[2, 64] == 2

@@ -29,6 +29,7 @@ class Watched:
     """A tiny model, its capture, and an independent record of what enters each router."""
 
     def __init__(self, model=None, parallel=None):
+        from megatron_rl.models.gpt.chunk import routers_of
         from megatron_rl.router.capture import RouterCapture
 
         self.config = tiny_config(model=model or {}, parallel=parallel or {})
@@ -42,7 +43,7 @@ class Watched:
         for router in self.routers.values():
             if router.expert_bias is not None:
                 router.expert_bias.copy_(torch.rand(router.num_experts, generator=generator))
-        self.capture = RouterCapture([self.chunk], [sorted(self.routers)])
+        self.capture = RouterCapture(routers_of([self.chunk]), [sorted(self.routers)])
         self.inputs = {}
         for number, router in self.routers.items():
             router.register_forward_pre_hook(self._remember(number))
@@ -55,10 +56,10 @@ class Watched:
         return hook
 
     def forward(self):
-        from megatron_rl.models.attention import packed_layout
+        from megatron_rl.models.attention import packed_placement
         from megatron_rl.models.forward import forward_row
 
-        return forward_row(self.chunk, self.tokens, packed_layout(LENGTHS, ROOM, CPU))
+        return forward_row(self.chunk, self.tokens, packed_placement(LENGTHS, ROOM, CPU))
 
     def record(self):
         with torch.no_grad(), self.capture.record(0) as trace:
@@ -68,9 +69,9 @@ class Watched:
     def compare(self, trace):
         with self.capture.compare(
             0, trace, torch.ones(ROOM, dtype=torch.bool), self.telemetry()
-        ) as total:
+        ) as distances:
             output = self.forward()
-        return total(), output
+        return distances(), output
 
     def telemetry(self):
         from megatron_rl.router.telemetry import RouterTelemetry
@@ -126,22 +127,55 @@ def test_the_distance_to_moved_routers_is_shift_distance(model):
     chosen = {number: watched.chosen(number) for number in trace}
     old = {number: watched.logprobs(number) for number in trace}
     watched.move()
-    distance, _ = watched.compare(trace)
+    distances, _ = watched.compare(trace)
 
     def stacked(source):
         return torch.stack([source(n).gather(1, chosen[n]) for n in sorted(trace)], dim=1)
 
-    expected = shift_distance(stacked(watched.logprobs), stacked(old.__getitem__))
-    assert distance.min() > 1e-3
-    torch.testing.assert_close(distance, expected, atol=2e-5, rtol=2e-5)
+    new, old = stacked(watched.logprobs), stacked(old.__getitem__)
+    assert distances.min() > 1e-3 and len(distances) == len(trace)
+    torch.testing.assert_close(distances, (new - old).abs().mean(2).T, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(distances.sum(0), shift_distance(new, old), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("layers", ["mean", "max", "quantile"])
+def test_what_runs_is_the_published_formula(monkeypatch, layers):
+    """Every layer is measured by `shift_distance`, and what the relay makes of the layers is, bit
+    for bit, `shift_distance` of all of them at once.
+    """
+    from megatron_rl.algorithms.layer_rules import layer_rule
+    from megatron_rl.router import capture
+    from megatron_rl.router.relay import DistanceRelay
+
+    seen = []
+
+    def spy(new, old):
+        seen.append((new, old))
+        return shift_distance(new, old)
+
+    monkeypatch.setattr(capture, "shift_distance", spy)
+    watched = Watched()
+    trace = watched.record()
+    watched.move()
+    distances, _ = watched.compare(trace)
+    new, old = (torch.cat(side, dim=1) for side in zip(*seen))
+    assert new.shape == (ROOM, len(trace), watched.config.model.moe_top_k)
+    assert torch.equal(old, torch.stack([trace[n].logprobs for n in sorted(trace)], dim=1))
+
+    class OneRank:
+        rank, size = (lambda self: 0), (lambda self: 1)
+
+    total = DistanceRelay(OneRank(), layer_rule(layers, 0.5), [0]).pass_on(0, distances)
+    assert total.min() > 1e-3
+    assert torch.equal(total, shift_distance(new, old, layers, 0.5))
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", ROUTERS.values(), ids=ROUTERS.keys())
 def test_the_distance_to_unchanged_routers_is_exactly_zero(model, recompute):
     watched = Watched(model, {"recompute": recompute})
-    distance, output = watched.compare(watched.record())
-    assert distance.tolist() == [0.0] * ROOM
+    distances, output = watched.compare(watched.record())
+    assert distances.tolist() == [[0.0] * ROOM] * len(watched.routers)
     assert output.requires_grad
 
 
@@ -205,7 +239,7 @@ def test_telemetry_counts_the_masked_tokens_only():
         kept = [len(set(a) & set(b)) / 2 for a, b in zip(old_ids.tolist(), now.tolist())]
         assert sums["tokens"] == sums["compared"] == mask.sum()
         assert sums["distance"] == pytest.approx(per_token[mask].sum().item(), rel=1e-4)
-        assert sums["shift"] == pytest.approx((-per_token[mask]).exp().sum().item(), rel=1e-4)
+        assert sums["raw_gamma"] == pytest.approx((-per_token[mask]).exp().sum().item(), rel=1e-4)
         assert sums["floored"] == ((-per_token[mask]).exp() < FLOOR).sum() > 0
         assert telemetry.furthest[number - 1] == pytest.approx(per_token[mask].max().item())
         assert sums["overlap"] == pytest.approx(sum(k for k, m in zip(kept, mask.tolist()) if m))
@@ -223,7 +257,7 @@ def test_without_a_trace_load_and_entropy_are_counted(model):
     mask, telemetry = torch.arange(ROOM) % 3 == 0, watched.telemetry()
     with watched.capture.compare(0, None, mask, telemetry) as distance:
         watched.forward()
-    assert distance().tolist() == [0.0] * ROOM
+    assert distance().shape == (0, ROOM)
     experts = watched.config.model.num_experts
     for number in watched.routers:
         sums = dict(zip(telemetry.COLUMNS, telemetry.sums[number - 1].tolist()))
@@ -244,22 +278,6 @@ def test_a_pass_without_telemetry_measures_the_same():
     with watched.capture.compare(0, trace, torch.ones(ROOM), None) as distance:
         watched.forward()
     assert torch.equal(distance(), expected)
-
-
-def test_a_quantile_gets_the_distances_of_every_layer():
-    watched = Watched()
-    trace = watched.record()
-    watched.move()
-    mask, every = torch.ones(ROOM, dtype=torch.bool), watched.telemetry()
-    with watched.capture.compare(0, trace, mask, every, "quantile") as distances:
-        watched.forward()
-    for row, number in enumerate(sorted(trace)):
-        ids = trace[number].expert_ids.long()
-        expected = (watched.logprobs(number).gather(1, ids) - trace[number].logprobs).abs().mean(1)
-        torch.testing.assert_close(distances()[row], expected, atol=2e-5, rtol=2e-5)
-    with watched.capture.compare(0, trace, mask, None, "max") as largest:
-        watched.forward()
-    assert torch.equal(largest(), distances().amax(0))
 
 
 def test_routes_are_those_of_the_trace():
@@ -332,11 +350,12 @@ def test_a_trace_of_other_tokens_is_refused():
 
 
 def test_routers_that_are_not_expected_are_refused():
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture, RouterError
 
     chunk = Watched().chunk
     with pytest.raises(RouterError, match=r"found routers in layers \[1, 2\]; expected \[2\]"):
-        RouterCapture([chunk], [[2]])
+        RouterCapture(routers_of([chunk]), [[2]])
 
 
 @pytest.mark.parametrize(
@@ -348,9 +367,10 @@ def test_routers_that_are_not_expected_are_refused():
     ],
 )
 def test_configurations_that_hide_the_logits_are_refused(field, value, message):
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.router.capture import RouterCapture, RouterError
 
     _, megatron_config, (chunk,) = build_tiny(tiny_config())
     setattr(megatron_config, field, value)
     with pytest.raises(RouterError, match=message):
-        RouterCapture([chunk], [[1, 2]])
+        RouterCapture(routers_of([chunk]), [[1, 2]])

@@ -80,10 +80,10 @@ TOKENS = torch.randint(64, (ROOM,), generator=torch.Generator().manual_seed(5))
 
 
 def forward(chunk, tokens=TOKENS):
-    from megatron_rl.models.attention import packed_layout
+    from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
 
-    return forward_row(chunk, tokens, packed_layout(LENGTHS, ROOM, CPU))
+    return forward_row(chunk, tokens, packed_placement(LENGTHS, ROOM, CPU))
 
 
 def judge(chunk, model, routes):
@@ -139,7 +139,7 @@ def test_replayed_experts_give_the_outputs_and_gradients_of_the_loop(model, reco
 
     chunk, _ = build(model, recompute)
     free = forward(chunk).detach()
-    replay = RouteReplay([chunk])
+    replay = RouteReplay([routers_of(chunk)])
     with replay.routes(0, routes):
         output = forward(chunk)
     torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5)
@@ -162,7 +162,7 @@ def test_routers_choose_for_themselves_where_no_expert_is_known(model):
 
     chunk, config = build(model)
     layers = sorted(routers_of(chunk))
-    capture, replay = RouterCapture([chunk], [layers]), RouteReplay([chunk])
+    capture, replay = RouterCapture([routers_of(chunk)], [layers]), RouteReplay([routers_of(chunk)])
     known = torch.rand(ROOM, generator=torch.Generator().manual_seed(7)) > 0.4
     routes = any_routes(chunk, 3)
     garbage = {n: torch.where(known[:, None], ids, 0) for n, ids in routes.items()}
@@ -224,7 +224,9 @@ def test_routes_of_some_tokens_are_refused_where_gradients_are_wanted():
 
     chunk, _ = build()
     with pytest.raises(RouterError, match="routes of some tokens in a pass with gradients"):
-        with RouteReplay([chunk]).routes(0, any_routes(chunk, 1), torch.ones(ROOM).bool()):
+        with RouteReplay([routers_of(chunk)]).routes(
+            0, any_routes(chunk, 1), torch.ones(ROOM).bool()
+        ):
             pass
 
 
@@ -235,7 +237,7 @@ def test_recomputation_takes_the_experts_of_its_own_micro_batch():
     results = []
     for recompute in ("none", "full"):
         chunk, _ = build(recompute=recompute, layers=3)
-        replay = RouteReplay([chunk])
+        replay = RouteReplay([routers_of(chunk)])
         outputs = []
         for number in range(3):
             with replay.routes(0, any_routes(chunk, number)):
@@ -256,7 +258,7 @@ def test_nothing_is_queued_where_nothing_is_recomputed():
 
     for recompute, grad in (("none", True), ("selective", True), ("full", False)):
         chunk, _ = build(recompute=recompute)
-        replay = RouteReplay([chunk])
+        replay = RouteReplay([routers_of(chunk)])
         with torch.set_grad_enabled(grad), replay.routes(0, any_routes(chunk, 1)):
             forward(chunk)
         for router in routers_of(chunk).values():
@@ -270,7 +272,7 @@ def test_a_missing_recomputation_is_an_error_and_leaves_the_routers_free():
     from megatron_rl.router.replay import RouteReplay
 
     chunk, _ = build(recompute="full")
-    replay = RouteReplay([chunk])
+    replay = RouteReplay([routers_of(chunk)])
     with replay.routes(0, any_routes(chunk, 1)):
         forward(chunk)
     with pytest.raises(RouterError, match=r"no recomputation has taken, by layer: \{1: 1, 2: 1\}"):
@@ -286,7 +288,7 @@ def test_the_capture_sees_the_replayed_experts():
     from megatron_rl.router.replay import RouteReplay
 
     chunk, _ = build()
-    capture, replay = RouterCapture([chunk], [[1, 2]]), RouteReplay([chunk])
+    capture, replay = RouterCapture([routers_of(chunk)], [[1, 2]]), RouteReplay([routers_of(chunk)])
     routes = any_routes(chunk, 2)
     with torch.no_grad(), replay.routes(0, routes), capture.record(0) as trace:
         forward(chunk)
@@ -301,7 +303,7 @@ def test_other_models_of_the_process_are_left_alone():
     other, _ = build()
     free = forward(other).detach()
     chunk, _ = build()
-    replay = RouteReplay([chunk])
+    replay = RouteReplay([routers_of(chunk)])
     with replay.routes(0, any_routes(chunk, 2)):
         assert torch.equal(forward(other), free)
     replay.finish()
@@ -312,7 +314,7 @@ def test_routes_that_do_not_fit_are_refused():
     from megatron_rl.router.replay import RouteReplay
 
     chunk, _ = build()
-    replay, routes = RouteReplay([chunk]), any_routes(chunk, 1)
+    replay, routes = RouteReplay([routers_of(chunk)]), any_routes(chunk, 1)
     with pytest.raises(RouterError, match=r"routes of layers \[1\]; expected \[1, 2\]"):
         with replay.routes(0, {1: routes[1]}):
             pass
@@ -321,4 +323,4 @@ def test_routes_that_do_not_fit_are_refused():
             pass
     without, _ = build(replay=False)
     with pytest.raises(RouterError, match="layer 1 was built without moe_enable_routing_replay"):
-        RouteReplay([without])
+        RouteReplay([routers_of(without)])

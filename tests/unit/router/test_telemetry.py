@@ -51,8 +51,8 @@ def test_sums_of_all_ranks_become_means_of_layers_and_of_the_model():
                 "router/distance_max/layer_00": 1.5,  # 9.0 is masked
                 "router/distance_max/layer_02": 0.5,
                 "router/distance_max": 1.5,
-                "router/shift_mean/layer_00": (math.exp(-0.5) + math.exp(-1.5)) / 2,
-                "router/shift_mean/layer_02": (math.exp(-0.5) + 1.0) / 2,
+                "router/raw_gamma_mean/layer_00": (math.exp(-0.5) + math.exp(-1.5)) / 2,
+                "router/raw_gamma_mean/layer_02": (math.exp(-0.5) + 1.0) / 2,
                 "router/floor_fraction/layer_00": 1.0,  # exp(-0.5) = 0.61
                 "router/floor_fraction/layer_02": 0.5,
                 "router/top_k_overlap/layer_00": 0.75,

@@ -13,7 +13,7 @@ from tests.support.tiny import cpu_device
 from tests.support.whole_runs import checkpoints, run_config, run_here, terminate
 from tests.unit.observe.test_writers import _fill
 
-#: Tokens of a wave after which a signal has been heard; without it a wave has 23.
+#: Tokens of a batch after which a signal has been heard; without it a batch has 23.
 HEARD_WITHIN = 8
 
 
@@ -22,12 +22,12 @@ def whole(tmp_path_factory):
     """The directory of a run that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("whole")
     complete, tokens = run_here(run_config(run_dir))
-    assert complete and tokens > 2 * HEARD_WITHIN  # a wave is long enough for it to be seen
+    assert complete and tokens > 2 * HEARD_WITHIN  # a batch is long enough for it to be seen
     assert [("eval/pass@1" in record) for record in reproducible(run_dir)] == [1, 0, 1, 0, 1]
     return run_dir
 
 
-#: wave that the signal comes in -> (what is said, checkpoints, step of the last record)
+#: batch that the signal comes in -> (what is said, checkpoints, step of the last record)
 STOPS = {
     2: ("stopped after step 0; run the same command to continue", [], None),
     5: ("stopped after step 1; run the same command to continue", ["step_1"], 1),
@@ -37,10 +37,10 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("wave", STOPS)
-def test_a_signal_is_heard_in_a_rollout_and_in_an_evaluation(tmp_path, whole, capsys, wave):
-    said, there, last = STOPS[wave]
-    complete, tokens = run_here(run_config(tmp_path), {wave: terminate})
+@pytest.mark.parametrize("batch", STOPS)
+def test_a_signal_is_heard_in_a_rollout_and_in_an_evaluation(tmp_path, whole, capsys, batch):
+    said, there, last = STOPS[batch]
+    complete, tokens = run_here(run_config(tmp_path), {batch: terminate})
     assert not complete and tokens <= HEARD_WITHIN
     assert capsys.readouterr().out.splitlines()[-1] == said
     assert checkpoints(tmp_path) == there
@@ -49,7 +49,7 @@ def test_a_signal_is_heard_in_a_rollout_and_in_an_evaluation(tmp_path, whole, ca
     # Of the evaluation that was given up nothing is recorded.
     names = {name.partition("/")[0] for record in written[-1:] for name in record}
     measured = {name for record in records(tmp_path / "metrics.jsonl")[-1:] for name in record}
-    if wave != 5:
+    if batch != 5:
         assert "eval" not in names and "time/eval_s" not in measured
     complete, _ = run_here(run_config(tmp_path))
     assert complete
@@ -68,7 +68,7 @@ def test_the_best_checkpoint_is_known_after_an_evaluation_was_made_up_for(tmp_pa
     config = run_config(tmp_path, checkpoint={"keep_best": 1, "best_metric": "eval/pass@1"})
     run_here(config, {7: terminate})
     assert score_of(tmp_path / "checkpoints" / "step_2") is None
-    run_here(config, {4: terminate})  # the first wave after those of the evaluation
+    run_here(config, {4: terminate})  # the first batch after those of the evaluation
     score = score_of(tmp_path / "checkpoints" / "step_2")
     assert score == reproducible(tmp_path)[2]["eval/pass@1"]
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
-from megatron_rl.weights.companions import keep_companions
+from megatron_rl.weights.side_files import keep_side_files
 from tests.support.tiny import cpu_device
 
 
@@ -21,8 +21,8 @@ def folder(tmp_path):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     for name in ("run", "other"):
         (tmp_path / name / "checkpoints" / "step_4").mkdir(parents=True)
-    keep_companions(model, tmp_path / "run", (2, 7, 9))
-    keep_companions(None, tmp_path / "other", (3,))
+    keep_side_files(model, tmp_path / "run", (2, 7, 9))
+    keep_side_files(None, tmp_path / "other", (3,))
     return tmp_path
 
 

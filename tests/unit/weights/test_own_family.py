@@ -32,7 +32,7 @@ def models(tmp_path_factory):
 def trained(directory, family, target):
     """The tensors and config.json of an export after one step; the loss before it."""
     from megatron_rl.weights.export import export_model
-    from megatron_rl.weights.load import load_hf_weights
+    from megatron_rl.weights.from_hugging_face import load_hf_weights
 
     model = {**read_hf_config(directory, family), "family": family, "init_std": 0.02}
     training = build_training(tiny_config(model=model))

@@ -25,7 +25,8 @@ import numpy as np
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call, ExpertShape, check_answers
+from megatron_rl.rollout.servers.answer_checks import ExpertShape, check_answers
+from megatron_rl.rollout.servers.api import Answer, BadAnswer, Call
 from megatron_rl.rollout.servers.exchange import ask_once, parse_json
 from megatron_rl.rollout.servers.sglang import SglangApi
 from megatron_rl.rollout.servers.vllm import VllmApi
@@ -225,8 +226,8 @@ def judging(folder: Path) -> Iterator[Judge]:
 
 
 def _read(server: str, data: bytes) -> list[Answer]:
-    """Read a response like the engine."""
-    answers = _APIS[server].answers(parse_json(data))
+    """As the engine reads a response."""
+    answers = _APIS[server].read_answers(parse_json(data))
     check_answers(answers, _PROMPT, _SETTINGS, _STOPS, _VOCABULARY, _VERSIONS)
     for answer in answers:
         _SHAPE.of_moe_layers(answer.routed_experts, 2 + len(answer.tokens) - 1)

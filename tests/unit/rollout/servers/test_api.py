@@ -1,4 +1,4 @@
-"""What counts as an answer."""
+"""Checks of answers, continued answers, sizes of responses and seeds."""
 
 import base64
 import dataclasses
@@ -9,15 +9,9 @@ import pytest
 
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from megatron_rl.rollout.servers.api import (
-    LEAST_LOGPROB,
-    Answer,
-    BadAnswer,
-    ExpertShape,
-    answer_seed,
-    check_answers,
-    most_bytes,
-)
+from megatron_rl.rollout.servers.answer_checks import LEAST_LOGPROB, ExpertShape, check_answers
+from megatron_rl.rollout.servers.answer_requests import answer_seed, most_bytes
+from megatron_rl.rollout.servers.api import Answer, BadAnswer
 
 PROMPT = Prompt(3, np.array([5, 6, 7]), "", {})
 SETTINGS = SamplingSettings(samples=2, max_new_tokens=3)
@@ -78,7 +72,7 @@ def test_any_of_several_stop_tokens_ends_an_answer():
 
 
 def test_the_last_token_that_is_allowed_may_be_a_stop_token():
-    """Whether a server then calls it stopped or cut."""
+    """Whether the server calls the answer stopped or cut makes no difference."""
     check(CUT, dataclasses.replace(CUT, stopped=False))
 
 
@@ -96,7 +90,8 @@ def test_an_answer_may_be_broken_off_where_it_can_go_on():
 
 
 def test_a_rest_is_put_behind_what_there_was():
-    """Experts are those of the pass that drew the token behind them: 3 + 2 - 1 of the first."""
+    """A token has the experts of the weights that sampled the token behind it: 3 + 2 - 1 of the
+    first part."""
     first = Answer(
         np.array([4, 2]), np.array([-0.5, -1.0]), False, ("7",), np.full((4, 2, 2), 7), True
     )
@@ -132,7 +127,7 @@ def test_versions_of_an_answer_follow_each_other():
 
 
 def test_the_least_log_probability_is_that_of_the_least_number():
-    """What a float32 sampler gives a probability is taken; less than half of that is 0 in it."""
+    """The least positive float32 is accepted; less than half of it is 0 for a sampler."""
     least = float(np.log(np.nextafter(np.float32(0), np.float32(1), dtype=np.float32)))
     check(ENDED, dataclasses.replace(ENDED, logprobs=np.array([least, -1.0], np.float32)))
     assert LEAST_LOGPROB < least and np.exp(np.float32(LEAST_LOGPROB)) == 0.0
@@ -180,7 +175,7 @@ def test_a_response_can_be_as_large_as_answers_are_and_no_larger():
 
 
 def test_a_rest_of_nothing_has_its_own_experts_alone():
-    """What was broken off before its first token may have experts of any shape."""
+    """An answer aborted before its first token may have experts of any shape."""
     nothing = Answer(np.zeros(0, int), np.zeros(0), False, (), np.zeros((1, 9, 9)), True)
     rest = Answer(np.array([3, 1]), np.array([-2.0, -3.0]), True, ("8",), np.full((4, 2, 2), 8))
     assert nothing.continued(rest, prompt_length=3).routed_experts is rest.routed_experts

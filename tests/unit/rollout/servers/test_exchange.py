@@ -14,9 +14,10 @@ from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers import pool as pool_module
 from megatron_rl.rollout.servers import process
-from megatron_rl.rollout.servers.api import BadAnswer, Call, NoAnswer, check_answers
+from megatron_rl.rollout.servers.answer_checks import check_answers
+from megatron_rl.rollout.servers.api import BadAnswer, Call, NoAnswer
 from megatron_rl.rollout.servers.exchange import ask_once, parse_json
-from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.pool import Request, ServerPool
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model, wait_for
 from tests.support.raw_server import RawServer, response, sending, silence
@@ -26,14 +27,14 @@ MIB = 1 << 20
 
 
 def ask(behaviour, seconds=60.0, key=None):
-    """The body, and the server that was asked for it."""
+    """The body of a response, and the server."""
     with RawServer(behaviour) as server:
         call = Call("/collective_rpc", {"method": "load", "args": []})
         return ask_once(server.url, call, key=key, seconds=seconds), server
 
 
 def refusal(behaviour, seconds=60.0):
-    """What is said of a server, and the server."""
+    """The message of a `BadAnswer`, and the server."""
     with RawServer(behaviour) as server:
         with pytest.raises(BadAnswer) as error:
             ask_once(server.url, Call("/collective_rpc", {}), key=None, seconds=seconds)
@@ -41,7 +42,7 @@ def refusal(behaviour, seconds=60.0):
 
 
 def byte_by_byte(data, from_byte):
-    """Whole up to a byte, and then one every 0.2 s."""
+    """Sends the beginning at once, and then a byte every 0.2 s."""
     return sending([data[:from_byte], *(bytes([b]) for b in data[from_byte:])], pause=0.2)
 
 
@@ -80,31 +81,31 @@ WHOLE = response(GOOD, "Content-Type: application/json")
     ids=["silent", "status line", "headers", "body", "interim responses", "refusal"],
 )
 def test_the_deadline_is_of_the_whole_exchange(behaviour):
-    """Every byte is there long before a limit of its own would be over."""
+    """Each byte comes soon enough for a timeout of a single read."""
     said, _ = refusal(behaviour, seconds=0.7)
     assert said == "/collective_rpc was not answered in full within 0.7 s"
 
 
 def test_a_server_that_drips_is_not_waited_for(monkeypatch):
-    """The other one answers, if not at once; a byte comes every 0.2 s."""
-    monkeypatch.setattr(pool_module, "LONGEST_REST_S", 0.1)
+    """The other server answers every request, some at the second try."""
+    monkeypatch.setattr(pool_module, "LONGEST_BACKOFF_S", 0.1)
     prompts = [Prompt(i, np.array([i, 2]), "", {}) for i in range(4)]
     settings, api, told = SamplingSettings(2, 5), VllmApi("load"), []
 
-    def question(prompt):
+    def request(prompt):
         def read(payload):
-            check_answers(api.answers(payload), prompt, settings, (1,), 16, ["default"])
+            check_answers(api.read_answers(payload), prompt, settings, (1,), 16, ["default"])
             return prompt.index
 
-        return Question(api.generation(prompt, settings, prompt.index, (1,)), read)
+        return Request(api.generate_call(prompt, settings, prompt.index, (1,)), read)
 
     with RawServer(byte_by_byte(WHOLE, 0)) as slow, FakeServer(toy_model()) as good:
         urls = [slow.url, good.url]
-        pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=1000, say=told.append)
-        assert pool.ask([question(prompt) for prompt in prompts]) == [0, 1, 2, 3]
+        pool = ServerPool(urls, in_flight=2, deadline_s=1.0, retries=1000, warn=told.append)
+        assert pool.ask([request(prompt) for prompt in prompts]) == [0, 1, 2, 3]
         assert len(slow.asked) >= 1 and pool.take_failures() >= 1
         with pytest.raises(NoAnswer, match="/inference/v1/generate was not answered in full wit"):
-            pool.ask_one(slow.url, question(prompts[0]))  # as weights are sent, and probed
+            pool.ask_one(slow.url, request(prompts[0]))  # as weights are sent, and probed
     late = [line for line in told if line.startswith(f"rollout server {slow.url}")]
     assert late and all("not answered in full within 1 s; asking again" in line for line in late)
 
@@ -127,12 +128,12 @@ def test_a_health_check_has_a_deadline_too(tmp_path, monkeypatch):
 def test_a_pool_that_is_closed_does_not_wait_for_its_servers(on):
     ended = []
     with RawServer(silence) as server:
-        pool = ServerPool([server.url], in_flight=1, deadline_s=600.0, retries=0, say=print)
-        question = Question(Call("/pause", {}), lambda payload: None)
+        pool = ServerPool([server.url], in_flight=1, deadline_s=600.0, retries=0, warn=print)
+        request = Request(Call("/pause", {}), lambda payload: None)
 
         def wait():
             with pytest.raises(RunFailed, match="the rollout servers are not asked any more"):
-                pool.ask([question]) if on == "ask" else pool.ask_one(server.url, question)
+                pool.ask([request]) if on == "ask" else pool.ask_one(server.url, request)
             ended.append(True)
 
         asking = threading.Thread(target=wait, daemon=True)
@@ -142,11 +143,11 @@ def test_a_pool_that_is_closed_does_not_wait_for_its_servers(on):
         asking.join(30.0)
         assert ended == [True]
         with pytest.raises(RunFailed, match="not asked any more"):
-            pool.ask_one(server.url, question)
+            pool.ask_one(server.url, request)
 
 
 def peak_of(function):
-    """What it gives, and the most memory that Python held meanwhile beyond that before, bytes."""
+    """What the function returns, and by how many bytes Python's memory grew at most."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -192,12 +193,12 @@ def test_nothing_is_unpacked():
         assert peak < 24 * MIB
     body, _ = ask(sending([response(GOOD, "Content-Encoding: identity")]))
     assert body == GOOD
-    with pytest.raises(BadAnswer, match="no JSON"):  # and not guessed from the bytes
+    with pytest.raises(BadAnswer, match="no JSON"):  # gzip is not detected from the bytes
         parse_json(ask(sending([response(bomb[:1000])]))[0])
 
 
 def test_a_redirection_is_no_success_and_is_not_followed():
-    """A new version that a redirection "took" would be believed."""
+    """Else a server that redirects a change of weights would seem to have made it."""
     with RawServer(sending([response(GOOD)])) as other:
         for status in ("301 Moved", "302 Found", "307 Temporary", "308 Permanent", "304 Same"):
             answer = response(b"", f"Location: {other.url}/collective_rpc", status=status)
@@ -288,7 +289,7 @@ def test_a_text_does_not_become_twenty_times_as_large(one):
             parse_json(text)
 
     assert peak_of(read)[1] < MIB
-    entries = [[-1.5, 3, None]] * 16_000  # and as many as there may be are read
+    entries = [[-1.5, 3, None]] * 16_000  # as many as allowed are read
     assert len(parse_json(json.dumps(entries).encode())) == 16_000
 
 
@@ -296,7 +297,7 @@ def test_json_is_read():
     assert parse_json(b'{"a": [1, -2.5, null, true, "\\u00e4\xc3\xa4"]}') == {
         "a": [1, -2.5, None, True, "ää"]
     }
-    assert parse_json(b"") is None  # as some calls are answered
+    assert parse_json(b"") is None  # some calls have an empty response
 
 
 def test_a_server_that_is_not_there_is_no_answer():

@@ -1,4 +1,4 @@
-"""Who may ask a server, and where servers listen."""
+"""Keys of servers, and the addresses they listen on."""
 
 import asyncio
 import dataclasses
@@ -15,19 +15,17 @@ import pytest
 from megatron_rl.config.schema import Config
 from megatron_rl.device.launch import Launch
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.servers import broadcast, guard, keyed
+from megatron_rl.rollout.servers import addresses, extension, guard, key_middleware, sglang_launcher
+from megatron_rl.rollout.servers.addresses import as_url, listening, own_address
 from megatron_rl.rollout.servers.api import BadAnswer, Call
 from megatron_rl.rollout.servers.exchange import ask_once
 from megatron_rl.rollout.servers.keys import (
     KEY_VARIABLE,
-    as_url,
     check_key,
     given_key,
-    listening,
     new_key,
-    own_address,
 )
-from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.pool import Request, ServerPool
 from megatron_rl.tasks.build import _meeting
 from tests.support.fake_server import FakeServer, toy_model
 
@@ -75,10 +73,10 @@ def test_every_call_carries_the_key():
     """A server with a key answers 401 to any other."""
     with FakeServer(toy_model()) as server:
         server.key = new_key()
-        call = Question(Call("/reset_prefix_cache", {}), lambda payload: payload)
+        call = Request(Call("/reset_prefix_cache", {}), lambda payload: payload)
         for key, allowed in ((server.key, True), (None, False), (server.key[:-1], False)):
             pool = ServerPool(
-                [server.url], in_flight=1, deadline_s=60.0, retries=0, say=print, key=key
+                [server.url], in_flight=1, deadline_s=60.0, retries=0, warn=print, key=key
             )
             if allowed:
                 assert pool.ask([call]) == [pool.ask_one(server.url, call)]
@@ -87,11 +85,12 @@ def test_every_call_carries_the_key():
                 pool.ask_one(server.url, call)
 
 
-# -- the guard of vLLM ----------------------------------------------------------------------------
+# -- the middleware of vLLM -----------------------------------------------------------------------
 
 
 def guarded(monkeypatch, kind, *headers, key="Key-1"):
-    """What an application behind the guard is asked, and what is sent in its place."""
+    """How many requests reach the application behind the middleware, and what the middleware
+    sends itself."""
     monkeypatch.setenv(KEY_VARIABLE, key)
     asked, sent = [], []
 
@@ -104,14 +103,14 @@ def guarded(monkeypatch, kind, *headers, key="Key-1"):
     scope = {"type": kind, "path": "/collective_rpc", "method": "OPTIONS"}
     if kind != "lifespan":
         scope["headers"] = list(headers)
-    asyncio.run(guard.Guard(application)(scope, None, send))
+    asyncio.run(key_middleware.KeyMiddleware(application)(scope, None, send))
     return len(asked), sent
 
 
 RIGHT = (b"authorization", b"Bearer Key-1")
 
 
-def test_the_guard_lets_those_in_who_have_the_key(monkeypatch):
+def test_the_middleware_lets_those_in_who_have_the_key(monkeypatch):
     assert guarded(monkeypatch, "http", (b"host", b"x"), RIGHT) == (1, [])
     assert guarded(monkeypatch, "websocket", RIGHT) == (1, [])
     assert guarded(monkeypatch, "lifespan") == (1, [])  # the server's own start
@@ -133,7 +132,7 @@ def test_the_guard_lets_those_in_who_have_the_key(monkeypatch):
         [(b"x-authorization", b"Bearer Key-1")],
     ],
 )
-def test_the_guard_keeps_all_others_out_of_every_route(monkeypatch, headers):
+def test_the_middleware_keeps_all_others_out_of_every_route(monkeypatch, headers):
     asked, (start, body) = guarded(monkeypatch, "http", *headers)
     assert asked == 0 and start["status"] == 401
     assert json.loads(body["body"]) == {"error": "the key of this server is missing or another"}
@@ -147,24 +146,28 @@ def test_without_a_key_a_guarded_server_does_not_start(monkeypatch):
     for key in ("", None):
         monkeypatch.setenv(KEY_VARIABLE, "") if key == "" else monkeypatch.delenv(KEY_VARIABLE)
         with pytest.raises(RuntimeError, match=f"{KEY_VARIABLE} is not set"):
-            guard.Guard(None)
-    assert guard.KEY_VARIABLE == KEY_VARIABLE
+            key_middleware.KeyMiddleware(None)
+    assert key_middleware.KEY_VARIABLE == KEY_VARIABLE
+
+
+def test_the_former_name_of_the_middleware_still_works():
+    assert guard.Guard is key_middleware.KeyMiddleware
 
 
 # -- SGLang ---------------------------------------------------------------------------------------
 
 
 def test_a_key_is_given_inside_the_process_alone(tmp_path):
-    """To a module that a package of this name beside `keyed.py` does not hide."""
+    """The file sglang.py beside `sglang_launcher.py` does not hide the package sglang."""
     (tmp_path / "sglang").mkdir()
     (tmp_path / "sglang" / "launch_server.py").write_text(
         "import json, sys\n"
         "words = open('/proc/self/cmdline').read().split('\\0')\n"
         "print(json.dumps([__name__, sys.argv[1:], words]))\n"
     )
-    words = [sys.executable, keyed.__file__, "sglang.launch_server", "--port", "1"]
+    argv = [sys.executable, sglang_launcher.__file__, "sglang.launch_server", "--port", "1"]
     environment = {**os.environ, KEY_VARIABLE: "Key-1"}
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, check=True)
+    done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, check=True)
     name, arguments, seen = json.loads(done.stdout)
     assert name == "__main__" and arguments == ["--port", "1", "--api-key", "Key-1"]
     assert "--port" in seen and "Key-1" not in " ".join(seen)
@@ -179,12 +182,12 @@ def named(monkeypatch, *addresses):
 
 
 def test_the_address_is_one_that_others_reach(monkeypatch):
-    monkeypatch.setattr("megatron_rl.rollout.servers.keys._is_ours", lambda a: a != "10.0.0.9")
+    monkeypatch.setattr(addresses, "_is_ours", lambda a: a != "10.0.0.9")
     named(monkeypatch, "127.0.1.1", "10.0.0.9", "10.0.0.1")
     assert own_address("node0") == "10.0.0.1"
     named(monkeypatch, "127.0.0.1")
     assert own_address("localhost") == own_address("127.0.0.1") == "127.0.0.1"
-    named(monkeypatch, "127.0.1.1", "127.0.1.1")  # as Debian names a machine to itself
+    named(monkeypatch, "127.0.1.1", "127.0.1.1")  # as /etc/hosts has it on Debian
     with pytest.raises(UserError, match="^the address node0 where the ranks meet means 127.0.1.1"):
         own_address("node0")
     named(monkeypatch, "10.0.0.9")
@@ -210,7 +213,7 @@ def test_urls_of_addresses():
 
 
 def listeners(port):
-    """Addresses at which this machine listens on a port, as the kernel has them."""
+    """The addresses that this machine listens on at a port, from the kernel."""
     found = []
     for file in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(file).read_text().splitlines()[1:]:
@@ -227,10 +230,10 @@ def test_what_listens_does_so_on_one_address():
 
 
 def test_the_store_of_a_broadcast_listens_on_one_address():
-    store = broadcast._store("127.0.0.1", timedelta(seconds=30))
+    store = extension.open_store("127.0.0.1", timedelta(seconds=30))
     assert listeners(store.port) == ["0100007F"]
     store.set("key", "value")
-    other = broadcast.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    other = extension.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
     assert other.get("key") == b"value"
 
 

@@ -1,4 +1,4 @@
-"""Servers of our own start, and end: with the run, however that ends."""
+"""A run's own servers start, and end with the run, even if it is killed."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from megatron_rl.rollout.servers.process import ServerProcess
 from tests.support.fake_server import wait_for
 from tests.support.runs import ROOT
 
-#: Serves /health, and has a child that would outlive it.
+#: A server with /health, and with a child process that would outlive it.
 SERVER = textwrap.dedent("""\
     import http.server, subprocess, sys
 
@@ -56,7 +56,7 @@ def test_it_serves_and_stops_with_all_it_started(process):
     process.wait_until_ready(120.0)
     assert process.is_running
     started = processes_of(process.pid)
-    assert len(started) == 3  # leash, server, its child
+    assert len(started) == 3  # supervisor, server, its child
     process.stop()
     wait_for(gone(started))
     assert not process.is_running
@@ -74,7 +74,7 @@ def test_its_environment_and_output(process, tmp_path):
 
 
 def test_a_server_that_cannot_be_ended_is_given_up(process, monkeypatch):
-    """As one that hangs in a driver: signals do nothing."""
+    """Signals do nothing, as with a process that hangs in a driver."""
     monkeypatch.setattr(server_process, "GRACE_S", 0.2)
     monkeypatch.setattr(server_process, "KILLED_S", 0.2)
     process.start([sys.executable, "-c", "import time; time.sleep(600)"], {})

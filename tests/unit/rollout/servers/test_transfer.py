@@ -1,4 +1,4 @@
-"""vLLM's own weight transfer: its routes in their order, and every weight bit for bit."""
+"""vLLM's own weight transfer: its calls in order, and every weight bit for bit."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from megatron_rl.rollout.servers import broadcast
 from megatron_rl.rollout.servers.api import BadAnswer, NoAnswer
 from megatron_rl.rollout.servers.broadcast import WeightBroadcast
-from megatron_rl.rollout.servers.pool import Question, ServerPool
+from megatron_rl.rollout.servers.pool import Request, ServerPool
 from megatron_rl.rollout.servers.transfer import PACKED_BYTES, offers_transfer
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model
@@ -24,8 +24,8 @@ def servers():
 
 
 def asking(server):
-    pool = ServerPool([server.url], in_flight=1, deadline_s=60.0, retries=0, say=print)
-    return lambda call, read: pool.ask_one(server.url, Question(call, read))
+    pool = ServerPool([server.url], in_flight=1, deadline_s=60.0, retries=0, warn=print)
+    return lambda call, read: pool.ask_one(server.url, Request(call, read))
 
 
 def joined(*servers):
@@ -58,7 +58,7 @@ def test_all_weights_arrive_in_batches_and_again_with_the_next_update(servers, m
         for server in servers:
             same(server.transfer.weights, weights(count))
     asked = servers[0].transfer.asked
-    # the first is with an id that is none: it asks whether there is a transfer
+    # the first call has a malformed id: it asks whether there is a transfer
     assert asked[:3] == ["/init_weight_transfer_engine", "/get_world_size", asked[0]]
     first = asked[3 : asked.index(FINISH) + 1]
     assert first == [START, *[UPDATE] * (len(first) - 2), FINISH] and len(first) > 4
@@ -96,7 +96,7 @@ def test_a_batch_is_what_the_workers_take_for_one_broadcast():
 
 
 def test_a_count_that_is_none_is_refused():
-    assert API.count({"world_size": 4}) == 4
+    assert API.read_world_size({"world_size": 4}) == 4
     for payload in (None, {}, {"world_size": "many"}):
         with pytest.raises(BadAnswer, match="not a response of /get_world_size"):
-            API.count(payload)
+            API.read_world_size(payload)

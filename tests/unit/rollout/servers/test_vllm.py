@@ -1,4 +1,4 @@
-"""Requests to vLLM and its responses; these are of a vLLM 0.32 server."""
+"""vLLM's calls and responses, recorded from a vLLM 0.32 server."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ PROMPT = Prompt(0, np.array([5, 6]), "", {})
 
 
 def choice(index, tokens, logprobs, reason="length", experts=None):
-    """As recorded; unused fields of the record are left in."""
+    """A response as recorded, with the fields that we do not read."""
     content = [
         {
             "token_id": token,
@@ -41,7 +41,7 @@ def choice(index, tokens, logprobs, reason="length", experts=None):
 def test_answers_come_in_the_order_of_the_samples():
     first = choice(0, [0, 45, 76, 59], [-4.207874298095703, -3.13, -2.69, -6.16])
     second = choice(1, [103, 1], [-6.126885890960693, -0.25], "stop")
-    one, other = API.answers({"choices": [second, first], "usage": {"total_tokens": 32}})
+    one, other = API.read_answers({"choices": [second, first], "usage": {"total_tokens": 32}})
     assert one.tokens.tolist() == [0, 45, 76, 59] and not one.stopped
     assert one.logprobs.dtype == np.float32 and one.logprobs[0] == np.float32(-4.2078743)
     assert other.tokens.tolist() == [103, 1] and other.stopped
@@ -53,12 +53,12 @@ def test_experts_are_unpacked():
     file = io.BytesIO()
     np.save(file, experts)
     encoded = base64.b64encode(file.getvalue()).decode()
-    (answer,) = API.answers({"choices": [choice(0, [3, 4], [-1.0, -1.0], experts=encoded)]})
+    (answer,) = API.read_answers({"choices": [choice(0, [3, 4], [-1.0, -1.0], experts=encoded)]})
     np.testing.assert_array_equal(answer.routed_experts, experts)
 
 
 def npy(array, **changes):
-    """A file as NumPy writes it, in base64; with another header, or more behind it."""
+    """A NumPy file in base64, perhaps with another header or with more bytes behind it."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)
     data = file.getvalue()
@@ -105,15 +105,15 @@ BOMB = b"(" * 2000 + b")" * 2000
     ],
 )
 def test_what_is_no_array_of_experts_is_no_answer(encoded):
-    """The array is as large as what was sent, whatever its header says."""
+    """The header does not decide how large the array is."""
     with pytest.raises(BadAnswer, match="not a response of /inference/v1/generate .routed_exp"):
-        API.answers({"choices": [choice(0, [3, 4], [-1.0, -1.0], experts=encoded)]})
+        API.read_answers({"choices": [choice(0, [3, 4], [-1.0, -1.0], experts=encoded)]})
 
 
 def test_experts_of_every_type_that_vllm_sends():
     for dtype in (np.uint8, np.uint16, np.int32):
         payload = {"choices": [choice(0, [3, 4], [-1.0, -1.0], experts=npy(FEW.astype(dtype)))]}
-        (answer,) = API.answers(payload)
+        (answer,) = API.read_answers(payload)
         np.testing.assert_array_equal(answer.routed_experts, FEW)
         assert answer.routed_experts.dtype == dtype
 
@@ -122,14 +122,16 @@ SPANS = [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "e
 
 
 def test_versions_are_those_of_all_tokens():
-    (answer,) = API.answers(
+    (answer,) = API.read_answers(
         {"choices": [{**choice(0, [3, 4], [-1.0] * 2), "weight_versions": SPANS}]}
     )
     assert answer.versions == ("7", "8")
     for start, end in ((0, 2), (1, 3), (1, 1), (2, 2), (1, -1)):
         spans = [SPANS[0], {"version": "8", "start": start, "end": end}]
         with pytest.raises(BadAnswer, match="versions"):
-            API.answers({"choices": [{**choice(0, [3, 4], [-1.0] * 2), "weight_versions": spans}]})
+            API.read_answers(
+                {"choices": [{**choice(0, [3, 4], [-1.0] * 2), "weight_versions": spans}]}
+            )
 
 
 ONE = choice(0, [1], [-1.0])
@@ -151,7 +153,7 @@ CONTENT = ONE["logprobs"]["content"][0]
         {"token_ids": 1},
         {"token_ids": {"0": 1}},
         {"token_ids": [1.5] * 100_000},
-        {"token_ids": [2]},  # and the log-probability is of 1
+        {"token_ids": [2]},  # the log-probability is that of token 1
         {"finish_reason": None},
         {"finish_reason": "error"},
         {"finish_reason": "repetition"},
@@ -176,9 +178,9 @@ CONTENT = ONE["logprobs"]["content"][0]
     ],
 )
 def test_a_choice_has_exactly_these_types(wrong):
-    API.answers({"choices": [ONE]})
+    API.read_answers({"choices": [ONE]})
     with pytest.raises(BadAnswer) as error:
-        API.answers({"choices": [{**ONE, **wrong}]})
+        API.read_answers({"choices": [{**ONE, **wrong}]})
     assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
@@ -186,11 +188,11 @@ def test_choices_are_numbered_from_0_each_once():
     for numbers in ([0, 0], [1, 2], [0, 2]):
         choices = [choice(number, [1], [-1.0]) for number in numbers]
         with pytest.raises(BadAnswer, match="choices that are not numbered from 0"):
-            API.answers({"choices": choices})
+            API.read_answers({"choices": choices})
 
 
 def test_a_log_probability_that_no_float32_holds_is_infinite():
-    (answer,) = API.answers({"choices": [choice(0, [1, 2], [-1e300, 1e300])]})
+    (answer,) = API.read_answers({"choices": [choice(0, [1, 2], [-1e300, 1e300])]})
     assert answer.logprobs.tolist() == [-np.inf, np.inf]
 
 
@@ -199,18 +201,18 @@ def test_a_log_probability_that_no_float32_holds_is_infinite():
     [None, 3, [], {}, {"results": "ok"}, {"results": {}}, {"results": []}, {"results": [1] * 5000}],
 )
 def test_what_workers_did_not_say(payload):
-    assert API.results({"results": ["ok", {"a": 1}]}) == ["ok", {"a": 1}]
+    assert API.read_results({"results": ["ok", {"a": 1}]}) == ["ok", {"a": 1}]
     with pytest.raises(BadAnswer, match="not a response of /collective_rpc"):
-        API.results(payload)
+        API.read_results(payload)
 
 
 @pytest.mark.parametrize(
     "size", [None, 0, -1, 2.0, True, "4", 5000, float("inf"), 10**4000, [4]], ids=range(10)
 )
 def test_what_is_no_number_of_workers(size):
-    """It decides how many the trainer waits for."""
+    """The trainer waits for as many workers as there are results."""
     with pytest.raises(BadAnswer, match="not a response of /get_world_size"):
-        API.count({"world_size": size})
+        API.read_world_size({"world_size": size})
 
 
 @pytest.mark.parametrize(
@@ -229,12 +231,12 @@ def test_what_is_no_number_of_workers(size):
 )
 def test_anything_else_is_no_answer(payload):
     with pytest.raises(BadAnswer, match="not a response of /inference/v1/generate"):
-        API.answers(payload)
+        API.read_answers(payload)
 
 
 def test_what_is_asked():
     settings = SamplingSettings(4, 9, temperature=0.7, seed=3)
-    call = API.generation(PROMPT, settings, seed=11, stop_ids=(9, 1))
+    call = API.generate_call(PROMPT, settings, seed=11, stop_ids=(9, 1))
     assert call.path == "/inference/v1/generate" and call.body["token_ids"] == [5, 6]
     assert call.body["sampling_params"] == {
         "n": 4,
@@ -252,15 +254,15 @@ def test_what_is_asked():
 
 def test_greedy_is_temperature_0_without_cuts():
     settings = SamplingSettings(1, 9, top_p=0.9, top_k=5, greedy=True)
-    asked = API.generation(PROMPT, settings, seed=11, stop_ids=(9, 1)).body["sampling_params"]
+    asked = API.generate_call(PROMPT, settings, seed=11, stop_ids=(9, 1)).body["sampling_params"]
     assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.0, 1.0, 0)
 
 
 def test_a_choice_that_was_broken_off_says_so():
     api = VllmApi("load")
-    assert [call.path for call in api.interrupting()] == ["/pause?mode=abort"]
-    assert [call.path for call in api.resuming()] == ["/resume"]
-    payload = {  # as 0.32 answers a question that a pause has ended
+    assert [call.path for call in api.pause_calls()] == ["/pause?mode=abort"]
+    assert [call.path for call in api.resume_calls()] == ["/resume"]
+    payload = {  # the response of vLLM 0.32 to a request that a pause has aborted
         "choices": [
             {
                 "index": 0,
@@ -271,12 +273,12 @@ def test_a_choice_that_was_broken_off_says_so():
             }
         ]
     }
-    (answer,) = api.answers(payload)
+    (answer,) = api.read_answers(payload)
     assert answer.aborted and not answer.stopped and answer.versions == ("3",)
 
 
 def test_weights_are_read_then_the_cache_forgotten_then_the_version_told():
-    assert API.loading("/weights/version_3", "3") == (
+    assert API.load_calls("/weights/version_3", "3") == (
         Call("/collective_rpc", {"method": "reload_checkpoint", "args": ["/weights/version_3"]}),
         Call("/reset_prefix_cache", {}),
         Call("/update_weight_version", {"new_version": "3"}),

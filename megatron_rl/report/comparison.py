@@ -1,0 +1,130 @@
+"""Several runs side by side: one page with a table and a plot for each metric, a curve a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.errors import UserError
+from megatron_rl.report.page import write_figures, write_page
+from megatron_rl.report.plot_list import Plot
+from megatron_rl.report.run import COMPARISON_FILE, Run, read_run
+from megatron_rl.report.run_page import PLOTS_DIR, mean_at_k, points
+
+#: What is drawn, in order: file, metric, title, caption, percent.
+_COMPARED = (
+    ("solved", "reward/solved", "Solved", "Sampled completions of a step that are right.", True),
+    ("pass_at_1", "eval/pass@1", "Held-out, greedy", "pass@1 of the greedy answer.", True),
+    ("mean_at_k", "eval/mean@k", "Held-out, sampled", "mean@k of sampled answers.", True),
+    ("loss", "loss", "Loss", "Training loss, mean over the optimizer steps of a step.", False),
+    ("grad_norm", "grad_norm", "Gradient norm", "Global norm before clipping.", False),
+    ("clip_fraction", "clip_fraction", "Clipped", "Tokens whose ratio was clipped.", True),
+    ("kl_old", "kl_old", "Divergence", "KL(old || new) within a step, k3, nat.", False),
+    ("entropy", "entropy", "Entropy", "Of the policy over completion tokens, nat.", False),
+    (
+        "router_distance",
+        "router/distance_mean",
+        "Router distance",
+        "Mean over layers and tokens of |new - old| log-probability of the old experts.",
+        False,
+    ),
+    (
+        "top_k_overlap",
+        "router/top_k_overlap",
+        "Top-K overlap",
+        "Experts of the scoring pass that the updated router chooses again.",
+        True,
+    ),
+)
+
+
+def write_comparison(run_dirs: Sequence[Path], page: Path | None = None) -> Path:
+    """Compare two runs or more on one page, with its plots as PNG files beside it.
+
+    Args:
+        run_dirs: directories of runs; a curve is named by its run's path below the shared folder.
+        page: the HTML file to write; None: comparison.html in the deepest folder they share.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: a run cannot be read, is given twice, is inside another, or is the only one.
+    """
+    if len(run_dirs) < 2:
+        raise UserError(f"found {len(run_dirs)} runs to compare; expected 2 or more")
+    shared = Path(os.path.commonpath([path.resolve() for path in run_dirs]))
+    labels = [str(path.resolve().relative_to(shared)) for path in run_dirs]
+    if len(set(labels)) < len(labels) or "." in labels:
+        raise UserError(
+            f"found {', '.join(map(str, run_dirs))}; expected different runs, none inside another"
+        )
+    runs = dict(zip(labels, map(read_run, run_dirs), strict=True))
+    merged, plots = _merge(runs, shared)
+    page = page or shared / COMPARISON_FILE
+    figures = write_figures(plots, merged, page.with_name(f"{page.stem}_{PLOTS_DIR}"))
+    write_page(page, "Comparison", ", ".join(labels), [_table(runs), "<h2>Curves</h2>", figures])
+    return page
+
+
+def _merge(runs: dict[str, Run], shared: Path) -> tuple[Run, list[Plot]]:
+    """One run whose metrics are called "label: name", and plots that draw them."""
+    records = tuple(
+        {"step": record["step"], **{f"{label}: {name}": v for name, v in record.items()}}
+        for label, run in runs.items()
+        for record in run.records
+    )
+    plots = []
+    for file, name, title, caption, percent in _COMPARED:
+        curves = tuple((f"{label}: {name}", label) for label in runs)
+        log = name in ("grad_norm", "kl_old")
+        plots.append(Plot(file, title, caption, curves, percent=percent, log=log))
+    return Run(shared, {}, "", records, ()), plots
+
+
+def _table(runs: dict[str, Run]) -> str:
+    names = ["Run", "Loss", "Router shift", "Learning rate", "Steps", "pass@1", "mean@k"]
+    names += ["Largest gradient norm", "Largest KL", "Least mean raw gamma"]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    rows = "".join(_row(label, run) for label, run in runs.items())
+    return (
+        "<section class='samples'><h2>Runs</h2><div class='scroll'>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _row(label: str, run: Run) -> str:
+    cells = (
+        label,
+        run.over_time(lambda config: config.get("algorithm", {}).get("name", "")),
+        "yes" if run.series("router/raw_gamma_mean")[0] else "no",
+        run.over_time(lambda config: str(config.get("optimizer", {}).get("lr", ""))),
+        run.records[-1]["step"],
+        _gain(run, "eval/pass@1"),
+        _sampled_gain(run),
+        _extreme(run, "grad_norm", max),
+        _extreme(run, "kl_old", max),
+        _extreme(run, "router/raw_gamma_mean", min),
+    )
+    return f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
+
+
+def _gain(run: Run, name: str) -> str:
+    values = run.series(name)[1]
+    if not values:
+        return ""
+    before, after = values[0], values[-1]
+    return f"{100 * before:.1f}% to {100 * after:.1f}% ({points(before, after)})"
+
+
+def _sampled_gain(run: Run) -> str:
+    gain = _gain(run, "eval/mean@k")
+    return f"{mean_at_k(run)} {gain}" if gain else ""
+
+
+def _extreme(run: Run, name: str, choose: Callable[..., Any]) -> str:
+    values = run.series(name)[1]
+    return f"{choose(values):.3g}" if values else ""
