@@ -16,8 +16,8 @@ from megatron_rl.families.common.names import ROUTER, SHARED_GATE, layer_of
 if TYPE_CHECKING:
     from megatron_rl.models.parameters import ParameterView
 
-#: Weights that give a score per expert, or one in all: no maps from one hidden space to another.
-_SCORES = (ROUTER, SHARED_GATE)
+#: Gates: weights that give one number for each expert, or one number in all.
+_GATES = (ROUTER, SHARED_GATE)
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Matrix:
         return self.view.name
 
     @property
-    def scores(self) -> bool:
-        """Whether it is of a router, or of the gate of a shared expert."""
-        return (layer_of(self.name) or (0, ""))[1] in _SCORES
+    def is_gate(self) -> bool:
+        """Whether it belongs to a router or to the gate of a shared expert."""
+        return (layer_of(self.name) or (0, ""))[1] in _GATES
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view of this matrix (or slice) in a tensor shaped like the parameter."""
