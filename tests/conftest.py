@@ -1,6 +1,7 @@
 """Settings of the whole test suite."""
 
 import functools
+import gc
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish():
+    """Tests and modules stay to the end: the garbage collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
