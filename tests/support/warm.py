@@ -211,8 +211,10 @@ def _import() -> None:
 
     megatron_on_cpu.install()
     import matplotlib.pyplot
+    import numpy.random
     import rich.console
     import sentencepiece
+    import torch._dynamo  # the first optimizer imports it
     from transformers import AutoTokenizer
 
     import megatron_rl.rollout.builtin.generate
@@ -220,7 +222,7 @@ def _import() -> None:
     import megatron_rl.tasks.supervised  # noqa: F401
 
     # transformers imports what a name needs when it is first asked for.
-    assert AutoTokenizer and matplotlib and rich and sentencepiece
+    assert AutoTokenizer and matplotlib and numpy and rich and sentencepiece and torch
 
 
 def _become(request: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
