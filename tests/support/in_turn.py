@@ -12,11 +12,11 @@ import sys
 
 def main() -> int:
     from megatron_rl.cli import main as run
-    from megatron_rl.observe import report
+    from megatron_rl.report import run_page
 
-    plots, done = report.PLOTS, []
+    plots, done = run_page.PLOTS, []
     for words, all_plots in json.load(sys.stdin):
-        report.PLOTS = plots if all_plots else plots[:2]
+        run_page.PLOTS = plots if all_plots else plots[:2]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(words)

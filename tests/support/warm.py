@@ -126,10 +126,10 @@ def command(words: list[str], plots: bool) -> int:
     """The command line, in a copy."""
     sys.argv[1:] = words
     from megatron_rl.cli import main
-    from megatron_rl.observe import report
+    from megatron_rl.report import run_page
 
     if not plots:
-        report.PLOTS = report.PLOTS[:2]
+        run_page.PLOTS = run_page.PLOTS[:2]
     return main()
 
 
