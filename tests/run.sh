@@ -7,10 +7,10 @@
 # Without --python: .venv, made with $PYTHON, python3.11 or python3 (3.10 or newer) if it is missing.
 # With --python X (a command, a path, or a version such as 3.12): .venv-<version> of that interpreter.
 # --slow, --conversion, --fuzz and --servers run only the tests that the default leaves out: all layouts and variants,
-# nodes, hosts and Slurm; all Hugging Face families under all layouts; 10,000 hostile inputs of each kind (tools/fuzz);
-# RSPO with vLLM servers, whose environment is .venv-vllm. --gpu runs the tests on CUDA devices with the packages of
-# an existing interpreter (--python, $PYTHON or python3), because torch, megatron-core and Transformer Engine are the
-# machine's.
+# nodes, hosts and Slurm, and properties (Hypothesis) with many examples; all Hugging Face families under all layouts;
+# 10,000 hostile inputs of each kind (tools/fuzz); RSPO with vLLM servers, whose environment is .venv-vllm. --gpu runs
+# the tests on CUDA devices with the packages of an existing interpreter (--python, $PYTHON or python3), because torch,
+# megatron-core and Transformer Engine are the machine's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -55,15 +55,31 @@ if [ "$only" = servers ] && [ -z "${MEGATRON_RL_VLLM_PYTHON:-}" ]; then
     bash tools/setup_vllm_venv.sh .venv-vllm
     export MEGATRON_RL_VLLM_PYTHON=$PWD/.venv-vllm/bin/python
 fi
-bash tools/setup_venv.sh "$venv" test
+# Modules are compiled when they are first imported, and most of the libraries' never are.
+PIP_NO_COMPILE=1 bash tools/setup_venv.sh "$venv" test
 
 # One thread a process: the distributed tests start several, and more threads than cores only wait.
 export OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check --quiet .
-"$venv/bin/mypy" # the package, as pyproject.toml says; seconds after the first time, from .mypy_cache
+# The package, as pyproject.toml says, beside the tests: most of a minute the first time, seconds from .mypy_cache.
+types=$(mktemp)
+trap 'kill "$mypy" 2>/dev/null || :; rm -f "$types"' EXIT
+"$venv/bin/mypy" >"$types" 2>&1 &
+mypy=$!
 # Tests side by side, a worker for each core (-n 0: one after the other, in this process); not those that start vLLM.
 workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which takes them for the number of cores
 [ "$workers" -le 8 ] || workers=8
 [ "$only" != servers ] || workers=0
-exec "$venv/bin/python" -m pytest -n "$workers" --dist loadfile ${only:+-m "$only"} "$@"
+chosen=(${only:+-m "$only"})
+[ "$only" != slow ] || chosen=(-m "slow or hypothesis" --hypothesis-profile many)
+status=0
+"$venv/bin/python" -m pytest -n "$workers" --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@" || status=$?
+if wait "$mypy"; then
+    echo "mypy: $(tail -n 1 "$types")"
+else
+    cat "$types" >&2
+    echo "tests/run.sh: mypy has found errors" >&2
+    [ "$status" -ne 0 ] || status=1
+fi
+exit "$status"

@@ -42,10 +42,8 @@ fi
 pip() { "$venv/bin/python" -m pip "$@" --quiet --disable-pip-version-check; }
 has() { "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))' "$1"; }
 
-if ! has torch; then
-    echo "setup_venv: installing torch $TORCH into $venv" >&2
-    pip install "torch==$TORCH" || fail "pip could not install torch==$TORCH"
-fi
+wanted_packages=(-e "$root${extras:+[$extras]}")
+has torch || wanted_packages+=("torch==$TORCH")
 echo "setup_venv: installing megatron_rl${extras:+[$extras]} into $venv" >&2
-pip install -e "$root${extras:+[$extras]}" || fail "pip could not install megatron_rl${extras:+[$extras]}"
+pip install "${wanted_packages[@]}" || fail "pip could not install ${wanted_packages[*]}"
 printf '%s\n' "$wanted" >"$stamp"

@@ -49,9 +49,9 @@ class Interrupted:
             process.terminate()
             self.stopped = process.wait()
         self.checkpoints_of_stopped = self.checkpoints()
-        self.finished = succeed(*command, cwd=folder, ranks=2)
+        self.finished = succeed(*command, cwd=folder, ranks=2, plots=False)
         self.files_of_finished = self.files()
-        self.rerun = succeed(*command, cwd=folder, ranks=2)
+        self.rerun = succeed(*command, cwd=folder, ranks=2, plots=False)
 
     def checkpoints(self):
         """Names of the complete checkpoints."""

@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """Two steps of RSPO on two ranks from the model's weights, converted back to ``trained``."""
-    done = succeed("train", "rl.yaml", cwd=folder, ranks=2)
+    done = succeed("train", "rl.yaml", cwd=folder, ranks=2, plots=False)
     converted = succeed("convert", "runs/from_hf", "trained", "--verify", cwd=folder)
     return done, converted
 
@@ -100,7 +100,7 @@ def test_the_trained_model_answers_in_transformers_as_in_ours(folder, trained):
 def test_models_of_other_families_are_trained_and_answer_alike(tmp_path, variant):
     make_folder(tmp_path, variant)
     dense = "--parallel.expert=1 --algorithm.name=gmpo".split() if variant == "qwen3" else []
-    succeed("train", "rl.yaml", *dense, cwd=tmp_path, ranks=2)
+    succeed("train", "rl.yaml", *dense, cwd=tmp_path, ranks=2, plots=False)
     converted = succeed("convert", "runs/from_hf", "trained", "--verify", cwd=tmp_path)
     answers_alike(tmp_path, converted, "--algorithm.name=gmpo")
 
@@ -135,7 +135,7 @@ def one_line(done, message):
 
 def test_a_target_that_exists_is_kept(folder, trained):
     before = sorted(path.name for path in (folder / "trained").iterdir())
-    done = run("convert", "runs/from_hf", "trained", cwd=folder)
+    done = run("convert", "runs/from_hf", "trained", cwd=folder, warm=True)
     one_line(done, "trained exists already; expected a new directory")
     assert sorted(path.name for path in (folder / "trained").iterdir()) == before
 
@@ -220,7 +220,7 @@ MISTAKES = {
 def test_a_broken_source_is_named_and_nothing_is_written(folder, name):
     change, message = MISTAKES[name]
     broken(folder, change)
-    done = run("convert", "broken", "from_broken", cwd=folder)
+    done = run("convert", "broken", "from_broken", cwd=folder, warm=True)
     one_line(done, message)
     assert not [path.name for path in folder.iterdir() if "from_broken" in path.name]
 
@@ -249,7 +249,7 @@ def mounted(folder):
 )
 def test_a_target_without_room_or_permission(folder, trained, mounted, source, options, message):
     disk = mounted(options)
-    one_line(run("convert", source, "disk/out", cwd=folder), message)
+    one_line(run("convert", source, "disk/out", cwd=folder, warm=True), message)
     assert list(disk.iterdir()) == []
 
 

@@ -38,7 +38,7 @@ def done(folder, tmp_path_factory):
         ],
     }
     python = installed_in(tmp_path_factory.mktemp("installed"))
-    return run_in_turn(commands, mine, python), mine
+    return run_in_turn(commands, mine, python, plotted=["train", "turns"]), mine
 
 
 def test_its_loss_is_listed_and_its_settings_are_checked(done):

@@ -119,14 +119,14 @@ def test_another_seed_is_another_run(folder, rl_run, other_seed):
 def other_seed(folder, sft_run):
     """One step with another seed, and a learning rate that ruins the weights in it."""
     words = ["--run_dir", "runs/other_seed", "--seed", "2", "--optimizer.lr", "1e30"]
-    return run("train", "rl.yaml", *words, "--algorithm.mini_batches=1", cwd=folder, ranks=2)
+    words += ["--algorithm.mini_batches=1"]
+    return run("train", "rl.yaml", *words, cwd=folder, ranks=2, warm=True)
 
 
 def test_a_run_whose_answers_are_not_finite_ends_with_one_line_and_code_1(folder, other_seed):
-    assert other_seed.code == 1
+    assert other_seed.ranks == (1, 1)
     (line,) = other_seed.errors
     assert "error: the sampler's log-probabilities are not finite in " in line
-    assert "exitcode  : 1 " in other_seed.err and "exitcode  : 2 " not in other_seed.err
     assert not re.search(r"megatron_rl/(policy|tasks|run)/", other_seed.err)  # no traceback
     assert [r["step"] for r in records(folder / "runs" / "other_seed" / "metrics.jsonl")] == [0, 1]
     assert not list((folder / "runs" / "other_seed").glob("checkpoints/step_*"))
@@ -137,15 +137,15 @@ def ruined(folder, rl_run):
     """The finished run continued with a learning rate that ruins the weights."""
     words = ["train", "rl.yaml", "--run_dir", "runs/ruined"]
     subprocess.run(["cp", "-r", "runs/rl", "runs/ruined"], cwd=folder, check=True)
-    return run(*words, "--train.steps=10", "--optimizer.lr=1e30", cwd=folder, ranks=2)
+    words += ["--train.steps=10", "--optimizer.lr=1e30"]
+    return run(*words, cwd=folder, ranks=2, warm=True)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_named(folder, ruined):
-    assert ruined.code == 1
+    assert ruined.ranks == (1, 1)
     (line,) = ruined.errors
     assert "error: the gradient norm is nan: " in line
     assert " gradients are not finite, first that of embedding.word_embeddings.weight " in line
-    assert "exitcode  : 1 " in ruined.err and "exitcode  : 2 " not in ruined.err
     assert not re.search(r"megatron_rl/(policy|tasks|run)/", ruined.err)
     assert (folder / "runs" / "ruined" / "checkpoints" / "latest").read_text() == "step_8\n"
 
@@ -200,7 +200,7 @@ def test_generate_writes_several_answers_to_each_prompt_of_a_file(folder, sft_ru
 
 def test_without_held_out_problems_nothing_is_evaluated(folder, sft_run):
     words = ["--run_dir", "runs/no_eval", "--data.eval", "null", "--train.steps", "1"]
-    done = succeed("train", "rl.yaml", *ONE_RANK, *words, cwd=folder)
+    done = succeed("train", "rl.yaml", *ONE_RANK, *words, cwd=folder, plots=False)
     data = "24 problems (data/train.jsonl), no evaluation: data.eval is not given, reward countdown"
     assert f"  {data}\n" in done.out and "eval at step" not in done.out
     assert done.out.splitlines()[-1] == "report: runs/no_eval/report.html"

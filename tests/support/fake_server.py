@@ -6,6 +6,7 @@ The real one is too slow to start for every test; `tests/e2e/test_vllm_server.py
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import shutil
@@ -38,12 +39,13 @@ def hugging_face_model(directory: Path) -> Model:
     """What transformers computes from a model directory, float64."""
     model = hugging_face.load(directory)
 
+    @functools.cache  # questions begin alike, and some are asked again
     @torch.no_grad()
-    def logprobs(tokens: list[int]) -> np.ndarray:
+    def logprobs(*tokens: int) -> np.ndarray:
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
         return logits.log_softmax(-1).double().numpy()
 
-    return logprobs
+    return lambda tokens: logprobs(*tokens)
 
 
 class _Worker(Reload):

@@ -4,8 +4,9 @@
     results = run_on_ranks(2, work, a, b)  # what work(a, b) returned on each rank
 
 Every call is a fresh world (of gloo; on CUDA of NCCL, a device a rank) without model-parallel
-groups; the function builds those it needs (`tests.support.tiny`). Run as a script, this file is the
-worker.
+groups; the function builds those it needs (`tests.support.tiny`). On a CPU the ranks are copies of
+a process that has imported Megatron (`tests.support.warm`). Run as a script, this file is the
+worker on CUDA.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import traceback
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Callable, Iterable
+
+from tests.support.warm import WarmProcess, start_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Starting (importing torch and Megatron) takes seconds, on a busy machine many; a call's time
@@ -95,25 +98,15 @@ class _Pool:
 
         # Port 0: the system chooses a free one, and it is taken from that moment on.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[subprocess.Popen | WarmProcess] = []
         self._pipes: list[Connection] = []
         self._outputs = []
         self._starting = list(range(num_ranks))
         for rank in range(num_ranks):
             ours, theirs = Pipe()
             output = tempfile.TemporaryFile()
-            words = [theirs.fileno(), rank, num_ranks, self._store.port, kind]
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, *map(str, words)],
-                    cwd=ROOT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            place = [rank, num_ranks, self._store.port, kind]
+            self._processes.append(_start(theirs.fileno(), output.fileno(), place))
             theirs.close()
             self._pipes.append(ours)
             self._outputs.append(output)
@@ -169,10 +162,9 @@ class _Pool:
         return f"ranks {missing} have not answered within {timeout_s} s and were ended"
 
     def _last_words(self, rank: int, event: str) -> str:
-        try:
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._processes[rank].wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            code = None
         output = self._outputs[rank]
         output.seek(0)
         text = output.read().decode(errors="replace")[-3000:]
@@ -182,9 +174,27 @@ class _Pool:
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.wait()
+            process.wait(GRACE_S)
         for resource in (*self._pipes, *self._outputs):
             resource.close()
+
+
+def _start(pipe: int, output: int, place: list[Any]) -> subprocess.Popen | WarmProcess:
+    """A rank that reads calls from the pipe."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(os.devnull) as nothing:
+        if place[-1] == "cpu":
+            files = [nothing.fileno(), output, output, pipe]
+            return start_warm("tests.support.ranks:work", place, cwd=ROOT, env=env, files=files)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.support.ranks", *map(str, [pipe, *place])],
+            cwd=ROOT,
+            env=env,
+            pass_fds=[pipe],
+            stdin=nothing,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def _module_name(function: Callable[..., Any]) -> str:
@@ -193,9 +203,8 @@ def _module_name(function: Callable[..., Any]) -> str:
     return ".".join(path.with_suffix("").parts)
 
 
-def _work(descriptor: int, rank: int, num_ranks: int, port: int, kind: str) -> None:
-    """Answer calls until the parent closes the pipe."""
-    sys.path[0] = str(ROOT)
+def work(descriptor: int, rank: int, num_ranks: int, port: int, kind: str) -> None:
+    """On a rank: answer calls until the parent closes the pipe."""
     pipe = Connection(descriptor)
     import torch.distributed as dist
 
@@ -290,4 +299,4 @@ def _unpack(answer: bytes) -> tuple[bool, Any]:
 
 
 if __name__ == "__main__":
-    _work(*map(int, sys.argv[1:-1]), sys.argv[-1])
+    work(*map(int, sys.argv[1:-1]), sys.argv[-1])

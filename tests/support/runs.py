@@ -22,11 +22,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Collection, Iterator
 
 import psutil
 
-from tests.support.warm import run_warm
+from tests.support import in_turn
+from tests.support.warm import run_warm, start_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Longest a command may take; many times what it needs, for busy machines.
@@ -42,6 +43,7 @@ class Done:
     code: int
     out: str
     err: str
+    ranks: tuple[int, ...] = ()  #: the exit code of each, where they ran without torchrun
 
     @property
     def errors(self) -> list[str]:
@@ -133,24 +135,33 @@ def started(*words: str, cwd: Path, ranks: int | None = None) -> Iterator[Starte
             process.close()
 
 
-def run(*words: str, cwd: Path, ranks: int | None = None, warm: bool = False) -> Done:
-    """``megatron-rl WORDS`` to its end. ``warm``: on a CPU, in ranks that need not start, without
-    torchrun.
+def run(
+    *words: str, cwd: Path, ranks: int | None = None, warm: bool = False, plots: bool = True
+) -> Done:
+    """``megatron-rl WORDS`` to its end.
+
+    Args:
+        warm: on a CPU, in ranks that need not start, without torchrun.
+        plots: draw all plots of a report, which takes as long as a short run; False, of a warm run:
+            two of them, for the same plots of another run are drawn.
     """
     if warm:
-        return _warm(words, cwd, ranks)
+        return _warm(words, cwd, ranks, plots)
+    assert plots
     with started(*words, cwd=cwd, ranks=ranks) as process:
         return process.wait()
 
 
-def succeed(*words: str, cwd: Path, ranks: int | None = None, warm: bool = True) -> Done:
+def succeed(
+    *words: str, cwd: Path, ranks: int | None = None, warm: bool = True, plots: bool = True
+) -> Done:
     """As `run`, of a command that must end with 0."""
-    done = run(*words, cwd=cwd, ranks=ranks, warm=warm)
+    done = run(*words, cwd=cwd, ranks=ranks, warm=warm, plots=plots)
     assert done.code == 0, f"exit code {done.code}\n{done.out}\n{done.err}"
     return done
 
 
-def _warm(words: tuple[str, ...], cwd: Path, ranks: int | None) -> Done:
+def _warm(words: tuple[str, ...], cwd: Path, ranks: int | None, plots: bool) -> Done:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         codes = run_warm(
@@ -161,44 +172,48 @@ def _warm(words: tuple[str, ...], cwd: Path, ranks: int | None) -> Done:
             out=out,
             err=err,
             timeout_s=TIMEOUT_S,
+            plots=plots,
         )
-        return Done(max(codes, key=abs), out.read_text(), err.read_text())
-
-
-_ONE_AFTER_THE_OTHER = """
-import contextlib, io, json, sys
-from megatron_rl.cli import main
-done = []
-for words in json.load(sys.stdin):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(words)
-    done.append((code, out.getvalue(), err.getvalue()))
-json.dump(done, sys.stdout)
-"""
+        return Done(max(codes, key=abs), out.read_text(), err.read_text(), tuple(codes))
 
 
 def run_in_turn(
-    commands: dict[str, list[str]], cwd: Path, installed: Path | None = None
+    commands: dict[str, list[str]],
+    cwd: Path,
+    installed: Path | None = None,
+    plotted: Collection[str] = (),
 ) -> dict[str, Done]:
-    """``megatron-rl WORDS`` of one rank, one after the other in a single process, which starts but
-    once; what each gave, by its name. ``installed``: the interpreter of an environment that has the
-    package installed, which then is the one that runs; None: that of this repository.
+    """``megatron-rl WORDS`` of one rank, one after the other in a single process
+    (`tests.support.in_turn`); what each gave, by its name.
+
+    Args:
+        installed: the interpreter of an environment that has the package installed, which then is
+            the one that runs; None: that of this repository, in a process that need not start.
+        plotted: of these commands the report has all plots, of the others two.
     """
+    asked = json.dumps([[words, name in plotted] for name, words in commands.items()])
     environment = _environment()
-    if installed is not None:
-        del environment["PYTHONPATH"]
-    done = subprocess.run(
-        [str(installed or sys.executable), "-c", _ONE_AFTER_THE_OTHER],
-        cwd=cwd,
-        env=environment,
-        input=json.dumps(list(commands.values())),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    with contextlib.ExitStack() as stack:
+        given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        given.write(asked)
+        given.seek(0)
+        if installed is None:
+            files = [file.fileno() for file in (given, out, err)]
+            where = {"cwd": cwd, "env": environment, "files": files}
+            process = start_warm("tests.support.in_turn:main", [], **where)
+            code = process.wait(TIMEOUT_S)
+            process.kill()
+        else:
+            del environment["PYTHONPATH"]
+            words = [str(installed), "-c", Path(in_turn.__file__).read_text()]
+            streams = {"stdin": given, "stdout": out, "stderr": err}
+            code = subprocess.run(
+                words, cwd=cwd, env=environment, timeout=TIMEOUT_S, **streams
+            ).returncode
+        for file in (out, err):
+            file.seek(0)
+        assert code == 0, err.read()
+        found = json.loads(out.read().splitlines()[-1])
     return {name: Done(*parts) for name, parts in zip(commands, found, strict=True)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from typing import Any, Mapping, Sequence
 
@@ -71,6 +72,7 @@ def build_tiny(config: Config, seed: int = 1) -> tuple[Any, Any, list[torch.nn.M
         destroy_groups()
         # Dead models keep their groups alive in cycles; each costs gloo threads that poll.
         gc.collect()
+    _keep_what_is_imported()
     groups = build_groups(config.parallel)
     megatron_config = transformer_config(config.model, config.parallel, device)
     return (
@@ -78,6 +80,13 @@ def build_tiny(config: Config, seed: int = 1) -> tuple[Any, Any, list[torch.nn.M
         megatron_config,
         build_chunks(config.model, megatron_config, groups, device, seed),
     )
+
+
+@functools.cache
+def _keep_what_is_imported() -> None:
+    """It stays to the end: no collection has to look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def uneven_norms(chunk: torch.nn.Module) -> None:

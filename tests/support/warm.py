@@ -1,28 +1,75 @@
-"""Ranks that need not start: copies (fork) of a process that has imported what they will need.
+"""Processes that need not start: copies (fork) of one that has imported what they will need.
 
     codes = run_warm(["train", "rl.yaml"], ranks=2, cwd=folder, env=env, out=path, err=path)
+    process = start_warm("tests.support.ranks:work", [3], cwd=folder, env=env, files=[0, 1, 2])
 
 Without torchrun, its signals and its end of the others when one fails; for commands that succeed.
+All copies have the same hash seed; ranks that torchrun starts have seeds of their own.
 Run as a script, this file is the process that is copied.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, NoReturn, Sequence
+from typing import Any, Mapping, NoReturn, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 _PR_SET_PDEATHSIG = 1
-_warm: list[subprocess.Popen] = []
+#: Bytes of a request at most, and descriptors with it.
+_REQUEST, _DESCRIPTORS = 1 << 20, 8
+_server: list[tuple[socket.socket, subprocess.Popen]] = []
+
+
+@dataclass(frozen=True)
+class WarmProcess:
+    """A copy that runs; the process that was copied is its parent."""
+
+    pid: int
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Its exit code; None: it runs on."""
+        return _ask({"do": "wait", "pid": self.pid, "timeout_s": timeout_s})
+
+    def kill(self) -> None:
+        """SIGKILL, if it has not ended, and its end."""
+        _ask({"do": "kill", "pid": self.pid})
+        self.wait(60.0)
+
+
+def start_warm(
+    function: str,
+    arguments: Sequence[Any],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    files: Sequence[int],
+) -> WarmProcess:
+    """Run a function in a copy; what it returns is the exit code. No file may grow larger than one
+    of the caller.
+
+    Args:
+        function: as ``tests.support.ranks:work``.
+        arguments: JSON values.
+        files: descriptors, of which the copy gets its own: standard input, output and error; the
+            numbers of any further ones are the function's first arguments.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    where = {"function": function, "cwd": str(cwd), "env": dict(env), "largest_file": limit}
+    return WarmProcess(_ask({"do": "start", "arguments": list(arguments), **where}, files))
 
 
 def run_warm(
@@ -34,48 +81,84 @@ def run_warm(
     out: Path,
     err: Path,
     timeout_s: float,
+    plots: bool = True,
 ) -> list[int]:
     """Run ``megatron-rl WORDS`` on so many ranks, or as a process by itself (None).
+
+    ``plots``: draw all plots of a report, not two.
 
     Returns:
         The exit codes, in rank order; -9 of one that took longer than the timeout.
     """
-    if not _warm:
-        _warm.append(_start())
-        atexit.register(_end)
-    job = {
-        "words": list(words),
-        "cwd": str(cwd),
-        "out": str(out),
-        "err": str(err),
-        "timeout_s": timeout_s,
-        "ranks": [dict(env)],
-    }
+    places: list[dict[str, str]] = [{}]
     if ranks is not None:
         # Ranks meet at this process's store, as at torchrun's; its port is chosen by the system.
         import torch.distributed as dist
 
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        job["ranks"] = [{**env, **_place(rank, ranks, store.port)} for rank in range(ranks)]
-    _warm[0].stdin.write(json.dumps(job) + "\n")
-    _warm[0].stdin.flush()
-    return json.loads(_warm[0].stdout.readline())
+        places = [_place(rank, ranks, store.port) for rank in range(ranks)]
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open(os.devnull))]
+        opened += [stack.enter_context(open(path, "a")) for path in (out, err)]
+        files = [file.fileno() for file in opened]
+        started = [
+            start_warm(
+                "tests.support.warm:command",
+                [list(words), plots],
+                cwd=cwd,
+                env={**env, **place},
+                files=files,
+            )
+            for place in places
+        ]
+    deadline = time.monotonic() + timeout_s
+    codes = []
+    for process in started:
+        code = process.wait(max(0.0, deadline - time.monotonic()))
+        if code is None:
+            process.kill()
+            code = -signal.SIGKILL
+        codes.append(code)
+    return codes
 
 
-def _start() -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, __file__],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # what libraries say while they are imported
-        text=True,
-    )
+def command(words: list[str], plots: bool) -> int:
+    """The command line, in a copy."""
+    sys.argv[1:] = words
+    from megatron_rl.cli import main
+    from megatron_rl.report import run_page
+
+    if not plots:
+        run_page.PLOTS = run_page.PLOTS[:2]
+    return main()
 
 
+def _ask(request: Mapping[str, Any], files: Sequence[int] = ()) -> Any:
+    """What the process that is copied answers; it is started before the first request."""
+    if not _server:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # what libraries say while they are imported
+        )
+        theirs.close()
+        _server.append((ours, process))
+    connection = _server[0][0]
+    socket.send_fds(connection, [json.dumps(request).encode()], list(files))
+    answer = connection.recv(_REQUEST)
+    assert answer, "the process that is copied has died"
+    return json.loads(answer)
+
+
+@atexit.register
 def _end() -> None:
-    _warm[0].stdin.close()
-    _warm[0].wait()
+    for connection, process in _server:
+        connection.close()
+        process.wait()
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -91,62 +174,86 @@ def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _serve() -> None:
-    """Answer jobs until the parent closes the pipe."""
+def _serve(descriptor: int) -> None:
+    """Answer requests until the other side closes the connection."""
     _end_with_parent()
     sys.path[0] = str(ROOT)
+    _import()
+    gc.collect()
+    gc.freeze()
+    connection = socket.socket(fileno=descriptor)
+    codes: dict[int, int | None] = {}  # of the copies, None while they run
+    while True:
+        message, files, _, _ = socket.recv_fds(connection, _REQUEST, _DESCRIPTORS)
+        if not message:
+            return
+        request = json.loads(message)
+        if request["do"] == "start":
+            answer = os.fork()
+            if answer == 0:
+                connection.close()
+                _become(request, files)
+            codes[answer] = None
+            for file in files:
+                os.close(file)
+        elif request["do"] == "kill":
+            answer = None
+            if _look(codes, request["pid"]) is None:
+                os.kill(request["pid"], signal.SIGKILL)
+        else:
+            answer = _wait(codes, request["pid"], request["timeout_s"])
+        connection.send(json.dumps(answer).encode())
+
+
+def _import() -> None:
+    """What commands and ranks need."""
     from megatron_rl.device import megatron_on_cpu
 
     megatron_on_cpu.install()
+    import matplotlib.pyplot
+    import numpy.random
+    import rich.console
+    import sentencepiece
+    import torch._dynamo  # the first optimizer imports it
+    from transformers import AutoTokenizer
+
     import megatron_rl.rollout.builtin.generate
     import megatron_rl.run.verbs
     import megatron_rl.tasks.supervised  # noqa: F401
 
-    gc.freeze()
-    for line in sys.stdin:
-        job = json.loads(line)
-        started = []
-        for env in job["ranks"]:
-            pid = os.fork()
-            if pid == 0:
-                _become_rank(job, env)
-            started.append(pid)
-        print(json.dumps(_wait(started, job["timeout_s"])), flush=True)
+    # transformers imports what a name needs when it is first asked for.
+    assert AutoTokenizer and matplotlib and numpy and rich and sentencepiece and torch
 
 
-def _become_rank(job: dict, env: Mapping[str, str]) -> NoReturn:
+def _become(request: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
     _end_with_parent()
     os.environ.clear()
-    os.environ.update(env)
-    os.chdir(job["cwd"])
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for descriptor, path, how in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, job["out"], flags),
-        (2, job["err"], flags),
-    ):
-        opened = os.open(path, how, 0o644)
-        os.dup2(opened, descriptor)
-        os.close(opened)
-    sys.argv[1:] = job["words"]
-    sys.path[0] = job["cwd"]
-    from megatron_rl.cli import main
-
-    sys.exit(main())
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, request["largest_file"])
+    for number, file in enumerate(files[:3]):
+        os.dup2(file, number)
+        os.close(file)
+    module, _, name = request["function"].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    sys.path[0] = request["cwd"]
+    sys.exit(function(*files[3:], *request["arguments"]))
 
 
-def _wait(pids: Sequence[int], timeout_s: float) -> list[int]:
-    codes: dict[int, int] = {}
+def _look(codes: dict[int, int | None], pid: int) -> int | None:
+    """The exit code of a copy, if it has ended."""
+    if codes[pid] is None:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+    return codes[pid]
+
+
+def _wait(codes: dict[int, int | None], pid: int, timeout_s: float) -> int | None:
     deadline = time.monotonic() + timeout_s
-    while len(codes) < len(pids):
-        for pid in set(pids) - set(codes):
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                codes[pid] = os.waitstatus_to_exitcode(status)
+    while _look(codes, pid) is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    return [codes[pid] for pid in pids]
+    return codes[pid]
 
 
 def _end_with_parent() -> None:
@@ -154,4 +261,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(int(sys.argv[1]))

@@ -57,7 +57,7 @@ def test_clipped_tokens_add_up_to_the_clip_fraction(name) -> None:
 
 
 @every_loss
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(**ragged)
 def test_matches_slow_reference(name, seed, num_sequences, spread, shift) -> None:
     inputs = random_batch(seed, num_sequences, spread, shift or name in NEED_SHIFT)
@@ -83,7 +83,7 @@ def test_matches_slow_reference(name, seed, num_sequences, spread, shift) -> Non
 
 
 @every_loss
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(**ragged)
 def test_packs_add_up_to_the_whole(name, seed, num_sequences, spread, shift) -> None:
     """Sums, counts and metrics of one pack per sequence, and one of padding, add to the batch's."""
@@ -111,7 +111,7 @@ def test_packs_add_up_to_the_whole(name, seed, num_sequences, spread, shift) -> 
 
 
 @every_loss
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(**ragged)
 def test_order_of_tokens_and_names_of_sequences_do_not_matter(
     name, seed, num_sequences, spread, shift

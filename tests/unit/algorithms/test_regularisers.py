@@ -38,7 +38,7 @@ def run(name, inputs):
 
 
 @every_loss
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
     num_sequences=st.integers(1, 5),

@@ -59,7 +59,7 @@ def with_sampler(inputs, seed, spread):
 
 
 @pytest.mark.parametrize("kind", kinds.CORRECTIONS.names)
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
     num_sequences=st.integers(1, 5),

@@ -59,7 +59,7 @@ def drawn(seed, num_sequences, spread, above_one, weighed, mode):
 
 
 @every_case
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(**ragged)
 def test_matches_slow_reference(name, mode, seed, num_sequences, spread, above_one, weighed):
     inputs = drawn(seed, num_sequences, spread, above_one, weighed, mode)
