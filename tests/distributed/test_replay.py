@@ -145,6 +145,7 @@ def test_replay_and_the_quantile_change_what_is_learned(references):
 
 def _scored(case: Case, replayed: bool) -> dict:
     """On a rank: log-probabilities of the scoring pass, with the engine's or the slow routes."""
+    from megatron_rl.models.gpt.chunk import routers_of
     from megatron_rl.policy.score import score
     from tests.unit.router.test_replay import judge
 
@@ -160,7 +161,7 @@ def _scored(case: Case, replayed: bool) -> dict:
                 (item,) = score(policy, [dataclasses.replace(pack, routes=None)], with_traces=False)
                 for layer in policy.chunks[0].decoder.layers:
                     del layer.mlp.router.routing
-                policy.capture.__init__(policy.chunks, [sorted(routers)])
+                policy.capture.__init__(routers_of(policy.chunks), [sorted(routers)])
             else:
                 (item,) = score(policy, [pack], with_traces=True)
             found |= layouts.by_sequence(item.pack, item.old_logprobs)
