@@ -55,8 +55,7 @@ if [ "$only" = servers ] && [ -z "${MEGATRON_RL_VLLM_PYTHON:-}" ]; then
     bash tools/setup_vllm_venv.sh .venv-vllm
     export MEGATRON_RL_VLLM_PYTHON=$PWD/.venv-vllm/bin/python
 fi
-# Modules are compiled when they are first imported, and most of the libraries' never are.
-PIP_NO_COMPILE=1 bash tools/setup_venv.sh "$venv" test
+bash tools/setup_venv.sh "$venv" test
 
 # One thread a process: the distributed tests start several, and more threads than cores only wait.
 export OMP_NUM_THREADS=1
@@ -67,8 +66,9 @@ types=$(mktemp)
 trap 'kill "$mypy" 2>/dev/null || :; rm -f "$types"' EXIT
 "$venv/bin/mypy" >"$types" 2>&1 &
 mypy=$!
-# Tests side by side, a worker for each core (-n 0: one after the other, in this process); not those that start vLLM.
-workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which takes them for the number of cores
+# Tests side by side (-n 0: one after the other, in this process), with one worker more than cores, since some tests
+# wait; those that start vLLM have the machine for themselves. OMP_NUM_THREADS would be taken for the number of cores.
+workers=$(($(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) + 1))
 [ "$workers" -le 8 ] || workers=8
 [ "$only" != servers ] || workers=0
 chosen=(${only:+-m "$only"})

@@ -45,5 +45,9 @@ has() { "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(not importli
 wanted_packages=(-e "$root${extras:+[$extras]}")
 has torch || wanted_packages+=("torch==$TORCH")
 echo "setup_venv: installing megatron_rl${extras:+[$extras]} into $venv" >&2
-pip install "${wanted_packages[@]}" || fail "pip could not install ${wanted_packages[*]}"
+# For tests nothing is compiled ahead: Python compiles a module when it is first imported, and most modules of the
+# libraries never are. (PIP_NO_COMPILE=1 would do the opposite: pip takes the 1 for "compile".)
+ahead=(--compile)
+case ",$extras," in *,test,*) ahead=(--no-compile) ;; esac
+pip install "${ahead[@]}" "${wanted_packages[@]}" || fail "pip could not install ${wanted_packages[*]}"
 printf '%s\n' "$wanted" >"$stamp"
