@@ -23,7 +23,7 @@ ENGINES: tuple[EngineEntry, ...] = (
     ),
     EngineEntry(
         name="sglang",
-        summary="asks SGLang servers, running ones or some that the run starts",
+        summary="SGLang servers: running ones, or some that the run starts",
         code="megatron_rl.rollout.servers.sglang_command:sglang_engine",
         servers=True,
         beside_training=True,

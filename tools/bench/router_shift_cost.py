@@ -230,16 +230,16 @@ def _timed(run: Callable, policy: Any) -> tuple[float, float]:
     import torch
     import torch.distributed as dist
 
-    def collective_try() -> None:
+    def wait_for_all() -> None:
         if policy.device.kind == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
 
-    collective_try()
+    wait_for_all()
     start, cpu = time.perf_counter(), time.thread_time()
     run()
     busy = torch.tensor(time.thread_time() - cpu, dtype=torch.float64)
-    collective_try()
+    wait_for_all()
     wall = time.perf_counter() - start
     busy = busy.to(policy.device.torch_device)
     dist.all_reduce(busy)

@@ -19,7 +19,8 @@ from megatron_rl.rollout.servers.pool import ServerPool
 from megatron_rl.weights.export import describe, stream_weights
 from megatron_rl.weights.writer import write_hf_directory
 
-#: Versions of the weights that stay on the disk: the one in use, and the one that replaces it.
+#: Versions of the weights that stay on the disk: the one in use, from which a server may still be
+#: started, and the one that replaces it.
 KEPT_VERSIONS = 2
 
 
@@ -115,7 +116,9 @@ class DiskDelivery:
 
     def _versions(self) -> list[Path]:
         """All weights on the disk, the oldest first."""
-        return sorted(self._root.glob("version_*"), key=lambda p: int(p.name.split("_")[1]))
+        found = self._root.glob("version_*")
+        own = [path for path in found if path.name.removeprefix("version_").isdecimal()]
+        return sorted(own, key=lambda path: int(path.name.removeprefix("version_")))
 
     def _delete(self, directories: Sequence[Path]) -> None:
         """Delete directories, except those that a server reads while it starts."""

@@ -17,7 +17,7 @@ import torch
 
 from megatron_rl.rollout.daemon_thread import in_daemon_thread
 from megatron_rl.rollout.servers.api import BadAnswer, BroadcastApi, NoAnswer
-from megatron_rl.rollout.servers.channel import Ask, Entry, Wait
+from megatron_rl.rollout.servers.channel import FAILURES, Ask, Entry, Wait
 
 #: Most bytes in one broadcast, without its last weight. The workers expect the same number.
 PACKED_BYTES = 256 << 20
@@ -101,7 +101,17 @@ class TransferChannel:
         joined = self._threads.submit(ask, api.join_call(information), _nothing)
         here = in_daemon_thread(self._link.join, size, name="weights")
         joined.result(self._seconds)
-        here.result(self._seconds)
+        self._finish(here)
+
+    def _finish(self, here: Future[Any]) -> None:
+        """Wait for a call of the link. Whatever it raises concerns one server, so it is raised as
+        one of ``FAILURES``: anything else would end this rank alone.
+        """
+        error = here.exception(self._seconds)
+        if isinstance(error, FAILURES):
+            raise error
+        if error is not None:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
     def start(self, number: int) -> None:
         """See `Channel`. If the last update broke off, the server refuses a new one. Then that
@@ -128,7 +138,7 @@ class TransferChannel:
 
         def wait() -> None:
             taken.result(self._seconds)
-            sent.result(self._seconds)
+            self._finish(sent)
 
         return wait
 

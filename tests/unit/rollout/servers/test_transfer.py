@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from megatron_rl.rollout.daemon_thread import in_daemon_thread
 from megatron_rl.rollout.servers import broadcast
 from megatron_rl.rollout.servers.api import BadAnswer, NoAnswer
 from megatron_rl.rollout.servers.broadcast import WeightBroadcast
+from megatron_rl.rollout.servers.channel import FAILURES
 from megatron_rl.rollout.servers.pool import Request, ServerPool
-from megatron_rl.rollout.servers.transfer import PACKED_BYTES, offers_transfer
+from megatron_rl.rollout.servers.transfer import PACKED_BYTES, TransferChannel, offers_transfer
 from megatron_rl.rollout.servers.vllm import VllmApi
 from tests.support.fake_server import FakeServer, toy_model
 from tests.support.weight_transfer import GlooLink, Receiver
@@ -79,6 +81,29 @@ def test_a_server_that_refuses_is_named_and_joins_anew(servers, route):
         sender.join(server.url, asking(server))
     assert sender.send(iter(weights()), urls) == {}
     same(servers[0].transfer.weights, weights())
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (RuntimeError("NCCL error"), "^NCCL error$"),
+        (AttributeError("no nccl"), "^AttributeError: no nccl$"),
+        (ImportError("libnccl"), "^ImportError: libnccl$"),
+    ],
+)
+def test_what_this_end_raises_concerns_one_server(error, shown):
+    """Raised as it is, an error that no server is left out for would end the rank that sends, and
+    the others would wait for it.
+    """
+
+    def fails():
+        raise error
+
+    channel = object.__new__(TransferChannel)
+    channel._seconds = 60.0
+    with pytest.raises(FAILURES, match=shown):
+        channel._finish(in_daemon_thread(fails, name="weights"))
+    channel._finish(in_daemon_thread(lambda: None, name="weights"))
 
 
 def test_a_server_says_whether_it_has_a_transfer(servers):
