@@ -61,7 +61,8 @@ def drill(folder: Path, arguments: argparse.Namespace) -> int:
         done += 1
         saving = bool(list(killed.glob("checkpoints/.step_*")))
         while_saving += saving
-        newest = (killed / "checkpoints" / "latest").read_text().strip()
+        latest = killed / "checkpoints" / "latest"
+        newest = latest.read_text().strip() if latest.exists() else "none yet"
         place = ", in the middle of a save" if saving else ""
         print(f"kill {done}: newest checkpoint {newest}{place}", flush=True)
     succeed(*words("killed", steps, in_background), cwd=folder, ranks=2)
