@@ -6,13 +6,19 @@ import os
 from pathlib import Path
 from typing import Any, Sequence
 
+import numpy as np
 import torch
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.records import RolloutGroup
+from megatron_rl.records import Prompt, RolloutGroup
+from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.own_servers import Command
 from tests.support.tiny import cpu_device
+
+PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
+GREEDY = SamplingSettings(1, 6, greedy=True)
+SAMPLED = SamplingSettings(3, 5, seed=4)
 
 
 def config_of(directory: Path, run_dir: Path, urls: Sequence[str], **parallel: int) -> Config:

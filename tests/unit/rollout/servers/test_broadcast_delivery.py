@@ -2,29 +2,20 @@
 
 import shutil
 
-import numpy as np
 import pytest
 
-from megatron_rl.records import Prompt
-from megatron_rl.rollout.engine import SamplingSettings
 from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model
 from tests.support.ranks import run_on_ranks
-from tests.support.server_engine import build, change_weights, config_of, tokens_of
-
-PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
-GREEDY = SamplingSettings(1, 6, greedy=True)
-SAMPLED = SamplingSettings(3, 5, seed=4)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return hugging_face.save("qwen3_moe", tmp_path_factory.mktemp("hf") / "model")
-
-
-@pytest.fixture
-def told():
-    return []
+from tests.support.server_engine import (
+    GREEDY,
+    PROMPTS,
+    SAMPLED,
+    build,
+    change_weights,
+    config_of,
+    tokens_of,
+)
 
 
 @pytest.fixture

@@ -11,22 +11,21 @@ import pytest
 import torch
 
 from megatron_rl.errors import RunFailed, Stopped, UserError
-from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from tests.support import hugging_face
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model, wait_for
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import ROOT
-from tests.support.server_engine import build, build_on, change_weights, config_of, tokens_of
-
-PROMPTS = [Prompt(i, np.array(ids), "", {}) for i, ids in enumerate([[5, 9, 3], [7], [11, 12] * 4])]
-GREEDY = SamplingSettings(1, 6, greedy=True)
-SAMPLED = SamplingSettings(3, 5, seed=4)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return hugging_face.save("qwen3_moe", tmp_path_factory.mktemp("hf") / "model")
+from tests.support.server_engine import (
+    GREEDY,
+    PROMPTS,
+    SAMPLED,
+    build,
+    build_on,
+    change_weights,
+    config_of,
+    tokens_of,
+)
 
 
 @pytest.fixture
@@ -37,11 +36,6 @@ def servers(directory):
         FakeServer(toy_model(), hugging_face_model) as other,
     ):
         yield one, other
-
-
-@pytest.fixture
-def told():
-    return []
 
 
 @pytest.fixture
