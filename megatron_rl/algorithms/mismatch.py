@@ -17,9 +17,15 @@ from megatron_rl.algorithms.aggregate import (
     sequence_mean,
     sequence_sum,
 )
+from megatron_rl.algorithms.divergence import anchored, binary_kl
 from megatron_rl.algorithms.interface import LossInputs, SamplerWeights
-from megatron_rl.algorithms.ratios import at_least_float32, exp_ratio
-from megatron_rl.catalogue.corrections import CapSettings, IcepopSettings
+from megatron_rl.algorithms.ratios import at_least_float32, exp_ratio, log_ratio
+from megatron_rl.catalogue.corrections import (
+    CapSettings,
+    IcepopSettings,
+    KpopSettings,
+    OffPolicyMaskSettings,
+)
 
 
 def tis(inputs: LossInputs, settings: CapSettings) -> SamplerWeights:
@@ -50,6 +56,44 @@ def icepop(inputs: LossInputs, settings: IcepopSettings) -> SamplerWeights:
     rho = exp_ratio(mismatch_log_ratio(inputs))
     kept = (rho >= settings.low) & (rho <= settings.high)
     return _cut(inputs, rho, torch.where(kept, rho, 0.0))
+
+
+def kpop(inputs: LossInputs, settings: KpopSettings) -> SamplerWeights:
+    """KPop: rho_t where KL(pi_old || mu) <= phi and KL(mu || pi_old) <= phi, else 0.
+
+    Binary KL, of the token against all others (ringtech.notion.site/kpop, cited with arXiv
+    2606.15079). Implementations differ: the kept tokens' weight is rho in AReaL, 1 in a proposal to
+    verl (``weigh`` false); prime-rl takes pi_new for pi_old.
+    """
+    log_rho = mismatch_log_ratio(inputs)
+    assert inputs.rollout_logprobs is not None, "mismatch_log_ratio has asked"
+    mask = inputs.mask.bool()
+    log_old, log_mu = (
+        torch.where(mask, at_least_float32(x.detach()), 0.0)
+        for x in (inputs.old_logprobs, inputs.rollout_logprobs)
+    )
+    furthest = torch.maximum(binary_kl(log_old, log_mu), binary_kl(log_mu, log_old))
+    rho = exp_ratio(log_rho) if settings.weigh else torch.ones_like(log_rho)
+    return _cut(inputs, rho, torch.where(furthest <= settings.phi, rho, 0.0))
+
+
+def off_policy_mask(inputs: LossInputs, settings: OffPolicyMaskSettings) -> SamplerWeights:
+    """Off-policy sequence mask: 0 where A_i < 0 and 1/|y_i| sum_t log(q_t / p_t) > delta, else 1.
+
+    arXiv 2512.02556, eq. 9; p = pi_new, so the weights depend on the policy of this very update.
+    q = mu or pi_old (``anchor``). With a ``cap`` the kept answers have the weights of `tis`.
+    """
+    drift = -log_ratio(anchored(inputs, settings.anchor)).detach()
+    segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, drift.dtype)
+    far = sequence_mean(drift, segments) > settings.delta
+    advantages = sequence_mean(inputs.advantages.detach().to(drift.dtype), segments)
+    left_out = (far & (advantages < 0))[segments.ids]
+    rho = torch.ones_like(drift)
+    kept = rho
+    if settings.cap is not None:
+        rho = exp_ratio(mismatch_log_ratio(inputs))
+        kept = rho.clamp(max=settings.cap)
+    return _cut(inputs, rho, torch.where(left_out, 0.0, kept))
 
 
 def mismatch_log_ratio(inputs: LossInputs) -> torch.Tensor:

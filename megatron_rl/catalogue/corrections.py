@@ -4,6 +4,8 @@ rho = pi_old / mu. To ship one: a row here, and its function in ``algorithms/mis
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from megatron_rl.catalogue.entry import CorrectionEntry
@@ -36,6 +38,26 @@ class IcepopSettings(Settings):
         return self
 
 
+class KpopSettings(Settings):
+    """The bound on both divergences. The authors take 0.1 to 0.2."""
+
+    phi: Positive = 0.1
+    """Largest KL of a token against all others, in either direction, nats."""
+    weigh: bool = True
+    """Whether a token that is kept has the weight rho, or 1."""
+
+
+class OffPolicyMaskSettings(Settings):
+    """Which answers are left out. The paper names no delta; 0.05 to 0.2 is usual."""
+
+    delta: Positive = 0.1
+    """Largest mean over an answer's tokens of log(q / p), nats, where its advantage is below 0."""
+    anchor: Literal["sampler", "old"] = "sampler"
+    """q: sampler: mu, so that drift and mismatch both count; old: the scoring pass, drift alone."""
+    cap: Positive | None = None
+    """Answers that are kept have the weights min(rho, cap) of tis; null: 1."""
+
+
 _CODE = "megatron_rl.algorithms.mismatch"
 
 CORRECTIONS: tuple[CorrectionEntry, ...] = (
@@ -63,5 +85,19 @@ CORRECTIONS: tuple[CorrectionEntry, ...] = (
         code=f"{_CODE}:icepop",
         settings=IcepopSettings,
         paper="arXiv 2510.18855",
+    ),
+    CorrectionEntry(
+        name="kpop",
+        summary="rho where the token's KL is <= phi in both directions, else 0",
+        code=f"{_CODE}:kpop",
+        settings=KpopSettings,
+        paper="ringtech.notion.site/kpop; arXiv 2606.15079",
+    ),
+    CorrectionEntry(
+        name="off_policy_mask",
+        summary="leaves out answers with A < 0 that the policy has moved away from",
+        code=f"{_CODE}:off_policy_mask",
+        settings=OffPolicyMaskSettings,
+        paper="arXiv 2512.02556, eq. 9",
     ),
 )

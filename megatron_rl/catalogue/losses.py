@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from megatron_rl.catalogue.entry import LossEntry
 from megatron_rl.catalogue.settings import Bound, Positive, Settings
 
@@ -71,6 +73,55 @@ class SapoSettings(Settings):
     """Temperature of the gate where the advantage is above 0."""
     tau_negative: Positive = 1.05
     """Temperature of the gate elsewhere."""
+
+
+class AnchoredSettings(Settings):
+    """Of losses that compare the new probability of a token with that of an anchor."""
+
+    anchor: Literal["sampler", "old"] = "sampler"
+    """The policy that ratio and distance are measured from; sampler: the one that sampled, as in
+    the papers; old: the scoring pass, as other losses have it, to use with algorithm.mismatch."""
+
+
+class DppoSettings(AnchoredSettings):
+    """A token is left out where it has moved further than this in the direction of its advantage.
+
+    Thresholds are those of the authors' recipe. ratio_cap is their code's default; their recipe
+    for a comparison has 10000.
+    """
+
+    divergence_low: Bound
+    """Largest distance of a token that has become less likely; .inf: no limit."""
+    divergence_high: Bound
+    """Largest distance of a token that has become more likely; .inf: no limit."""
+    ratio_cap: Bound = 20.0
+    """The ratio, a detached weight, is cut to this; .inf: not."""
+
+
+class DppoTvSettings(DppoSettings):
+    """Distances are differences of probabilities."""
+
+    divergence_low: Bound = 0.15
+    """Largest fall of a token's probability; .inf: no limit."""
+    divergence_high: Bound = 0.15
+    """Largest rise of a token's probability; .inf: no limit."""
+
+
+class DppoKlSettings(DppoSettings):
+    """Distances are KL divergences of the token against all others."""
+
+    divergence_low: Bound = 0.05
+    """Largest KL of a token that has become less likely, nats; .inf: no limit."""
+    divergence_high: Bound = 0.05
+    """Largest KL of a token that has become more likely, nats; .inf: no limit."""
+
+
+class DrpoSettings(AnchoredSettings):
+    """The penalty stops a token whose probability has moved by delta, and turns it back beyond."""
+
+    delta: Positive = 12.5
+    """Change of probability at which a token's gradient is zero; above 1 the gradient is only
+    weakened, by at most 1 / delta."""
 
 
 _CODE = "megatron_rl.algorithms.losses"
@@ -145,6 +196,36 @@ LOSSES: tuple[LossEntry, ...] = (
         settings=SapoSettings,
         paper="arXiv 2511.20347",
         denominator="sequences",
+        router_shift="optional",
+        sampler_weights=True,
+    ),
+    LossEntry(
+        name="dppo_tv",
+        summary="policy gradient without tokens whose probability has moved too far",
+        code=f"{_CODE}.dppo:dppo_tv",
+        settings=DppoTvSettings,
+        paper="arXiv 2602.04879, eq. 11-13",
+        denominator="tokens",
+        router_shift="optional",
+        sampler_weights=True,
+    ),
+    LossEntry(
+        name="dppo_kl",
+        summary="the same, with the KL of the token against all others as distance",
+        code=f"{_CODE}.dppo:dppo_kl",
+        settings=DppoKlSettings,
+        paper="arXiv 2602.04879, eq. 11, 12, 14",
+        denominator="tokens",
+        router_shift="optional",
+        sampler_weights=True,
+    ),
+    LossEntry(
+        name="drpo",
+        summary="importance-weighted gradient with a smooth penalty on the change of probability",
+        code=f"{_CODE}.drpo:drpo",
+        settings=DrpoSettings,
+        paper="arXiv 2606.09821, section 3",
+        denominator="tokens",
         router_shift="optional",
         sampler_weights=True,
     ),

@@ -39,6 +39,9 @@ def random_batch(
     new = old + spread * torch.randn(size, generator=rng, dtype=torch.float64)
     advantages = torch.randn(num_sequences + 1, generator=rng, dtype=torch.float64)
     gamma = 0.8 + 0.2 * torch.rand(size, generator=rng, dtype=torch.float64)
+    # the policy of a batch is nowhere surer than exp(-0.01)
+    new = new.clamp(max=-0.01)
+    mu = (old + 0.1 * torch.randn(size, generator=rng, dtype=torch.float64)).clamp(max=-0.01)
     nan = torch.tensor(torch.nan, dtype=torch.float64)
     return LossInputs(
         logprobs=torch.where(mask, new, nan).to(dtype).requires_grad_(),
@@ -47,13 +50,16 @@ def random_batch(
         mask=mask,
         sequence_ids=ids,
         router_shift=torch.where(mask, gamma, nan).to(dtype) if shift else None,
+        rollout_logprobs=torch.where(mask, mu, nan).to(dtype),
     )
 
 
 def batch_of(
     sequences: list[list[float]], advantages: list[float], gammas: list[list[float]] | None = None
 ) -> LossInputs:
-    """One batch from the log-ratios of each sequence; old log-probabilities -1, no mask."""
+    """One batch from the log-ratios of each sequence; log-probabilities of the old policy and of
+    the sampler -1, no mask.
+    """
     log_ratios = torch.tensor([x for sequence in sequences for x in sequence], dtype=torch.float64)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     ids = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
@@ -67,6 +73,7 @@ def batch_of(
         mask=torch.ones_like(ids, dtype=torch.bool),
         sequence_ids=ids,
         router_shift=flat_gammas,
+        rollout_logprobs=torch.full_like(log_ratios, -1),
     )
 
 

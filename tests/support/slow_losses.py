@@ -25,19 +25,26 @@ class Token(NamedTuple):
     width: float  #: factor of the clip range
     weight: float  #: in a geometric mean
     sampler: float  #: factor of the term
+    mu: float  #: log-probability of the sampler
 
 
 def token(
-    new: torch.Tensor, old: float, advantage: float, gamma: float, mode: str, sampler: float
+    new: torch.Tensor,
+    old: float,
+    advantage: float,
+    gamma: float,
+    mode: str,
+    sampler: float,
+    mu: float,
 ) -> Token:
     """gamma where the mode wants it, 1 in the other places."""
     if mode == "ratio" or (mode == "negative_only" and advantage < 0):
-        return Token(new, old, gamma, 1.0, 1.0, sampler)
+        return Token(new, old, gamma, 1.0, 1.0, sampler, mu)
     if mode == "range":
-        return Token(new, old, 1.0, gamma, 1.0, sampler)
+        return Token(new, old, 1.0, gamma, 1.0, sampler, mu)
     if mode == "token_weight":
-        return Token(new, old, 1.0, 1.0, gamma, sampler)
-    return Token(new, old, 1.0, 1.0, 1.0, sampler)
+        return Token(new, old, 1.0, 1.0, gamma, sampler, mu)
+    return Token(new, old, 1.0, 1.0, 1.0, sampler, mu)
 
 
 def _mean(values: list[float]) -> float:
@@ -55,10 +62,12 @@ def slow_loss(
     router_shift: list[float] | None = None,
     shift_mode: str = "ratio",
     sampler_weights: list[float] | None = None,
+    rollout_logprobs: list[float] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """(loss_sum, denominator) of a batch; logprobs float64 [T] with requires_grad."""
     gammas = [1.0] * len(mask) if router_shift is None else router_shift
     weights = [1.0] * len(mask) if sampler_weights is None else sampler_weights
+    mu = old_logprobs if rollout_logprobs is None else rollout_logprobs
     total = torch.zeros((), dtype=torch.float64)
     num_sequences, num_tokens = 0, 0
     for sequence in sorted(set(sequence_ids)):
@@ -67,7 +76,9 @@ def slow_loss(
             continue
         advantage = advantages[places[0]]
         tokens = [
-            token(logprobs[t], old_logprobs[t], advantage, gammas[t], shift_mode, weights[t])
+            token(
+                logprobs[t], old_logprobs[t], advantage, gammas[t], shift_mode, weights[t], mu[t]
+            )
             for t in places
         ]
         total = total - OBJECTIVES[name](tokens, advantage, settings)
@@ -160,6 +171,54 @@ def _sapo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Te
     return total / len(tokens)
 
 
+def bernoulli_kl(a: float, b: float) -> float:
+    """KL of a coin that falls a of the time from one that falls b of the time; b above 1 is 1."""
+    b = min(b, 1.0)
+    if a < 1 and b == 1:
+        return math.inf
+    kl = a * math.log(a / b)
+    return kl if a == 1 else kl + (1 - a) * math.log((1 - a) / (1 - b))
+
+
+def _anchor(t: Token, settings: Settings) -> float:
+    return t.mu if settings["anchor"] == "sampler" else t.old
+
+
+def _dppo(tokens: list[Token], advantage: float, settings: Settings, kind: str) -> torch.Tensor:
+    """Without the tokens that have moved too far where their advantage wants them."""
+    total = torch.zeros((), dtype=torch.float64)
+    for t in tokens:
+        q = math.exp(_anchor(t, settings))
+        ratio = math.exp(t.new.item()) * t.gamma / q
+        moved = q * ratio - q
+        if kind == "kl":
+            moved = math.copysign(bernoulli_kl(q, q * ratio), moved)
+        if advantage > 0 and moved > settings["divergence_high"] * t.width:
+            continue
+        if advantage <= 0 and moved < -settings["divergence_low"] * t.width:
+            continue
+        total = total + min(ratio, settings["ratio_cap"]) * advantage * t.new * t.sampler
+    return total
+
+
+def _dppo_tv(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
+    return _dppo(tokens, advantage, settings, "tv")
+
+
+def _dppo_kl(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
+    return _dppo(tokens, advantage, settings, "kl")
+
+
+def _drpo(tokens: list[Token], advantage: float, settings: Settings) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for t in tokens:
+        q = math.exp(_anchor(t, settings))
+        ratio = torch.exp(t.new) * t.gamma / q
+        penalty = abs(advantage) * q * (ratio - 1) ** 2 / (2 * settings["delta"] * t.width)
+        total = total + (advantage * ratio - penalty) * t.sampler
+    return total
+
+
 def slow_regularisers(
     logprobs: torch.Tensor,
     ref_logprobs: list[float],
@@ -191,7 +250,10 @@ OBJECTIVES: dict[str, Callable[[list[Token], float, Settings], torch.Tensor]] = 
     "gmpo": _gmpo,
     "cispo": _cispo,
     "sapo": _sapo,
+    "dppo_tv": _dppo_tv,
+    "dppo_kl": _dppo_kl,
+    "drpo": _drpo,
     "rspo": _gmpo,
     "rspo_v1": _rspo_v1,
 }
-TOKEN_MEAN = ("dapo", "cispo")
+TOKEN_MEAN = ("dapo", "cispo", "dppo_tv", "dppo_kl", "drpo")

@@ -16,6 +16,7 @@ from tests.support.slow_losses import slow_loss
 
 NAMES = sorted(LOSSES)
 NEED_SHIFT = ("rspo", "rspo_v1")
+NO_CLIP = ("sapo", "drpo")
 every_loss = pytest.mark.parametrize("name", NAMES)
 ragged = {
     "seed": st.integers(0, 2**31),
@@ -30,7 +31,7 @@ def run(name: str, inputs: LossInputs):
 
 
 def test_names() -> None:
-    names = "grpo dr_grpo dapo gspo gmpo cispo sapo rspo rspo_v1"
+    names = "grpo dr_grpo dapo gspo gmpo cispo sapo dppo_tv dppo_kl drpo rspo rspo_v1"
     assert " ".join(LOSSES) == names
 
 
@@ -41,7 +42,7 @@ def test_clipped_tokens_add_up_to_the_clip_fraction(name) -> None:
     for seed in range(6):
         inputs = random_batch(seed, 5, 1.5, name in NEED_SHIFT)
         outputs = run(name, inputs)
-        if name == "sapo":
+        if name in NO_CLIP:
             assert outputs.clipped is None
             continue
         assert outputs.clipped.dtype == torch.bool and outputs.clipped.shape == inputs.mask.shape
@@ -53,7 +54,7 @@ def test_clipped_tokens_add_up_to_the_clip_fraction(name) -> None:
             marked = list(marks.values())
         assert sum(marked) == outputs.metrics["clip_fraction"][0].item()
         active += sum(marked)
-    assert active > 0 or name == "sapo"
+    assert active > 0 or name in NO_CLIP
 
 
 @every_loss
@@ -72,6 +73,7 @@ def test_matches_slow_reference(name, seed, num_sequences, spread, shift) -> Non
         inputs.sequence_ids.tolist(),
         default_settings(name).model_dump(),
         None if inputs.router_shift is None else inputs.router_shift.tolist(),
+        rollout_logprobs=inputs.rollout_logprobs.tolist(),
     )
     torch.testing.assert_close(outputs.loss_sum.detach(), total.detach(), rtol=1e-10, atol=1e-12)
     assert outputs.denominator.item() == (count or EMPTY)
@@ -156,7 +158,7 @@ def test_gamma_below_one_changes_the_loss(name) -> None:
 @every_loss
 def test_no_gradient_through_anything_but_logprobs(name) -> None:
     inputs = batch_of([[0.05, -0.02], [0.01]], [1.0, -0.5], [[0.9, 1.0], [0.95]])
-    others = [inputs.old_logprobs, inputs.advantages, inputs.router_shift]
+    others = [inputs.old_logprobs, inputs.advantages, inputs.router_shift, inputs.rollout_logprobs]
     for other in others:
         other.requires_grad_()
     outputs = run(name, inputs)
@@ -177,6 +179,7 @@ def test_nothing_trained_gives_an_attached_zero(name, size) -> None:
         mask=torch.zeros(size, dtype=torch.bool),
         sequence_ids=torch.arange(size) // 2,
         router_shift=torch.full((size,), torch.nan),
+        rollout_logprobs=torch.full((size,), torch.nan),
     )
     outputs = run(name, inputs)
     loss = outputs.loss_sum / outputs.denominator
@@ -197,6 +200,7 @@ def test_sequences_without_a_trained_token_do_not_dilute_the_mean(name) -> None:
         mask=torch.tensor([True, True, True, False, False]),
         sequence_ids=torch.tensor([0, 0, 1, 2, 3]),
         router_shift=torch.cat([inputs.router_shift, torch.ones(2)]),
+        rollout_logprobs=torch.cat([inputs.rollout_logprobs, torch.zeros(2)]),
         num_sequences=3,
     )
     padded_loss, gradient = loss_and_gradient(run(name, padded), padded)
@@ -234,6 +238,7 @@ def test_bfloat16_logprobs_are_computed_in_float32(name) -> None:
         logprobs=wide.logprobs.detach().float().requires_grad_(),
         old_logprobs=wide.old_logprobs.float(),
         router_shift=wide.router_shift.float(),
+        rollout_logprobs=wide.rollout_logprobs.float(),
     )
     assert outputs.loss_sum.dtype == torch.float32
     assert outputs.loss_sum.item() == run(name, wide).loss_sum.item()

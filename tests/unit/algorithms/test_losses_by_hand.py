@@ -150,6 +150,7 @@ def test_paper_values() -> None:
     values = {name: vars(default_settings(name)) for name in LOSSES}
     clip = {"clip_low": 0.2, "clip_high": 0.2}
     log_clip = {"clip_low": 0.4, "clip_high": 0.4}
+    sampler = {"anchor": "sampler"}
     assert values == {
         "grpo": clip,
         "dr_grpo": {**clip, "length_divisor": 3000.0},
@@ -160,4 +161,7 @@ def test_paper_values() -> None:
         "rspo_v1": log_clip,
         "cispo": {"clip_low": 1.0, "clip_high": 4.0},
         "sapo": {"tau_positive": 1.0, "tau_negative": 1.05},
+        "dppo_tv": {**sampler, "divergence_low": 0.15, "divergence_high": 0.15, "ratio_cap": 20.0},
+        "dppo_kl": {**sampler, "divergence_low": 0.05, "divergence_high": 0.05, "ratio_cap": 20.0},
+        "drpo": {**sampler, "delta": 12.5},
     }

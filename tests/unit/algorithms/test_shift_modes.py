@@ -76,6 +76,7 @@ def test_matches_slow_reference(name, mode, seed, num_sequences, spread, above_o
         inputs.router_shift.tolist(),
         mode,
         inputs.sampler_weights.tolist() if weighed else None,
+        inputs.rollout_logprobs.tolist(),
     )
     torch.testing.assert_close(outputs.loss_sum.detach(), total.detach(), rtol=1e-10, atol=1e-12)
     assert outputs.denominator.item() == (count or EMPTY)
