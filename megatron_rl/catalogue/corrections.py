@@ -53,7 +53,7 @@ class OffPolicyMaskSettings(Settings):
     delta: Positive = 0.1
     """Largest mean over an answer's tokens of log(q / p), nats, where its advantage is below 0."""
     anchor: Literal["sampler", "old"] = "sampler"
-    """q: sampler: mu, so that drift and mismatch both count; old: the scoring pass, drift alone."""
+    """The policy q; sampler: drift and mismatch both count; old: drift since scoring alone."""
     cap: Positive | None = None
     """Answers that are kept have the weights min(rho, cap) of tis; null: 1."""
 

@@ -79,8 +79,10 @@ class AnchoredSettings(Settings):
     """Of losses that compare the new probability of a token with that of an anchor."""
 
     anchor: Literal["sampler", "old"] = "sampler"
-    """The policy that ratio and distance are measured from; sampler: the one that sampled, as in
-    the papers; old: the scoring pass, as other losses have it, to use with algorithm.mismatch."""
+    """The policy that ratio and distance are measured from.
+
+    sampler: the one that sampled, as in the papers. old: that of the scoring pass, as other losses
+    have it; goes with algorithm.mismatch."""
 
 
 class DppoSettings(AnchoredSettings):

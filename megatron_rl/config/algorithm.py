@@ -67,6 +67,11 @@ def correction_settings(algorithm: AlgorithmConfig) -> Settings | None:
     return read_settings("algorithm.mismatch_settings", name, row.settings, given)
 
 
+def anchored_on_the_sampler(algorithm: AlgorithmConfig) -> bool:
+    """Whether the loss's ratio is pi_new / mu: a loss that has the setting ``anchor`` says so."""
+    return getattr(loss_settings(algorithm), "anchor", None) == "sampler"
+
+
 def uses_router_shift(algorithm: AlgorithmConfig) -> bool:
     """Whether router shift is on: as configured, else as the loss asks."""
     if algorithm.router_shift.enabled is not None:

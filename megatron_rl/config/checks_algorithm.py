@@ -9,6 +9,7 @@ from megatron_rl.catalogue.kinds import LOSSES
 from megatron_rl.config.algorithm import (
     advantages_of,
     advantages_settings,
+    anchored_on_the_sampler,
     correction_of,
     correction_settings,
     loss_of,
@@ -51,6 +52,21 @@ def losses_heed_what_is_switched_on(config: Config) -> None:
             f"{found} with the loss {algorithm.name}, which ignores it; expected a loss declared "
             f"with {trait} that acts on it; {remedy}, or take another loss"
         )
+
+
+def the_sampler_is_corrected_once(config: Config) -> None:
+    """A loss with the ratio pi_new / mu takes no weights pi_old / mu beside it."""
+    algorithm = config.algorithm
+    correction = correction_settings(algorithm)
+    if algorithm.mismatch == "none" or not anchored_on_the_sampler(algorithm):
+        return
+    if algorithm.mismatch == "off_policy_mask" and getattr(correction, "cap", None) is None:
+        return
+    raise UserError(
+        f"algorithm.mismatch is {algorithm.mismatch} with the loss {algorithm.name}, whose ratio is "
+        "to the sampler already (setting anchor); expected none, or off_policy_mask without a cap; "
+        "change it, or set algorithm.settings.anchor to old"
+    )
 
 
 def own_code_works(config: Config) -> None:
@@ -166,6 +182,7 @@ ALGORITHM_RULES: tuple[Callable[[Config], None], ...] = (
     advantages_are_known,
     correction_is_known,
     losses_heed_what_is_switched_on,
+    the_sampler_is_corrected_once,
     router_shift_losses_have_it,
     dense_models_have_no_routers,
     router_shift_variants_have_an_effect,

@@ -6,6 +6,7 @@ import re
 from typing import Callable
 from urllib.parse import urlsplit
 
+from megatron_rl.config.algorithm import anchored_on_the_sampler
 from megatron_rl.config.rollout import (
     engine_of,
     engine_settings,
@@ -120,7 +121,7 @@ def lag_is_corrected(config: Config) -> None:
             f"rollout.lag is {rollout.lag} with rollout.dynamic_sampling, which waits for rewards "
             "before it draws more; expected one of them; change one"
         )
-    if config.algorithm.mismatch == "none":
+    if config.algorithm.mismatch == "none" and not anchored_on_the_sampler(config.algorithm):
         raise UserError(
             f"rollout.lag is {rollout.lag} with algorithm.mismatch none: the answers are by older "
             "weights; expected a correction, such as tis; set algorithm.mismatch"

@@ -45,6 +45,7 @@ def trl_loss(
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
+        get_off_policy_mask=getattr(trainer_class, "get_off_policy_mask", None),
         importance_sampling_level="token",
         beta=0.0,
         use_vllm=inputs.sampler_weights is not None,
@@ -70,6 +71,7 @@ def trl_loss(
     optional = {
         "importance_sampling_ratio": inputs.sampler_weights,
         "ref_per_token_logps": inputs.ref_logprobs,
+        "sampling_per_token_logps": inputs.rollout_logprobs,
     }
     first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
     return trainer_class._compute_loss(

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import LOSSES, make_settings
+from megatron_rl.algorithms.mismatch import off_policy_mask
 from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
+from megatron_rl.catalogue.corrections import OffPolicyMaskSettings
 from tests.support.loss_batches import batch_of, loss_and_gradient
 from tests.support.trl_judge import trl_loss
 
@@ -116,6 +118,35 @@ def test_same_with_a_kl_penalty(name) -> None:
         outputs = add_regularisers(outputs, inputs, Regularisers(kl_coef=0.1))
         judge = trl_loss(trainer_class, inputs, lengths, beta=0.1, **attributes)
         same_as_trl(outputs, inputs, judge)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "sapo"])
+@pytest.mark.parametrize("anchor", ["sampler", "old"])
+def test_same_with_the_off_policy_sequence_mask(name, anchor) -> None:
+    """TRL measures from the sampler where it has its log-probabilities."""
+    trainer_class, attributes, overrides = CASES[name]
+    if name == "gspo":
+        attributes = {**attributes, "epsilon_low": 0.2, "epsilon_high": 0.2}
+        overrides = {"clip_low": 0.2, "clip_high": 0.2}
+    lengths, left_out = [3, 8, 1, 5], 0
+    for seed in range(40):
+        inputs = dataclasses.replace(with_everything(lengths, seed), sampler_weights=None)
+        inputs = dataclasses.replace(inputs, rollout_logprobs=inputs.ref_logprobs)
+        inputs = dataclasses.replace(inputs, ref_logprobs=None, entropy=None)
+        given = off_policy_mask(inputs, OffPolicyMaskSettings(delta=0.1, anchor=anchor))
+        left_out += int(given.clipped.sum())
+        weighed = dataclasses.replace(inputs, sampler_weights=given.weights)
+        outputs = LOSSES[name](weighed, make_settings(name, overrides))
+        if anchor == "old":
+            inputs = dataclasses.replace(inputs, rollout_logprobs=None)
+        mask = {"off_policy_mask_threshold": 0.1}
+        judge = trl_loss(trainer_class, inputs, lengths, **attributes, **mask)
+        loss = outputs.loss_sum / outputs.denominator
+        torch.testing.assert_close(loss.detach(), judge.detach(), rtol=1e-7, atol=1e-10)
+        (gradient,) = torch.autograd.grad(loss, inputs.logprobs)
+        (expected,) = torch.autograd.grad(judge, inputs.logprobs)
+        torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-10)
+    assert left_out > 40
 
 
 def same_as_trl(outputs, inputs, judge) -> None:

@@ -42,6 +42,11 @@ ACCEPTED = [
     {"routing_replay": "r3", "trace_store": "pinned"},
     {"mismatch": "icepop"},
     {"mismatch": "tis", "mismatch_high": 0.3},
+    {"mismatch": "kpop"},
+    {"name": "dppo_tv"},
+    {"name": "dppo_kl", "mismatch": "off_policy_mask", "mismatch_settings": {"delta": 0.05}},
+    {"name": "drpo", "settings": {"anchor": "old"}, "mismatch": "kpop"},
+    {"mismatch": "off_policy_mask", "mismatch_settings": {"cap": 2.0}},
 ]
 
 
@@ -116,6 +121,15 @@ REFUSED = [
         "algorithm.router_shift.layers is quantile with the loss gmpo, which runs without router",
     ),
     ({"kl_coef": 0.1}, "algorithm.kl_coef is 0.1 without a reference; expected"),
+    (
+        {"name": "dppo_tv", "mismatch": "tis"},
+        "algorithm.mismatch is tis with the loss dppo_tv, whose ratio is to the sampler already",
+    ),
+    (
+        {"name": "drpo", "mismatch": "off_policy_mask", "mismatch_settings": {"cap": 2.0}},
+        "algorithm.mismatch is off_policy_mask with the loss drpo, whose ratio is to the sampler",
+    ),
+    ({"name": "drpo", "settings": {"anchor": "mu"}}, "algorithm.settings.anchor is mu; expected one of sampler, old"),
 ]
 
 
@@ -163,9 +177,10 @@ def test_a_trace_is_kept_for_router_shift_and_for_replay():
 
 def test_what_follows_from_the_section():
     highs = [
-        correction_settings(AlgorithmConfig(mismatch=kind)).high for kind in kinds.CORRECTIONS.names
+        getattr(correction_settings(AlgorithmConfig(mismatch=kind)), "high", None)
+        for kind in kinds.CORRECTIONS.names
     ]
-    assert highs == [2, 2, 2, 5]
+    assert highs == [2, 2, 2, 5, None, None]
     chosen = AlgorithmConfig(mismatch="icepop", mismatch_high=3.0, mismatch_settings={"low": 0.1})
     assert correction_settings(chosen).model_dump() == {"low": 0.1, "high": 3.0}
     used = {name: uses_router_shift(AlgorithmConfig(name=name)) for name in kinds.LOSSES.names}

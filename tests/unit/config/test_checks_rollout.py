@@ -16,11 +16,11 @@ def make(engine="vllm", temperature=1.0, top_p=1.0, top_k=0, **servers):
     return Config(rollout={"engine": engine, "servers": servers, **rollout})
 
 
-def lagging(engine="vllm", mismatch="tis", **rollout):
+def lagging(engine="vllm", mismatch="tis", loss="rspo", **rollout):
     servers = {"urls": URLS} if engine == "vllm" else {}
     return Config(
         rollout={"engine": engine, "servers": servers, **{"lag": 1, **rollout}},
-        algorithm={"mismatch": mismatch},
+        algorithm={"mismatch": mismatch, "name": loss},
     )
 
 
@@ -38,6 +38,7 @@ def lagging(engine="vllm", mismatch="tis", **rollout):
         make("sglang", urls=URLS, temperature=0.7, top_p=0.9),
         make(urls=URLS, sync="broadcast"),
         lagging(lag=3),
+        lagging(mismatch="none", loss="dppo_tv"),
         Config(rollout={"environment": TOOL, "environment_settings": {"word": "no, "}}),
     ],
 )
