@@ -14,6 +14,7 @@ from megatron_rl.algorithms.aggregate import EMPTY, Segments, SumAndCount, count
 from megatron_rl.algorithms.mismatch import mismatch_metrics
 from megatron_rl.algorithms.regularisers import Regularisers, add_regularisers
 from megatron_rl.algorithms.router_shift import normalise_shift, raw_gamma
+from megatron_rl.algorithms.weight_spread import weight_sums
 from megatron_rl.catalogue.kinds import CORRECTIONS, LOSSES
 from megatron_rl.config.algorithm import (
     correction_of,
@@ -82,7 +83,7 @@ def policy_loss(
         distance: of the routers, see `forward_compared`; None without router shift.
         plan: of the mini-batch.
         sums: receives the loss's metrics.
-        telemetry: receives the clip fraction by gamma.
+        telemetry: receives the sums of the weights and the clip fraction by gamma.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     logprobs, entropy = pack_logprobs(
@@ -112,6 +113,7 @@ def policy_loss(
         shift_mode=shift.mode,
         entropy=entropy,
     )
+    telemetry.weights += weight_sums(inputs)
     if plan.correction is not None:
         given = plan.correction(inputs)
         sums.add_all(mismatch_metrics(given, inputs))

@@ -128,6 +128,28 @@ PLOTS: tuple[Plot, ...] = (
         log=True,
     ),
     Plot(
+        "sample_size",
+        "Effective sample size",
+        "Of the importance weights new / sampler, as a fraction: 1 if all are equal.",
+        (
+            ("weights/ess_token", "tokens"),
+            ("weights/ess_sequence", "completions (product)"),
+            ("weights/ess_geometric", "completions (geometric mean)"),
+        ),
+        percent=True,
+    ),
+    Plot(
+        "weight_variance",
+        "Variance of the weights",
+        "Of the importance weights new / sampler.",
+        (
+            ("weights/variance_token", "tokens"),
+            ("weights/variance_sequence", "completions (product)"),
+            ("weights/variance_geometric", "completions (geometric mean)"),
+        ),
+        log=True,
+    ),
+    Plot(
         "grad_norm",
         "Gradient norm",
         "Global norm before clipping.",

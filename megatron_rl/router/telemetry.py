@@ -1,4 +1,6 @@
-"""What the routers did in a step, layer by layer: load, entropy, distance, overlap."""
+"""What the routers did in a step, layer by layer: load, entropy, distance, overlap. And what else is
+known only when the sums of all ranks are there: the clip split, the spread of the weights.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_rl.algorithms.router_shift import raw_gamma
+from megatron_rl.algorithms.weight_spread import KINDS, spread_metrics
 from megatron_rl.router.clip_split import ClipSplit, quartile_fractions
 
 #: Sums over tokens: of the routers' choice, and of its distance to a trace.
@@ -21,8 +24,8 @@ class RouterTelemetry:
     Every rank holds sums of the layers and tokens it saw and zeros elsewhere, so one sum over all
     ranks is right under any split: pipeline stages hold other layers, tensor (sequence-parallel),
     context and data ranks other tokens; expert-parallel ranks route their own tokens only. The clip
-    split counts whole packs on every tensor and context rank of the last stage, each token as often
-    as any other, so its fractions are right as well.
+    split and the weights count whole packs on every tensor and context rank of the last stage, each
+    token as often as any other, so what is made of them, quotients of sums, is right as well.
     """
 
     COLUMNS = (*_CHOICE, *_SHIFT)
@@ -35,6 +38,8 @@ class RouterTelemetry:
         self.load = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=device)
         self.furthest = torch.zeros(num_layers, dtype=torch.float64, device=device)
         self.clip_split = ClipSplit(device)
+        #: of `algorithms.weight_spread.weight_sums`
+        self.weights = torch.zeros(len(KINDS), 3, dtype=torch.float64, device=device)
         self._floor = floor
 
     def add_choice(
@@ -63,7 +68,7 @@ class RouterTelemetry:
         """Metrics of the step over all ranks; names as in observe/README.md. A collective: one sum,
         one maximum, one wait for the device.
         """
-        parts = (self.sums, self.load, self.clip_split.counts)
+        parts = (self.sums, self.load, self.clip_split.counts, self.weights)
         flat, furthest = torch.cat([part.flatten() for part in parts]), self.furthest.clone()
         if world.size() > 1:
             dist.all_reduce(flat, group=world)
@@ -73,8 +78,9 @@ class RouterTelemetry:
             .cpu()
             .split([*(part.numel() for part in parts), len(furthest)])
         )
-        sums, load, clip_counts = (f.view_as(part) for f, part in zip(flats, parts))
+        sums, load, clip_counts, weights = (f.view_as(part) for f, part in zip(flats, parts))
         metrics = _choice_metrics(sums, load) | self._shift_metrics(sums, furthest)
+        metrics |= spread_metrics(weights)
         for number, fraction in enumerate(quartile_fractions(clip_counts), start=1):
             metrics[f"clip_fraction/gamma_q{number}"] = fraction
         return metrics

@@ -22,6 +22,8 @@ def add(telemetry, layer, mask, distance, overlap, entropy, routing_map):
 def _on_a_rank():
     """Rank 0 has the first of three layers, rank 1 other tokens of it and the third layer."""
     telemetry = RouterTelemetry(3, 2, CPU, floor=0.7)
+    # token weights 2 here, 1 there
+    telemetry.weights[0] += torch.tensor([1.0, 1.0, 1.0] if dist.get_rank() == 0 else [1.0, 0, 0])
     if dist.get_rank() == 0:
         add(
             telemetry, 0, [True, False], [0.5, 9.0], [1.0, 0.0], [0.25, 9.0],
@@ -45,6 +47,8 @@ def test_sums_of_all_ranks_become_means_of_layers_and_of_the_model():
     for metrics in run_on_ranks(2, _on_a_rank):
         assert metrics == pytest.approx(
             {
+                "weights/ess_token": 3**2 / (2 * 5),
+                "weights/variance_token": 0.25,
                 "router/distance_mean/layer_00": 1.0,  # (0.5 + 1.5) / 2 tokens
                 "router/distance_mean/layer_02": 0.25,
                 "router/distance_mean": 0.625,
