@@ -317,7 +317,8 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
     ranks = ranks_wanted(config.parallel)
     total, active = count_parameters(config.model)
     memory = rank_memory(config, ranks)
-    trace, kept = trace_bytes_per_token(config.model), keeps_trace(config.algorithm)
+    distance = config.algorithm.router_shift.distance
+    trace, kept = trace_bytes_per_token(config.model, distance), keeps_trace(config.algorithm)
     longest = config.model.max_sequence_length
     return [
         ("ranks", str(ranks)),

@@ -1,4 +1,4 @@
-"""How the router distances d_l of the MoE layers become one: their mean, the largest, a quantile.
+"""How the router distances d_l of the MoE layers become one: mean, largest, quantile, or the last.
 
 The layers of a model are spread over pipeline stages. So a rule works on a running value, which
 holds what is known after some of the layers: each stage makes one of its own layers and joins it
@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 
 #: Names of the rules; the paper's is the mean.
-LAYERS = ("mean", "max", "quantile")
+LAYERS = ("mean", "max", "quantile", "last")
 
 
 class LayerRule(Protocol):
-    """One of the three; `layer_rule` chooses it by name, and nothing else asks for the name."""
+    """One of the four; `layer_rule` chooses it by name, and nothing else asks for the name."""
 
     def running(self, distances: torch.Tensor) -> torch.Tensor:
         """Of some layers, possibly none: [L, T] -> [R, T]."""
@@ -128,6 +128,31 @@ class QuantileOfLayers:
         return 1
 
 
+@dataclass(frozen=True)
+class LastOfLayers:
+    """d_L, of the last MoE layer alone: a running value that later layers replace."""
+
+    def running(self, distances: torch.Tensor) -> torch.Tensor:
+        """[L, T] -> [1, T]; [0, T] for no layer."""
+        return distances[-1:]
+
+    def rows(self, num_layers: int) -> int:
+        """1, or 0 for no layer."""
+        return min(num_layers, 1)
+
+    def join(self, before: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """The later one, if there is one."""
+        return own if len(own) else before
+
+    def total(self, running: torch.Tensor) -> torch.Tensor:
+        """[1, T] -> [T]."""
+        return running[0]
+
+    def divisor(self, num_layers: int) -> int:
+        """1."""
+        return 1
+
+
 def layer_rule(layers: str, quantile: float = 1.0) -> LayerRule:
     """The rule of a name in `LAYERS`; ``quantile`` is for that rule alone. ValueError: none has
     that name.
@@ -136,6 +161,7 @@ def layer_rule(layers: str, quantile: float = 1.0) -> LayerRule:
         "mean": MeanOfLayers(),
         "max": LargestOfLayers(),
         "quantile": QuantileOfLayers(quantile),
+        "last": LastOfLayers(),
     }
     if layers not in rules:
         raise ValueError(f"found layers {layers!r}; expected one of {', '.join(LAYERS)}")

@@ -48,19 +48,23 @@ def raw_gamma(distance: torch.Tensor) -> torch.Tensor:
     return (-distance).exp()
 
 
-def shift_weight(distance: torch.Tensor, num_layers: int, floor: float) -> torch.Tensor:
+def shift_weight(
+    distance: torch.Tensor, num_layers: int, floor: float, attached: bool = False
+) -> torch.Tensor:
     """gamma~_t = stop_gradient(max(exp(-distance_t / num_layers), floor)): [T] -> [T].
 
-    num_layers counts the MoE layers of the whole model (1 for the rules max and quantile:
+    num_layers counts the MoE layers of the whole model (1 for the rules of one layer:
     `LayerRule.divisor`). Exactly 1 where the distance is 0.
-    Detached: with a gradient training collapses (arXiv 2510.23027 v1). Raises ValueError for
-    num_layers < 1 or a floor outside [0, 1].
+    Detached: with a gradient training collapses (arXiv 2510.23027 v1). ``attached`` leaves the
+    gradient in, to show that; below the floor there is none. Raises ValueError for num_layers < 1
+    or a floor outside [0, 1].
     """
     if num_layers < 1:
         raise ValueError(f"found num_layers={num_layers}; expected at least one MoE layer")
     if not 0.0 <= floor <= 1.0:
         raise ValueError(f"found floor={floor}; expected a number in [0, 1]; the paper's is 0.8")
-    return raw_gamma(at_least_float32(distance.detach()) / num_layers).clamp(min=floor)
+    distance = distance if attached else distance.detach()
+    return raw_gamma(at_least_float32(distance) / num_layers).clamp(min=floor)
 
 
 @torch.no_grad()
@@ -80,5 +84,5 @@ def acting_sum(
 
 
 def normalise_shift(weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """gamma~_t / mean, [T], detached: its mean over the batch is then 1. A mean of 1: same bits."""
-    return weight.detach() / mean.to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
+    """gamma~_t / mean, [T]: its mean over the batch is then 1. A mean of 1: same bits."""
+    return weight / mean.detach().to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)

@@ -6,6 +6,7 @@ rows of this package.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, Callable
 
@@ -59,6 +60,17 @@ def traits_of(loss: Callable[[LossInputs], LossOutputs], name: str) -> dict[str,
         "geometric": mean is not None and not torch.equal(_value(full), _value(mean)),
         "sampler_weights": not torch.equal(_value(full), _value(weighed)),
     }
+
+
+def shift_has_a_gradient(row: LossEntry, settings: Settings | None) -> bool:
+    """Whether the loss's gradient with respect to gamma~ is other than 0, on a small batch."""
+    inputs = dataclasses.replace(made_inputs(router_shift=0.9), shift_attached=True)
+    assert inputs.router_shift is not None, "just made"
+    gamma = inputs.router_shift.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        row.bind(settings)(inputs).loss_sum, gamma, allow_unused=True
+    )
+    return gradient is not None and bool((gradient != 0).any())
 
 
 def check_advantages(row: AdvantagesEntry, settings: Settings | None) -> None:

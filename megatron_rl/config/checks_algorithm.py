@@ -118,12 +118,12 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
     algorithm, shift = config.algorithm, config.algorithm.router_shift
     changed = [
         name
-        for name in ("mode", "normalise", "layers")
+        for name in ("mode", "normalise", "distance", "layers", "stop_gradient")
         if getattr(shift, name) != type(shift).model_fields[name].default
     ]
     if changed and not uses_router_shift(algorithm):
         raise UserError(
-            f"algorithm.router_shift.{changed[0]} is {getattr(shift, changed[0])} with the loss "
+            f"algorithm.router_shift.{changed[0]} is {_spelt(shift, changed[0])} with the loss "
             f"{algorithm.name}, which runs without router shift; expected "
             "algorithm.router_shift.enabled true, or the default"
         )
@@ -144,6 +144,34 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
             f"algorithm.router_shift.quantile is {shift.quantile:g} with layers {shift.layers}, "
             "which has none; expected algorithm.router_shift.layers quantile, or the default"
         )
+
+
+def a_gradient_through_gamma_arrives(config: Config) -> None:
+    """Without the stop-gradient, gamma's gradient reaches the routers: on one stage whose forward
+    pass is recorded, and in a loss that does not detach its ratio.
+    """
+    algorithm, parallel = config.algorithm, config.parallel
+    if algorithm.router_shift.stop_gradient:
+        return
+    found = None
+    if parallel.pipeline > 1:
+        found = f"parallel.pipeline {parallel.pipeline}, whose stages pass distances on without it"
+    elif parallel.recompute == "full":
+        found = "parallel.recompute full, whose forward pass records none"
+    else:
+        arrives = load("megatron_rl.algorithms.trial:shift_has_a_gradient")
+        if not arrives(loss_of(algorithm), loss_settings(algorithm)):
+            found = f"the loss {algorithm.name}, whose ratio is a constant"
+    if found is not None:
+        raise UserError(
+            f"algorithm.router_shift.stop_gradient is false with {found}; expected a gradient that "
+            "arrives at the routers; change one of them"
+        )
+
+
+def _spelt(section: object, name: str) -> str:
+    """A value as YAML has it."""
+    return str(getattr(section, name)).lower()
 
 
 def replayed_routes_are_returned(config: Config) -> None:
@@ -186,6 +214,7 @@ ALGORITHM_RULES: tuple[Callable[[Config], None], ...] = (
     router_shift_losses_have_it,
     dense_models_have_no_routers,
     router_shift_variants_have_an_effect,
+    a_gradient_through_gamma_arrives,
     replayed_routes_are_returned,
     kl_penalty_has_a_reference,
     overlong_buffer_fits,

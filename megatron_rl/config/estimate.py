@@ -118,12 +118,13 @@ def expert_id_bytes(num_experts: int) -> int:
     return 1 if num_experts <= 2**8 else 2 if num_experts <= 2**15 else 4
 
 
-def trace_bytes_per_token(model: ModelConfig) -> int:
-    """Router trace: MoE layers x K x (bytes of an expert id + 4 for its log-probability).
+def trace_bytes_per_token(model: ModelConfig, distance: str = "top_k") -> int:
+    """Router trace: MoE layers x (K x bytes of an expert id + 4 for each log-probability): of the
+    K experts, or of all E with ``algorithm.router_shift.distance`` union.
 
     Over all pipeline stages.
     """
-    return sum(moe_layers(model)) * _trace_bytes_per_layer(model)
+    return sum(moe_layers(model)) * _trace_bytes_per_layer(model, distance)
 
 
 def trace_bytes(config: Config, world_size: int, longest: int) -> int:
@@ -139,7 +140,8 @@ def trace_bytes(config: Config, world_size: int, longest: int) -> int:
     is_moe = moe_layers(config.model)
     stages = stage_layers(config.model.num_layers, parallel)
     layers = max(sum(is_moe[layer] for layer in stage) for stage in stages)
-    return sequences * longest * layers * _trace_bytes_per_layer(config.model) // ranks
+    per_layer = _trace_bytes_per_layer(config.model, config.algorithm.router_shift.distance)
+    return sequences * longest * layers * per_layer // ranks
 
 
 def trace_text(config: Config, world_size: int, longest: int) -> str:
@@ -157,8 +159,9 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:.0f} {units[0]}"
 
 
-def _trace_bytes_per_layer(model: ModelConfig) -> int:
-    return model.moe_top_k * (expert_id_bytes(model.num_experts) + 4)
+def _trace_bytes_per_layer(model: ModelConfig, distance: str) -> int:
+    scored = model.num_experts if distance == "union" else model.moe_top_k
+    return model.moe_top_k * expert_id_bytes(model.num_experts) + 4 * scored
 
 
 def rank_memory(config: Config, world_size: int) -> Memory:

@@ -196,10 +196,19 @@ class RouterShiftConfig(Section):
     the weight of a token in the geometric mean of gspo, gmpo and rspo."""
     normalise: Literal["none", "batch_mean"] = "none"
     """batch_mean: divide gamma by its mean over the mini-batch; costs one more forward pass."""
-    layers: Literal["mean", "max", "quantile"] = "mean"
+    distance: Literal["top_k", "gate_weighted", "union"] = "top_k"
+    """Which experts count in a layer's distance; top_k: the paper.
+
+    top_k: those that the old policy chose, alike. gate_weighted: the same, as much as the old
+    router's scores. union: those that the old or the new policy chose; the trace then holds all
+    experts' log-probabilities."""
+    layers: Literal["mean", "max", "quantile", "last"] = "mean"
     """How the distances of the MoE layers are reduced to one; mean: the paper."""
     quantile: float = Field(0.9, gt=0.0, le=1.0)
     """layers quantile: the quantile of the layers' distances, 0 to 1; 1: the maximum."""
+    stop_gradient: bool = True
+    """false: the gradient goes through gamma as well, into the routers. An ablation: the paper
+    reports that training collapses. Not with pipeline stages or full recomputation."""
 
 
 class AlgorithmConfig(Section):

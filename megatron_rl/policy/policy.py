@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.algorithms.distance_rules import distance_rule
 from megatron_rl.algorithms.layer_rules import layer_rule
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config
@@ -85,7 +86,10 @@ def build_policy(
         optimizer=optimizer,
         scheduler=build_scheduler(config.optimizer, optimizer, optimizer_steps),
         capture=RouterCapture(
-            routers, [[layer for layer in layers if moe[layer - 1]] for layers in held]
+            routers,
+            [[layer for layer in layers if moe[layer - 1]] for layers in held],
+            distance_rule(shift.distance),
+            attached=not shift.stop_gradient,
         ),
         replay=RouteReplay(routers) if config.algorithm.routing_replay != "none" else None,
         relay=DistanceRelay(

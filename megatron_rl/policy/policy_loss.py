@@ -112,6 +112,7 @@ def policy_loss(
         num_sequences=pack.num_sequences,
         shift_mode=shift.mode,
         entropy=entropy,
+        shift_attached=not shift.stop_gradient,
     )
     telemetry.weights += weight_sums(inputs)
     if plan.correction is not None:

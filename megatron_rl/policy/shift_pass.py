@@ -73,8 +73,9 @@ def gamma_of(
     """
     distance = pack.shards.whole(gather_first_dim(distance, policy.groups.tensor))
     layers = policy.relay.rule.divisor(policy.num_moe_layers)
-    floor = policy.config.algorithm.router_shift.floor
-    return shift_weight(distance, layers, floor), distance / layers
+    shift = policy.config.algorithm.router_shift
+    gamma = shift_weight(distance, layers, shift.floor, attached=not shift.stop_gradient)
+    return gamma, distance.detach() / layers
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_rl.algorithms.router_shift import shift_distance
+from megatron_rl.algorithms.distance_rules import DistanceRule, OldTopK
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.router.trace import LayerTrace, RouterTrace, id_dtype
 
@@ -38,12 +38,16 @@ class RouterCapture:
         self,
         routers: Sequence[Mapping[int, TopKRouter]],
         expected_layers: Sequence[Sequence[int]],
+        rule: DistanceRule = OldTopK(),
+        attached: bool = False,
     ) -> None:
         """
         Args:
             routers: for each model chunk its routers by global layer number, from 1
                 (`models.gpt.chunk.routers_of`).
             expected_layers: for each chunk the numbers of the MoE layers it should hold.
+            rule: which experts count in a distance, and how much.
+            attached: the distances of `compare` have a gradient, where gradients are enabled.
 
         Raises:
             RouterError: a chunk holds other routers than expected, or a configuration hides their
@@ -51,6 +55,7 @@ class RouterCapture:
         """
         self._routers = [dict(of_chunk) for of_chunk in routers]
         self._observer: _Observer | None = None
+        self._rule, self._attached = rule, attached
         for of_chunk, expected in zip(self._routers, expected_layers, strict=True):
             if sorted(of_chunk) != sorted(expected):
                 raise RouterError(
@@ -70,16 +75,17 @@ class RouterCapture:
         def watch(logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
             probs, routing_map = routing(logits, *args, **kwargs)
             if self._observer is not None:
-                with torch.no_grad():
-                    self._observer(number, logits.detach().flatten(0, -2), routing_map)
+                self._observer(number, logits.flatten(0, -2), routing_map)
             return probs, routing_map
 
         return watch
 
     @contextlib.contextmanager
-    def _pass(self, chunks: Sequence[int], observe: _Observer) -> Iterator[None]:
-        """Call ``observe`` for each router that fires. At the end each router of the chunks must
-        have fired once.
+    def _pass(
+        self, chunks: Sequence[int], observe: _Observer, attached: bool = False
+    ) -> Iterator[None]:
+        """Call ``observe`` for each router that fires, without gradients unless ``attached``. At
+        the end each router of the chunks must have fired once.
         """
         if self._observer is not None:
             raise RouterError("a pass over the routers is open already")
@@ -87,7 +93,8 @@ class RouterCapture:
 
         def count(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
             fired.append(number)
-            observe(number, logits, routing_map)
+            with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
+                observe(number, logits if attached else logits.detach(), routing_map)
 
         self._observer = count
         try:
@@ -110,7 +117,8 @@ class RouterCapture:
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
             router = self._routers[chunk][number]
             chosen = _chosen(routing_map, router.topk)
-            logprobs = score_logprobs(logits, chosen, router.score_function)
+            scored = _every_expert(logits) if self._rule.every_expert else chosen
+            logprobs = score_logprobs(logits, scored, router.score_function)
             layer = LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
             trace[number] = layer.pinned() if store == "pinned" else layer
 
@@ -156,14 +164,14 @@ class RouterCapture:
             telemetry: receives the per-layer sums; None: nothing is counted.
 
         Yields:
-            A function that gives `shift_distance` of each MoE layer of this chunk, ascending, fp32
+            A function that gives the distance of each MoE layer of this chunk, ascending, fp32
             [L_chunk, T_local]; no layer where there is no trace.
         """
         distances: list[torch.Tensor] = []
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
             if telemetry is not None:
-                telemetry.add_choice(number - 1, mask, _entropy(logits), routing_map)
+                telemetry.add_choice(number - 1, mask, _entropy(logits.detach()), routing_map)
             if trace is None:
                 return
             old = trace[number]
@@ -173,18 +181,19 @@ class RouterCapture:
                     f"the pass {len(logits)}"
                 )
             ids = old.expert_ids.long()
-            new = score_logprobs(logits, ids, self._routers[chunk][number].score_function)
-            distance = shift_distance(new[:, None], old.logprobs[:, None])  # of one layer
+            scored = _every_expert(logits) if self._rule.every_expert else ids
+            new = score_logprobs(logits, scored, self._routers[chunk][number].score_function)
+            distance = self._rule.distance(new, old.logprobs, ids, routing_map)
             distances.append(distance)
             if telemetry is not None:
                 overlap = routing_map.gather(1, ids).float().mean(dim=1)
-                telemetry.add_shift(number - 1, mask, distance, overlap)
+                telemetry.add_shift(number - 1, mask, distance.detach(), overlap)
 
         def measured() -> torch.Tensor:
             none = torch.zeros(0, len(mask), device=mask.device)
             return torch.stack(distances) if distances else none
 
-        with self._pass([chunk], observe):
+        with self._pass([chunk], observe, self._attached):
             yield measured
 
 
@@ -199,6 +208,11 @@ def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str)
     if score_function == "sigmoid":
         return F.logsigmoid(picked)
     return picked - logits.logsumexp(dim=1, keepdim=True)
+
+
+def _every_expert(logits: torch.Tensor) -> torch.Tensor:
+    """Ids 0..E-1 for each token: logits [T, E] -> int64 [T, E]."""
+    return torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
 
 
 def _chosen(routing_map: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -16,12 +16,13 @@ from megatron_rl.config.estimate import expert_id_bytes
 class LayerTrace:
     """One MoE layer's routing of the tokens this rank saw.
 
-    Per token K ids in the smallest type that holds E experts and K fp32 log-probabilities: fp32, so
-    that the distance to an unchanged router is exactly zero.
+    Per token K ids in the smallest type that holds E experts and fp32 log-probabilities: fp32, so
+    that the distance to an unchanged router is exactly zero. Of the N experts that the run's
+    `DistanceRule` compares: the K, or all E.
     """
 
     expert_ids: torch.Tensor  #: uint8, int16 or int32 [T_local, K], ascending
-    logprobs: torch.Tensor  #: fp32 [T_local, K]
+    logprobs: torch.Tensor  #: fp32 [T_local, N]
 
     def pinned(self) -> LayerTrace:
         """The same in page-locked host memory; itself if it is on the CPU already."""

@@ -19,8 +19,8 @@ def quantile_of(distances: torch.Tensor, quantile: float) -> torch.Tensor:
     return rule.total(rule.running(distances))
 
 
-def test_gamma_of_the_three_rules_by_hand() -> None:
-    for layers, exponent in (("mean", 0.3), ("max", 0.5), ("quantile", 0.4)):
+def test_gamma_of_the_rules_by_hand() -> None:
+    for layers, exponent in (("mean", 0.3), ("max", 0.5), ("quantile", 0.4), ("last", 0.5)):
         rule = layer_rule(layers, 0.8)
         distance = rule.total(rule.running(DISTANCES))
         gamma = shift_weight(distance, rule.divisor(5), 0.0)
@@ -73,7 +73,7 @@ def test_stages_join_to_the_whole(layers, sizes) -> None:
         running = rule.join(running, rule.running(part))
         assert running.shape == (rule.rows(done), 6)
     expected = {"mean": distances.sum(0), "max": distances.amax(0)}
-    expected["quantile"] = distances.sort(0).values[3]
+    expected |= {"quantile": distances.sort(0).values[3], "last": distances[4]}
     assert torch.equal(rule.total(running), expected[layers])
     assert torch.equal(rule.total(rule.running(distances)), expected[layers])
 

@@ -289,3 +289,45 @@ def test_the_maximum_over_layers():
     torch.testing.assert_close(weight, torch.exp(-whole))
     with pytest.raises(ValueError, match="found layers 'median'"):
         shift_distance(new, old, "median")
+
+
+ATTACHED = [(name, mode) for name, mode in CASES if name not in ("cispo", "dppo_tv", "dppo_kl")]
+
+
+@pytest.mark.parametrize("name, mode", ATTACHED)
+def test_the_gradient_through_an_attached_gamma(name, mode):
+    """In a random direction, against differences of the slow reference's loss."""
+    steepest = 0.0
+    for seed in range(20):
+        inputs = drawn(seed, 4, 0.3, False, True, mode)
+        inputs = dataclasses.replace(inputs, shift_attached=True)
+        gamma = inputs.router_shift.requires_grad_()
+        outputs = run(name, inputs)
+        assert outputs.metrics["router/gamma_mean"][0].requires_grad is False
+        (gradient,) = torch.autograd.grad(
+            outputs.loss_sum, gamma, allow_unused=True, materialize_grads=True
+        )
+        assert torch.equal(gradient[~inputs.mask], torch.zeros_like(gradient[~inputs.mask]))
+        rng = torch.Generator().manual_seed(seed)
+        step = torch.randn(len(gamma), generator=rng, dtype=torch.float64)
+
+        def loss(size):
+            return slow_loss(
+                name,
+                inputs.logprobs.detach(),
+                inputs.old_logprobs.tolist(),
+                inputs.advantages.tolist(),
+                inputs.mask.tolist(),
+                inputs.sequence_ids.tolist(),
+                default_settings(name).model_dump(),
+                (gamma.detach() + size * step).tolist(),  # noqa: B023 (called at once)
+                mode,
+                inputs.sampler_weights.tolist(),
+                inputs.rollout_logprobs.tolist(),
+            )[0].item()
+
+        slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+        found = (gradient * step)[inputs.mask].sum().item()
+        assert found == pytest.approx(slope, rel=1e-5, abs=1e-7)
+        steepest = max(steepest, abs(slope))
+    assert steepest > (1e-8 if name == "gspo" and mode == "range" else 1e-4)

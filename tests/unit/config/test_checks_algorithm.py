@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 
+from megatron_rl.algorithms.distance_rules import DISTANCES
 from megatron_rl.algorithms.interface import SHIFT_MODES
 from megatron_rl.algorithms.layer_rules import LAYERS
 from megatron_rl.algorithms.regularisers import ESTIMATORS
@@ -25,6 +26,7 @@ def test_choices_agree_with_the_algorithms():
     shift, algorithm = RouterShiftConfig.model_fields, AlgorithmConfig.model_fields
     assert get_args(shift["mode"].annotation) == SHIFT_MODES
     assert get_args(shift["layers"].annotation) == LAYERS
+    assert get_args(shift["distance"].annotation) == DISTANCES
     assert set(get_args(algorithm["kl_estimator"].annotation)) == set(ESTIMATORS)
 
 
@@ -43,6 +45,9 @@ ACCEPTED = [
     {"mismatch": "icepop"},
     {"mismatch": "tis", "mismatch_high": 0.3},
     {"mismatch": "kpop"},
+    {"router_shift": {"layers": "last", "distance": "union"}},
+    {"router_shift": {"distance": "gate_weighted", "stop_gradient": False}},
+    {"name": "drpo", "router_shift": {"enabled": True, "stop_gradient": False}},
     {"name": "dppo_tv"},
     {"name": "dppo_kl", "mismatch": "off_policy_mask", "mismatch_settings": {"delta": 0.05}},
     {"name": "drpo", "settings": {"anchor": "old"}, "mismatch": "kpop"},
@@ -122,6 +127,21 @@ REFUSED = [
     ),
     ({"kl_coef": 0.1}, "algorithm.kl_coef is 0.1 without a reference; expected"),
     (
+        {"name": "gmpo", "router_shift": {"stop_gradient": False}},
+        "algorithm.router_shift.stop_gradient is false with the loss gmpo, which runs without",
+    ),
+    (
+        {"name": "grpo", "router_shift": {"distance": "union"}},
+        "algorithm.router_shift.distance is union with the loss grpo, which runs without router",
+    ),
+    *(
+        (
+            {"name": name, "router_shift": {"enabled": True, "stop_gradient": False}},
+            f"stop_gradient is false with the loss {name}, whose ratio is a constant; expected a",
+        )
+        for name in ("cispo", "dppo_tv", "dppo_kl")
+    ),
+    (
         {"name": "dppo_tv", "mismatch": "tis"},
         "algorithm.mismatch is tis with the loss dppo_tv, whose ratio is to the sampler already",
     ),
@@ -138,6 +158,16 @@ def test_refused(algorithm, message):
     with pytest.raises(UserError) as error:
         check_config(make(algorithm=algorithm), None, "train", files=False)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [({"pipeline": 2}, "parallel.pipeline 2, whose"), ({"recompute": "full"}, "parallel.recompute")],
+)
+def test_a_gradient_through_gamma_needs_one_recorded_stage(parallel, words):
+    config = make(algorithm={"router_shift": {"stop_gradient": False}}, parallel=parallel)
+    with pytest.raises(UserError, match=words):
+        check_config(config, None, "train", files=False)
 
 
 def test_supervised_training_does_not_look_at_the_loss():

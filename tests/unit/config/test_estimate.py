@@ -12,7 +12,7 @@ from megatron_rl.config.estimate import (
     trace_bytes_per_token,
 )
 from megatron_rl.config.presets import MODEL_PRESETS
-from megatron_rl.config.schema import Config, ModelConfig, OptimizerConfig
+from megatron_rl.config.schema import Config, ModelConfig, OptimizerConfig, RouterShiftConfig
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,8 @@ def test_latent_attention_by_hand():
 def test_trace_bytes(experts, id_bytes):
     model = ModelConfig(num_layers=4, moe_layer_freq=[0, 1, 1, 1], num_experts=experts, moe_top_k=2)
     assert trace_bytes_per_token(model) == 3 * 2 * (id_bytes + 4)
+    assert trace_bytes_per_token(model, "gate_weighted") == 3 * 2 * (id_bytes + 4)
+    assert trace_bytes_per_token(model, "union") == 3 * (2 * id_bytes + 4 * experts)
 
 
 def test_trace_bytes_of_a_batch():
@@ -102,6 +104,11 @@ def test_trace_bytes_of_a_batch():
     # stages hold layers 1, 3 and 2, 4: the fullest has two as well
     assert trace_bytes(config, 24, 50) == 100 * 2 * 2 * 5
     assert trace_bytes(config, 48, 50) == 50 * 2 * 2 * 5
+    algorithm = config.algorithm.model_copy(
+        update={"router_shift": RouterShiftConfig(distance="union")}
+    )
+    union = config.model_copy(update={"algorithm": algorithm})
+    assert trace_bytes(union, 48, 50) == 50 * 2 * (2 + 4 * 8)
 
 
 def test_sizes_in_words():

@@ -166,7 +166,8 @@ QUANTILES = {0.25: 0, 0.5: 1, 0.51: 2, 0.75: 2, 0.76: 3, 1.0: 3}
 
 
 @pytest.mark.parametrize(
-    ("layers", "quantile"), [("mean", 0.9), ("max", 0.9), *(("quantile", q) for q in QUANTILES)]
+    ("layers", "quantile"),
+    [("mean", 0.9), ("max", 0.9), ("last", 0.9), *(("quantile", q) for q in QUANTILES)],
 )
 def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers, quantile):
     from megatron_rl.models.forward import forward_row
@@ -192,6 +193,7 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
     one = {
         "mean": distances.mean(0),
         "max": distances.amax(0),
+        "last": distances[3],
         "quantile": distances.sort(0).values[QUANTILES.get(quantile, 0)],
     }[layers]
     here = item.pack.mask
@@ -199,3 +201,48 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
     smallest = min(inputs.router_shift[inputs.mask].min().item() for inputs in seen)
     assert metrics["router/raw_gamma_min"] == pytest.approx(smallest)
     assert not math.isclose(smallest, 1.0, abs_tol=1e-3)
+
+
+def test_without_the_stop_gradient_the_gradient_is_that_of_the_loss():
+    """In a direction of all router weights, against differences of the loss."""
+    shift = {"floor": 0.0, "stop_gradient": False}
+    slopes = {}
+    for attached in (True, False):
+        with scored(name="rspo", router_shift={**shift, "stop_gradient": not attached}) as (
+            policy,
+            batches,
+        ):
+            one_update(policy, batches[0])
+            one_update(policy, batches[0])
+            routers = {
+                name: p for name, p in policy.chunks[0].named_parameters() if "router" in name
+            }
+            rng = torch.Generator().manual_seed(3)
+            step = {n: torch.randn(p.shape, generator=rng) for n, p in routers.items()}
+            slopes[attached] = slope_of(policy, batches[1], routers, step, attached)
+    (found, numeric), (detached, _) = slopes[True], slopes[False]
+    assert found == pytest.approx(numeric, rel=0.02)
+    assert detached != pytest.approx(numeric, rel=0.1)
+
+
+def slope_of(policy, items, routers, step, numeric):
+    """The loss's slope along ``step``: of the gradient, and of differences."""
+    from unittest import mock
+
+    losses, found = {}, None
+    sizes = (0.0, 2e-3, -2e-3) if numeric else (0.0,)
+    for size in sizes:
+        with torch.no_grad():
+            for name, weight in routers.items():
+                weight += size * step[name]
+        with mock.patch.object(policy.optimizer, "step", lambda: (True, 1.0, None)):
+            metrics, _ = one_update(policy, items)
+        losses[size] = metrics["loss"]
+        if size == 0:
+            found = sum(float((p.main_grad * step[n]).sum()) for n, p in routers.items())
+        with torch.no_grad():
+            for name, weight in routers.items():
+                weight -= size * step[name]
+    if not numeric:
+        return found, None
+    return found, (losses[sizes[1]] - losses[sizes[2]]) / (2 * sizes[1])

@@ -28,7 +28,8 @@ def megatron():
 class Watched:
     """A tiny model, its capture, and an independent record of what enters each router."""
 
-    def __init__(self, model=None, parallel=None):
+    def __init__(self, model=None, parallel=None, distance="top_k", attached=False):
+        from megatron_rl.algorithms.distance_rules import distance_rule
         from megatron_rl.models.gpt.chunk import routers_of
         from megatron_rl.router.capture import RouterCapture
 
@@ -43,7 +44,9 @@ class Watched:
         for router in self.routers.values():
             if router.expert_bias is not None:
                 router.expert_bias.copy_(torch.rand(router.num_experts, generator=generator))
-        self.capture = RouterCapture(routers_of([self.chunk]), [sorted(self.routers)])
+        self.capture = RouterCapture(
+            routers_of([self.chunk]), [sorted(self.routers)], distance_rule(distance), attached
+        )
         self.inputs = {}
         for number, router in self.routers.items():
             router.register_forward_pre_hook(self._remember(number))
@@ -138,13 +141,62 @@ def test_the_distance_to_moved_routers_is_shift_distance(model):
     torch.testing.assert_close(distances.sum(0), shift_distance(new, old), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("layers", ["mean", "max", "quantile"])
+@pytest.mark.parametrize("model", ROUTERS.values(), ids=ROUTERS.keys())
+@pytest.mark.parametrize("distance", ["gate_weighted", "union"])
+def test_other_distances_of_moved_routers(model, distance):
+    """Each token's own, from the definition: the old scores weigh, or both choices count."""
+    watched = Watched(model, distance=distance)
+    trace = watched.record()
+    old = {n: (watched.chosen(n).tolist(), watched.logprobs(n).double()) for n in trace}
+    watched.move(0.3)
+    distances, _ = watched.compare(trace)
+    entered = 0
+    for row, number in zip(distances.tolist(), sorted(trace)):
+        (chosen, before), after = old[number], watched.logprobs(number).double()
+        for t, found in enumerate(row):
+            experts, now = set(chosen[t]), set(watched.chosen(number)[t].tolist())
+            if distance == "union":
+                experts |= now
+            weights = {e: before[t, e].exp() if distance == "gate_weighted" else 1 for e in experts}
+            moved = sum(w * (after[t, e] - before[t, e]).abs() for e, w in weights.items())
+            assert found == pytest.approx((moved / sum(weights.values())).item(), abs=3e-5)
+            entered += len(now - set(chosen[t]))
+    assert entered > 0
+
+
+@pytest.mark.parametrize("distance", ["top_k", "union"])
+def test_an_attached_distance_has_the_gradient_of_the_definition(distance):
+    watched = Watched(distance=distance, attached=True)
+    trace = watched.record()
+    watched.move()
+    distances, _ = watched.compare(trace)
+    number = sorted(trace)[-1]
+    (found,) = torch.autograd.grad(distances[-1].sum(), watched.routers[number].weight)
+    weight = watched.routers[number].weight.detach().clone().requires_grad_()
+    new = (watched.inputs[number] @ weight.T).log_softmax(-1)
+    ids = trace[number].expert_ids.long()
+    counted = torch.zeros_like(new).scatter(1, ids, 1)
+    old = trace[number].logprobs
+    if distance == "union":
+        counted = counted.scatter(1, watched.chosen(number), 1)
+    else:
+        old = torch.zeros_like(new).scatter(1, ids, old)
+    moved = counted * (new - old).abs()
+    (expected,) = torch.autograd.grad((moved.sum(1) / counted.sum(1)).sum(), weight)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert found.abs().max() > 1e-3
+    detached = Watched(distance=distance)
+    trace = detached.record()
+    assert not detached.compare(trace)[0].requires_grad
+
+
+@pytest.mark.parametrize("layers", ["mean", "max", "quantile", "last"])
 def test_what_runs_is_the_published_formula(monkeypatch, layers):
     """Every layer is measured by `shift_distance`, and what the relay makes of the layers is, bit
     for bit, `shift_distance` of all of them at once.
     """
+    from megatron_rl.algorithms import distance_rules
     from megatron_rl.algorithms.layer_rules import layer_rule
-    from megatron_rl.router import capture
     from megatron_rl.router.relay import DistanceRelay
 
     seen = []
@@ -153,7 +205,7 @@ def test_what_runs_is_the_published_formula(monkeypatch, layers):
         seen.append((new, old))
         return shift_distance(new, old)
 
-    monkeypatch.setattr(capture, "shift_distance", spy)
+    monkeypatch.setattr(distance_rules, "shift_distance", spy)
     watched = Watched()
     trace = watched.record()
     watched.move()
