@@ -77,9 +77,7 @@ class UnionOfTopK:
         return weighted_distance(new, old, chosen.bool().scatter(1, old_ids, True))
 
 
-def weighted_distance(
-    new: torch.Tensor, old: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def weighted_distance(new: torch.Tensor, old: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """sum_n c_n |new_n - old_n| / sum_n c_n: three [T, N], weights >= 0 and not all 0 -> [T]."""
     difference = (at_least_float32(new) - at_least_float32(old)).abs()
     weights = weights.to(difference.dtype)

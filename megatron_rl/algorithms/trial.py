@@ -67,9 +67,7 @@ def shift_has_a_gradient(row: LossEntry, settings: Settings | None) -> bool:
     inputs = dataclasses.replace(made_inputs(router_shift=0.9), shift_attached=True)
     assert inputs.router_shift is not None, "just made"
     gamma = inputs.router_shift.requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        row.bind(settings)(inputs).loss_sum, gamma, allow_unused=True
-    )
+    (gradient,) = torch.autograd.grad(row.bind(settings)(inputs).loss_sum, gamma, allow_unused=True)
     return gradient is not None and bool((gradient != 0).any())
 
 

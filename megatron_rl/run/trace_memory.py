@@ -29,9 +29,8 @@ def longest_sequence(config: Config, problems: Sequence[Prompt]) -> int:
 def trace_fact(config: Config, world_size: int, longest: int) -> str:
     """The size of the trace, for the run summary."""
     size = trace_bytes_per_token(config.model, config.algorithm.router_shift.distance)
-    return (
-        f"{size:,} bytes a token over all pipeline stages; "
-        + trace_text(config, world_size, longest)
+    return f"{size:,} bytes a token over all pipeline stages; " + trace_text(
+        config, world_size, longest
     )
 
 

@@ -32,6 +32,27 @@ OTHER = {
     "kl_estimator": "k3",
     "reference": "initial",
 }
+#: Rules of DPPO's line, and what they need of other ranks: the trace of all experts, the last layer.
+THIRD = {
+    "name": "dppo_tv",
+    "settings": {"anchor": "old", "divergence_low": 2e-4, "divergence_high": 2e-4},
+    "router_shift": {"enabled": True, "floor": 0.05, "distance": "union", "layers": "last"},
+    "mismatch": "off_policy_mask",
+    "mismatch_settings": {"delta": 3.6},
+}
+#: Without the stop-gradient: not over stages.
+FOURTH = {
+    "name": "drpo",
+    "settings": {"delta": 0.05, "anchor": "old"},
+    "router_shift": {
+        "enabled": True,
+        "floor": 0.05,
+        "distance": "gate_weighted",
+        "stop_gradient": False,
+    },
+    "mismatch": "kpop",
+    "mismatch_settings": {"phi": 2.0},
+}
 LAYOUTS = {
     "TP2": (2, {"tensor": 2}),
     "PP2 VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
@@ -40,10 +61,11 @@ LAYOUTS = {
 }
 CASES = [
     Case(f"{name}, {label}", ranks, parallel, algorithm=algorithm)
-    for label, algorithm in (("one", ONE), ("other", OTHER))
+    for label, algorithm in (("one", ONE), ("other", OTHER), ("third", THIRD), ("fourth", FOURTH))
     for name, (ranks, parallel) in LAYOUTS.items()
+    if algorithm is not FOURTH or "pipeline" not in parallel
 ]
-SLOW = ("TP2, other", "EP2, other", "CP2, other")
+SLOW = ("TP2, other", "EP2, other", "CP2, other", "EP2, third", "TP2, third", "EP2, fourth")
 
 
 @functools.cache
@@ -82,3 +104,24 @@ def test_every_part_of_the_variant_counts():
         weights = run_case(single_process(case)).weights
         furthest = max(float(np.abs(weights[name] - whole[name]).max()) for name in whole)
         assert furthest > 1e-5, change
+
+
+@pytest.mark.slow
+def test_every_part_of_the_newer_rules_counts():
+    whole = {label: reference(label).weights for label in ("third", "fourth")}
+    shift = FOURTH["router_shift"]
+    changes = [
+        ("third", {"settings": {"anchor": "old"}}),
+        ("third", {"mismatch_settings": {"delta": 1e6}}),
+        ("third", {"router_shift": {**THIRD["router_shift"], "layers": "mean"}}),
+        ("third", {"router_shift": {**THIRD["router_shift"], "distance": "top_k"}}),
+        ("fourth", {"router_shift": {**shift, "stop_gradient": True}}),
+        ("fourth", {"router_shift": {**shift, "distance": "top_k"}}),
+        ("fourth", {"mismatch_settings": {"phi": 1e6}}),
+    ]
+    for label, change in changes:
+        algorithm = {**(THIRD if label == "third" else FOURTH), **change}
+        case = dataclasses.replace(CASES[0], algorithm=algorithm)
+        weights = run_case(single_process(case)).weights
+        furthest = max(float(np.abs(weights[n] - w).max()) for n, w in whole[label].items())
+        assert furthest > 1e-6, (change, furthest)

@@ -76,9 +76,7 @@ def slow_loss(
             continue
         advantage = advantages[places[0]]
         tokens = [
-            token(
-                logprobs[t], old_logprobs[t], advantage, gammas[t], shift_mode, weights[t], mu[t]
-            )
+            token(logprobs[t], old_logprobs[t], advantage, gammas[t], shift_mode, weights[t], mu[t])
             for t in places
         ]
         total = total - OBJECTIVES[name](tokens, advantage, settings)

@@ -19,7 +19,9 @@ def test_by_hand() -> None:
     log3 = math.log(3)
     two = (new[:, :2], old[:, :2], ids, chosen)
     assert distance_rule("top_k").distance(*two).tolist() == pytest.approx([log3 / 2])
-    assert distance_rule("gate_weighted").distance(*two).tolist() == pytest.approx([0.3 / 0.8 * log3])
+    assert distance_rule("gate_weighted").distance(*two).tolist() == pytest.approx(
+        [0.3 / 0.8 * log3]
+    )
     found = distance_rule("union").distance(new, old, ids, chosen)
     assert found.tolist() == pytest.approx([2 * log3 / 3])
 

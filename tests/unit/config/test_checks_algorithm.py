@@ -149,7 +149,10 @@ REFUSED = [
         {"name": "drpo", "mismatch": "off_policy_mask", "mismatch_settings": {"cap": 2.0}},
         "algorithm.mismatch is off_policy_mask with the loss drpo, whose ratio is to the sampler",
     ),
-    ({"name": "drpo", "settings": {"anchor": "mu"}}, "algorithm.settings.anchor is mu; expected one of sampler, old"),
+    (
+        {"name": "drpo", "settings": {"anchor": "mu"}},
+        "algorithm.settings.anchor is mu; expected one of sampler, old",
+    ),
 ]
 
 
@@ -162,7 +165,10 @@ def test_refused(algorithm, message):
 
 @pytest.mark.parametrize(
     ("parallel", "words"),
-    [({"pipeline": 2}, "parallel.pipeline 2, whose"), ({"recompute": "full"}, "parallel.recompute")],
+    [
+        ({"pipeline": 2}, "parallel.pipeline 2, whose"),
+        ({"recompute": "full"}, "parallel.recompute"),
+    ],
 )
 def test_a_gradient_through_gamma_needs_one_recorded_stage(parallel, words):
     config = make(algorithm={"router_shift": {"stop_gradient": False}}, parallel=parallel)

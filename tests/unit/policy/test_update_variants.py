@@ -221,7 +221,7 @@ def test_without_the_stop_gradient_the_gradient_is_that_of_the_loss():
             step = {n: torch.randn(p.shape, generator=rng) for n, p in routers.items()}
             slopes[attached] = slope_of(policy, batches[1], routers, step, attached)
     (found, numeric), (detached, _) = slopes[True], slopes[False]
-    assert found == pytest.approx(numeric, rel=0.02)
+    assert found == pytest.approx(numeric, rel=0.01)
     assert detached != pytest.approx(numeric, rel=0.1)
 
 
@@ -230,7 +230,7 @@ def slope_of(policy, items, routers, step, numeric):
     from unittest import mock
 
     losses, found = {}, None
-    sizes = (0.0, 2e-3, -2e-3) if numeric else (0.0,)
+    sizes = (0.0, 1e-4, -1e-4) if numeric else (0.0,)  # larger steps change a choice
     for size in sizes:
         with torch.no_grad():
             for name, weight in routers.items():
