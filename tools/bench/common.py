@@ -1,8 +1,8 @@
-"""What several benches share: floating-point operations, the machine's peak, quartiles, and programs
-that take turns.
+"""What several benches share: floating-point operations, the machine's peak, quartiles, tables, and
+programs that take turns.
 
-It needs nothing but Python to be imported, for the worker of `rl_step.py` runs in an environment
-without this package.
+Its import needs nothing but Python: a worker of `rl_step.py` runs in an environment without this
+package.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Hashable, Iterable, Mapping, Sequence, TypeVar
 
+Name = TypeVar("Name", bound=Hashable)
 #: Longest a turn may take, seconds.
 LONGEST_TURN_S = 900.0
 
@@ -115,7 +116,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def turn_order(names: Sequence[str], number: int) -> list[str]:
+def turn_order(names: Sequence[Name], number: int) -> list[Name]:
     """The order of a round: odd ones the other way, so that no program always follows another."""
     return list(names) if number % 2 == 0 else list(reversed(names))
 
@@ -123,8 +124,8 @@ def turn_order(names: Sequence[str], number: int) -> list[str]:
 class Turns:
     """A worker's end: work, say what was measured, and sleep until the next turn.
 
-    ``folder`` holds two named pipes that `Worker` makes. A turn is some steps; the first begins when
-    this object is made.
+    ``folder`` holds two named pipes that `Worker` makes. A turn is some steps; the first begins
+    when this object is made.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -240,9 +241,9 @@ class Worker:
         return [root, *root.children(recursive=True)]
 
 
-def take_turns(workers: Mapping[str, Worker], rounds: int, steps: int) -> dict[str, list[Turn]]:
+def take_turns(workers: Mapping[Name, Worker], rounds: int, steps: int) -> dict[Name, list[Turn]]:
     """Each worker's turns, one a round, while the others sleep. ``steps``: of a turn."""
-    turns: dict[str, list[Turn]] = {name: [] for name in workers}
+    turns: dict[Name, list[Turn]] = {name: [] for name in workers}
     for number in range(rounds):
         for name in turn_order(list(workers), number):
             before = {other: worker.cpu_s() for other, worker in workers.items()}

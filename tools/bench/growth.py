@@ -3,11 +3,11 @@
     python tools/bench/growth.py [--only batch,experts] [--rounds 5] [--json FILE]
 
 Batch, answer length, prompt length, layers, experts and vocabulary of a small model grow in one
-process of one thread; data-parallel and expert-parallel ranks of one thread each, with a base's
-work for each rank, in processes of their own. All points of a size take turns. A point is a step of
-rspo as a run takes it, by the program's own timers. The table compares the growth of the time per
-token with the growth of the floating-point operations per token (of the optimizer: of the
-parameters; of ranks: none). Of ranks it shows processor time and wall time.
+process of one thread; data-parallel and expert-parallel ranks, each with the work of the base, in
+processes of their own. All points of a size take turns. A point is a step of rspo as a run takes
+it. Times are the processor's, of ranks the wall's too. The table compares how the time per token
+grows with how the operations per token do (of the optimizer: time per parameter, which should not
+grow).
 """
 
 from __future__ import annotations
@@ -15,76 +15,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megatron_rl.device.cores import usable_cores  # noqa: E402
 from tools.bench.common import (  # noqa: E402
-    Shape,
     Spread,
-    Turns,
     Worker,
-    forward_flop,
     table,
     take_turns,
     turn_order,
 )
+from tools.bench.growth_point import Point, Ranks, Times, work  # noqa: E402
 
 FACTORS = (1, 2, 4, 8)
-STAGES = ("rollout", "score", "update", "optimizer")
 #: Growth of the time per token over growth of the work per token that needs no explanation.
 CLOSE = 0.15
-
-
-@dataclass(frozen=True)
-class Point:
-    """Sizes of a model and of a step."""
-
-    shape: Shape = Shape(
-        layers=2,
-        hidden=128,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        experts=8,
-        top_k=2,
-        expert_width=128,
-        vocabulary=512,
-    )
-    prompts: int = 8  #: of a step, a rank
-    answers: int = 8  #: to each
-    prompt_tokens: int = 12
-    answer_tokens: int = 24
-    pack_tokens: int = 2304
-    ranks: int = 1
-    expert_parallel: bool = False  #: experts are spread over all ranks
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step, prompts included, all ranks."""
-        return self.ranks * self.prompts * self.answers * (self.prompt_tokens + self.answer_tokens)
-
-    def flop_per_token(self) -> float:
-        """Of a forward pass over an answer and its prompt."""
-        flop = forward_flop(self.shape, self.prompt_tokens, self.answer_tokens)
-        return flop / (self.prompt_tokens + self.answer_tokens)
-
-    def parameters(self) -> int:
-        """Weights of the products and of the embedding; norms are left out."""
-        shape = self.shape
-        width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        attention = shape.hidden * (2 * width + 2 * kv)
-        experts = shape.experts * shape.hidden * (3 * shape.expert_width + 1)
-        return shape.layers * (attention + experts) + 2 * shape.vocabulary * shape.hidden
 
 
 def grown(base: Point, dimension: str, factor: int) -> Point:
@@ -125,9 +80,10 @@ def main() -> int:
         print(f"{dimension} is measured", file=sys.stderr, flush=True)
     print(table(HEAD, (row.cells() for row in rows)))
     print(
-        f"medians of {arguments.rounds} steps in turns on {usable_cores()} cores, one thread a rank; "
-        f"load average {os.getloadavg()[0]:.1f}\n"
-        "us a token of prompts and answers (optimizer: ns a parameter); update: without optimizer"
+        f"medians of {arguments.rounds} steps in turns on {usable_cores()} cores, one thread a "
+        f"rank; load average {os.getloadavg()[0]:.1f}\n"
+        "us of processor time a token, prompts included (optimizer: ns a parameter); update: without "
+        "optimizer"
     )
     for row in rows:
         if not row.close:
@@ -152,10 +108,6 @@ def _arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown sizes {', '.join(sorted(unknown))}; known are {SIZES + RANKS}")
     return arguments
-
-
-#: What one step of a point took: seconds of each stage.
-Times = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -198,5 +150,71 @@ def rows_of(dimension: str, points: Sequence[Point], steps: Sequence[Sequence[Ti
         times = [
             Spread.of(step[stage] / size for step in taken) for size, taken in zip(units, steps)
         ]
-        rows.append(Row(dimension, stage, times, work(points[-1], stage) / work(points[0], stage)))
+        growth = work_per_unit(points[-1], stage) / work_per_unit(points[0], stage)
+        rows.append(Row(dimension, stage, times, growth))
     return rows
+
+
+def unit(point: Point, stage: str) -> float:
+    """What the time is divided by, and 1e6 or 1e9: tokens, or the optimizer's parameters."""
+    return point.parameters() / 1e9 if stage == "optimizer" else point.tokens / 1e6
+
+
+def work_per_unit(point: Point, stage: str) -> float:
+    """Work for each unit, up to a constant: operations; of ranks' wall time what a core is left
+    with, if the cores share it perfectly.
+    """
+    if stage == "optimizer":
+        return 1.0
+    share = 1.0 / min(point.ranks, usable_cores()) if stage == "wall" else 1.0
+    return share * point.flop_per_token()
+
+
+def measure_here(points: Sequence[Point], rounds: int) -> list[list[Times]]:
+    """Steps of each point, in turns, without the first."""
+    ranks = _ranks()
+    steps = [ranks.build(point) for point in points]
+    taken: list[list[Times]] = [[] for _ in points]
+    for number in range(rounds + 1):
+        for place in turn_order(range(len(points)), number):
+            times = dict(steps[place]())
+            del times["wall"], times["cpu"]
+            if number:  # the first is not counted
+                taken[place].append(times)
+    return taken
+
+
+@functools.cache
+def _ranks() -> Ranks:
+    return Ranks()
+
+
+def measure_ranks(points: Sequence[Point], rounds: int) -> list[list[Times]]:
+    """The same for points of several ranks: each in processes of its own. Only the whole steps."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        workers = {}
+        for point in points:
+            place = Path(folder) / str(point.ranks)
+            place.mkdir()
+            (place / "point.json").write_text(json.dumps(dataclasses.asdict(point)))
+            ranks = f"--nproc-per-node={point.ranks}"
+            command = [*launch, ranks, __file__, "--worker", str(place)]
+            environment = {"OMP_NUM_THREADS": "1"}
+            worker = Worker(f"{point.ranks} ranks", command, place, 1, environment)
+            workers[point.ranks] = stack.enter_context(worker)
+        for worker in workers.values():
+            worker.wait()
+        turns = take_turns(workers, rounds, 1)
+    return [
+        [{stage: turn.steps[0][stage] for stage in ("cpu", "wall")} for turn in turns[point.ranks]]
+        for point in points
+    ]
+
+
+#: Why a stage grows otherwise than its work.
+WHY: dict[tuple[str, str], str] = {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,13 @@
-"""Measures whole steps of reinforcement learning: megatron_rl and TRL's GRPOTrainer on the same case.
+"""Measures whole steps of reinforcement learning: megatron_rl and TRL's GRPOTrainer, the same case.
 
     tools/setup_trl_venv.sh .venv-trl
     python tools/bench/rl_step.py [--trl-python .venv-trl/bin/python] [--rounds 7] [--json FILE]
 
-Both train the same Hugging Face weights (qwen3_moe of 4 layers, hidden 128, 8 experts top-2, fp32) on
-the same prompts and reward, with GRPO: 64 prompts x 8 answers of 24 tokens, 8 mini-batches, an AdamW
-step each. The runs of both are alive at the same time, in several settings each, and take turns; the
-one whose turn it is has all cores. First all settings take some rounds, then the best of each side
-take the rounds that count. Nothing but TRL's own environment differs: the libraries' versions are
-printed.
+Both train the same Hugging Face weights (qwen3_moe of 4 layers, hidden 128, 8 experts top-2, fp32)
+on the same prompts and reward, with GRPO: 64 prompts x 8 answers of 24 tokens, 8 mini-batches, an
+AdamW step each. The runs of both are alive at the same time, in several settings each, and take
+turns: one has all cores, the others sleep. First all settings take some rounds; then the best of
+each side take those that count.
 """
 
 from __future__ import annotations

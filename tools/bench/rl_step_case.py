@@ -1,5 +1,5 @@
-"""The case of `rl_step.py`: model, prompts and reward that both programs get. No package of either is
-imported at the top.
+"""The case of `rl_step.py`: model, prompts and reward that both programs get. Its import needs
+nothing but Python.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Case:
         return self.prompts * self.answers
 
     def flop(self) -> dict[str, float]:
-        """Floating-point operations of each stage of a step that do not depend on the program: every
-        answer with its prompt is passed over once to sample, once to score, and forward and backward
-        to update. Prompts are of their mean length. A program that does less work, because it passes
-        over a prompt once for all its answers or does not score, has a higher share of the peak.
+        """Floating-point operations of each stage of a step, of whatever program: each answer
+        is passed over with its prompt, once to sample, once to score, and forward and backward to
+        update. Prompts are of their mean length. A program that needs less, because it passes over
+        a prompt once for all answers or does not score, has a higher share of the peak.
         """
         prompt = (self.shortest_prompt + self.longest_prompt) // 2
         once = self.samples * forward_flop(self.shape, prompt, self.answer_tokens)

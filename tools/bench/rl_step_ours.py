@@ -1,8 +1,8 @@
 """What a run of megatron_rl has of its own in `rl_step.py`: the reward, and a logger that sleeps
 between turns.
 
-Only rank 0 has loggers. The others wait for it at the end of the step, in the collective that agrees
-on signals, so they sleep too.
+Only rank 0 has loggers. The others wait for it at the end of the step, in the collective that
+agrees on signals, so they sleep too.
 """
 
 from __future__ import annotations
