@@ -82,8 +82,8 @@ def main() -> int:
     print(
         f"medians of {arguments.rounds} steps in turns on {usable_cores()} cores, one thread a "
         f"rank; load average {os.getloadavg()[0]:.1f}\n"
-        "us of processor time a token, prompts included (optimizer: ns a parameter); update: without "
-        "optimizer"
+        "us of processor time a token, prompts included (optimizer: ns a parameter); update is "
+        "without optimizer"
     )
     for row in rows:
         if not row.close:

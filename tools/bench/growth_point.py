@@ -116,7 +116,7 @@ class Ranks:
     def build(self, point: Point) -> Callable[[], Times]:
         """A call that takes a step of the point and tells its times."""
         from megatron_rl.observe.console import SilentConsole
-                from megatron_rl.parallel.groups import build_groups
+        from megatron_rl.parallel.groups import build_groups
         from megatron_rl.parallel.stop_request import StopRequest
         from megatron_rl.policy.policy import build_policy
         from megatron_rl.records import Prompt
