@@ -31,6 +31,7 @@ from megatron_rl.device.cores import usable_cores  # noqa: E402
 from tools.bench.common import (  # noqa: E402
     Spread,
     Worker,
+    end_on_sigterm,
     table,
     take_turns,
     turn_order,
@@ -71,6 +72,7 @@ def main() -> int:
     if arguments.worker:
         work(Path(arguments.worker))
         return 0
+    end_on_sigterm()
     base = SMALLEST if arguments.smallest else Point()
     rows: list[Row] = []
     for dimension in arguments.only.split(","):

@@ -28,7 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megatron_rl.device.cores import usable_cores  # noqa: E402
-from tools.bench.common import Spread, Turn, Worker, peak_gflops, table, take_turns  # noqa: E402
+from tools.bench.common import (  # noqa: E402
+    Spread,
+    Turn,
+    Worker,
+    end_on_sigterm,
+    peak_gflops,
+    table,
+    take_turns,
+)
 from tools.bench.rl_step_case import Case, make_files  # noqa: E402
 from tools.bench.rl_step_ours import write_config  # noqa: E402
 
@@ -86,6 +94,7 @@ def main() -> int:
     """Search, measure, print."""
     arguments = _arguments()
     case = CASES[arguments.size]
+    end_on_sigterm()
     settings = settings_of(arguments.cores, case, arguments.set)
     peaks = {
         name: peak_gflops(*sizes, threads=arguments.cores, trials=arguments.peak_trials)
@@ -166,9 +175,8 @@ def measure(
             turns = folder / f"worker_{number}"
             worker = start(setting, case, folder, turns, arguments)
             workers[setting.name] = stack.enter_context(worker)
-        for name, worker in workers.items():
-            worker.wait()
-            print(f"{name} has warmed up", file=sys.stderr, flush=True)
+            worker.wait()  # it starts and warms up alone
+            print(f"{setting.name} has warmed up", file=sys.stderr, flush=True)
         searched = take_turns(workers, arguments.search_rounds, arguments.steps)
         best = best_of(settings, searched)
         for name, worker in workers.items():
