@@ -251,10 +251,12 @@ def test_rows_of_growth():
     ]
     score, optimizer = growth.rows_of("batch", points, steps)
     assert [spread.median for spread in score.times] == pytest.approx([3.0, 2.0])
-    assert score.growth == pytest.approx(2 / 3) and score.expected == 1.0 and not score.close
+    assert score.growth == pytest.approx(2 / 3) and score.expected == 1.0 and score.mark == "below"
     assert [spread.median for spread in optimizer.times] == pytest.approx([1.0, 1.1])
-    assert optimizer.close
+    assert optimizer.mark == ""
     assert score.cells()[-4:] == ["0.67", "1.00", "0.67", "below"]
+    assert score.why() == "batch, score: below: not explained"
+    assert dataclasses.replace(score, stage="rollout").why().endswith(growth._FIXED)
 
 
 def test_ranks_beyond_the_cores_share_them(monkeypatch):
