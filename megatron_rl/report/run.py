@@ -20,7 +20,7 @@ from megatron_rl.observe.metric_table import split_layer, with_new_names
 from megatron_rl.observe.run_files import METRICS_FILE, SAMPLES_FILE, read_jsonl
 
 COMPARISON_FILE = "comparison.html"
-COMPARISON_PLOTS = "comparison_plots"
+_OLD_PLOTS = "comparison_plots"  # written beside the page up to version 0.1.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def runs_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Split the paths given to ``report RUNS/*`` into runs, each once, and comparisons that an
     earlier ``report`` wrote there.
     """
-    own = (COMPARISON_FILE, COMPARISON_PLOTS)
+    own = (COMPARISON_FILE, _OLD_PLOTS)
     runs: dict[Path, Path] = {}
     written: list[Path] = []
     for path in paths:
