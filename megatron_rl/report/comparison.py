@@ -87,7 +87,10 @@ def _charts(runs: dict[str, Run]) -> list[Chart]:
         curves = [Series(label, *run.series(metric)) for label, run in runs.items()]
         if any(curve.steps for curve in curves):
             log = metric in _LOGARITHMIC
-            charts.append(chart(name, title, curves, caption=caption, percent=percent, log=log))
+            calm = not metric.startswith("eval/")
+            charts.append(
+                chart(name, title, curves, caption, percent=percent, log=log, smoothed=calm)
+            )
     return charts
 
 

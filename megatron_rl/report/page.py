@@ -26,7 +26,7 @@ def page(
     arms: Iterable[str] = (),
     samples: Sequence[Mapping[str, Any]] = (),
     sample_note: str = "",
-    live: bool = False,
+    live: str = "",
 ) -> str:
     """An HTML page that asks the network for nothing.
 
@@ -39,7 +39,8 @@ def page(
             are switched on and off in all of them.
         samples: for the browser of samples (`samples.for_page`); none: no browser.
         sample_note: what the page says of them, such as how many there are.
-        live: the page asks its server for newer data (`live.serve`), nobody else.
+        live: version of the data of a page that asks its server, and nobody else, for newer data
+            (`live.serve`); "": the page is a file.
 
     Raises:
         ValueError: two charts of the page have one name.
@@ -59,7 +60,7 @@ def page(
             parts.append(section)
     if samples and not any("id='samples'" in part for part in parts):
         parts.append("<section id='samples' hidden></section>")
-    return _document(title, summary, "".join(parts), {**data, "live": live})
+    return _document(title, summary, "".join(parts), {**data, "version": live})
 
 
 def page_data(
@@ -94,7 +95,7 @@ def _style() -> str:
     return (_FILES / "page.css").read_text(encoding="utf-8")
 
 
-def _policy(live: bool) -> str:
+def _policy(live: str) -> str:
     """Content security policy: this script alone runs, and nothing is asked of the network.
     Heatmaps are pictures that the script makes."""
     digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode("ascii")
@@ -108,10 +109,10 @@ def _policy(live: bool) -> str:
 
 def _document(title: str, summary: str, body: str, data: Mapping[str, Any]) -> str:
     shown = escape(title)
-    icon = "<link rel='icon' href='data:,'>" if data["live"] else ""
+    icon = "<link rel='icon' href='data:,'>" if data["version"] else ""
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy(data["live"])}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(data["version"])}">'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<meta name='color-scheme' content='light dark'>{icon}"
         f"<title>{shown}</title><style>{_style()}</style></head>\n"

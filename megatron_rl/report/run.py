@@ -30,9 +30,14 @@ class Run:
     directory: Path
     config: Mapping[str, Any]
     config_text: str
-    records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, at least one, by step, names of today
+    records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, by step, names of today
     samples: tuple[Mapping[str, Any], ...]  #: samples.jsonl; may be empty
     configurations: tuple[Configuration, ...] = ()  #: of its steps, by first step
+
+    @property
+    def last_step(self) -> int:
+        """Of its records; 0 where there is none yet."""
+        return self.records[-1]["step"] if self.records else 0
 
     def over_time(self, text: Callable[[Mapping[str, Any]], str]) -> str:
         """What ``text`` makes of the configurations, each with its first step where it differs from
@@ -72,28 +77,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path, *, begun: bool = True) -> Run:
     """Read config.yaml, metrics.jsonl and, where there is one, samples.jsonl. UserError:
-    missing, empty or malformed."""
+    missing, empty or malformed.
+
+    begun: False: there may be no record yet.
+    """
     run_dir = Path(run_dir)
-    for name in (CONFIG_FILE, METRICS_FILE):
+    for name in (CONFIG_FILE, METRICS_FILE) if begun else (CONFIG_FILE,):
         if not (run_dir / name).is_file():
             raise UserError(
                 f"{run_dir} holds no {name}; expected the directory of a run; pass the run_dir of "
                 f"its config"
             )
-    records = read_jsonl(run_dir / METRICS_FILE)
-    if not records:
+    metrics_path = run_dir / METRICS_FILE
+    records = read_jsonl(metrics_path) if metrics_path.is_file() else []
+    if begun and not records:
         raise UserError(
-            f"{run_dir / METRICS_FILE} is empty; expected one object a step; let the run finish a "
-            f"step first"
+            f"{metrics_path} is empty; expected one object a step; let the run finish a step first"
         )
     config, _ = read_yaml(run_dir / CONFIG_FILE)
     text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
     samples_path = run_dir / SAMPLES_FILE
     samples = read_jsonl(samples_path) if samples_path.is_file() else []
     ordered = tuple(sorted(map(with_new_names, records), key=lambda record: record["step"]))
-    last = ordered[-1]["step"]
+    last = ordered[-1]["step"] if ordered else -1
     done_under = [c for c in read_configurations(run_dir) if c.first_step <= last]
     return Run(run_dir, config, text, ordered, tuple(samples), tuple(done_under))
 

@@ -32,8 +32,8 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def run_page(run: Run, *, live: bool = False) -> str:
-    """The page of a run. ``live``: it asks its server for `newer`."""
+def run_page(run: Run, *, live: str = "") -> str:
+    """The page of a run. ``live``: version of its data; it asks its server for `newer`."""
     return page(
         run.directory.resolve().name,
         _summary(run),
@@ -97,7 +97,9 @@ def _summary(run: Run) -> str:
         values = run.series(name)[1]
         if not facts and values:
             facts = [f"{label} {values[0]:.4g} -> {values[-1]:.4g}"]
-    steps = run.records[-1]["step"]
+    if not run.records:
+        return "no step yet"
+    steps = run.last_step
     return ", ".join(
         [*facts, f"{steps} step{'' if steps == 1 else 's'} in {duration(_wall_seconds(run))}"]
     )
@@ -171,7 +173,7 @@ def _facts(run: Run) -> str:
         ("Layout", run.over_time(lambda config: _layout_line(_section(config, "parallel")))),
         ("Algorithm", _algorithm_line(run)),
         ("Optimizer", run.over_time(_optimizer_line)),
-        ("Length", f"{run.records[-1]['step']} steps in {duration(_wall_seconds(run))}"),
+        ("Length", f"{run.last_step} steps in {duration(_wall_seconds(run))}"),
         ("Throughput", _last(run, "tokens_per_second", "{:,.0f} tokens/s at the last step")),
         ("Memory", _last(run, "memory/peak_gib", "{:.2f} GiB at the peak of the fullest rank")),
     ]

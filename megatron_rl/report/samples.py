@@ -55,20 +55,18 @@ def _row(sample: Mapping[str, Any], arm: str | None) -> dict[str, Any]:
         row[name] = _cut(sample.get(name))
     reward = sample.get("reward")
     row["reward"] = reward if reward is None or isinstance(reward, (int, float)) else str(reward)
-    tokens = sample.get("tokens")
-    if _is_tokens(tokens):
-        row["tokens"] = {name: tokens[name] for name in _OF_TOKENS if name in tokens}
-    return row
+    tokens = _tokens(sample.get("tokens"))
+    return {**row, "tokens": tokens} if tokens else row
 
 
-def _is_tokens(tokens: Any) -> bool:
-    """Lists of one length, one entry a token: texts, and numbers or null."""
+def _tokens(tokens: Any) -> dict[str, list[Any]]:
+    """Lists of one length, an entry a token; none where they are malformed."""
     if not isinstance(tokens, dict) or not isinstance(tokens.get("text"), list):
-        return False
-    lists = [tokens[name] for name in _OF_TOKENS if name in tokens]
-    return all(isinstance(each, list) and len(each) == len(tokens["text"]) for each in lists) and (
-        all(isinstance(text, str) for text in tokens["text"])
-    )
+        return {}
+    lists = {name: tokens[name] for name in _OF_TOKENS if isinstance(tokens.get(name), list)}
+    texts = lists["text"]
+    sound = all(isinstance(text, str) for text in texts)
+    return lists if sound and {len(texts)} == set(map(len, lists.values())) else {}
 
 
 def _cut(value: Any) -> str:

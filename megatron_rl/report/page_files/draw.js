@@ -43,12 +43,15 @@ function tidy(exponential) {
 function tickLabel(value, distance, percent) {
   const factor = percent ? 100 : 1;
   const scaled = value * factor;
-  if (scaled !== 0 && (Math.abs(scaled) < 1e-3 || Math.abs(scaled) >= 1e6)) {
-    return tidy(scaled.toExponential(1));
-  }
-  const gap = Math.abs(distance * factor);
-  const decimals = Math.max(0, Math.min(6, -Math.floor(Math.log10(gap) + 1e-9)));
-  return scaled.toFixed(decimals) + (percent ? "%" : "");
+  const gap = distance * factor;
+  if (Math.abs(scaled) < gap / 2) return percent ? "0%" : "0";
+  if (gap < 5e-4 || Math.abs(scaled) >= 1e7) return tidy(scaled.toExponential(1));
+  const digits = Math.max(0, -Math.floor(Math.log10(gap) + 1e-9));
+  const text = scaled.toLocaleString("en-US", {
+    minimumFractionDigits: digits,
+    maximumFractionDigits: digits,
+  });
+  return text + (percent ? "%" : "");
 }
 
 /** About ``count`` round numbers from low to high. */
@@ -79,14 +82,15 @@ function logTicks(low, high) {
   return values.filter((_, i) => i % every === 0);
 }
 
-/** Centred moving mean; the window shrinks at the ends. */
-function smooth(values, half) {
+/** Centred moving mean over the values at most ``half`` steps away; fewer at the ends. */
+function smooth(steps, values, half) {
   if (half === 0) return values;
   const sums = [0];
   for (const value of values) sums.push(sums[sums.length - 1] + value);
+  let [first, end] = [0, 0];
   return values.map((_, i) => {
-    const first = Math.max(0, i - half);
-    const end = Math.min(values.length, i + half + 1);
+    while (steps[first] < steps[i] - half) first++;
+    while (end < steps.length && steps[end] <= steps[i] + half) end++;
     return (sums[end] - sums[first]) / (end - first);
   });
 }

@@ -1,6 +1,7 @@
 // Rows x steps as colours, below the curve of all rows.
 
 const SPARK = 46; // height of the curve of all rows, and the gap below it
+const LABEL_GAP = 20; // pixels between the numbers of rows, at least
 const ROWS_HEIGHT = 190; // of few rows; many have 4 pixels each
 
 class Heatmap extends Frame {
@@ -57,7 +58,7 @@ class Heatmap extends Frame {
   /** Numbers of rows on the left, as many as can be read. */
   labels(svg) {
     const { rows } = this.data;
-    const every = Math.ceil(rows.length / ((this.cell * rows.length) / 15));
+    const every = Math.ceil(LABEL_GAP / this.cell);
     const distance = [1, 2, 4, 5, 8, 10, 20, 25, 50, 100].find((n) => n >= every) ?? every;
     rows.forEach((row, i) => {
       if (row % distance) return;

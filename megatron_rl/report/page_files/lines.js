@@ -2,6 +2,7 @@
 
 const LINES_HEIGHT = 220;
 const FEW_POINTS = 25; // up to here each has a dot
+const MANY = 6;
 const WIDE = 5; // largest / smallest value from which a logarithmic axis pays
 
 class LineChart extends Frame {
@@ -18,7 +19,7 @@ class LineChart extends Frame {
     this.values = data.series.map((one) => element("b", {}, []));
     this.entries = data.series.map((one, i) => this.entry(one, i));
     this.legend.replaceChildren(...this.entries);
-    this.legend.classList.toggle("many", data.series.length > 6);
+    this.legend.classList.toggle("many", this.many);
   }
 
   /** A button that names a curve, shows its value, and switches it on and off. */
@@ -35,6 +36,15 @@ class LineChart extends Frame {
     button.addEventListener("pointerenter", () => this.emphasise(i));
     button.addEventListener("pointerleave", () => this.emphasise(null));
     return button;
+  }
+
+  /** Too many curves to draw the values behind the smoothed ones. */
+  get many() {
+    return this.data.series.length > MANY;
+  }
+
+  halfWidth() {
+    return this.data.smoothed ? this.page.halfWidth() : 0;
   }
 
   stroke(i) {
@@ -88,14 +98,15 @@ class LineChart extends Frame {
     const [first, last] = this.page.view();
     const from = Math.max(0, lastAt(one.steps, first));
     const end = Math.min(one.steps.length, lastAt(one.steps, last) + 2);
-    const half = this.data.smoothed ? this.page.halfWidth() : 0;
-    const smoothed = smooth(one.values, half);
+    const half = this.halfWidth();
+    const calm = (values) => smooth(one.steps, values, half);
     const cut = (values) => values && values.slice(from, end);
     const steps = cut(one.steps);
-    const part = { i, half, steps, raw: cut(one.values), line: cut(smoothed) };
-    part.band = one.low ? [cut(smooth(one.low, half)), cut(smooth(one.high, half))] : null;
+    const part = { i, half, steps, raw: cut(one.values), line: cut(calm(one.values)) };
+    part.band = one.low ? [cut(calm(one.low)), cut(calm(one.high))] : null;
     const seen = (step) => step >= first && step <= last;
-    const lists = [part.line, half ? part.raw : [], ...(part.band ?? [])];
+    part.faint = half > 0 && !part.band && !this.many;
+    const lists = [part.line, part.faint ? part.raw : [], ...(part.band ?? [])];
     part.extent = lists.flatMap((list) => list.filter((_, n) => seen(steps[n])));
     return part;
   }
@@ -143,13 +154,13 @@ class LineChart extends Frame {
       const style = `fill: ${colour}`;
       this.inside.append(drawn("path", { "data-curve": part.i, class: "band", style, d }));
     }
-    if (part.half && !part.band) {
+    if (part.faint) {
       const raw = { ...own, class: "raw", "stroke-dasharray": null };
       this.inside.append(drawn("path", { ...raw, d: path(thinned(points(part.raw))) }));
     }
     const line = points(part.line);
     this.inside.append(drawn("path", { ...own, d: path(thinned(line)) }));
-    if (line.length > FEW_POINTS || part.half) return;
+    if (line.length > FEW_POINTS) return;
     for (const [cx, cy] of line) {
       const dot = { cx, cy, r: 2.6, "data-curve": part.i, style: `fill: ${colour}` };
       this.inside.append(drawn("circle", dot));
@@ -183,7 +194,8 @@ class LineChart extends Frame {
   showValues(step) {
     this.data.series.forEach((one, i) => {
       const at = lastAt(one.steps, step);
-      this.values[i].textContent = at < 0 ? "–" : shown(one.values[at], this.data.percent);
+      const read = this.many ? brief : shown;
+      this.values[i].textContent = at < 0 ? "–" : read(one.values[at], this.data.percent);
     });
     this.on().forEach((i, n) => {
       const one = this.data.series[i];
@@ -191,8 +203,7 @@ class LineChart extends Frame {
       const dot = this.dots[n];
       dot.setAttribute("visibility", this.page.step === null || at < 0 ? "hidden" : "visible");
       if (this.page.step === null || at < 0) return;
-      const half = this.data.smoothed ? this.page.halfWidth() : 0;
-      const value = smooth(one.values, half)[at];
+      const value = smooth(one.steps, one.values, this.halfWidth())[at];
       dot.setAttribute("cx", this.x(one.steps[at]));
       dot.setAttribute("cy", this.y(value));
     });

@@ -156,7 +156,7 @@ class Page {
     for (const query of ["(prefers-color-scheme: dark)", "print"]) {
       window.matchMedia(query).addEventListener("change", () => this.draw());
     }
-    if (this.data.live) window.setTimeout(() => this.ask(), ASK_EVERY_MS);
+    if (this.data.version) window.setTimeout(() => this.ask(), ASK_EVERY_MS);
   }
 
   /** Ask the server for newer data, again and again. */

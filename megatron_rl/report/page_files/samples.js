@@ -2,8 +2,9 @@
 
 const AT_ONCE = 8; // samples shown before "Show more"
 const LONG = 1200; // characters of a prompt that are shown before it is opened
+const HINT = "Point at a token for its values.";
 const COLOURINGS = {
-  gamma: { words: "Gamma", ramp: "--gamma", about: "1: no router has moved" },
+  gamma: { words: "Gamma", ramp: "--gamma", about: "gamma; 1 where no router has moved" },
   ratio: { words: "Ratio", ramp: "--diverging", about: "new / old probability, log scale" },
   advantage: { words: "Advantage", ramp: "--diverging", about: "of the token" },
 };
@@ -40,7 +41,8 @@ class Samples {
     const values = (name) => [...new Set(this.all.map((sample) => sample[name] ?? ""))];
     const parts = [this.select("Step", "step", values("step").sort((a, b) => a - b))];
     if (values("arm").length > 1) parts.push(this.select("Arm", "arm", values("arm").sort()));
-    parts.push(this.number("Reward from", "from"), this.number("to", "to"));
+    const ends = [this.number("Reward from", "from"), this.number("to", "to")];
+    parts.push(element("span", { class: "between" }, ends));
     const known = Object.keys(COLOURINGS).filter((name) => this.scales[name]);
     if (known.length) parts.push(this.colourings(known), this.key);
     return [...parts, this.count];
@@ -128,7 +130,7 @@ class Samples {
     const facts = [fact("step", String(sample.step)), fact("reward", reward)];
     if (sample.arm) facts.unshift(element("span", {}, [element("b", {}, [sample.arm])]));
     if (sample.reason) facts.push(element("span", { class: "reason" }, [sample.reason]));
-    const readout = element("span", { class: "token-values", role: "status" });
+    const readout = element("footer", { role: "status" }, [sample.tokens ? HINT : ""]);
     const prompt = sample.prompt ?? "";
     const cut = prompt.length > LONG ? `${prompt.slice(0, LONG)} …` : prompt;
     const asked = element("pre", { class: "prompt" }, [cut]);
@@ -141,7 +143,7 @@ class Samples {
       element("header", {}, facts),
       asked,
       this.answer(sample, readout),
-      element("footer", {}, [readout]),
+      ...(sample.tokens ? [readout] : []),
     ]);
   }
 
@@ -163,7 +165,7 @@ class Samples {
     const choose = (i) => {
       if (at !== null) spans[at].classList.remove("chosen");
       at = i;
-      readout.textContent = i === null ? "" : valuesOf(tokens, i);
+      readout.textContent = i === null ? HINT : valuesOf(tokens, i);
       if (i !== null) spans[i].classList.add("chosen");
     };
     answer.addEventListener("pointerover", (event) => {
