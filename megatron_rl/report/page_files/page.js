@@ -67,8 +67,8 @@ class Page {
   /** First and last step in view, with a margin. */
   view() {
     const [first, last] = this.range ?? [this.first, this.last];
-    const margin = Math.max(0.5, (last - first) * 0.01);
-    return this.range ? [first, last] : [first - margin, last + margin];
+    const margin = this.range ? 0.5 : Math.max(0.5, (last - first) * 0.01);
+    return [first - margin, last + margin];
   }
 
   /** Of a curve: an arm has one colour everywhere, by the order of the arms' names. */
@@ -95,13 +95,12 @@ class Page {
 
   /** Show the steps from first to last; null: all of them. */
   zoom(first, last) {
-    const whole = [this.first - 0.5, this.last + 0.5];
     if (first !== null) {
-      const least = Math.min(1, (whole[1] - whole[0]) / 2);
-      const spread = Math.max(0, least - (last - first) / 2);
-      this.range = [Math.max(whole[0], first - spread), Math.min(whole[1], last + spread)];
+      const spread = last - first < 2 ? 1 : 0; // at least three steps
+      const least = Math.max(this.first, Math.round(first) - spread);
+      this.range = [least, Math.min(this.last, Math.round(last) + spread)];
     }
-    const all = first === null || (this.range[0] <= whole[0] && this.range[1] >= whole[1]);
+    const all = first === null || (this.range[0] <= this.first && this.range[1] >= this.last);
     if (all) this.range = null;
     this.draw();
   }
@@ -137,8 +136,7 @@ class Page {
   draw() {
     const half = this.halfWidth();
     this.smoothing.textContent = half ? `mean of ${2 * half + 1} steps` : "none";
-    const range = this.range ?? [this.first, this.last];
-    const [first, last] = [Math.ceil(range[0]), Math.floor(range[1])];
+    const [first, last] = this.range ?? [this.first, this.last];
     this.range_text.textContent = `Steps ${first} to ${last}${this.range ? "" : ", drag to zoom"}`;
     this.reset.hidden = this.range === null;
     this.showAll.hidden = this.off.size === 0;
