@@ -410,7 +410,7 @@ def test_the_command_line_starts_without_heavy_imports():
         "import sys, megatron_rl.cli, megatron_rl.config.load, megatron_rl.config.checks\n"
         "megatron_rl.cli.main(['train', 'none.yaml'])\n"
         "heavy = "
-        "{'torch', 'megatron', 'transformers', 'matplotlib', 'tensorboard', 'rich', 'numpy'}\n"
+        "{'torch', 'megatron', 'transformers', 'tensorboard', 'rich', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
