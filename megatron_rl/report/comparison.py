@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.files import write_whole
 from megatron_rl.report.charts import Chart, Group, Series, chart
-from megatron_rl.report.page import page
+from megatron_rl.report.page import write_page
 from megatron_rl.report.run import COMPARISON_FILE, Run, read_run
 from megatron_rl.report.run_page import mean_at_k, points
 from megatron_rl.report.samples import MOST_SAMPLES, for_page
@@ -69,14 +68,14 @@ def write_comparison(run_dirs: Sequence[Path], path: Path | None = None) -> Path
     runs = dict(zip(labels, map(read_run, run_dirs), strict=True))
     path = path or shared / COMPARISON_FILE
     share = max(1, MOST_SAMPLES // len(runs))
-    text = page(
+    write_page(
+        path,
         "Comparison",
         f"{len(runs)} runs: {', '.join(labels)}",
         [_table(runs), Group("Curves", _charts(runs))],
         arms=labels,
         samples=[s for label in runs for s in for_page(runs[label].samples, most=share, arm=label)],
     )
-    write_whole(path, text)
     return path
 
 

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.files import write_whole
 from megatron_rl.report.charts import Group
 
 _FILES = Path(__file__).parent / "page_files"
@@ -77,6 +78,19 @@ def page_data(
         "samples": list(samples),
         "sample_note": sample_note,
     }
+
+
+def write_page(
+    path: Path,
+    title: str,
+    summary: str,
+    sections: Sequence[str | Group],
+    *,
+    arms: Iterable[str] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write a page (`page`) in one rename."""
+    write_whole(path, page(title, summary, sections, arms=arms, samples=samples))
 
 
 def to_json(data: Any) -> str:

@@ -135,12 +135,9 @@ def test_generate_greedily_and_in_chat_form(run_yaml, training, capsys):
 
 
 def test_report_prints_the_pages(tmp_path, monkeypatch, capsys):
-    report = types.ModuleType("megatron_rl.report.run_page")
-    report.write_report = lambda run_dir: run_dir / "report.html"
-    comparison = types.ModuleType("megatron_rl.report.comparison")
-    comparison.write_comparison = lambda run_dirs: f"{len(run_dirs)} runs"
-    for module in (report, comparison):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    verb = "megatron_rl.report.verb"
+    monkeypatch.setattr(f"{verb}.write_report", lambda run_dir: run_dir / "report.html")
+    monkeypatch.setattr(f"{verb}.write_comparison", lambda run_dirs: f"{len(run_dirs)} runs")
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     assert main(["report", str(tmp_path), str(tmp_path / "b")]) == 0
