@@ -217,7 +217,7 @@ def part_names(run: Run) -> list[str]:
     """Metrics of the run without a row of their own, sorted: parts of the reward, metrics of a
     user's own loss, and data sets of a mixture.
     """
-    return sorted({name for record in run.records for name in record if split_part(name)})
+    return sorted(name for name in run.names if split_part(name))
 
 
 def part_plots(run: Run) -> tuple[Plot, ...]:

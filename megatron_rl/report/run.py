@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,36 @@ class Run:
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it has a finite value; two empty lists where it
         never has."""
-        pairs = [(r["step"], r[name]) for r in self.records if _is_number(r.get(name))]
-        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+        return self._columns.get(name, ([], []))
 
     def layer_series(self, name: str) -> dict[int, tuple[list[int], list[float]]]:
         """``series`` of every ``name/layer_NN`` that has values, by layer."""
-        keys = {key for record in self.records for key in record}
-        found = {}
-        for key in keys:
-            layered = split_layer(key)
-            if layered and layered[0] == name and self.series(key)[0]:
-                found[layered[1]] = self.series(key)
-        return dict(sorted(found.items()))
+        return dict(sorted(self._layers.get(name, {}).items()))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """What any record has."""
+        return frozenset(name for record in self.records for name in record)
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[list[int], list[float]]]:
+        columns: dict[str, tuple[list[int], list[float]]] = {}
+        for record in self.records:
+            for name, value in record.items():
+                if _is_number(value):
+                    steps, values = columns.setdefault(name, ([], []))
+                    steps.append(record["step"])
+                    values.append(float(value))
+        return columns
+
+    @cached_property
+    def _layers(self) -> dict[str, dict[int, tuple[list[int], list[float]]]]:
+        found: dict[str, dict[int, tuple[list[int], list[float]]]] = {}
+        for name, column in self._columns.items():
+            layered = split_layer(name)
+            if layered:
+                found.setdefault(layered[0], {})[layered[1]] = column
+        return found
 
 
 def _is_number(value: Any) -> bool:

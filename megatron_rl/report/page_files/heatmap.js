@@ -24,9 +24,10 @@ class Heatmap extends Frame {
       label(this.low),
       element("i", { class: data.notable === "low" ? "reversed" : null }),
       label(this.high),
-      ...(log ? [element("span", { class: "note" }, ["log scale"])] : []),
+      ...(log ? [element("span", { class: "note" }, ["log"])] : []),
     ]);
-    this.legend.replaceChildren(element("span", { class: "readings" }, this.readings), bar);
+    const [all, most, row] = this.readings;
+    this.legend.replaceChildren(all, row, most, bar);
   }
 
   steps() {
