@@ -8,7 +8,7 @@ from typing import Any
 MOST_SAMPLES = 400
 MOST_CHARACTERS = 4_000_000  #: of all of them together
 LONGEST_TEXT = 20_000  #: characters of a prompt or a completion shown
-_OF_TOKENS = ("text", "advantage", "ratio", "gamma")
+_OF_TOKENS = ("text", "ratio", "gamma")
 
 
 def for_page(
@@ -42,7 +42,7 @@ def how_many(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _characters(sample: Mapping[str, Any]) -> int:
     texts = sum(len(str(sample.get(name) or "")) for name in ("prompt", "completion"))
-    tokens = sample.get("tokens")
+    tokens = sample.get("by_token")
     # A token is written with its text and up to three numbers.
     return texts + (30 * len(tokens.get("text", ())) if isinstance(tokens, dict) else 0)
 
@@ -55,7 +55,10 @@ def _row(sample: Mapping[str, Any], arm: str | None) -> dict[str, Any]:
         row[name] = _cut(sample.get(name))
     reward = sample.get("reward")
     row["reward"] = reward if reward is None or isinstance(reward, (int, float)) else str(reward)
-    tokens = _tokens(sample.get("tokens"))
+    tokens = _tokens(sample.get("by_token"))
+    advantage = sample.get("advantage")
+    if tokens and isinstance(advantage, (int, float)):
+        tokens["advantage"] = [advantage] * len(tokens["text"])
     return {**row, "tokens": tokens} if tokens else row
 
 

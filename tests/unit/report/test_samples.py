@@ -44,6 +44,9 @@ def test_a_row_has_what_the_browser_shows():
 def test_tokens_have_lists_of_one_length():
     good = {"text": ["a", "b"], "gamma": [1.0, 0.5], "ratio": [1.0, None], "other": 1}
     wanted = {"text": ["a", "b"], "gamma": [1.0, 0.5], "ratio": [1.0, None]}
-    assert for_page([{"step": 1, "tokens": good}])[0]["tokens"] == wanted
+    (row,) = for_page([{"step": 1, "by_token": good, "tokens": 2}])
+    assert row["tokens"] == wanted
+    (row,) = for_page([{"step": 1, "by_token": good, "advantage": -0.5}])
+    assert row["tokens"] == {**wanted, "advantage": [-0.5, -0.5]}
     for bad in ([], {"text": "ab"}, {"text": ["a"], "gamma": [1, 2]}, {"text": [1], "gamma": [1]}):
-        assert "tokens" not in for_page([{"step": 1, "tokens": bad}])[0]
+        assert "tokens" not in for_page([{"step": 1, "by_token": bad}])[0]
