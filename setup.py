@@ -30,7 +30,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl": ["**/README.md", "py.typed"]},
+    package_data={"megatron_rl": ["**/README.md", "py.typed", "report/page_files/*"]},
     install_requires=[
         "torch>=2.9",  # grouped_mm on any device
         "megatron-core>=0.16.1,<0.20",
@@ -43,7 +43,6 @@ setup(
         "safetensors>=0.4",
         "httpx>=0.27",  # to rollout servers
         "psutil>=5.9",  # Megatron's checkpoints need it and do not declare it
-        "matplotlib>=3.8",
         "tensorboard>=2.14",
         "sympy>=1.12",
     ],

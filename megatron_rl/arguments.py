@@ -21,7 +21,7 @@ VERBS = {
     "evaluate": "measure the model on data.eval",
     "generate": "answer the prompts given with --prompt, or of a file",
     "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
-    "report": "write report.html of a finished or running run; compare several",
+    "report": "write report.html of a finished or running run; compare several; show one live",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
     "list": f"show what a config can name: {', '.join(KINDS)}",
@@ -31,8 +31,8 @@ VERBS = {
 #: Flags that are not fields of the config: with a value, and without.
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
 OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
-OWN_FLAGS |= {"--prompts", "--samples", "--output"}
-OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat"}
+OWN_FLAGS |= {"--prompts", "--samples", "--output", "--port"}
+OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat", "--watch"}
 
 _CONFIG_HELP = (
     "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
@@ -80,6 +80,17 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         type=partial(_path, "RUN_DIR"),
         nargs="+",
         help="a run's directory; several: compare them on one page",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="serve the page of one run to this machine while the run goes on, until Ctrl-C",
+    )
+    parser.add_argument(
+        "--port",
+        type=partial(_whole, "--port"),
+        metavar="N",
+        help="of --watch; default: a free one",
     )
 
 

@@ -43,7 +43,7 @@ from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.lost_ranks import lost_ranks
 from megatron_rl.errors import RunFailed, UserError
-from megatron_rl.files import reason, written_for_the_user
+from megatron_rl.files import reason
 from megatron_rl.paths import as_written
 
 #: Time that a machine's first rank has to reach an error after the others, seconds.
@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "report":
         if overrides:
             raise UserError(f"report: found {overrides[0]}; expected only RUN_DIR")
-        _report(args.run_dirs)
+        _report(args)
         return
     if args.verb == "list":
         if overrides:
@@ -139,19 +139,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     _start(args, config)
 
 
-def _report(run_dirs: Sequence[Path]) -> None:
-    from megatron_rl.report.comparison import write_comparison
-    from megatron_rl.report.run import runs_among
-    from megatron_rl.report.run_page import write_report
+def _report(args: argparse.Namespace) -> None:
+    """Write pages, or serve one."""
+    from megatron_rl.report.verb import report, watch
 
-    runs, written = runs_among(run_dirs)
-    if not runs:
-        raise UserError(f"found no run in {', '.join(map(str, written))}; expected RUN_DIR")
-    with written_for_the_user("the report", "make room and give the command again"):
-        # First, because it reads all runs: a mistake shows before anything is written.
-        pages = [write_comparison(runs)] if len(runs) > 1 else []
-        for page in [*map(write_report, runs), *pages]:
-            print(page)
+    if args.watch:
+        watch(args.run_dirs, args.port or 0, lambda line: print(line, flush=True))
+    elif args.port is not None:
+        raise UserError("found --port without --watch; expected both; add --watch")
+    else:
+        report(args.run_dirs, print)
 
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Check everything from nothing: environment, ruff, mypy, pytest.
 #
-#   bash tests/run.sh [--python X] [--slow | --conversion | --fuzz | --servers] [pytest arguments]
+#   bash tests/run.sh [--python X] [--slow | --conversion | --fuzz | --servers | --browser] [pytest arguments]
 #   bash tests/run.sh --gpu [--python X] [pytest arguments]
 #
 # Without --python: .venv, made with $PYTHON, python3.11 or python3 (3.10 or newer) if it is missing.
 # With --python X (a command, a path, or a version such as 3.12): .venv-<version> of that interpreter.
-# --slow, --conversion, --fuzz and --servers run only the tests that the default leaves out: all layouts and variants,
+# --slow, --conversion, --fuzz, --servers and --browser run only the tests that the default leaves out: all layouts and variants,
 # nodes, hosts and Slurm, and properties (Hypothesis) with many examples; all Hugging Face families under all layouts;
-# 10,000 hostile inputs of each kind (tools/fuzz); RSPO with vLLM servers, whose environment is .venv-vllm. --gpu runs
-# the tests on CUDA devices with the packages of an existing interpreter (--python, $PYTHON or python3), because torch,
-# megatron-core and Transformer Engine are the machine's.
+# 10,000 hostile inputs of each kind (tools/fuzz); RSPO with vLLM servers, whose environment is .venv-vllm; the report's
+# page in a Chromium or Chrome of the machine. --gpu runs the tests on CUDA devices with the packages of an existing
+# interpreter (--python, $PYTHON or python3), because torch, megatron-core and Transformer Engine are the machine's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     --python=*) python=${1#--python=} ;;
-    --slow | --conversion | --fuzz | --servers | --gpu)
+    --slow | --conversion | --fuzz | --servers | --browser | --gpu)
         [ -z "$only" ] || fail "--$only and $1; expected one of them"
         only=${1#--}
         ;;
@@ -54,6 +54,10 @@ fi
 if [ "$only" = servers ] && [ -z "${MEGATRON_RL_VLLM_PYTHON:-}" ]; then
     bash tools/setup_vllm_venv.sh .venv-vllm
     export MEGATRON_RL_VLLM_PYTHON=$PWD/.venv-vllm/bin/python
+fi
+if [ "$only" = browser ] &&
+    ! command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null; then
+    fail "--browser needs Chromium or Chrome; install it, on Debian: apt-get install chromium"
 fi
 bash tools/setup_venv.sh "$venv" test
 

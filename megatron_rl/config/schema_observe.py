@@ -31,6 +31,9 @@ class ObserveConfig(Section):
     """auto: a progress display on a terminal, plain lines otherwise."""
     samples: int = Field(4, ge=0)
     """Completions a step written to samples.jsonl."""
+    tokens: int = Field(512, ge=0)
+    """Tokens of each of these completions that are written with their ratio and gamma, from the
+    first; 0: none."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory: the logger tensorboard."""
     wandb: str | None = None

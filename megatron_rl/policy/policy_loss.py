@@ -30,6 +30,7 @@ from megatron_rl.policy.pass_over_pack import pack_logprobs
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.score import ScoredPack
 from megatron_rl.policy.shift_pass import gamma_mean, gamma_of
+from megatron_rl.policy.token_values import TokenValues
 from megatron_rl.router.telemetry import RouterTelemetry
 
 
@@ -73,6 +74,7 @@ def policy_loss(
     plan: LossPlan,
     sums: MetricSums,
     telemetry: RouterTelemetry,
+    tokens: TokenValues | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum and denominator of a pack's loss; runs on the last stage. A collective.
 
@@ -84,6 +86,7 @@ def policy_loss(
         plan: of the mini-batch.
         sums: receives the loss's metrics.
         telemetry: receives the sums of the weights and the clip fraction by gamma.
+        tokens: receives ratio and gamma of the samples that it watches.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     logprobs, entropy = pack_logprobs(
@@ -115,6 +118,8 @@ def policy_loss(
         shift_attached=not shift.stop_gradient,
     )
     telemetry.weights += weight_sums(inputs)
+    if tokens is not None:
+        tokens.add(pack, logprobs, item.old_logprobs, gamma)
     if plan.correction is not None:
         given = plan.correction(inputs)
         sums.add_all(mismatch_metrics(given, inputs))

@@ -18,11 +18,16 @@ from megatron_rl.policy.policy_loss import plan_loss, policy_loss
 from megatron_rl.policy.schedule import ForwardStep, run_schedule
 from megatron_rl.policy.score import ScoredPack
 from megatron_rl.policy.shift_pass import finish_pass, forward_compared
+from megatron_rl.policy.token_values import TokenValues
 from megatron_rl.router.telemetry import RouterTelemetry
 
 
 def update(
-    policy: Policy, scored: Sequence[ScoredPack], sums: MetricSums, telemetry: RouterTelemetry
+    policy: Policy,
+    scored: Sequence[ScoredPack],
+    sums: MetricSums,
+    telemetry: RouterTelemetry,
+    tokens: TokenValues | None = None,
 ) -> None:
     """Forward, backward and one optimizer step over the packs of a mini-batch.
 
@@ -35,6 +40,7 @@ def update(
         scored: this rank's packs of the mini-batch, with old log-probabilities and traces.
         sums: receives the loss's metrics.
         telemetry: receives the routers' sums, with any loss.
+        tokens: receives ratio and gamma of the samples that it watches.
     """
     packs = [item.pack for item in scored]
     plan = plan_loss(policy, scored)
@@ -44,7 +50,9 @@ def update(
         output, distance = forward_compared(policy, chunk, model, item, telemetry)
 
         def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            total, denominator = policy_loss(policy, item, logits, distance, plan, sums, telemetry)
+            total, denominator = policy_loss(
+                policy, item, logits, distance, plan, sums, telemetry, tokens
+            )
             return total, _counted_once(denominator, policy), {}
 
         return output, loss

@@ -1,4 +1,4 @@
-"""Several runs side by side: one page with a table and a plot for each metric, a curve a run."""
+"""Several runs side by side: one page with a table and a chart for each metric, a curve a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.report.page import write_figures, write_page
-from megatron_rl.report.plot_list import Plot
+from megatron_rl.report.charts import Chart, Group, Series, chart
+from megatron_rl.report.page import write_page
 from megatron_rl.report.run import COMPARISON_FILE, Run, read_run
-from megatron_rl.report.run_page import PLOTS_DIR, mean_at_k, points
+from megatron_rl.report.run_page import mean_at_k, points
+from megatron_rl.report.samples import MOST_SAMPLES, for_page
 
-#: What is drawn, in order: file, metric, title, caption, percent.
+_LOGARITHMIC = ("grad_norm", "kl_old", "router/distance_mean")
+
+#: What is drawn, in order: name, metric, title, caption, percent.
 _COMPARED = (
     ("solved", "reward/solved", "Solved", "Sampled completions of a step that are right.", True),
     ("pass_at_1", "eval/pass@1", "Held-out, greedy", "pass@1 of the greedy answer.", True),
@@ -41,12 +44,12 @@ _COMPARED = (
 )
 
 
-def write_comparison(run_dirs: Sequence[Path], page: Path | None = None) -> Path:
-    """Compare two runs or more on one page, with its plots as PNG files beside it.
+def write_comparison(run_dirs: Sequence[Path], path: Path | None = None) -> Path:
+    """Compare two runs or more on one page.
 
     Args:
         run_dirs: directories of runs; a curve is named by its run's path below the shared folder.
-        page: the HTML file to write; None: comparison.html in the deepest folder they share.
+        path: of the HTML file to write; None: comparison.html in the deepest folder they share.
 
     Returns:
         The page's path.
@@ -63,26 +66,31 @@ def write_comparison(run_dirs: Sequence[Path], page: Path | None = None) -> Path
             f"found {', '.join(map(str, run_dirs))}; expected different runs, none inside another"
         )
     runs = dict(zip(labels, map(read_run, run_dirs), strict=True))
-    merged, plots = _merge(runs, shared)
-    page = page or shared / COMPARISON_FILE
-    figures = write_figures(plots, merged, page.with_name(f"{page.stem}_{PLOTS_DIR}"))
-    write_page(page, "Comparison", ", ".join(labels), [_table(runs), "<h2>Curves</h2>", figures])
-    return page
-
-
-def _merge(runs: dict[str, Run], shared: Path) -> tuple[Run, list[Plot]]:
-    """One run whose metrics are called "label: name", and plots that draw them."""
-    records = tuple(
-        {"step": record["step"], **{f"{label}: {name}": v for name, v in record.items()}}
-        for label, run in runs.items()
-        for record in run.records
+    path = path or shared / COMPARISON_FILE
+    share = max(1, MOST_SAMPLES // len(runs))
+    write_page(
+        path,
+        "Comparison",
+        f"{len(runs)} runs: {', '.join(labels)}",
+        [_table(runs), Group("Curves", _charts(runs))],
+        arms=labels,
+        samples=[s for label in runs for s in for_page(runs[label].samples, most=share, arm=label)],
     )
-    plots = []
-    for file, name, title, caption, percent in _COMPARED:
-        curves = tuple((f"{label}: {name}", label) for label in runs)
-        log = name in ("grad_norm", "kl_old")
-        plots.append(Plot(file, title, caption, curves, percent=percent, log=log))
-    return Run(shared, {}, "", records, ()), plots
+    return path
+
+
+def _charts(runs: dict[str, Run]) -> list[Chart]:
+    """A chart of each metric that a run has values of."""
+    charts = []
+    for name, metric, title, caption, percent in _COMPARED:
+        curves = [Series(label, *run.series(metric)) for label, run in runs.items()]
+        if any(curve.steps for curve in curves):
+            log = metric in _LOGARITHMIC
+            calm = not metric.startswith("eval/")
+            charts.append(
+                chart(name, title, curves, caption, percent=percent, log=log, smoothed=calm)
+            )
+    return charts
 
 
 def _table(runs: dict[str, Run]) -> str:
@@ -91,7 +99,7 @@ def _table(runs: dict[str, Run]) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(_row(label, run) for label, run in runs.items())
     return (
-        "<section class='samples'><h2>Runs</h2><div class='scroll'>"
+        "<section class='runs'><h2>Runs</h2><div class='scroll'>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_rl.observe.metric_table import split_layer, with_new_names
 from megatron_rl.observe.run_files import METRICS_FILE, SAMPLES_FILE, read_jsonl
 
 COMPARISON_FILE = "comparison.html"
-COMPARISON_PLOTS = "comparison_plots"
+_OLD_PLOTS = "comparison_plots"  # written beside the page up to version 0.1.0
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,14 @@ class Run:
     directory: Path
     config: Mapping[str, Any]
     config_text: str
-    records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, at least one, by step, names of today
+    records: tuple[Mapping[str, Any], ...]  #: metrics.jsonl, by step, names of today
     samples: tuple[Mapping[str, Any], ...]  #: samples.jsonl; may be empty
     configurations: tuple[Configuration, ...] = ()  #: of its steps, by first step
+
+    @property
+    def last_step(self) -> int:
+        """Of its records; 0 where there is none yet."""
+        return self.records[-1]["step"] if self.records else 0
 
     def over_time(self, text: Callable[[Mapping[str, Any]], str]) -> str:
         """What ``text`` makes of the configurations, each with its first step where it differs from
@@ -54,46 +60,67 @@ class Run:
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it has a finite value; two empty lists where it
         never has."""
-        pairs = [(r["step"], r[name]) for r in self.records if _is_number(r.get(name))]
-        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+        return self._columns.get(name, ([], []))
 
     def layer_series(self, name: str) -> dict[int, tuple[list[int], list[float]]]:
         """``series`` of every ``name/layer_NN`` that has values, by layer."""
-        keys = {key for record in self.records for key in record}
-        found = {}
-        for key in keys:
-            layered = split_layer(key)
-            if layered and layered[0] == name and self.series(key)[0]:
-                found[layered[1]] = self.series(key)
-        return dict(sorted(found.items()))
+        return dict(sorted(self._layers.get(name, {}).items()))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """What any record has."""
+        return frozenset(name for record in self.records for name in record)
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[list[int], list[float]]]:
+        columns: dict[str, tuple[list[int], list[float]]] = {}
+        for record in self.records:
+            for name, value in record.items():
+                if _is_number(value):
+                    steps, values = columns.setdefault(name, ([], []))
+                    steps.append(record["step"])
+                    values.append(float(value))
+        return columns
+
+    @cached_property
+    def _layers(self) -> dict[str, dict[int, tuple[list[int], list[float]]]]:
+        found: dict[str, dict[int, tuple[list[int], list[float]]]] = {}
+        for name, column in self._columns.items():
+            layered = split_layer(name)
+            if layered:
+                found.setdefault(layered[0], {})[layered[1]] = column
+        return found
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path, *, begun: bool = True) -> Run:
     """Read config.yaml, metrics.jsonl and, where there is one, samples.jsonl. UserError:
-    missing, empty or malformed."""
+    missing, empty or malformed.
+
+    begun: False: there may be no record yet.
+    """
     run_dir = Path(run_dir)
-    for name in (CONFIG_FILE, METRICS_FILE):
+    for name in (CONFIG_FILE, METRICS_FILE) if begun else (CONFIG_FILE,):
         if not (run_dir / name).is_file():
             raise UserError(
                 f"{run_dir} holds no {name}; expected the directory of a run; pass the run_dir of "
                 f"its config"
             )
-    records = read_jsonl(run_dir / METRICS_FILE)
-    if not records:
+    metrics_path = run_dir / METRICS_FILE
+    records = read_jsonl(metrics_path) if metrics_path.is_file() else []
+    if begun and not records:
         raise UserError(
-            f"{run_dir / METRICS_FILE} is empty; expected one object a step; let the run finish a "
-            f"step first"
+            f"{metrics_path} is empty; expected one object a step; let the run finish a step first"
         )
     config, _ = read_yaml(run_dir / CONFIG_FILE)
     text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
     samples_path = run_dir / SAMPLES_FILE
     samples = read_jsonl(samples_path) if samples_path.is_file() else []
     ordered = tuple(sorted(map(with_new_names, records), key=lambda record: record["step"]))
-    last = ordered[-1]["step"]
+    last = ordered[-1]["step"] if ordered else -1
     done_under = [c for c in read_configurations(run_dir) if c.first_step <= last]
     return Run(run_dir, config, text, ordered, tuple(samples), tuple(done_under))
 
@@ -102,7 +129,7 @@ def runs_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Split the paths given to ``report RUNS/*`` into runs, each once, and comparisons that an
     earlier ``report`` wrote there.
     """
-    own = (COMPARISON_FILE, COMPARISON_PLOTS)
+    own = (COMPARISON_FILE, _OLD_PLOTS)
     runs: dict[Path, Path] = {}
     written: list[Path] = []
     for path in paths:

@@ -1,5 +1,5 @@
-"""The report of a run: one HTML page that holds its plots, the plots as PNG files, and a summary of
-one line."""
+"""The report of a run: one HTML page of its results, charts and samples, and a summary of one
+line."""
 
 from __future__ import annotations
 
@@ -10,27 +10,51 @@ from typing import Any
 
 from megatron_rl.catalogue.kinds import LOSSES
 from megatron_rl.config.on_resume import shown
-from megatron_rl.report.page import write_figures, write_page
-from megatron_rl.report.plot_list import PLOTS, part_names, part_plots
+from megatron_rl.files import write_whole
+from megatron_rl.report.page import page, page_data
+from megatron_rl.report.plot_list import part_names
 from megatron_rl.report.run import Run, read_run
+from megatron_rl.report.run_charts import run_groups
+from megatron_rl.report.samples import for_page, how_many
 
 REPORT_FILE = "report.html"
-PLOTS_DIR = "plots"
-_SAMPLE_STEPS = 6  # steps the sample table is drawn from, first and last among them
-_SAMPLES_A_STEP = 3
-_LONGEST_TEXT = 1500  # characters of a prompt or completion shown
+_LONGEST_TEXT = 1500  # characters of a value of the configuration shown
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html and plots/*.png of a run and return the page's path.
+    """Write report.html of a run and return its path.
 
     UserError: config.yaml or metrics.jsonl is missing, empty or malformed.
     """
     run = read_run(run_dir)
-    figures = write_figures(PLOTS + part_plots(run), run, run.directory / PLOTS_DIR)
     path = run.directory / REPORT_FILE
-    write_page(path, run.directory.resolve().name, _summary(run), _sections(run, figures))
+    write_whole(path, run_page(run))
     return path
+
+
+def run_page(run: Run, *, live: str = "") -> str:
+    """The page of a run. ``live``: version of its data; it asks its server for `newer`."""
+    return page(
+        run.directory.resolve().name,
+        _summary(run),
+        [
+            f"<div id='facts'>{_about(run)}</div>",
+            *run_groups(run),
+            "<section id='samples' hidden></section>",
+            *_configurations(run),
+        ],
+        samples=for_page(run.samples),
+        sample_note=how_many(run.samples),
+        live=live,
+    )
+
+
+def newer(run: Run) -> dict[str, Any]:
+    """What the page of a run that goes on asks for again and again."""
+    data = page_data(
+        run_groups(run), samples=for_page(run.samples), sample_note=how_many(run.samples)
+    )
+    return {**data, "summary": _summary(run), "facts": _about(run)}
 
 
 def summary(run_dir: Path) -> str:
@@ -73,7 +97,9 @@ def _summary(run: Run) -> str:
         values = run.series(name)[1]
         if not facts and values:
             facts = [f"{label} {values[0]:.4g} -> {values[-1]:.4g}"]
-    steps = run.records[-1]["step"]
+    if not run.records:
+        return "no step yet"
+    steps = run.last_step
     return ", ".join(
         [*facts, f"{steps} step{'' if steps == 1 else 's'} in {duration(_wall_seconds(run))}"]
     )
@@ -106,15 +132,8 @@ def _wall_seconds(run: Run) -> float:
     return sum(sum(run.series(name)[1]) for name in [*names, "time/eval_s", "time/checkpoint_s"])
 
 
-def _sections(run: Run, figures: str) -> list[str]:
-    return [
-        _tiles(run),
-        _facts(run),
-        _change_table(run),
-        figures,
-        _sample_table(run),
-        *_configurations(run),
-    ]
+def _about(run: Run) -> str:
+    return _tiles(run) + _facts(run) + _change_table(run)
 
 
 def _tiles(run: Run) -> str:
@@ -154,7 +173,7 @@ def _facts(run: Run) -> str:
         ("Layout", run.over_time(lambda config: _layout_line(_section(config, "parallel")))),
         ("Algorithm", _algorithm_line(run)),
         ("Optimizer", run.over_time(_optimizer_line)),
-        ("Length", f"{run.records[-1]['step']} steps in {duration(_wall_seconds(run))}"),
+        ("Length", f"{run.last_step} steps in {duration(_wall_seconds(run))}"),
         ("Throughput", _last(run, "tokens_per_second", "{:,.0f} tokens/s at the last step")),
         ("Memory", _last(run, "memory/peak_gib", "{:.2f} GiB at the peak of the fullest rank")),
     ]
@@ -174,7 +193,7 @@ def _change_table(run: Run) -> str:
         return ""
     head = "<tr><th>From step</th><th>Key</th><th>Before</th><th>After</th></tr>"
     return (
-        "<section class='samples'><h2>Changed configuration</h2><div class='scroll'>"
+        "<section class='changes'><h2>Changed configuration</h2><div class='scroll'>"
         f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div></section>"
     )
 
@@ -255,44 +274,6 @@ def _algorithm_line(run: Run) -> str:
 def _last(run: Run, name: str, form: str) -> str:
     values = run.series(name)[1]
     return form.format(values[-1]) if values else ""
-
-
-def _sample_table(run: Run) -> str:
-    rows = [_sample_row(sample) for sample in _chosen_samples(run.samples)]
-    if not rows:
-        return ""
-    head = "<tr><th>Step</th><th>Prompt</th><th>Completion</th><th>Reward</th><th>Reason</th></tr>"
-    return (
-        "<section class='samples'><h2>Completions</h2><div class='scroll'>"
-        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
-    )
-
-
-def _chosen_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The first few samples of steps spread evenly over the run."""
-    steps = sorted({sample["step"] for sample in samples})
-    if len(steps) > _SAMPLE_STEPS:
-        gaps = _SAMPLE_STEPS - 1
-        steps = [steps[round(i * (len(steps) - 1) / gaps)] for i in range(_SAMPLE_STEPS)]
-    return [
-        s for step in steps for s in [s for s in samples if s["step"] == step][:_SAMPLES_A_STEP]
-    ]
-
-
-def _sample_row(sample: Mapping[str, Any]) -> str:
-    reward = sample.get("reward")
-    number = (
-        f"{reward:.3g}"
-        if isinstance(reward, (int, float))
-        else str(reward if reward is not None else "")
-    )
-    return (
-        f"<tr><td "
-        f"class='number'>{sample['step']}</td><td><pre>{_shown(sample.get('prompt'))}</pre></td>"
-        f"<td><pre>{_shown(sample.get('completion'))}</pre></td><td "
-        f"class='number'>{escape(number)}</td>"
-        f"<td>{_shown(sample.get('reason'))}</td></tr>"
-    )
 
 
 def _shown(value: Any) -> str:

@@ -142,24 +142,39 @@ def _sum_and_count(numbers: Any) -> tuple[float, float]:
     return sum(numbers), float(len(numbers))
 
 
-def sample_rows(groups: Sequence[ScoredGroup], limit: int) -> list[dict[str, Any]]:
-    """At most ``limit`` objects for samples.jsonl: first an answer of every prompt, then the second
-    of each, and so on.
+def shown_answers(groups: Sequence[ScoredGroup], limit: int) -> list[tuple[int, int]]:
+    """At most ``limit`` answers for samples.jsonl, as (place of the group, place of the answer).
+
+    First an answer of every prompt, then the second of each, and so on. Of more prompts than
+    ``limit`` those spread evenly from the first to the last, which is in the last mini-batch.
     """
+    if 0 < limit < len(groups):
+        last = len(groups) - 1
+        return [(last - round(i * last / max(1, limit - 1)), 0) for i in reversed(range(limit))]
     longest = max((len(scored.rewards) for scored in groups), default=0)
-    order = [(n, scored) for n in range(longest) for scored in groups if n < len(scored.rewards)]
-    rows = []
-    for number, scored in order[:limit]:
-        completion, reward = scored.group.completions[number], scored.rewards[number]
-        rows.append(
-            {
-                "index": scored.group.prompt.index,
-                "prompt": scored.group.prompt.text,
-                "completion": completion.text,
-                "reward": reward.value,
-                "reason": reward.reason,
-                "tokens": completion.num_written,
-                "finished": completion.finished,
-            }
-        )
-    return rows
+    order = [
+        (place, n)
+        for n in range(longest)
+        for place, scored in enumerate(groups)
+        if n < len(scored.rewards)
+    ]
+    return order[:limit]
+
+
+def sample_row(scored: ScoredGroup, number: int) -> dict[str, Any]:
+    """The object for samples.jsonl of an answer."""
+    completion, reward = scored.group.completions[number], scored.rewards[number]
+    return {
+        "index": scored.group.prompt.index,
+        "prompt": scored.group.prompt.text,
+        "completion": completion.text,
+        "reward": reward.value,
+        "reason": reward.reason,
+        "tokens": completion.num_written,
+        "finished": completion.finished,
+    }
+
+
+def sample_rows(groups: Sequence[ScoredGroup], limit: int) -> list[dict[str, Any]]:
+    """The objects of `shown_answers`."""
+    return [sample_row(groups[place], number) for place, number in shown_answers(groups, limit)]

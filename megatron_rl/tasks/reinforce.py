@@ -32,7 +32,6 @@ from megatron_rl.rollout.collect import (
     ScoredGroup,
     part_sums,
     rollout_metrics,
-    sample_rows,
     shape_overlong,
     source_sums,
     to_samples,
@@ -42,6 +41,7 @@ from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settin
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.tasks.build import reward_workers
 from megatron_rl.tasks.evaluate import evaluate
+from megatron_rl.tasks.shown import ShownSamples
 from megatron_rl.tasks.task_session import TaskSession
 
 
@@ -64,7 +64,7 @@ class Reinforce:
         self._source = source_of(train_prompts, parts, config.seed, config.data.shuffle)
         self._parts, self._eval_prompts = parts, eval_prompts
         self._rewards = reward_workers(session)
-        self._last: Sequence[ScoredGroup] = ()
+        self._last = ShownSamples((), 0)
         #: Steps whose answers are being sampled ahead, the next first: the source's state before
         #: their problems were drawn, and the pending answers.
         self._ahead: deque[tuple[dict[str, Any], Callable[[], list[RolloutGroup]]]] = deque()
@@ -98,14 +98,15 @@ class Reinforce:
         samples = to_samples(groups, global_advantages(groups, config, session.groups))
         if session.counts_once:
             sums.add("tokens/step", sum(len(sample.tokens) for sample in samples))
+        shown = ShownSamples(groups, config.observe.samples)
         with session.timers("score"):
             session.console.phase("score")
-            mini_batches = self._score(samples, sums)
+            mini_batches = self._score(samples, sums, shown)
         session.check_stop()
         with session.timers("update"):
-            telemetry = self._update(mini_batches, sums)
+            telemetry = self._update(mini_batches, sums, shown)
             self._engine.weights_changed()
-            self._last = groups
+            self._last = shown
             return telemetry.reduce(session.groups.world)
 
     def _roll_out(
@@ -169,7 +170,9 @@ class Reinforce:
             groups, rollout.max_new_tokens, reward.overlong_buffer, reward.overlong_penalty
         )
 
-    def _score(self, samples: Sequence[Sample], sums: MetricSums) -> list[list[ScoredPack]]:
+    def _score(
+        self, samples: Sequence[Sample], sums: MetricSums, shown: ShownSamples
+    ) -> list[list[ScoredPack]]:
         """Pack the mini-batches and score all packs with the policy as it is before the first
         update.
         """
@@ -177,6 +180,9 @@ class Reinforce:
         size = len(samples) // config.algorithm.mini_batches
         slices = [samples[i : i + size] for i in range(0, len(samples), size)]
         packed = pack_mini_batches(slices, config, session.groups, session.device.torch_device)
+        if config.observe.tokens:
+            tokens, device = config.observe.tokens, session.device.torch_device
+            shown.watch(slices, packed, session.groups, tokens, device)
         scored = score(
             self._policy,
             [pack for packs in packed for pack in packs],
@@ -190,7 +196,9 @@ class Reinforce:
         count = len(packed[0])
         return [scored[i : i + count] for i in range(0, len(scored), count)]
 
-    def _update(self, mini_batches: list[list[ScoredPack]], sums: MetricSums) -> RouterTelemetry:
+    def _update(
+        self, mini_batches: list[list[ScoredPack]], sums: MetricSums, shown: ShownSamples
+    ) -> RouterTelemetry:
         model, algorithm = self._session.config.model, self._session.config.algorithm
         telemetry = RouterTelemetry(
             model.num_layers,
@@ -201,7 +209,9 @@ class Reinforce:
         total = algorithm.epochs * len(mini_batches)
         for done in range(total):
             self._session.console.phase("update", done, total)
-            update(self._policy, mini_batches[done % len(mini_batches)], sums, telemetry)
+            packs = mini_batches[done % len(mini_batches)]
+            update(self._policy, packs, sums, telemetry, shown.values)
+        shown.gather(self._session.groups, self._session.tokenizer.piece)
         return telemetry
 
     def _add_staleness(self, sampled: Sequence[ScoredGroup], sums: MetricSums) -> None:
@@ -221,11 +231,12 @@ class Reinforce:
         """Held-out problems, greedy and sampled."""
         answers = evaluate(self._session, self._engine, self._eval_prompts, sums)
         sums.add_each(self._engine.metrics())
-        self._last = self._last or answers
+        if not self._last.rows():
+            self._last = ShownSamples(answers, self._session.config.observe.samples)
 
     def samples(self) -> list[dict[str, Any]]:
         """Completions of the last step on this rank."""
-        return sample_rows(self._last, self._session.config.observe.samples)
+        return self._last.rows()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the prompt cursor; everything else follows from seed and step. A resumed run

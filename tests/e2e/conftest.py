@@ -49,9 +49,9 @@ class Interrupted:
             process.terminate()
             self.stopped = process.wait()
         self.checkpoints_of_stopped = self.checkpoints()
-        self.finished = succeed(*command, cwd=folder, ranks=2, plots=False)
+        self.finished = succeed(*command, cwd=folder, ranks=2)
         self.files_of_finished = self.files()
-        self.rerun = succeed(*command, cwd=folder, ranks=2, plots=False)
+        self.rerun = succeed(*command, cwd=folder, ranks=2)
 
     def checkpoints(self):
         """Names of the complete checkpoints."""
@@ -63,7 +63,7 @@ class Interrupted:
         return {
             str(path.relative_to(self.run_dir)): path.read_bytes()
             for path in self.run_dir.rglob("*")
-            if path.is_file() and path.name != "report.html" and path.parent.name != "plots"
+            if path.is_file() and path.name != "report.html"
         }
 
 

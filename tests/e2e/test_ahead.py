@@ -32,7 +32,7 @@ def test_answers_are_as_old_as_they_come_ahead(folder, sft_run, lag, expected, m
         words += ["--evaluate.every", "0"]
         words += ["--rollout.engine", "vllm", "--rollout.servers.urls", f"[{server.url}]"]
         words += ["--rollout.lag", str(lag), "--algorithm.mismatch", "tis"]
-        succeed("train", "rl.yaml", *words, cwd=folder, ranks=2, plots=False)
+        succeed("train", "rl.yaml", *words, cwd=folder, ranks=2)
     rows = [row for row in records(run_dir / "metrics.jsonl") if row["step"] > 0]
     assert [row["rollout/lag"] for row in rows] == expected
     # an update lies between sampler and scoring pass wherever answers are old

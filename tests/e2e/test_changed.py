@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(folder):
     """Every command's result."""
-    return run_in_turn(COMMANDS, folder, plotted=["other loss"])
+    return run_in_turn(COMMANDS, folder)
 
 
 SFT_4 = "runs/sft/checkpoints/step_4"

@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """Two steps of RSPO on two ranks from the model's weights, converted back to ``trained``."""
-    done = succeed("train", "rl.yaml", cwd=folder, ranks=2, plots=False)
+    done = succeed("train", "rl.yaml", cwd=folder, ranks=2)
     converted = succeed("convert", "runs/from_hf", "trained", "--verify", cwd=folder)
     return done, converted
 
@@ -100,7 +100,7 @@ def test_the_trained_model_answers_in_transformers_as_in_ours(folder, trained):
 def test_models_of_other_families_are_trained_and_answer_alike(tmp_path, variant):
     make_folder(tmp_path, variant)
     dense = "--parallel.expert=1 --algorithm.name=gmpo".split() if variant == "qwen3" else []
-    succeed("train", "rl.yaml", *dense, cwd=tmp_path, ranks=2, plots=False)
+    succeed("train", "rl.yaml", *dense, cwd=tmp_path, ranks=2)
     converted = succeed("convert", "runs/from_hf", "trained", "--verify", cwd=tmp_path)
     answers_alike(tmp_path, converted, "--algorithm.name=gmpo")
 

@@ -5,6 +5,7 @@ advantages, data, a rollout engine, an environment, an optimizer and a logger of
 import json
 import random
 import shutil
+import zipfile
 
 import pytest
 
@@ -13,7 +14,14 @@ from tests.support.wheel import installed_in
 
 
 @pytest.fixture(scope="module")
-def done(folder, tmp_path_factory):
+def installed(tmp_path_factory):
+    """Where the wheel is built and installed, and its interpreter."""
+    place = tmp_path_factory.mktemp("installed")
+    return place, installed_in(place)
+
+
+@pytest.fixture(scope="module")
+def done(folder, installed, tmp_path_factory):
     """What the commands of the example's README gave, and the folder."""
     place = tmp_path_factory.mktemp("somewhere")
     (place / "countdown").symlink_to(folder)
@@ -37,8 +45,15 @@ def done(folder, tmp_path_factory):
             *("--algorithm.routing_replay", "r3"),
         ],
     }
-    python = installed_in(tmp_path_factory.mktemp("installed"))
-    return run_in_turn(commands, mine, python, plotted=["train", "turns"]), mine
+    return run_in_turn(commands, mine, installed[1]), mine
+
+
+def test_the_wheel_holds_the_pages_script_and_style(installed):
+    place, _ = installed
+    (wheel,) = (place / "build").glob("*.whl")
+    files = (ROOT / "megatron_rl" / "report" / "page_files").iterdir()
+    wanted = {f"megatron_rl/report/page_files/{path.name}" for path in files}
+    assert len(wanted) == 7 and wanted <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_its_loss_is_listed_and_its_settings_are_checked(done):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.pages import charts_of
 from tests.support.runs import ROOT, records, reproducible, run, succeed
 
 #: What every record of reinforcement learning holds.
@@ -92,11 +93,15 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
     assert lines[-1] == "report: runs/rl/report.html"
 
 
-def test_the_report_has_plots_and_can_be_written_again(folder, rl_run):
+def test_the_report_has_charts_and_can_be_written_again(folder, rl_run):
     report = folder / "runs" / "rl" / "report.html"
     before = report.read_text()
-    assert before.count("data:image/png;base64,") >= 8
-    assert (folder / "runs" / "rl" / "plots" / "reward.png").stat().st_size > 5000
+    charts = charts_of(before)
+    metrics = records(folder / "runs" / "rl" / "metrics.jsonl")
+    solved = [float(f"{r['reward/solved']:.6g}") for r in metrics if "reward/solved" in r]
+    (drawn,) = [s for s in charts["reward"]["series"] if s["name"] == "solved"]
+    assert drawn["values"] == solved and len(solved) == 8
+    assert charts["router_distance"]["kind"] == "heatmap"
     report.unlink()
     done = succeed("report", "runs/rl", cwd=folder)
     assert done.out == "runs/rl/report.html\n" and done.err == ""
@@ -200,7 +205,7 @@ def test_generate_writes_several_answers_to_each_prompt_of_a_file(folder, sft_ru
 
 def test_without_held_out_problems_nothing_is_evaluated(folder, sft_run):
     words = ["--run_dir", "runs/no_eval", "--data.eval", "null", "--train.steps", "1"]
-    done = succeed("train", "rl.yaml", *ONE_RANK, *words, cwd=folder, plots=False)
+    done = succeed("train", "rl.yaml", *ONE_RANK, *words, cwd=folder)
     data = "24 problems (data/train.jsonl), no evaluation: data.eval is not given, reward countdown"
     assert f"  {data}\n" in done.out and "eval at step" not in done.out
     assert done.out.splitlines()[-1] == "report: runs/no_eval/report.html"

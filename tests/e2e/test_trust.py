@@ -45,7 +45,7 @@ def largest_file(size):
 
 def train(folder, *words):
     command = ["train", "rl.yaml", "--run_dir", "runs/copy", *words]
-    return run(*command, cwd=folder, ranks=2, warm=True, plots=False)
+    return run(*command, cwd=folder, ranks=2, warm=True)
 
 
 def test_a_run_goes_on_from_the_newest_checkpoint_that_is_undamaged(folder, copy):

@@ -1,6 +1,6 @@
 """Commands of one rank, one after the other in a single process, which starts but once.
 
-Reads [[words, whether all plots are drawn], ...] as JSON, writes [[code, output, errors], ...].
+Reads [words, ...] as JSON, writes [[code, output, errors], ...].
 `tests.support.runs.run_in_turn` runs it where the package is installed, without the tests.
 """
 
@@ -12,11 +12,9 @@ import sys
 
 def main() -> int:
     from megatron_rl.cli import main as run
-    from megatron_rl.report import run_page
 
-    plots, done = run_page.PLOTS, []
-    for words, all_plots in json.load(sys.stdin):
-        run_page.PLOTS = plots if all_plots else plots[:2]
+    done = []
+    for words in json.load(sys.stdin):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(words)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Collection, Iterator
+from typing import Any, Callable, Iterator
 
 import psutil
 
@@ -135,33 +135,26 @@ def started(*words: str, cwd: Path, ranks: int | None = None) -> Iterator[Starte
             process.close()
 
 
-def run(
-    *words: str, cwd: Path, ranks: int | None = None, warm: bool = False, plots: bool = True
-) -> Done:
+def run(*words: str, cwd: Path, ranks: int | None = None, warm: bool = False) -> Done:
     """``megatron-rl WORDS`` to its end.
 
     Args:
         warm: on a CPU, in ranks that need not start, without torchrun.
-        plots: draw all plots of a report, which takes as long as a short run; False, of a warm run:
-            two of them, for the same plots of another run are drawn.
     """
     if warm:
-        return _warm(words, cwd, ranks, plots)
-    assert plots
+        return _warm(words, cwd, ranks)
     with started(*words, cwd=cwd, ranks=ranks) as process:
         return process.wait()
 
 
-def succeed(
-    *words: str, cwd: Path, ranks: int | None = None, warm: bool = True, plots: bool = True
-) -> Done:
+def succeed(*words: str, cwd: Path, ranks: int | None = None, warm: bool = True) -> Done:
     """As `run`, of a command that must end with 0."""
-    done = run(*words, cwd=cwd, ranks=ranks, warm=warm, plots=plots)
+    done = run(*words, cwd=cwd, ranks=ranks, warm=warm)
     assert done.code == 0, f"exit code {done.code}\n{done.out}\n{done.err}"
     return done
 
 
-def _warm(words: tuple[str, ...], cwd: Path, ranks: int | None, plots: bool) -> Done:
+def _warm(words: tuple[str, ...], cwd: Path, ranks: int | None) -> Done:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         codes = run_warm(
@@ -172,7 +165,6 @@ def _warm(words: tuple[str, ...], cwd: Path, ranks: int | None, plots: bool) -> 
             out=out,
             err=err,
             timeout_s=TIMEOUT_S,
-            plots=plots,
         )
         return Done(max(codes, key=abs), out.read_text(), err.read_text(), tuple(codes))
 
@@ -181,7 +173,6 @@ def run_in_turn(
     commands: dict[str, list[str]],
     cwd: Path,
     installed: Path | None = None,
-    plotted: Collection[str] = (),
 ) -> dict[str, Done]:
     """``megatron-rl WORDS`` of one rank, one after the other in a single process
     (`tests.support.in_turn`); what each gave, by its name.
@@ -189,9 +180,8 @@ def run_in_turn(
     Args:
         installed: the interpreter of an environment that has the package installed, which then is
             the one that runs; None: that of this repository, in a process that need not start.
-        plotted: of these commands the report has all plots, of the others two.
     """
-    asked = json.dumps([[words, name in plotted] for name, words in commands.items()])
+    asked = json.dumps(list(commands.values()))
     environment = _environment()
     with contextlib.ExitStack() as stack:
         given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))

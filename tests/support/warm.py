@@ -81,11 +81,8 @@ def run_warm(
     out: Path,
     err: Path,
     timeout_s: float,
-    plots: bool = True,
 ) -> list[int]:
     """Run ``megatron-rl WORDS`` on so many ranks, or as a process by itself (None).
-
-    ``plots``: draw all plots of a report, not two.
 
     Returns:
         The exit codes, in rank order; -9 of one that took longer than the timeout.
@@ -104,7 +101,7 @@ def run_warm(
         started = [
             start_warm(
                 "tests.support.warm:command",
-                [list(words), plots],
+                [list(words)],
                 cwd=cwd,
                 env={**env, **place},
                 files=files,
@@ -122,14 +119,11 @@ def run_warm(
     return codes
 
 
-def command(words: list[str], plots: bool) -> int:
+def command(words: list[str]) -> int:
     """The command line, in a copy."""
     sys.argv[1:] = words
     from megatron_rl.cli import main
-    from megatron_rl.report import run_page
 
-    if not plots:
-        run_page.PLOTS = run_page.PLOTS[:2]
     return main()
 
 
@@ -210,7 +204,6 @@ def _import() -> None:
     from megatron_rl.device import megatron_on_cpu
 
     megatron_on_cpu.install()
-    import matplotlib.pyplot
     import numpy.random
     import rich.console
     import sentencepiece
@@ -222,7 +215,7 @@ def _import() -> None:
     import megatron_rl.tasks.supervised  # noqa: F401
 
     # transformers imports what a name needs when it is first asked for.
-    assert AutoTokenizer and matplotlib and numpy and rich and sentencepiece and torch
+    assert AutoTokenizer and numpy and rich and sentencepiece and torch
 
 
 def _become(request: Mapping[str, Any], files: Sequence[int]) -> NoReturn:

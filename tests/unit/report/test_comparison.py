@@ -1,20 +1,16 @@
 """Runs side by side: the table's numbers, one curve a run in its own place, and refusals."""
 
-import io
-import itertools
 import json
 import re
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from megatron_rl.cli import main
 from megatron_rl.errors import UserError
 from megatron_rl.observe.run_files import drop_after
 from megatron_rl.report.comparison import write_comparison
-from megatron_rl.report.plots import LIGHT, _strokes
 from megatron_rl.report.run_page import write_report
+from tests.support.pages import charts_of, data_of
 
 
 def write_run(folder, name, lr, solved, norms, gammas):
@@ -38,7 +34,8 @@ def runs(tmp_path):
 
 
 def cells(page):
-    rows = re.findall(r"<tr>(<td>.*?)</tr>", page)
+    table = page[: page.index("data-group")]
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", table)
     return [re.findall(r"<td>(.*?)</td>", row) for row in rows]
 
 
@@ -63,38 +60,34 @@ def test_a_run_of_two_losses_is_not_one_of_the_last(runs):
     assert (row[1], row[3]) == ("rspo; from step 3: grpo", "0.0001")
 
 
-def test_a_curve_for_each_run_and_no_plot_without_data(runs, tmp_path):
-    write_comparison(runs)
-    plots = tmp_path / "comparison_plots"
-    drawn = {path.stem for path in plots.glob("*.png")}
-    assert drawn == {"pass_at_1", "mean_at_k", "loss", "grad_norm", "kl_old"}
-    assert curve_colours(plots / "grad_norm.png") == {"first", "second"}
-    # On a scale from 1 to 6.1 the second run's peak is far above all of the first run's curve.
-    tops = {name: rows.min() for name, rows in curve_rows(plots / "grad_norm.png").items()}
-    assert tops["second"] < tops["first"] - 50
+def test_a_curve_for_each_run_and_no_chart_without_data(runs):
+    text = write_comparison(runs).read_text()
+    charts = charts_of(text)
+    assert set(charts) == {"pass_at_1", "mean_at_k", "loss", "grad_norm", "kl_old"}
+    assert charts["grad_norm"]["series"] == [
+        {"name": "rspo_a", "steps": [1, 2, 3], "values": [1.0, 1.25, 1.5]},
+        {"name": "grpo_<i>b", "steps": [1, 2, 3], "values": [1.0, 6.125, 2.0]},
+    ]
+    assert charts["grad_norm"]["log"] and not charts["loss"]["log"]
+    assert not charts["pass_at_1"]["smoothed"] and charts["loss"]["smoothed"]
+    # One colour for each in all charts, by the order of the names.
+    assert data_of(text)["arms"] == ["grpo_<i>b", "rspo_a"]
 
 
-def curve_rows(path):
-    """The pixel rows below the legend in the colour of each curve."""
-    pixels = np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB")).astype(int)
-    colours = {"first": (0x1F, 0x5F, 0x99), "second": (0xC8, 0x64, 0x1E)}
-    legend = 80
-    found = {}
-    for name, colour in colours.items():
-        rows = np.nonzero(np.abs(pixels[legend:] - colour).sum(-1) < 12)[0]
-        if len(rows):
-            found[name] = rows
-    return found
-
-
-def curve_colours(path):
-    return set(curve_rows(path))
+def test_samples_of_all_runs_are_on_one_page(runs):
+    for run in runs:
+        rows = [{"step": s, "prompt": "p", "completion": f"{run.name} {s}"} for s in (1, 2)]
+        (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = data_of(write_comparison(runs).read_text())["samples"]
+    assert [(sample["arm"], sample["step"], sample["completion"]) for sample in samples] == [
+        (name, step, f"{name} {step}") for name in ("rspo_a", "grpo_<i>b") for step in (1, 2)
+    ]
 
 
 def test_another_page_can_be_named(runs, tmp_path):
     page = tmp_path / "out.html"
     assert write_comparison(runs, page) == page
-    assert (tmp_path / "out_plots" / "loss.png").is_file()
+    assert list(tmp_path.glob("*.html")) == [page]
 
 
 def test_refuses_what_it_cannot_tell_apart(runs, tmp_path):
@@ -115,26 +108,21 @@ def one_curve(folder, name, norm):
     return folder / name
 
 
-def test_more_runs_than_colours_are_told_apart(tmp_path):
-    """Every run has a row and a curve: run n is at the height of n, and the last is drawn too."""
+def test_every_run_has_a_row_and_a_curve(tmp_path):
+    """The gradient norm of run n is n."""
     runs = [one_curve(tmp_path, f"run_{n:02}", float(n)) for n in range(1, 13)]
-    page = write_comparison(runs)
-    rows = cells(page.read_text())
+    page = write_comparison(runs).read_text()
+    rows = cells(page)
     assert [row[0] for row in rows] == [run.name for run in runs]
     assert [row[7] for row in rows] == [str(n) for n in range(1, 13)]
-    pixels = Image.open(tmp_path / "comparison_plots" / "grad_norm.png").convert("RGB")
-    picture = np.asarray(pixels).astype(int)
-    plot = picture[: picture.shape[0] * 3 // 5, picture.shape[1] // 5 : -picture.shape[1] // 10]
-    coloured = (plot.max(-1) - plot.min(-1)) > 60
-    drawn = np.flatnonzero(coloured.sum(1) > plot.shape[1] // 8)  # rows that a curve runs along
-    curves = 1 + int((np.diff(drawn) > 1).sum())
-    assert curves == 12
-    strokes = list(itertools.islice(_strokes(LIGHT), 60))
-    assert len({str(sorted(stroke.items())) for stroke in strokes}) == 60
+    curves = charts_of(page)["grad_norm"]["series"]
+    assert [curve["name"] for curve in curves] == [run.name for run in runs]
+    assert [set(curve["values"]) for curve in curves] == [{float(n)} for n in range(1, 13)]
 
 
 def test_a_glob_that_holds_its_own_output(tmp_path, capsys):
     runs = [one_curve(tmp_path, name, 1.0) for name in ("a", "b")]
+    (tmp_path / "comparison_plots").mkdir()  # of an older version
     assert main(["report", *map(str, runs)]) == 0
     pages = [str(run / "report.html") for run in runs] + [str(tmp_path / "comparison.html")]
     assert capsys.readouterr().out.splitlines() == pages
@@ -157,9 +145,7 @@ def test_a_page_is_never_written_through_a_link(tmp_path):
     """Neither under the page's own name nor under that of a file on the way to it."""
     run, mine = one_curve(tmp_path, "a", 1.0), tmp_path / "mine.txt"
     mine.write_text("keep me")
-    names = ("report.html", "report.html.tmp", "metrics.jsonl.tmp", "plots/grad_norm.png")
-    (run / "plots").mkdir()
-    for name in names:
+    for name in ("report.html", "report.html.tmp", "metrics.jsonl.tmp"):
         (run / name).symlink_to(mine)
     write_report(run)
     with (run / "metrics.jsonl").open("a") as file:
@@ -167,15 +153,15 @@ def test_a_page_is_never_written_through_a_link(tmp_path):
     drop_after(run / "metrics.jsonl", 2)
     assert mine.read_text() == "keep me"
     assert "<title>a</title>" in (run / "report.html").read_text()
-    assert (run / "plots" / "grad_norm.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_that_cannot_be_written_is_one_line(runs, capsys):
-    (runs[0] / "plots").write_text("a file where the folder should be")
+    (runs[0] / "report.html" / "inside").mkdir(parents=True)
     assert main(["report", str(runs[0])]) == 2
-    captured = capsys.readouterr()
-    assert captured.err == (
-        f"megatron-rl: error: the report could not be written (File exists: {runs[0]}/plots); "
-        "expected room on the disk and the right to write there; make room and give the command "
+    told = capsys.readouterr().err
+    assert told.startswith("megatron-rl: error: the report could not be written (Is a directory: ")
+    assert told.endswith(
+        "; expected room on the disk and the right to write there; make room and give the command "
         "again\n"
     )
+    assert told.count("\n") == 1

@@ -1,18 +1,13 @@
-"""The report: its numbers, its escaping, its plots, and what it says when files are missing."""
+"""The report: its numbers, its escaping, its charts, and what it says when files are missing."""
 
-import base64
-import io
 import json
 import re
-from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from megatron_rl.errors import UserError
-from megatron_rl.report.plots import smooth
 from megatron_rl.report.run_page import duration, points, summary, write_report
+from tests.support.pages import Tags, charts_of, data_of
 
 HOSTILE = "</pre><script>alert('x')</script>&amp;<img src=http://evil.example/x.png onerror=1>"
 CONFIG = """\
@@ -91,7 +86,8 @@ def test_page_holds_the_numbers(page):
     assert "4 layers, width 128, 8 experts, top-2, fp32" in page
     assert "ranks 8, tensor 2, expert 4" in page
     assert "rspo, advantages group_norm, router-shift floor 0.8" in page
-    assert "<td class='number'>0.333</td>" in page and "answer 1" in page
+    first = data_of(page)["samples"][0]
+    assert (first["step"], first["completion"], first["reward"]) == (1, "answer 1", 1 / 3)
 
 
 def test_a_verifier_that_does_not_say_solved(tmp_path):
@@ -105,59 +101,65 @@ def test_a_verifier_that_does_not_say_solved(tmp_path):
     text = write_report(run).read_text(encoding="utf-8")
     assert "<span class='label'>eval/format</span><strong>0.750</strong>" in text
     assert "pass@1, greedy" not in text and "mean@4" not in text
-    drawn = {path.stem for path in (run / "plots").glob("*.png")}
-    assert drawn == {"reward", "loss", "parts_1"}
+    charts = charts_of(text)
+    assert set(charts) == {"reward", "loss", "parts_1"}
+    assert charts["parts_1"]["series"] == [
+        {"name": "eval/format", "steps": [0, 2], "values": [0.25, 0.75]},
+        {"name": "reward/format", "steps": [1, 2], "values": [0.5, 0.5]},
+        {"name": "reward/length", "steps": [1, 2], "values": [-0.125, -0.25]},
+    ]
 
 
-class _Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.addresses, self.text = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "srcset", "href") and v]
-
-    def handle_data(self, data):
-        self.text.append(data)
+def test_hostile_text_stays_text(page):
+    found = Tags(page)
+    assert {tag for tag in found.tags if tag in ("b", "img", "link", "iframe", "form")} == set()
+    assert "".join(found.text).count(HOSTILE) == 1  # config
+    last = data_of(page)["samples"][-1]
+    assert last["prompt"] == last["completion"] == last["reason"] == HOSTILE
+    assert found.tags.count("script") == page.count("<script") == 2  # the data, and the script
 
 
-def test_hostile_text_stays_text_and_nothing_is_fetched(page):
-    parser = _Tags()
-    parser.feed(page)
-    assert "script" not in parser.tags and "b" not in parser.tags and "link" not in parser.tags
-    assert "".join(parser.text).count(HOSTILE) == 4  # prompt, completion, reason, config
-    assert all(address.startswith("data:image/png;base64,") for address in parser.addresses)
-    assert parser.tags.count("img") == parser.tags.count("figure") > 0
-    assert "url(" not in page and "@import" not in page
-
-
-def test_plots_are_pictures_of_the_metrics_that_exist(train_run, page):
-    files = {path.stem for path in (train_run / "plots").glob("*.png")}
-    assert files == {
+def test_charts_hold_the_metrics_that_exist(page):
+    charts = charts_of(page)
+    assert set(charts) == {
         *("reward", "eval", "loss", "raw_gamma", "router_distance", "clip_fraction"),
         *("grad_norm", "time"),
     }
-    for path in (train_run / "plots").glob("*.png"):
-        pixels = np.asarray(Image.open(path).convert("L"), dtype=float)
-        assert pixels.shape == (465, 960)
-        assert pixels[0, 0] > 250 and pixels.std() > 8, path.name  # white paper, with ink on it
-    embedded = re.findall(r"srcset='data:image/png;base64,([^']+)'", page)
-    dark = [Image.open(io.BytesIO(base64.b64decode(data))).convert("L") for data in embedded]
-    assert len(dark) == len(files) and all(image.getpixel((0, 0)) < 40 for image in dark)
+    assert charts["eval"]["series"] == [
+        {"name": "pass@1 (greedy)", "steps": [0, 6], "values": [0.432, 0.61]},
+        {"name": "mean@k (sampled)", "steps": [0, 6], "values": [0.38, 0.5515]},
+    ]
+    # A step without a finite value has no point.
+    (loss,) = charts["loss"]["series"]
+    assert loss["steps"] == [1, 2, 4, 5, 6] and loss["values"] == [
+        *(-0.01, -0.02, -0.04, -0.05, -0.06)
+    ]
 
 
-def test_plots_show_the_values(tmp_path):
-    """A rising and a falling curve: the ink of the first third lies below, then above the last."""
-    heights = {}
-    for name, sign in (("up", 1), ("down", -1)):
-        records = [{"step": s, "entropy": sign * float(s)} for s in range(1, 41)]
-        write_report(_write(tmp_path / name, records))
-        image = Image.open(tmp_path / name / "plots/entropy.png").convert("RGB")
-        pixels = np.asarray(image).astype(int)[60:380, 100:900]
-        rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 60)  # the blue curve
-        heights[name] = rows[columns < 250].mean() - rows[columns > 550].mean()
-    assert heights["up"] > 100 and heights["down"] < -100
+def test_layers_are_rows_of_a_heatmap(page):
+    """Of layer i at step s: (i + s) / 1000."""
+    chart = charts_of(page)["router_distance"]
+    assert chart["kind"] == "heatmap" and chart["rows"] == [0, 1, 2]
+    assert chart["steps"] == [1, 2, 3, 4, 5, 6] and chart["width"] == 1
+    assert chart["values"] == [[round(0.001 * (i + s), 3) for s in range(1, 7)] for i in range(3)]
+
+
+def test_time_is_stacked_with_the_rest_of_the_step(page):
+    """Of 20 s, sampling takes 10 and the update 8."""
+    chart = charts_of(page)["time"]
+    assert chart["kind"] == "stack"
+    assert {s["name"]: s["values"] for s in chart["series"]} == {
+        "rollout": [10.0] * 6,
+        "update": [8.0] * 6,
+        "other": [2.0] * 6,
+    }
+
+
+def test_without_the_script_a_table_has_the_last_values(page):
+    rows = re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td><td class='number'>([^<]*)</td>", page)
+    assert ("Held-out problems", "pass@1 (greedy)", "0.61") in rows
+    assert ("Loss", "loss", "-0.06") in rows and ("Reward", "solved", "0.3") in rows
+    assert all(page.index("<noscript>") < page.index(f"<td>{row[0]}</td>") for row in rows)
 
 
 def test_supervised_run(tmp_path):
@@ -168,18 +170,8 @@ def test_supervised_run(tmp_path):
     run_dir = _write(tmp_path / "sft", records)
     assert summary(run_dir) == "loss 1.5 -> 0.5, 2 steps in 1.0s"
     page = write_report(run_dir).read_text()
-    assert "supervised fine-tuning" in page and "Completions" not in page
-    assert {p.stem for p in (run_dir / "plots").glob("*.png")} == {"loss", "accuracy", "time"}
-
-
-def test_many_layers_and_long_runs(tmp_path):
-    records = [
-        {"step": s, "router/load_max_over_mean": 1.5}
-        | {f"router/load_max_over_mean/layer_{i:02d}": 1.0 + i / 10 for i in range(9)}
-        for s in range(1, 80)
-    ]
-    write_report(_write(tmp_path / "long", records))
-    assert {p.stem for p in (tmp_path / "long/plots").glob("*.png")} == {"expert_load"}
+    assert "supervised fine-tuning" in page and data_of(page)["samples"] == []
+    assert set(charts_of(page)) == {"loss", "accuracy", "time"}
 
 
 def test_only_an_evaluation(tmp_path):
@@ -187,18 +179,6 @@ def test_only_an_evaluation(tmp_path):
     assert summary(run_dir) == (
         "solved (greedy pass@1) 50.0% on 512 held-out problems, 0 steps in 3.0s"
     )
-
-
-def test_samples_are_few_and_spread_and_long_texts_are_cut(tmp_path):
-    samples = [
-        {"step": step, "completion": f"completion {step}-{i} " + "x" * 2000}
-        for step in range(1, 101)
-        for i in range(5)
-    ]
-    page = write_report(_write(tmp_path / "r", [{"step": 100}], samples)).read_text()
-    shown = re.findall(r"completion (\d+)-(\d)", page)
-    assert shown == [(s, str(i)) for s in ("1", "21", "41", "60", "80", "100") for i in range(3)]
-    assert "more characters)" in page and "x" * 1501 not in page
 
 
 def test_missing_and_broken_files_are_user_errors(tmp_path):
@@ -228,7 +208,6 @@ def test_numbers_for_reading():
     assert [duration(s) for s in (9.44, 59.97, 60, 151.2, 3599.6, 11070)] == [
         *("9.4s", "1m00s", "1m00s", "2m31s", "1h00m", "3h04m")
     ]
-    assert smooth([0.0, 3.0, 6.0, 3.0], 1) == [1.5, 3.0, 4.0, 4.5]
 
 
 def test_a_run_of_two_configurations_shows_both(tmp_path):
@@ -265,20 +244,14 @@ def test_a_run_of_one_configuration_has_no_table_of_changes(page):
     assert "Changed configuration" not in page
 
 
-def test_plots_have_a_line_where_the_configuration_changed(tmp_path):
-    """Left of step 4, half way from step 3; the pixels of a column there and of one beside it."""
+def test_charts_have_a_line_where_the_configuration_changed(tmp_path):
+    """Left of step 4, half way from step 3."""
     records = [_train_record(step) for step in range(1, 7)]
     one = _write(tmp_path / "one", records)
     two = _write(tmp_path / "two", records)
     (two / "configs").mkdir()
     for step, text in ((0, CONFIG), (4, CONFIG.replace("rspo", "grpo"))):
         (two / "configs" / f"step_{step}.yaml").write_text(text)
-    images = []
-    for run_dir in (one, two):
-        write_report(run_dir)
-        with Image.open(run_dir / "plots" / "reward.png") as image:
-            images.append(np.asarray(image.convert("L"), dtype=int))
-    columns = np.flatnonzero((np.abs(images[0] - images[1]) > 40).any(axis=0))
-    assert 0 < len(columns) < 8  # one thin line
-    width = images[0].shape[1]
-    assert 0.4 < columns.mean() / width < 0.65  # the middle of steps 1 to 6
+    charts = [charts_of(write_report(run).read_text()) for run in (one, two)]
+    assert {tuple(chart["marks"]) for chart in charts[0].values()} == {()}
+    assert {tuple(chart["marks"]) for chart in charts[1].values()} == {(3.5,)}
