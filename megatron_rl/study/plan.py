@@ -126,9 +126,7 @@ def digest_of(verb: str, config: Config, start: PlannedRun | None) -> str:
     "silent" ones of ``config/on_resume.py``. A prepared run counts by its digest, not by its path.
     """
     values = {
-        key: value
-        for key, value in leaf_values(written_values(config))
-        if kind_of(key) != "silent"
+        key: value for key, value in leaf_values(written_values(config)) if kind_of(key) != "silent"
     }
     if start is not None and config.checkpoint.init_from == start.run_dir:
         values["checkpoint.init_from"] = {"prepared": start.digest}
@@ -229,7 +227,7 @@ def _words(who: str, overrides: Overrides) -> list[str]:
             raise UserError(
                 f"{who} sets {key}, which the study gives; expected other keys; remove it"
             )
-        words += [f"--{key}={json.dumps(value)}"]
+        words.append(f"--{key}={json.dumps(value, ensure_ascii=False)}")
     return words
 
 
