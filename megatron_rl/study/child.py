@@ -1,4 +1,4 @@
-"""The process of a run: the command line's own, in a session of its own, that dies with the study."""
+"""The process of a run: the command line, in a session of its own, that ends with the study."""
 
 from __future__ import annotations
 

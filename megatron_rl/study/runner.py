@@ -165,7 +165,7 @@ class Runner:
         return False
 
     def _weights_are_there(self, run: PlannedRun, needs: int) -> bool:
-        """Whether the prepared run is done. A run that waits for one that nobody does is left out."""
+        """Whether the prepared run is done; a run that waits in vain is left out."""
         if needs in self.running or needs in [other.index for other in self._waiting]:
             return False
         needed = self._plan.runs[needs]
@@ -244,7 +244,7 @@ class Runner:
     @contextlib.contextmanager
     def _signal_handlers(self) -> Iterator[None]:
         before: dict[int, Any] = {}
-        for number in _SIGNALS:
+        for number in map(int, _SIGNALS):
             before[number] = signal.signal(number, self._asked)
         try:
             yield
