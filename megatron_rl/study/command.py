@@ -11,6 +11,7 @@ from megatron_rl.report.run_page import duration
 from megatron_rl.run.run_lock import RunLock
 from megatron_rl.study import slurm
 from megatron_rl.study.analysis import analyse, write_files
+from megatron_rl.study.child import MakeCommand, command_of
 from megatron_rl.study.page import write_study_page
 from megatron_rl.study.plan import Plan, make_plan
 from megatron_rl.study.runner import Runner, raise_if_failed, slots_of
@@ -31,6 +32,7 @@ def run_study(
     only: int | None = None,
     launch: str | None = None,
     at_once: int | None = None,
+    make_command: MakeCommand = command_of,
 ) -> None:
     """Run a study, or say how far it is.
 
@@ -42,6 +44,7 @@ def run_study(
         only: run the one with this index, and end.
         launch: local or slurm, in place of the file's.
         at_once: runs side by side, in place of the file's.
+        make_command: a run's command.
 
     Raises:
         UserError: a mistake in the file, a configuration or a flag. RunFailed: runs have failed.
@@ -59,13 +62,13 @@ def run_study(
     elif report:
         _write(plan, print)
     elif only is not None:
-        _run_one(plan, only)
+        _run_one(plan, only, make_command)
     elif (launch or plan.study.launch) == "slurm":
         words = ["study", str(path), *(["--quick"] if quick else [])]
         with written_for_the_user("the batch file", "make room, or set study_dir"):
             print("\n".join(slurm.submit(plan, words, at_once)))
     else:
-        _run_all(plan, slots)
+        _run_all(plan, slots, make_command)
 
 
 def _modes(status: bool, report: bool, only: int | None) -> dict[str, bool]:
@@ -77,15 +80,15 @@ def _show_status(plan: Plan, slots: int) -> None:
     print("\n".join(progress_lines(plan, states, slots, most=_ALL)))
 
 
-def _run_one(plan: Plan, index: int) -> None:
+def _run_one(plan: Plan, index: int, make_command: MakeCommand) -> None:
     if index >= len(plan.runs):
         raise UserError(f"--only is {index}; expected the index of a run, below {len(plan.runs)}")
-    runner = Runner(plan, [plan.runs[index]], 1, note=_print)
+    runner = Runner(plan, [plan.runs[index]], 1, make_command=make_command, note=_print)
     runner.run()
     raise_if_failed(runner)
 
 
-def _run_all(plan: Plan, slots: int) -> None:
+def _run_all(plan: Plan, slots: int, make_command: MakeCommand) -> None:
     """Run what is left, one study at a time in its directory; then the table and the page."""
     plan.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = RunLock(plan.folder, _print, "study_dir")
@@ -97,6 +100,7 @@ def _run_all(plan: Plan, slots: int) -> None:
                 plan,
                 plan.runs,
                 slots,
+                make_command=make_command,
                 note=display.note,
                 show=display.show,
                 confirm=lock.confirm,

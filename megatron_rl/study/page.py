@@ -10,8 +10,8 @@ from urllib.parse import quote
 from megatron_rl.report.page import write_page
 from megatron_rl.study.analysis import Analysis
 from megatron_rl.study.chart import Curve, chart, legend
-from megatron_rl.study.statistics import Estimate, band
-from megatron_rl.study.table import is_fraction, number_text, summary_line
+from megatron_rl.study.statistics import band
+from megatron_rl.study.table import difference_texts, estimate_texts, is_fraction, summary_line
 
 PAGE_FILE = "study.html"
 _STYLE = """<style>
@@ -57,14 +57,21 @@ def _tables(analysis: Analysis) -> str:
     parts = []
     for metric, rows in analysis.rows.items():
         head = ["Arm", "Runs", "Final"]
-        head += [f"Difference to {study.compare_to}"] if study.compare_to else []
+        unit = ", points" if is_fraction(metric) else ""
+        head += [f"Difference to {study.compare_to}{unit}"] if study.compare_to else []
         lines = []
         for row in rows:
             final = row.estimates["final"]
-            cells = [row.arm, str(0 if final is None else final.count), _text(metric, final)]
+            cells = [
+                row.arm,
+                str(0 if final is None else final.count),
+                _bracketed(estimate_texts(metric, final)),
+            ]
             if study.compare_to:
-                cells.append(_text(metric, row.differences["final"], signed=True))
-            cells += [_text(metric, row.estimates[name]) for name in ("best", "area")]
+                cells.append(_bracketed(difference_texts(metric, row.differences["final"])))
+            cells += [
+                _bracketed(estimate_texts(metric, row.estimates[name])) for name in ("best", "area")
+            ]
             ended = len(analysis.finished(row.arm))
             lines.append([*cells, f"{analysis.collapses(row.arm)} of {ended}"])
         parts.append(f"<h3>{escape(metric)}</h3>")
@@ -109,9 +116,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _text(metric: str, found: Estimate | None, signed: bool = False) -> str:
-    if found is None:
-        return ""
-    mean, low, high = (number_text(metric, v) for v in (found.mean, found.low, found.high))
-    mean = f"+{mean}" if signed and found.mean >= 0 else mean
-    return f"{mean} [{low}, {high}]" if low else mean
+def _bracketed(texts: Sequence[str]) -> str:
+    mean, interval = texts
+    return f"{mean} [{interval}]" if interval else mean

@@ -109,28 +109,41 @@ def result_lines(analysis: Analysis) -> list[str]:
     study, lines = analysis.plan.study, []
     for metric, rows in analysis.rows.items():
         head = ["arm", "runs", "final", "95% interval"]
-        head += [f"- {study.compare_to}", "95% interval"] if study.compare_to else []
+        unit = ", points" if is_fraction(metric) else ""
+        head += [f"- {study.compare_to}{unit}", "95% interval"] if study.compare_to else []
         table = [[*head, "best", "mean over run", "collapsed"]]
         for row in rows:
             final, difference = row.estimates["final"], row.differences["final"]
             runs = 0 if final is None else final.count
-            cells = [row.arm, str(runs), *_estimate(metric, final)]
-            cells += _estimate(metric, difference, signed=True) if study.compare_to else []
+            cells = [row.arm, str(runs), *estimate_texts(metric, final)]
+            cells += difference_texts(metric, difference) if study.compare_to else []
             for name in ("best", "area"):
-                cells.append(_estimate(metric, row.estimates[name])[0])
+                cells.append(estimate_texts(metric, row.estimates[name])[0])
             ended = len(analysis.finished(row.arm))
             table.append([*cells, f"{analysis.collapses(row.arm)} of {ended}"])
         lines += [metric, *(f"  {line}" for line in aligned(table)), ""]
     return lines or ["no run has ended yet"]
 
 
-def _estimate(metric: str, found: Estimate | None, signed: bool = False) -> list[str]:
+def estimate_texts(metric: str, found: Estimate | None) -> list[str]:
+    """A mean and its interval, ``low to high``; empty where there is none."""
     if found is None:
         return ["", ""]
-    texts = [number_text(metric, value) for value in (found.mean, found.low, found.high)]
-    if signed:
-        texts = [text if text.startswith("-") or not text else f"+{text}" for text in texts]
-    return [texts[0], f"{texts[1]} to {texts[2]}" if texts[1] else ""]
+    mean, low, high = (number_text(metric, value) for value in (found.mean, found.low, found.high))
+    return [mean, f"{low} to {high}" if low else ""]
+
+
+def difference_texts(metric: str, found: Estimate | None) -> list[str]:
+    """The same of a difference, with signs; of fractions in points of a hundred."""
+    if found is None:
+        return ["", ""]
+    form = "{:+.1f}" if is_fraction(metric) else "{:+.4g}"
+    scale = 100 if is_fraction(metric) else 1
+    mean, low, high = (
+        "" if value is None else form.format(scale * value)
+        for value in (found.mean, found.low, found.high)
+    )
+    return [mean, f"{low} to {high}" if low else ""]
 
 
 class Display:
