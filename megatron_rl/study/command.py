@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from megatron_rl.files import written_for_the_user
 from megatron_rl.report.run_page import duration
 from megatron_rl.run.run_lock import RunLock
 from megatron_rl.study import slurm
-from megatron_rl.study.analysis import analyse, write_files
+from megatron_rl.study.analysis import Analysis, analyse, write_files
 from megatron_rl.study.child import MakeCommand, command_of
 from megatron_rl.study.page import write_study_page
 from megatron_rl.study.plan import Plan, make_plan
@@ -21,6 +22,8 @@ from megatron_rl.study.table import Display, progress_lines, result_lines, time_
 
 #: More lines than a study has runs.
 _ALL = 1 << 30
+#: Seconds between two writings of the results while runs go on.
+_WRITE_EVERY_S = 60.0
 
 
 def run_study(
@@ -104,6 +107,7 @@ def _run_all(plan: Plan, slots: int, make_command: MakeCommand) -> None:
                 note=display.note,
                 show=display.show,
                 confirm=lock.confirm,
+                settled=_Writer(plan, display.note).now_and_then,
             )
             runner.run()
         if runner.stopped:
@@ -126,13 +130,35 @@ def _begin(plan: Plan, slots: int) -> str:
     return text + ("" if left is None else f"; about {duration(left)} left")
 
 
+class _Writer:
+    """Keeps the files of the results fresh while runs go on."""
+
+    def __init__(self, plan: Plan, note: Callable[[str], None]) -> None:
+        self._plan, self._note = plan, note
+        self._written = -_WRITE_EVERY_S
+
+    def now_and_then(self) -> None:
+        """Write them, if that is some time ago. An error is noted; the runs are not concerned."""
+        if time.monotonic() - self._written < _WRITE_EVERY_S:
+            return
+        self._written = time.monotonic()
+        try:
+            _write_files(self._plan)
+        except (OSError, UserError) as error:
+            self._note(f"warning: the results so far could not be written: {error}")
+
+
+def _write_files(plan: Plan) -> tuple[Analysis, Path]:
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    analysis = analyse(plan)
+    write_files(analysis)
+    return analysis, write_study_page(analysis)
+
+
 def _write(plan: Plan, show: Callable[[str], None]) -> None:
     """Write the files of the results so far, and show the table."""
     with written_for_the_user("the results", "make room and give the command with --report"):
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        analysis = analyse(plan)
-        write_files(analysis)
-        page = write_study_page(analysis)
+        analysis, page = _write_files(plan)
     for line in result_lines(analysis):
         show(line)
     show(str(page))

@@ -36,7 +36,7 @@ def write_study_page(analysis: Analysis) -> Path:
     )
     sections.append(_runs(analysis))
     title = f"Study: {study.study_dir.name}{' (quick)' if plan.folder != study.study_dir else ''}"
-    write_page(path, title, summary_line(plan, analysis.states, 1), sections)
+    write_page(path, title, summary_line(plan, analysis.states, None), sections)
     return path
 
 

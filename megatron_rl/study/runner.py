@@ -215,7 +215,7 @@ class Runner:
             self._note(f"{run.name}: done")
             self._settled()
             return
-        if self.stopped and code in (0, -signal.SIGTERM):
+        if self.stopped:  # if it has failed besides, it will again
             return
         if code == 0:
             step = _last_step(run)

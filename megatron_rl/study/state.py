@@ -8,6 +8,7 @@ RUN_DIR/failed.json     its last error; removed when it is started again
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -123,9 +124,18 @@ def last_error(log: Path, code: int, start: int = 0) -> str:
 
 def last_records(path: Path) -> list[dict[str, Any]]:
     """The last objects of a JSONL file, without a torn last line; [] of a missing one."""
-    content = _tail(path)
-    lines = content.split(b"\n")
-    lines = lines[1:] if len(content) == _TAIL else lines  # the first may be torn
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return list(_records_of(path, status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=1024)
+def _records_of(path: Path, changed: int, size: int) -> tuple[dict[str, Any], ...]:
+    """They are read again only if the file has changed: a person looks every second."""
+    lines = _tail(path).split(b"\n")
+    lines = lines[1:] if size > _TAIL else lines  # the first may be torn
     records = []
     for line in lines:
         try:
@@ -134,7 +144,7 @@ def last_records(path: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(with_new_names(record))
-    return records
+    return tuple(records)
 
 
 def _tail(path: Path, start: int = 0) -> bytes:

@@ -68,13 +68,13 @@ def progress_lines(plan: Plan, states: Mapping[int, State], slots: int, most: in
     return [*aligned(rows, numbers=(1, 3, 4, 5)), summary_line(plan, states, slots)]
 
 
-def summary_line(plan: Plan, states: Mapping[int, State], slots: int) -> str:
-    """``5 of 24 runs done, 2 running, 1 failed; about 12 min 30 s left``."""
+def summary_line(plan: Plan, states: Mapping[int, State], slots: int | None) -> str:
+    """``5 of 24 runs done, 2 running, 1 failed; about 12m30s left``; ``slots`` None: no time."""
     kinds = [states[run.index].kind for run in plan.runs]
     done = kinds.count("done") + kinds.count("not finite")
     parts = [f"{done} of {len(kinds)} runs done"]
     parts += [f"{kinds.count(kind)} {kind}" for kind in ("running", "failed") if kind in kinds]
-    left = time_left(plan, states, slots)
+    left = None if slots is None else time_left(plan, states, slots)
     return ", ".join(parts) + ("" if left is None else f"; about {duration(left)} left")
 
 
@@ -181,9 +181,10 @@ class Display:
 
     def __enter__(self) -> Display:
         if sys.stdout.isatty():
+            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(auto_refresh=False, vertical_overflow="crop")
+            self._live = Live(console=Console(), auto_refresh=False, vertical_overflow="crop")
             self._live.start()
         return self
 

@@ -1,6 +1,7 @@
 """Results of a study whose runs are written by hand: files, intervals, collapses, table, page."""
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -18,7 +19,7 @@ from megatron_rl.study.plan import make_plan
 from megatron_rl.study.schema import read_study
 from megatron_rl.study.state import lay_out as lay_out_run
 from megatron_rl.study.state import mark_done, mark_failed
-from megatron_rl.study.table import progress_lines, result_lines, time_left
+from megatron_rl.study.table import Display, progress_lines, result_lines, time_left
 from tests.support.stand_in_study import lay_out
 
 STUDY = """\
@@ -205,6 +206,38 @@ def test_a_line_a_run_and_the_time_left(plan):
     assert lines[10] == "8 of 9 runs done; about 4.0s left"  # two steps of two seconds
     assert time_left(plan, analysis.states, slots=2) == 4.0
     assert len(progress_lines(plan, analysis.states, slots=2, most=5)) == 2  # none is running
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_the_runs_and_the_lines_above_them(plan, monkeypatch):
+    shown = Terminal()
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "40")
+    with Display(plan, 2) as display:
+        display.show()
+        display.note("grpo seed 3: [starts]")
+    lines = [re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line) for line in shown.getvalue().splitlines()]
+    assert "grpo seed 3: [starts]" in [line.strip() for line in lines]
+    assert ["rspo", "1", "done", "4/4", "70.0%"] in [line.split() for line in lines]
+    assert "8 of 9 runs done; about 4.0s left" in [line.strip() for line in lines]
+
+
+def test_elsewhere_a_line_is_shown_now_and_then(plan, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("megatron_rl.study.table.time.monotonic", lambda: now[0])
+    with Display(plan, 2) as display:
+        for now[0] in (1.0, 59.0, 61.0, 62.0):
+            display.show()
+        display.note("grpo seed 3: starts")
+    assert capsys.readouterr().out.splitlines() == [
+        *("8 of 9 runs done; about 4.0s left", "grpo seed 3: starts")
+    ]
 
 
 class Reader(HTMLParser):
