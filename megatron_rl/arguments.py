@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "measure the model on data.eval",
     "generate": "answer the prompts given with --prompt, or of a file",
     "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
+    "study": "run arms x seeds side by side from one file; a table, results.csv and a page of them",
     "report": "write report.html of a finished or running run; compare several; show one live",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
@@ -32,7 +33,9 @@ VERBS = {
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
 OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
 OWN_FLAGS |= {"--prompts", "--samples", "--output", "--port"}
+OWN_FLAGS |= {"--only", "--launch", "--at-once"}
 OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat", "--watch"}
+OWN_SWITCHES |= {"--quick", "--status", "--report"}
 
 _CONFIG_HELP = (
     "Any field of the config can be overridden with --section.key VALUE, for example --seed 3 "
@@ -63,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
             verb,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog=None if verb in ("report", "list") else _CONFIG_HELP,
+            epilog=None if verb in ("report", "list", "study") else _CONFIG_HELP,
             allow_abbrev=False,
         )
         if verb in _WITHOUT_CONFIG:
@@ -155,6 +158,33 @@ def _number(name: str, text: str) -> float:
 
 #: Verbs that run on ranks.
 _RUNS = ("train", "sft", "evaluate", "generate")
+
+
+def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "study", metavar="STUDY", type=partial(_path, "STUDY"), help="a YAML file, see the README"
+    )
+    for switch, text in (
+        ("--quick", "fewer seeds and steps, in STUDY_DIR/quick: to see that everything works"),
+        ("--status", "show how far each run is, also while the study goes on"),
+        ("--report", "write the results so far and show the table, also while it goes on"),
+    ):
+        parser.add_argument(switch, action="store_true", help=text)
+    parser.add_argument(
+        "--only",
+        type=partial(_whole, "--only"),
+        metavar="INDEX",
+        help="one run, by its index from 0 (runs.csv): a task of a job array",
+    )
+    parser.add_argument(
+        "--launch", choices=("local", "slurm"), help="default: as the file says (local)"
+    )
+    parser.add_argument(
+        "--at-once",
+        type=partial(_whole, "--at-once"),
+        metavar="N",
+        help="runs side by side; default: as the file says (as many as there are cores for)",
+    )
 
 
 def _add_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -280,6 +310,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 _WITHOUT_CONFIG: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "report": _add_report_arguments,
+    "study": _add_study_arguments,
     "list": _add_list_arguments,
     "convert": _add_convert_arguments,
 }

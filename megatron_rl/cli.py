@@ -46,6 +46,8 @@ from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.files import reason
 from megatron_rl.paths import as_written
 
+#: What the verbs take that have no configuration to override.
+_TAKES = {"report": "RUN_DIR", "list": "KIND and names", "study": "STUDY and its own flags"}
 #: Time that a machine's first rank has to reach an error after the others, seconds.
 PATIENCE_S = 10.0
 
@@ -107,14 +109,15 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     """Check the arguments, then import and call what the verb needs."""
     if args.verb is None:
         raise UserError(f"no verb given; expected one of {', '.join(VERBS)}; see megatron-rl -h")
+    if args.verb in _TAKES and overrides:
+        raise UserError(f"{args.verb}: found {overrides[0]}; expected only {_TAKES[args.verb]}")
     if args.verb == "report":
-        if overrides:
-            raise UserError(f"report: found {overrides[0]}; expected only RUN_DIR")
         _report(args)
         return
+    if args.verb == "study":
+        _study(args)
+        return
     if args.verb == "list":
-        if overrides:
-            raise UserError(f"list: found {overrides[0]}; expected only KIND and names")
         print("\n".join(listed(KINDS[args.kind], args.names)))
         return
     if args.verb == "convert":
@@ -149,6 +152,13 @@ def _report(args: argparse.Namespace) -> None:
         raise UserError("found --port without --watch; expected both; add --watch")
     else:
         report(args.run_dirs, print)
+
+
+def _study(args: argparse.Namespace) -> None:
+    from megatron_rl.study.command import run_study
+
+    flags = ("quick", "status", "report", "only", "launch", "at_once")
+    run_study(args.study, **{name: getattr(args, name) for name in flags})
 
 
 def _preflight(args: argparse.Namespace, overrides: list[str]) -> None:

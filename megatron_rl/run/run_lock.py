@@ -84,9 +84,17 @@ def this_process() -> Owner:
 class RunLock:
     """Holds a run directory from `acquire` to `release`."""
 
-    def __init__(self, run_dir: Path, note: Callable[[str], None] = lambda text: None) -> None:
-        """run_dir: created if missing. note: shows a person what the run waits for."""
-        self._run_dir, self._note = run_dir, note
+    def __init__(
+        self,
+        run_dir: Path,
+        note: Callable[[str], None] = lambda text: None,
+        key: str = "run_dir",
+    ) -> None:
+        """run_dir: created if missing. note: shows a person what the run waits for. key: the name
+        of the directory in messages.
+        """
+        self._run_dir, self._note, self._name = run_dir, note, f"{key} {run_dir}"
+        self._key = key
         self._path = run_dir / LOCK_FILE
         self._me = this_process()
         self._ended = threading.Event()
@@ -108,8 +116,8 @@ class RunLock:
                 left.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"run_dir {self._run_dir} cannot be written ({reason(error)}); expected a "
-                "directory with room, and the right to write there; make room, or set run_dir"
+                f"{self._name} cannot be written ({reason(error)}); expected a "
+                f"directory with room, and the right to write there; make room, or set {self._key}"
             ) from error
         self._heart = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._heart.start()
@@ -129,7 +137,7 @@ class RunLock:
                 owner = read_owner(self._path) or self._me
             if owner.token != self._me.token:
                 raise RunFailed(
-                    f"run_dir {self._run_dir} was taken over by {owner} while this run gave no "
+                    f"{self._name} was taken over by {owner} while this run gave no "
                     "sign of life; nothing more is written; the other run goes on"
                 )
 
@@ -158,7 +166,7 @@ class RunLock:
                     successor.unlink(missing_ok=True)
                     return False
                 os.replace(successor, self._path)
-                self._note(f"run_dir {self._run_dir} was left behind by {first}; taken over")
+                self._note(f"{self._name} was left behind by {first}; taken over")
                 return True
             path, owner = successor, read_owner(successor)
         return False
@@ -172,7 +180,7 @@ class RunLock:
         end = time.monotonic() + DEAD_AFTER_S - silent
         if alive is None and silent < DEAD_AFTER_S:
             self._note(
-                f"run_dir {self._run_dir} is held by {owner}, last heard of {silent:.0f} s ago; "
+                f"{self._name} is held by {owner}, last heard of {silent:.0f} s ago; "
                 f"waiting up to {DEAD_AFTER_S - silent:.0f} s to see whether it lives"
             )
         last = _touched(path)
@@ -184,8 +192,8 @@ class RunLock:
                 return
         if alive:
             raise UserError(
-                f"run_dir {self._run_dir} is in use by {owner}; expected one run at a time in a "
-                "run directory; wait for that one, stop it, or set another run_dir"
+                f"{self._name} is in use by {owner}; expected one run at a time in a "
+                f"run directory; wait for that one, stop it, or set another {self._key}"
             )
 
     def _beat(self) -> None:
@@ -195,6 +203,21 @@ class RunLock:
                 owner = read_owner(self._path)
                 if owner is not None and owner.token == self._me.token:
                     touch(self._path)
+
+
+def owner_in(run_dir: Path) -> Owner | None:
+    """The owner of a directory, for those who only look; None: there is none, or it is dead. One
+    that cannot be seen lives if it has touched its lock within `DEAD_AFTER_S`.
+    """
+    path = run_dir / LOCK_FILE
+    try:
+        owner = read_owner(path)
+        alive = None if owner is None else _lives(owner, this_process())
+        if owner is not None and alive is None:
+            alive = _silence(path) < DEAD_AFTER_S
+    except OSError:
+        return None
+    return owner if alive else None
 
 
 def touch(path: Path) -> None:

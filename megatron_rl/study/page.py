@@ -1,0 +1,121 @@
+"""The page of a study: the table of its arms, a panel a metric, and its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from megatron_rl.report.page import write_page
+from megatron_rl.study.analysis import Analysis
+from megatron_rl.study.chart import Curve, chart, legend
+from megatron_rl.study.statistics import band
+from megatron_rl.study.table import difference_texts, estimate_texts, is_fraction, summary_line
+
+PAGE_FILE = "study.html"
+_STYLE = """<style>
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; padding: 0; }
+figure h3 { margin: 4px 6px; font-size: 15px; } figure svg { display: block; width: 100%; }
+figure svg text { fill: var(--muted); font-size: 11px; } figure .grid { stroke: var(--line); }
+h3 { font-size: 15px; margin: 20px 0 8px; } td.text { overflow-wrap: anywhere; }
+</style>"""
+
+
+def write_study_page(analysis: Analysis) -> Path:
+    """Write study.html. OSError: it cannot be written."""
+    plan = analysis.plan
+    path = plan.folder / PAGE_FILE
+    study = plan.study
+    sections = [_STYLE, legend(plan.arms), _tables(analysis)]
+    panels = [_panel(analysis, metric) for metric in dict.fromkeys([*study.metrics, *study.curves])]
+    sections.append(f"<h2>Curves</h2><section class='plots'>{''.join(panels)}</section>")
+    sections.append(
+        "<p class='summary'>A curve is the mean over an arm's seeds, unfinished runs included; the "
+        "band is the 95% bootstrap interval of the mean.</p>"
+    )
+    sections.append(_runs(analysis))
+    title = f"Study: {study.study_dir.name}{' (quick)' if plan.folder != study.study_dir else ''}"
+    write_page(path, title, summary_line(plan, analysis.states, None), sections)
+    return path
+
+
+def _panel(analysis: Analysis, metric: str) -> str:
+    """A chart of a metric; empty where no run has it."""
+    curves = []
+    for number, arm in enumerate(analysis.plan.arms):
+        runs = [run for run in analysis.plan.of_arms() if run.arm == arm]
+        found = [analysis.curves[run.index].series(metric) for run in runs]
+        found = [series for series in found if series[0]]
+        if found:
+            curves.append(Curve(number, arm, *(column.tolist() for column in band(found))))
+    return chart(metric, curves, is_fraction(metric)) if curves else ""
+
+
+def _tables(analysis: Analysis) -> str:
+    study = analysis.plan.study
+    parts = []
+    for metric, rows in analysis.rows.items():
+        head = ["Arm", "Runs", "Final"]
+        unit = ", points" if is_fraction(metric) else ""
+        head += [f"Difference to {study.compare_to}{unit}"] if study.compare_to else []
+        lines = []
+        for row in rows:
+            final = row.estimates["final"]
+            cells = [
+                row.arm,
+                str(0 if final is None else final.count),
+                _bracketed(estimate_texts(metric, final)),
+            ]
+            if study.compare_to:
+                cells.append(_bracketed(difference_texts(metric, row.differences["final"])))
+            cells += [
+                _bracketed(estimate_texts(metric, row.estimates[name])) for name in ("best", "area")
+            ]
+            ended = len(analysis.finished(row.arm))
+            lines.append([*cells, f"{analysis.collapses(row.arm)} of {ended}"])
+        parts.append(f"<h3>{escape(metric)}</h3>")
+        parts.append(_table([*head, "Best", "Mean over the run", "Collapsed"], lines))
+    note = (
+        "<p class='summary'>Over finished runs: mean over seeds, 95% bootstrap interval in "
+        f"brackets. Final and best are means over {study.window} steps; a difference is paired by "
+        "seed.</p>"
+    )
+    return f"<section class='samples'><h2>Arms</h2>{note}{''.join(parts)}</section>"
+
+
+def _runs(analysis: Analysis) -> str:
+    rows = []
+    for run in analysis.plan.runs:
+        state = analysis.states[run.index]
+        report = run.run_dir / "report.html"
+        name = escape(run.name)
+        if report.is_file():
+            link = quote(str(report.relative_to(analysis.plan.folder)))
+            name = f"<a href='{link}'>{name}</a>"
+        reasons = "; ".join(analysis.collapsed.get(run.index, ()))
+        text = state.text if state.kind in ("failed", "not finite") else reasons
+        cells = [name, state.kind, f"{state.step}/{run.steps}", escape(text)]
+        rows.append("".join(f"<td class='text'>{cell}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in ("Run", "State", "Step", "Error, or collapse"))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        "<section class='samples'><h2>Runs</h2><div class='scroll'><table>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return (
+        f"<div class='scroll'><table><thead><tr>{first}</tr></thead><tbody>{body}</tbody>"
+        "</table></div>"
+    )
+
+
+def _bracketed(texts: Sequence[str]) -> str:
+    mean, interval = texts
+    return f"{mean} [{interval}]" if interval else mean
