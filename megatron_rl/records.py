@@ -55,6 +55,22 @@ class RoutedExperts:
 
 
 @dataclass(frozen=True)
+class KeptTokens:
+    """The vocabulary that a sampler's top-p and top-k left to each token, ragged.
+
+    The set of token t is ``ids[offsets[t]:offsets[t + 1]]``; an empty one stands for the whole
+    vocabulary. vLLM's sampling masks have the same form.
+    """
+
+    ids: np.ndarray  #: int32 [n], ascending in a set
+    offsets: np.ndarray  #: int64 [N + 1], from 0 to n
+
+    def rows(self) -> np.ndarray:
+        """The token that each of ``ids`` belongs to, int64 [n]."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+
+@dataclass(frozen=True)
 class Completion:
     """The tokens after a prompt: one sampled answer, or several turns with an environment's tokens
     between them.

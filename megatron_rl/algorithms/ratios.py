@@ -26,7 +26,8 @@ def log_ratio(inputs: LossInputs) -> torch.Tensor:
 
 
 def log_shift(inputs: LossInputs) -> torch.Tensor:
-    """log gamma~_t, [T], detached unless ``inputs.shift_attached``; 0 outside the mask, and where the mode leaves the ratio alone.
+    """log gamma~_t, [T], detached unless ``inputs.shift_attached``; 0 outside the mask, and where
+    the mode leaves the ratio alone.
 
     gamma~ = 0 counts as the smallest normal number, whose logarithm is finite. Raises ValueError
     without ``inputs.router_shift``.
@@ -45,7 +46,9 @@ def log_shift(inputs: LossInputs) -> torch.Tensor:
 
 
 def positive_shift(inputs: LossInputs) -> torch.Tensor:
-    """gamma~_t, [T], detached unless ``inputs.shift_attached``; 1 outside the mask, never below the smallest normal number."""
+    """gamma~_t, [T], detached unless ``inputs.shift_attached``; 1 outside the mask, never below the
+    smallest normal number.
+    """
     assert inputs.router_shift is not None, "asked for by a mode that has it"
     gamma = inputs.router_shift if inputs.shift_attached else inputs.router_shift.detach()
     gamma = at_least_float32(gamma)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from megatron_rl.algorithms.aggregate import make_segments, sequence_mean, sequence_sum
-from megatron_rl.algorithms.divergence import anchored
+from megatron_rl.algorithms.divergence import Anchor, anchored
 from megatron_rl.algorithms.interface import LossInputs
 from megatron_rl.algorithms.ratios import exp_ratio, log_ratio
 
@@ -34,7 +34,7 @@ def weight_sums(inputs: LossInputs) -> torch.Tensor:
     Of w - 1, because the variance of weights near 1 would be lost in rounding. Log-weights above
     60 count as 60.
     """
-    anchor = "old" if inputs.rollout_logprobs is None else "sampler"
+    anchor: Anchor = "old" if inputs.rollout_logprobs is None else "sampler"
     x = log_ratio(anchored(inputs, anchor)).double()
     segments = make_segments(inputs.mask, inputs.sequence_ids, inputs.num_sequences, x.dtype)
     answers = segments.lengths > 0

@@ -46,6 +46,11 @@ class KpopSettings(Settings):
     weigh: bool = True
     """Whether a token that is kept has the weight rho, or 1."""
 
+    @property
+    def only_masks(self) -> bool:
+        """Whether all weights are 0 or 1."""
+        return not self.weigh
+
 
 class OffPolicyMaskSettings(Settings):
     """Which answers are left out. The paper names no delta; 0.05 to 0.2 is usual."""
@@ -56,6 +61,11 @@ class OffPolicyMaskSettings(Settings):
     """The policy q; sampler: drift and mismatch both count; old: drift since scoring alone."""
     cap: Positive | None = None
     """Answers that are kept have the weights min(rho, cap) of tis; null: 1."""
+
+    @property
+    def only_masks(self) -> bool:
+        """Whether all weights are 0 or 1."""
+        return self.cap is None
 
 
 _CODE = "megatron_rl.algorithms.mismatch"

@@ -55,17 +55,19 @@ def losses_heed_what_is_switched_on(config: Config) -> None:
 
 
 def the_sampler_is_corrected_once(config: Config) -> None:
-    """A loss with the ratio pi_new / mu takes no weights pi_old / mu beside it."""
+    """A loss with the ratio pi_new / mu takes no weights pi_old / mu beside it; a correction that
+    only leaves tokens out, by its settings' ``only_masks``, is none.
+    """
     algorithm = config.algorithm
     correction = correction_settings(algorithm)
     if algorithm.mismatch == "none" or not anchored_on_the_sampler(algorithm):
         return
-    if algorithm.mismatch == "off_policy_mask" and getattr(correction, "cap", None) is None:
+    if getattr(correction, "only_masks", False):
         return
     raise UserError(
-        f"algorithm.mismatch is {algorithm.mismatch} with the loss {algorithm.name}, whose ratio is "
-        "to the sampler already (setting anchor); expected none, or off_policy_mask without a cap; "
-        "change it, or set algorithm.settings.anchor to old"
+        f"algorithm.mismatch is {algorithm.mismatch} with the loss {algorithm.name}, whose ratio "
+        "is to the sampler already (setting anchor); expected none, off_policy_mask without cap, "
+        "or kpop with weigh false; change it, or set algorithm.settings.anchor to old"
     )
 
 

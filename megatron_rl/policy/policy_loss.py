@@ -120,10 +120,7 @@ def policy_loss(
     telemetry.weights += weight_sums(inputs)
     if tokens is not None:
         tokens.add(pack, logprobs, item.old_logprobs, gamma)
-    if plan.correction is not None:
-        given = plan.correction(inputs)
-        sums.add_all(mismatch_metrics(given, inputs))
-        inputs = dataclasses.replace(inputs, sampler_weights=given.weights)
+    inputs = _weighed(inputs, plan, sums)
     result = plan.loss(inputs)
     if distance is not None and result.clipped is not None:
         telemetry.clip_split.add(mean_distance, result.clipped, pack.mask)
@@ -132,6 +129,15 @@ def policy_loss(
     sums.add("entropy", (entropy.detach() * pack.mask).sum(), pack.mask.sum())
     _add_metrics(sums, result.metrics)
     return result.loss_sum, result.denominator
+
+
+def _weighed(inputs: LossInputs, plan: LossPlan, sums: MetricSums) -> LossInputs:
+    """The inputs with the weights of the sampler correction, if there is one."""
+    if plan.correction is None:
+        return inputs
+    given = plan.correction(inputs)
+    sums.add_all(mismatch_metrics(given, inputs))
+    return dataclasses.replace(inputs, sampler_weights=given.weights)
 
 
 def _add_shift(

@@ -38,7 +38,7 @@ class RouterCapture:
         self,
         routers: Sequence[Mapping[int, TopKRouter]],
         expected_layers: Sequence[Sequence[int]],
-        rule: DistanceRule = OldTopK(),
+        rule: DistanceRule | None = None,
         attached: bool = False,
     ) -> None:
         """
@@ -46,7 +46,7 @@ class RouterCapture:
             routers: for each model chunk its routers by global layer number, from 1
                 (`models.gpt.chunk.routers_of`).
             expected_layers: for each chunk the numbers of the MoE layers it should hold.
-            rule: which experts count in a distance, and how much.
+            rule: which experts count in a distance, and how much; None: the old top-K alike.
             attached: the distances of `compare` have a gradient, where gradients are enabled.
 
         Raises:
@@ -55,7 +55,8 @@ class RouterCapture:
         """
         self._routers = [dict(of_chunk) for of_chunk in routers]
         self._observer: _Observer | None = None
-        self._rule, self._attached = rule, attached
+        self._rule: DistanceRule = rule or OldTopK()
+        self._attached = attached
         for of_chunk, expected in zip(self._routers, expected_layers, strict=True):
             if sorted(of_chunk) != sorted(expected):
                 raise RouterError(

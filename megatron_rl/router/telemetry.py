@@ -1,5 +1,5 @@
-"""What the routers did in a step, layer by layer: load, entropy, distance, overlap. And what else is
-known only when the sums of all ranks are there: the clip split, the spread of the weights.
+"""What the routers did in a step, layer by layer: load, entropy, distance, overlap. And what else
+needs the sums of all ranks first: the clip split, the spread of the weights.
 """
 
 from __future__ import annotations

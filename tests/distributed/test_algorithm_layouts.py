@@ -32,7 +32,7 @@ OTHER = {
     "kl_estimator": "k3",
     "reference": "initial",
 }
-#: Rules of DPPO's line, and what they need of other ranks: the trace of all experts, the last layer.
+#: Rules of DPPO's line, a trace of all experts, and the last layer alone.
 THIRD = {
     "name": "dppo_tv",
     "settings": {"anchor": "old", "divergence_low": 2e-4, "divergence_high": 2e-4},

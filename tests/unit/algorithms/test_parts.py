@@ -92,7 +92,7 @@ def test_losses_never_wait_for_the_device(name) -> None:
     """On the meta device there are no values: to read one, or a shape made of one, raises."""
     floats = {
         key: torch.zeros(6, device="meta")
-        for key in ("logprobs", "old_logprobs", "advantages", "router_shift")
+        for key in ("logprobs", "old_logprobs", "advantages", "router_shift", "rollout_logprobs")
     }
     floats["logprobs"].requires_grad_()
     inputs = LossInputs(

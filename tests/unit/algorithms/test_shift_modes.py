@@ -294,6 +294,23 @@ def test_the_maximum_over_layers():
 ATTACHED = [(name, mode) for name, mode in CASES if name not in ("cispo", "dppo_tv", "dppo_kl")]
 
 
+def slow_at(name, inputs, change):
+    """The slow reference's loss with gamma~ + change."""
+    return slow_loss(
+        name,
+        inputs.logprobs.detach(),
+        inputs.old_logprobs.tolist(),
+        inputs.advantages.tolist(),
+        inputs.mask.tolist(),
+        inputs.sequence_ids.tolist(),
+        default_settings(name).model_dump(),
+        (inputs.router_shift.detach() + change).tolist(),
+        inputs.shift_mode,
+        inputs.sampler_weights.tolist(),
+        inputs.rollout_logprobs.tolist(),
+    )[0].item()
+
+
 @pytest.mark.parametrize("name, mode", ATTACHED)
 def test_the_gradient_through_an_attached_gamma(name, mode):
     """In a random direction, against differences of the slow reference's loss."""
@@ -311,22 +328,8 @@ def test_the_gradient_through_an_attached_gamma(name, mode):
         rng = torch.Generator().manual_seed(seed)
         step = torch.randn(len(gamma), generator=rng, dtype=torch.float64)
 
-        def loss(size):
-            return slow_loss(
-                name,
-                inputs.logprobs.detach(),
-                inputs.old_logprobs.tolist(),
-                inputs.advantages.tolist(),
-                inputs.mask.tolist(),
-                inputs.sequence_ids.tolist(),
-                default_settings(name).model_dump(),
-                (gamma.detach() + size * step).tolist(),  # noqa: B023 (called at once)
-                mode,
-                inputs.sampler_weights.tolist(),
-                inputs.rollout_logprobs.tolist(),
-            )[0].item()
-
-        slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+        rise = [slow_at(name, inputs, size * step) for size in (1e-6, -1e-6)]
+        slope = (rise[0] - rise[1]) / 2e-6
         found = (gradient * step)[inputs.mask].sum().item()
         assert found == pytest.approx(slope, rel=1e-5, abs=1e-7)
         steepest = max(steepest, abs(slope))

@@ -49,6 +49,7 @@ ACCEPTED = [
     {"router_shift": {"distance": "gate_weighted", "stop_gradient": False}},
     {"name": "drpo", "router_shift": {"enabled": True, "stop_gradient": False}},
     {"name": "dppo_tv"},
+    {"name": "dppo_tv", "mismatch": "kpop", "mismatch_settings": {"weigh": False}},
     {"name": "dppo_kl", "mismatch": "off_policy_mask", "mismatch_settings": {"delta": 0.05}},
     {"name": "drpo", "settings": {"anchor": "old"}, "mismatch": "kpop"},
     {"mismatch": "off_policy_mask", "mismatch_settings": {"cap": 2.0}},
