@@ -178,6 +178,8 @@ class Frame {
     return {};
   }
 
+  emphasise() {}
+
   /** A small button beside the title that is pressed or not. */
   toggle(words, title, pressed, act) {
     const button = element("button", { type: "button", "aria-pressed": pressed, title }, [words]);

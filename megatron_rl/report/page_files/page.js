@@ -87,6 +87,10 @@ class Page {
     this.draw();
   }
 
+  emphasise(key) {
+    for (const frame of this.frames.values()) frame.emphasise(key);
+  }
+
   point(step) {
     if (step === this.step) return;
     this.step = step;
