@@ -144,6 +144,7 @@ class Page {
     this.range_text.textContent = `Steps ${first} to ${last}${this.range ? "" : ", drag to zoom"}`;
     this.reset.hidden = this.range === null;
     this.showAll.hidden = this.off.size === 0;
+    for (const frame of this.frames.values()) frame.measure();
     for (const frame of this.frames.values()) frame.draw();
   }
 
