@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.pages import charts_of
+from tests.support.pages import charts_of, data_of
 from tests.support.runs import ROOT, records, reproducible, run, succeed
 
 #: What every record of reinforcement learning holds.
@@ -106,6 +106,23 @@ def test_the_report_has_charts_and_can_be_written_again(folder, rl_run):
     done = succeed("report", "runs/rl", cwd=folder)
     assert done.out == "runs/rl/report.html\n" and done.err == ""
     assert len(report.read_text()) > 0.9 * len(before)
+
+
+def test_samples_hold_what_the_update_saw_of_their_tokens(folder, rl_run):
+    """Three mini-batches: before the last update policy and routers have moved."""
+    rows = records(folder / "runs" / "rl" / "samples.jsonl")
+    rows = [row for row in rows if row["step"] > 0]
+    moved = []
+    for row in rows:
+        values = row["by_token"]
+        assert len(values["text"]) == len(values["ratio"]) == len(values["gamma"]) == row["tokens"]
+        assert "".join(values["text"]).strip().startswith(row["completion"].strip())
+        assert 0.8 <= min(values["gamma"]) and max(values["gamma"]) <= 1.0
+        moved.append(max(abs(ratio - 1.0) for ratio in values["ratio"]) > 1e-3)
+    assert any(moved) and not all(moved)
+    assert {row["advantage"] > 0 for row in rows} == {True, False}
+    page = data_of((folder / "runs" / "rl" / "report.html").read_text())
+    assert page["samples"][-1]["tokens"]["gamma"] == rows[-1]["by_token"]["gamma"]
 
 
 def test_another_seed_is_another_run(folder, rl_run, other_seed):

@@ -51,9 +51,13 @@ class Frame {
     return first + (x / this.inner) * (last - first);
   }
 
+  /** Take the width that there is; of all figures before any is drawn: one layout, not many. */
+  measure() {
+    this.width = Math.max(240, this.plot.clientWidth || 480);
+  }
+
   /** An empty picture of a height, with the axis of steps and marks; the inner part is clipped. */
   picture(height) {
-    this.width = Math.max(240, this.plot.clientWidth || 480);
     this.height = height;
     const bottom = height - MARGIN.bottom;
     this.inside = drawn("svg", {
@@ -177,6 +181,8 @@ class Frame {
   ownKeys() {
     return {};
   }
+
+  emphasise() {}
 
   /** A small button beside the title that is pressed or not. */
   toggle(words, title, pressed, act) {

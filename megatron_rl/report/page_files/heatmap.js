@@ -13,6 +13,7 @@ class Heatmap extends Frame {
 
   take(data) {
     super.take(data);
+    this.made = null;
     const flat = data.values.flat().filter((value) => value !== null);
     this.low = flat.reduce((a, b) => Math.min(a, b), Infinity);
     this.high = flat.reduce((a, b) => Math.max(a, b), -Infinity);
@@ -84,10 +85,17 @@ class Heatmap extends Frame {
     if (high > low) svg.append(this.text(MARGIN.left - 8, top + tall + 4, brief(low, this.data.percent)));
   }
 
-  /** A picture of a pixel a row, and a column for each pixel of the width. */
+  /** The picture of the steps in view, made anew where it would differ. */
   pixels() {
-    const { values, steps, width, largest: extreme } = this.data;
     const wide = Math.max(1, Math.round(this.inner));
+    const made = [wide, this.page.view(), rampOf("--ramp")].join();
+    if (made !== this.made) [this.made, this.cells] = [made, this.colours(wide)];
+    return this.cells;
+  }
+
+  /** A picture of a pixel a row, and a column for each pixel of the width. */
+  colours(wide) {
+    const { values, steps, width, largest: extreme } = this.data;
     const canvas = element("canvas", { width: wide, height: values.length });
     const context = canvas.getContext("2d");
     const image = context.createImageData(wide, values.length);

@@ -33,8 +33,12 @@ class LineChart extends Frame {
     const pressed = !this.page.off.has(key);
     const button = element("button", { type: "button", "aria-pressed": pressed }, children);
     button.addEventListener("click", () => this.page.switch(key));
-    button.addEventListener("pointerenter", () => this.emphasise(i));
-    button.addEventListener("pointerleave", () => this.emphasise(null));
+    for (const event of ["pointerenter", "focus"]) {
+      button.addEventListener(event, () => this.page.emphasise(key));
+    }
+    for (const event of ["pointerleave", "blur"]) {
+      button.addEventListener(event, () => this.page.emphasise(null));
+    }
     return button;
   }
 
@@ -52,9 +56,13 @@ class LineChart extends Frame {
     return { style: `stroke: var(--c${colour})`, "stroke-dasharray": dashes };
   }
 
-  emphasise(chosen) {
+  /** Make all curves but one faint; a key of no curve of the chart changes nothing. */
+  emphasise(key) {
+    const chosen = this.data.series.findIndex((one) => this.page.key(this.data.id, one.name) === key);
     for (const node of this.inside.querySelectorAll("[data-curve]")) {
-      node.classList.toggle("faded", chosen !== null && node.dataset.curve !== String(chosen));
+      const mine = Number(node.dataset.curve) === chosen;
+      node.classList.toggle("faded", chosen >= 0 && !mine);
+      node.classList.toggle("chosen", mine);
     }
   }
 
@@ -89,6 +97,7 @@ class LineChart extends Frame {
     const low = numbers.length ? numbers.reduce((a, b) => Math.min(a, b)) : 0;
     const high = numbers.length ? numbers.reduce((a, b) => Math.max(a, b)) : 1;
     this.axis(svg, low, high);
+    for (const part of parts.filter(({ band }) => band)) this.band(part);
     for (const part of parts) this.curve(part);
   }
 
@@ -144,21 +153,26 @@ class LineChart extends Frame {
     return tickLabel(value, distance, this.data.percent);
   }
 
+  points(part, values) {
+    return part.steps.map((step, n) => [this.x(step), this.y(values[n])]);
+  }
+
+  band(part) {
+    const [low, high] = part.band.map((values) => this.points(part, values));
+    const d = `${path(high)}${path(low.reverse()).replace("M", "L")}Z`;
+    const style = `fill: var(--c${this.colours[part.i].colour})`;
+    const name = this.many ? "band thin" : "band";
+    this.inside.append(drawn("path", { "data-curve": part.i, class: name, style, d }));
+  }
+
   curve(part) {
-    const points = (values) => part.steps.map((step, n) => [this.x(step), this.y(values[n])]);
     const own = { "data-curve": part.i, class: "curve", ...this.stroke(part.i) };
     const colour = `var(--c${this.colours[part.i].colour})`;
-    if (part.band) {
-      const [low, high] = part.band.map(points);
-      const d = `${path(high)}${path(low.reverse()).replace("M", "L")}Z`;
-      const style = `fill: ${colour}`;
-      this.inside.append(drawn("path", { "data-curve": part.i, class: "band", style, d }));
-    }
     if (part.faint) {
       const raw = { ...own, class: "raw", "stroke-dasharray": null };
-      this.inside.append(drawn("path", { ...raw, d: path(thinned(points(part.raw))) }));
+      this.inside.append(drawn("path", { ...raw, d: path(thinned(this.points(part, part.raw))) }));
     }
-    const line = points(part.line);
+    const line = this.points(part, part.line);
     this.inside.append(drawn("path", { ...own, d: path(thinned(line)) }));
     if (line.length > FEW_POINTS) return;
     for (const [cx, cy] of line) {

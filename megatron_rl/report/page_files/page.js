@@ -87,6 +87,10 @@ class Page {
     this.draw();
   }
 
+  emphasise(key) {
+    for (const frame of this.frames.values()) frame.emphasise(key);
+  }
+
   point(step) {
     if (step === this.step) return;
     this.step = step;
@@ -140,6 +144,7 @@ class Page {
     this.range_text.textContent = `Steps ${first} to ${last}${this.range ? "" : ", drag to zoom"}`;
     this.reset.hidden = this.range === null;
     this.showAll.hidden = this.off.size === 0;
+    for (const frame of this.frames.values()) frame.measure();
     for (const frame of this.frames.values()) frame.draw();
   }
 

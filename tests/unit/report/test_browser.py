@@ -163,6 +163,17 @@ def test_an_arm_is_switched_off_in_all_charts(page):
     assert page.evaluate(count) == [12, 12, 2]
 
 
+def test_the_arm_of_the_legend_entry_under_the_pointer_stands_out_in_all_charts(page):
+    faint = "['first', 'other', 'own'].map(n => document.querySelectorAll(`#${n} .faded`).length)"
+    assert page.evaluate(faint) == [0, 0, 0]
+    left, top, width, height = box(page, "#first .legend button:nth-child(3)")
+    page.mouse("Moved", left + width / 2, top + height / 2)
+    assert page.evaluate(faint) == [11, 11, 0]
+    assert page.evaluate("document.querySelector('#other .chosen').dataset.curve") == "2"
+    page.mouse("Moved", 5, 5)
+    assert page.evaluate(faint) == [0, 0, 0]
+
+
 def test_a_drag_chooses_the_steps_in_view(page):
     (x, y), (end, _) = (place_of(page, "first", step) for step in (50, 150))
     page.mouse("Moved", x, y)

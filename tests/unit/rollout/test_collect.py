@@ -10,6 +10,7 @@ from megatron_rl.rollout.collect import (
     part_sums,
     rollout_metrics,
     sample_rows,
+    shown_answers,
     to_samples,
 )
 
@@ -114,3 +115,12 @@ def test_sample_rows_take_every_prompt_before_a_second_answer(scored):
         "finished": False,
     }
     assert len(sample_rows(scored, 99)) == 4
+    assert sample_rows(scored, 0) == []
+
+
+def test_of_many_prompts_those_spread_over_the_step_are_shown(scored):
+    many = [scored[0]] * 9
+    assert shown_answers(many, 4) == [(0, 0), (3, 0), (5, 0), (8, 0)]
+    assert shown_answers(many, 1) == [(8, 0)]  # in the last mini-batch
+    assert shown_answers(many, 9) == [(place, 0) for place in range(9)]
+    assert shown_answers(many, 11)[9:] == [(0, 1), (1, 1)]
