@@ -33,7 +33,7 @@ def gated(both: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tens
 class _Gated(torch.autograd.Function):
     """With s = silu(gate), w the weight and g the gradient:
 
-        d up = g w s,    d gate = g w up silu'(gate),    d w = sum of g s up
+    d up = g w s,    d gate = g w up silu'(gate),    d w = sum of g s up
     """
 
     @staticmethod
@@ -51,9 +51,9 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         both, weights = ctx.saved_tensors
-        to_both, sums = torch.empty_like(both), None
+        to_both, sums = both.new_empty(both.shape), None
         if weights is not None and ctx.needs_input_grad[1]:
-            sums = torch.empty_like(weights)
+            sums = weights.new_empty(weights.shape)
         for rows, result, of_rows, weight, total in _blocks(both, to_both, grad, weights, sums):
             gate, up = rows.chunk(2, dim=-1)
             to_gate, to_up = result.chunk(2, dim=-1)
@@ -79,7 +79,9 @@ def _blocks(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
     flat = [
         None
         if tensor is None
-        else tensor.reshape(-1, tensor.shape[-1] if tensor.dim() == first.dim() else 1).split(rows)
+        else (tensor if tensor.dim() == first.dim() else tensor[..., None])
+        .flatten(0, -2)
+        .split(rows)
         for tensor in tensors
     ]
     for n in range(len(flat[0])):  # type: ignore[arg-type]  # the first is there
