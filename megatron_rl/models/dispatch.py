@@ -41,6 +41,8 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
     nothing but them. Every token goes to exactly K experts.
     """
 
+    _copies: Copies | None = None
+
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +65,7 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
         of each, weights.
         """
         if self.ep_size * self.tp_size > 1:
-            return super().dispatch_postprocess(  # type: ignore[no-any-return]  # untyped
-                global_input_tokens, global_probs
-            )
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
         counts = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
         counts = self._maybe_dtoh_and_synchronize("before_finish", counts)
         self.tokens_per_expert = None
@@ -74,12 +74,13 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Rows [N, D] sorted by local expert -> in the order they came in."""
         if self.ep_size * self.tp_size > 1:
-            return super().combine_preprocess(hidden_states)  # type: ignore[no-any-return]
+            return super().combine_preprocess(hidden_states)
         return hidden_states
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         """Rows [T K, D] -> each token's sum, [T, 1, D]."""
-        copies, self._copies = self._copies, None
+        copies, self._copies = self._copies, None  # its indices need not wait for the next pass
+        assert copies is not None, "tokens went out before"
         return copies.add_up(permutated_local_input_tokens).view(self.hidden_shape)
 
 
@@ -101,15 +102,15 @@ class Copies:
 
     def spread(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T K, D]."""
-        return _Spread.apply(tokens, self.tokens, self.rows)  # type: ignore[no-any-return]
+        return _Spread.apply(tokens, self.tokens, self.rows)
 
     def add_up(self, rows: torch.Tensor) -> torch.Tensor:
         """[T K, D] -> [T, D]."""
-        return _AddUp.apply(rows, self.tokens, self.rows)  # type: ignore[no-any-return]
+        return _AddUp.apply(rows, self.tokens, self.rows)
 
     def weights(self, probs: torch.Tensor) -> torch.Tensor:
         """[T, E] -> those of the rows, [T K]."""
-        return _Pick.apply(probs, self.cells)  # type: ignore[no-any-return]
+        return _Pick.apply(probs, self.cells)
 
 
 def _sums(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ def gated(both: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tens
     Returns:
         [..., F], of the type of ``both``.
     """
-    return _Gated.apply(both, weights)  # type: ignore[no-any-return]  # torch's Any
+    return _Gated.apply(both, weights)
 
 
 class _Gated(torch.autograd.Function):

@@ -47,7 +47,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in few passes over memory; bf16
     is computed in fp32 and rounded once.
     """
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]  # torch's Any
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -43,12 +43,12 @@ def _turn_of(angles: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
     """Cosines and signed sines of the angles, in ``dtype``; all layers of a pass get the same
     tensor of angles, which remembers them.
     """
-    turn = getattr(angles, "turn", None)
+    turn: tuple[torch.Tensor, torch.Tensor] | None = getattr(angles, "turn", None)
     if turn is None or turn[0].dtype != dtype:
         sines = angles.sin()
         sines[..., : sines.shape[-1] // 2].neg_()
         turn = angles.turn = angles.cos().to(dtype), sines.to(dtype)
-    return turn  # type: ignore[no-any-return]  # an attribute that torch does not know
+    return turn
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
         x: [T, ..., d], d >= r.
         cosines: [T, ..., r], of x's type; sines: the same, signed.
     """
-    return _Rotate.apply(x, cosines, sines)  # type: ignore[no-any-return]  # torch's Any
+    return _Rotate.apply(x, cosines, sines)
 
 
 class _Rotate(torch.autograd.Function):
@@ -76,7 +76,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, -1), None, None
+        cosines, sines = ctx.saved_tensors
+        return _rotated(grad, cosines, sines, -1), None, None
 
 
 def _rotated(
