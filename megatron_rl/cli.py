@@ -361,14 +361,17 @@ def data_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
 
 
 def machine_rows(config: Config, purpose: str) -> list[tuple[str, str]]:
-    """The verifiers' facts on this machine, which may differ from the run's."""
+    """What is slow on this machine, and the verifiers' facts; the run's may be another."""
     from megatron_rl.data.run_data import SPLITS
+    from megatron_rl.device.instructions import slow_type
     from megatron_rl.rewards.chosen import check_machine
 
+    slow = None if config.device.kind == "cuda" else slow_type(config.model.dtype)
+    rows = [] if slow is None else [("slow without a GPU", slow)]
     try:
-        return [*(check_machine(config.reward) if SPLITS[purpose] else {}).items()]
+        return [*rows, *(check_machine(config.reward) if SPLITS[purpose] else {}).items()]
     except UserError as error:
-        return [("this machine", f"would be refused: {error}")]
+        return [*rows, ("this machine", f"would be refused: {error}")]
 
 
 def _file_state(path: Path | None) -> str:

@@ -171,7 +171,8 @@ class DeviceConfig(Section):
     kind: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of a rank; null: cores of the machine / ranks on it."""
+    """CPU threads of a rank; null: cores that the process may use / ranks on the machine, whatever
+    OMP_NUM_THREADS says (torchrun sets it to 1 by itself)."""
     timeout_s: float = Field(600.0, gt=0)
     """A collective that takes longer ends the run, seconds."""
     silence_s: float = Field(45.0, ge=1.0)

@@ -39,6 +39,8 @@ CPU_WARNINGS = (
 LOG_RECORDS = {
     # A CUDA build of torch on a machine without CUDA, once 0.19 imports the extension compiler.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # Megatron 0.16, about every class that is not its own; ours take what it then leaves out.
+    "megatron.core.transformer.transformer_layer": "Unknown MLP type",
 }
 #: The same, of records that become a `DeprecationWarning`.
 DEPRECATIONS = {

@@ -13,6 +13,8 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
+from megatron_rl.models.gated import gated
+
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """x [N, in] sorted by expert, weight [E, out, in], offsets int32 [E] (end of each expert's
@@ -94,8 +96,7 @@ class GroupedExperts(MegatronModule):
         """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
         x = permuted_local_hidden_states
         offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
-        gate, up = grouped_mm(x, self.linear_fc1.weight, offsets).chunk(2, dim=-1)
-        inner = (F.silu(gate) * up * permuted_probs.unsqueeze(-1)).to(x.dtype)
+        inner = gated(grouped_mm(x, self.linear_fc1.weight, offsets), permuted_probs)
         return grouped_mm(inner, self.linear_fc2.weight, offsets), None
 
     def sharded_state_dict(

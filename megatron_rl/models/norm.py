@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
 
 from megatron_rl.config.schema import ModelConfig
 
@@ -33,8 +34,55 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self._eps = eps
         weight: Any = self.weight  # Megatron's marks are attributes
         weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> the same shape. CUDA has a kernel of torch's for this."""
+        return super().forward(x) if x.is_cuda else rms_norm(x, self.weight, self._eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in few passes over memory; bf16
+    is computed in fp32 and rounded once.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With s = 1 / sqrt(mean(x^2) + eps) and g the gradient:
+
+        dx = s w g - x s^3 mean(w g x),    dw = sum over rows of s g x
+
+    The product g x serves both: its product with w, and with s, are matrix-vector products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = _wide(x)
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        scale = scale.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        shape, width = x.shape, x.shape[-1]
+        wide, grad = _wide(x).reshape(-1, width), _wide(grad).reshape(-1, width)
+        scale, wide_weight = scale.reshape(-1), weight.to(grad.dtype)
+        product = grad * wide
+        to_weight = (scale @ product).to(weight.dtype)
+        back = (product @ wide_weight).mul_(scale.pow(3)).div_(-width)
+        torch.mul(grad, wide_weight, out=product).mul_(scale[:, None])
+        product.addcmul_(wide, back[:, None])
+        return product.view(shape).to(x.dtype), to_weight, None
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 class _NormOverHeads(torch.nn.Module):

@@ -19,6 +19,7 @@ from megatron_rl.config.optimizer import optimizer_of, optimizer_settings
 from megatron_rl.config.schema import Config, OptimizerConfig, ParallelConfig
 from megatron_rl.device.select import Device
 from megatron_rl.models.gpt.chunk import Chunk
+from megatron_rl.optimizers.members import members
 from megatron_rl.optimizers.replace import replace_optimizer
 from megatron_rl.parallel.groups import Groups
 
@@ -74,12 +75,24 @@ def build_optimizer(
         ),
         list(wrapped),
     )
-    if not row.of_megatron:
+    if row.of_megatron:
+        _fuse_on_cpu(optimizer)
+    else:
         chunks = [chunk.module for chunk in wrapped]
         replace_optimizer(optimizer, row, own, chunks, groups, config.model)
     transformer.grad_scale_func = optimizer.scale_loss
     transformer.finalize_model_grads_func = finalize_model_grads
     return optimizer
+
+
+def _fuse_on_cpu(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam step weights on a CPU in one pass over memory: its default is a dozen.
+    Elsewhere it chooses by itself, or Megatron has another.
+    """
+    for member in members(optimizer):
+        for group in member.optimizer.param_groups:
+            if "fused" in group and all(weight.device.type == "cpu" for weight in group["params"]):
+                group["fused"], group["foreach"] = True, False
 
 
 def build_scheduler(

@@ -11,6 +11,7 @@ from megatron_rl.observe.writers import RunWriter
 from megatron_rl.policy.policy import Policy
 from megatron_rl.run.checkpoints import Checkpoints, check_best_metric, resume
 from megatron_rl.run.due import due, evaluation_due, evaluation_missing
+from megatron_rl.run.pace import Pace
 from megatron_rl.run.session import Session
 from megatron_rl.tasks.task import Task
 
@@ -56,6 +57,7 @@ class _Steps:
         self._session, self._writer = session, writer
         self._checkpoints, self._task = checkpoints, task
         self._metrics: Mapping[str, float] = {}  #: of the last step done
+        self._pace = Pace(session)
 
     def evaluate_first(self, done: int | None) -> bool:
         """Evaluate a new run (``done`` None) before its first step, or make up for a missed
@@ -99,6 +101,7 @@ class _Steps:
         _record(session, self._writer, number, metrics, self._task)
         asked = session.stop.agreed(session.groups.world, session.device.torch_device)
         last = asked or number == config.train.steps
+        self._pace.add(metrics, last=last)
         if last or due(config.checkpoint.every, number):
             self._checkpoints.save(number, metrics, last)
         if asked and (number < config.train.steps or evaluation_missing(session, number)):

@@ -15,6 +15,7 @@ from megatron_rl.checkpoint.directory import newest_first
 from megatron_rl.config.loggers import chosen_loggers
 from megatron_rl.config.schema import Config
 from megatron_rl.data.tokenizers import Tokenizer
+from megatron_rl.device.instructions import slow_type
 from megatron_rl.device.launch import read_launch
 from megatron_rl.device.select import joined, select_device
 from megatron_rl.errors import UserError
@@ -140,6 +141,9 @@ def open_session(
         undo.callback(destroy_groups)
         console = Console(config.observe.console, verb, total_steps) if main else SilentConsole()
         undo.enter_context(console)
+        slow = slow_type(config.model.dtype) if device.kind == "cpu" else None
+        if slow is not None:
+            console.warn(slow)
         timers = Timers(_synchronise if device.kind == "cuda" else None)
         lock = RunLock(config.run_dir, console.note) if main and _writes(config, verb) else None
         collective_try(groups.world, lambda: check_key(config) if main and verb != "sft" else None)

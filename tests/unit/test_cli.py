@@ -203,6 +203,18 @@ def test_check_and_runs_say_what_confines_programs(run_yaml, training, capsys, m
     assert refusal(capsys, "train", run_yaml, *of_code) == "no seccomp"
 
 
+def test_check_says_that_bf16_is_slow_where_it_is(run_yaml, training, capsys, monkeypatch):
+    from megatron_rl.device import instructions
+
+    for there, kind, said in ((False, "cpu", 1), (False, "cuda", 0), (True, "cpu", 0)):
+        monkeypatch.setattr(instructions, "has_bf16", lambda root, there=there: there)
+        words = ["check", run_yaml, "--model.dtype", "bf16", "--device.kind", kind]
+        assert main(words) == 0
+        assert capsys.readouterr().out.count("slow without a GPU") == said
+        assert main(["check", run_yaml, "--device.kind", kind]) == 0
+        assert "slow without a GPU" not in capsys.readouterr().out
+
+
 def test_data_shows_what_the_model_sees(run_yaml, capsys):
     assert main(["data", run_yaml, "--for", "sft", "--examples", "1"]) == 0
     ids = {"<s>": 2, "</s>": 3}

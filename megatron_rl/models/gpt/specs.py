@@ -7,12 +7,11 @@ from __future__ import annotations
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -29,9 +28,12 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.attention import PackedAttention
+from megatron_rl.models.dispatch import PackMoELayer
 from megatron_rl.models.experts import GroupedExperts
+from megatron_rl.models.gated import GatedMLP, GatedSharedExperts
 from megatron_rl.models.latent_attention import PackedLatentAttention
 from megatron_rl.models.norm import KeyNorm, QueryNorm, RMSNorm, norms_over_heads
+from megatron_rl.models.rotary import RotarySelfAttention
 from megatron_rl.models.router import PackRouter
 
 
@@ -83,7 +85,7 @@ def _attention(model: ModelConfig) -> tuple[ModuleSpec, dict[str, str]]:
     if norms_over_heads(model):
         query_norm, key_norm = QueryNorm, KeyNorm
     spec = ModuleSpec(
-        module=SelfAttention,
+        module=RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -124,16 +126,16 @@ def _mlp_submodules() -> MLPSubmodules:
 
 
 def _dense_spec() -> ModuleSpec:
-    return ModuleSpec(module=MLP, submodules=_mlp_submodules())
+    return ModuleSpec(module=GatedMLP, submodules=_mlp_submodules())
 
 
 def _moe_spec() -> ModuleSpec:
     return ModuleSpec(
-        module=MoELayer,
+        module=PackMoELayer,
         submodules=MoESubmodules(
             router=PackRouter,
             experts=ModuleSpec(module=GroupedExperts),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules()),
+            shared_experts=ModuleSpec(module=GatedSharedExperts, submodules=_mlp_submodules()),
         ),
         metainfo={"fuse_pre_mlp_layernorm": False},
     )

@@ -118,7 +118,9 @@ def test_each_matrix_takes_muons_steps_by_itself(settings, scale, nesterov):
 def adams(weight, gradients, decay):
     """The weight after torch's AdamW, with the betas and epsilon of `layout_config`."""
     weight = weight.clone().float()
-    adam = torch.optim.AdamW([weight], lr=LR, betas=(0.9, 0.95), eps=1e-4, weight_decay=decay)
+    adam = torch.optim.AdamW(
+        [weight], lr=LR, betas=(0.9, 0.95), eps=1e-4, weight_decay=decay, fused=True
+    )
     for gradient in gradients:
         weight.grad = gradient
         adam.step()

@@ -66,6 +66,39 @@ def test_a_step_is_adams():
         torch.testing.assert_close(weight.detach().double(), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_adam_is_torchs_kernel_on_a_cpu_with_torchs_values(distributed, monkeypatch):
+    """Each step of the kernel against torch's loop over the weights, one element at a time."""
+    config = layout_config(Case("one", 1, {"distributed_optimizer": distributed}, {}))
+    seen = []
+    kernel = torch._fused_adamw_
+
+    def watched(weights, *args, **kwargs):
+        seen.append(len(weights))
+        return kernel(weights, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", watched)
+    results = []
+    for fused in (True, False):
+        with policy_of(config) as policy:
+            for member in policy.optimizer.chained_optimizers:
+                for group in member.optimizer.param_groups:
+                    assert group["fused"] is True
+                    group["fused"] = fused
+            generator = torch.Generator().manual_seed(6)
+            for _ in range(2):
+                policy.wrapped[0].zero_grad_buffer()
+                for parameter in policy.chunks[0].parameters():
+                    gradient = torch.randn(parameter.shape, generator=generator)
+                    parameter.main_grad.copy_(gradient)
+                step(policy)
+            results.append([p.detach().clone() for p in policy.chunks[0].parameters()])
+        count, seen = sum(seen), []
+        assert (count > 0) == fused
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
 def test_bf16_weights_have_fp32_main_weights():
     config = layout_config(Case("one", 1, {}, {"num_layers": 1, "dtype": "bf16"}))
     optimizer = config.optimizer.model_copy(update={"lr": 1e-6, "weight_decay": 0.0})
