@@ -1,10 +1,10 @@
 """The output layer without logits: from hidden states to log-probabilities and entropies.
 
-Logits exist a tile of tokens x words at a time. The forward pass keeps a running maximum and sums
+Logits exist for some words at a time. The forward pass keeps a running maximum and sums
 (the online softmax of Milakov and Gimelshein, arXiv 1805.02867); the backward pass computes each
 tile again from the saved normaliser [T]. What a bf16 output layer rounds is rounded here too.
 
-Legend: T tokens, V words, D hidden, t and n tokens and words of a tile.
+Legend: T tokens, V words, D hidden.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.collectives import gather_first_dim
-from megatron_rl.parallel.vocab_tiles import NEVER, Slope, SoftmaxSums, Tiles, add_product
+from megatron_rl.parallel.vocab_tiles import NEVER, Slope, SoftmaxSums, Tiles
 
 #: none: not computed; detached: a metric; differentiable: part of a loss.
 Entropy = Literal["none", "detached", "differentiable"]
@@ -92,8 +92,7 @@ class _Head(torch.autograd.Function):
         tiles = _tiles(rows, weight, head, targets)
         sums = SoftmaxSums(len(rows), inverse, entropy != "none", rows.device)
         for words in tiles.words:
-            for tokens in tiles.tokens:
-                sums.add(tokens, tiles.logits(words, tokens), *tiles.targets_in(words, tokens))
+            sums.add(tiles.logits(tiles.weight(words)), *tiles.targets_in(words))
         sums.reduce(head.group)
         log_total = sums.total.log()
         logprobs = (sums.picked - sums.peak) * inverse - log_total
@@ -124,14 +123,25 @@ class _Head(torch.autograd.Function):
         grad_rows = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         grad_weight = torch.zeros_like(weight)
         for words in tiles.words:
-            of_words = torch.zeros_like(weight[words], dtype=torch.float32)
-            for tokens in tiles.tokens:
-                logits = tiles.logits(words, tokens)
-                grad = tiles.narrow(slope.of(tokens, logits, *tiles.targets_in(words, tokens)))
-                add_product(grad_rows[tokens], grad, tiles.weight_of(words))
-                add_product(of_words, grad.t(), signed[tokens])
-            grad_weight[words] = of_words
+            part = tiles.weight(words)
+            grad = slope.of(tiles.logits(part), *tiles.targets_in(words))
+            rounded = tiles.rounded(grad)
+            grad_weight[words] = rounded.t() @ signed
+            _add_product(grad_rows, rounded, grad, part)
         return grad_rows.mul_(factor).to(rows.dtype), grad_weight, None, None, None, None
+
+
+def _add_product(
+    total: torch.Tensor, left: torch.Tensor, same: torch.Tensor, right: torch.Tensor
+) -> None:
+    """total += left @ right in fp32, of factors in any type; ``same`` is ``left`` in fp32.
+
+    So a sum over tiles is rounded once, as a whole product is. No CPU multiplies bf16 into fp32.
+    """
+    if total.is_cuda and left.dtype != torch.float32:
+        total.add_(torch.mm(left, right, out_dtype=torch.float32))
+    else:
+        total.addmm_(same, right.float())
 
 
 def _tiles(

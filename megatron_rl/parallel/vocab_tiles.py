@@ -1,6 +1,6 @@
-"""Tiles of logits, tokens x words: what the head sums over them, and its gradient in them.
+"""Tiles of logits, all tokens x some words: what the head sums over them, and its gradient in them.
 
-Legend: T tokens, D hidden, t and n tokens and words of a tile.
+Legend: T tokens, D hidden, n words of a tile.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from megatron_rl.parallel.collectives import all_reduce
 #: any temperature.
 NEVER = -1e9
 
-#: Tokens and words of a tile. On a CPU (measured) what works on it stays in the caches; on CUDA it
-#: fills the device.
-TILES = {"cpu": (1024, 1024), "cuda": (8192, 4096)}
+#: Logits of a tile, tokens x words. On a CPU (measured) what works on it stays in the caches; on
+#: CUDA it fills the device.
+TILE = {"cpu": 1 << 21, "cuda": 1 << 25}
+#: Words of a tile at least, however many tokens there are: fewer make a product slow.
+LEAST_WORDS = 64
 
 
 class Tiles:
-    """The logits of T tokens and this rank's words, a tile at a time, in memory of one tile."""
+    """The logits of T tokens and this rank's words, some words at a time, in memory of one tile."""
 
     def __init__(
         self, rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, fp32: bool
@@ -32,55 +34,45 @@ class Tiles:
                 relative to the first of them; those of other ranks are outside.
             fp32: multiply in fp32, whatever the types are.
         """
-        num_tokens, num_words = TILES.get(rows.device.type, TILES["cuda"])
-        self.tokens = _slices(len(rows), num_tokens)
-        self.words = _slices(len(weight), num_words) if len(rows) else []
         self.rows = rows.float() if fp32 else rows
         self._weight, self._targets, self._fp32 = weight, targets, fp32
-        size = min(num_tokens, len(rows)) * min(num_words, len(weight))
+        tokens, words = len(rows), len(weight)
+        step = max(LEAST_WORDS, TILE.get(rows.device.type, TILE["cuda"]) // max(tokens, 1))
+        starts = range(0, words if tokens else 0, step)
+        self.words = [slice(start, min(start + step, words)) for start in starts]
+        size = tokens * min(step, words)
         self._wide = torch.empty(size, dtype=torch.float32, device=rows.device)
         self._narrow = self._wide
         if self.rows.dtype != torch.float32:
             self._narrow = torch.empty(size, dtype=self.rows.dtype, device=rows.device)
-        self._held: tuple[slice, torch.Tensor] | None = None
 
-    def weight_of(self, words: slice) -> torch.Tensor:
+    def weight(self, words: slice) -> torch.Tensor:
         """[n, D] in the type of the products."""
-        if not self._fp32:
-            return self._weight[words]
-        if self._held is None or self._held[0] != words:
-            self._held = words, self._weight[words].float()
-        return self._held[1]
+        weight = self._weight[words]
+        return weight.float() if self._fp32 else weight
 
-    def logits(self, words: slice, tokens: slice) -> torch.Tensor:
-        """fp32 [t, n], rounded to the type of the products; the next call overwrites them."""
-        rows, weight = self.rows[tokens], self.weight_of(words)
-        shape = (len(rows), len(weight))
-        count = len(rows) * len(weight)
-        product = torch.mm(rows, weight.t(), out=self._narrow[:count].view(shape))
+    def logits(self, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, n], rounded to the type of the products; the next call overwrites them."""
+        shape = (len(self.rows), len(weight))
+        count = shape[0] * shape[1]
+        product = torch.mm(self.rows, weight.t(), out=self._narrow[:count].view(shape))
         if product.dtype == torch.float32:
             return product
         return self._wide[:count].view(shape).copy_(product)
 
-    def narrow(self, tile: torch.Tensor) -> torch.Tensor:
-        """An fp32 tile in the type of the products; the next call overwrites it."""
+    def rounded(self, tile: torch.Tensor) -> torch.Tensor:
+        """The fp32 tile in the type of the products, by which it is replaced in fp32 too."""
         if self._narrow is self._wide:
             return tile
-        return self._narrow[: tile.numel()].view_as(tile).copy_(tile)
+        narrow = self._narrow[: tile.numel()].view_as(tile).copy_(tile)
+        tile.copy_(narrow)
+        return narrow
 
-    def targets_in(self, words: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of the targets in a tile, int64 [t, 1], and whether they lie in it, bool [t]."""
+    def targets_in(self, words: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of the targets in a tile, int64 [T, 1], and whether they lie in it, bool [T]."""
         count = words.stop - words.start
-        local = self._targets[tokens] - words.start
+        local = self._targets - words.start
         return local.clamp(0, count - 1)[:, None], (local >= 0) & (local < count)
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, in fp32; factors of bf16 are multiplied as such."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
 
 
 class SoftmaxSums:
@@ -98,38 +90,35 @@ class SoftmaxSums:
         self._inverse, self._entropy = inverse, entropy
         self._spare = torch.empty(0, device=device)
 
-    def add(
-        self, tokens: slice, logits: torch.Tensor, columns: torch.Tensor, here: torch.Tensor
-    ) -> None:
-        """Add a tile [t, n], which it overwrites; targets as of `Tiles.targets_in`."""
-        self.picked[tokens] += torch.where(here, logits.gather(1, columns).squeeze(1), 0.0)
-        peak = torch.maximum(self.peak[tokens], logits.amax(1))
-        self._rebase(tokens, peak)
-        base = peak[:, None] * -self._inverse
+    def add(self, logits: torch.Tensor, columns: torch.Tensor, here: torch.Tensor) -> None:
+        """Add a tile [T, n], which it overwrites; targets as of `Tiles.targets_in`."""
+        self.picked += torch.where(here, logits.gather(1, columns).squeeze(1), 0.0)
+        self._rebase(torch.maximum(self.peak, logits.amax(1)))
+        base = self.peak[:, None] * -self._inverse
         shifted = torch.add(base, logits, alpha=self._inverse, out=logits)
         if not self._entropy:
-            self.total[tokens] += shifted.exp_().sum(1)
+            self.total += shifted.exp_().sum(1)
             return
         if self._spare.numel() < shifted.numel():
             self._spare = torch.empty_like(shifted).flatten()
         exp = torch.exp(shifted, out=self._spare[: shifted.numel()].view_as(shifted))
-        self.total[tokens] += exp.sum(1)
-        self.weighted[tokens] += exp.mul_(shifted).sum(1)
+        self.total += exp.sum(1)
+        self.weighted += exp.mul_(shifted).sum(1)
 
     def reduce(self, group: ProcessGroup) -> None:
         """The sums over the words of all ranks of the group. A collective."""
         if group.size() == 1 or not len(self.peak):
             return
-        self._rebase(slice(None), all_reduce(self.peak, group, dist.ReduceOp.MAX))
+        self._rebase(all_reduce(self.peak, group, dist.ReduceOp.MAX))
         sums = torch.stack([self.total, self.weighted, self.picked])
         self.total, self.weighted, self.picked = all_reduce(sums, group).unbind()
 
-    def _rebase(self, tokens: slice, peak: torch.Tensor) -> None:
-        less = (self.peak[tokens] - peak) * self._inverse
-        keep, total = less.exp(), self.total[tokens]
-        self.weighted[tokens] = keep * (self.weighted[tokens] + less * total)
-        self.total[tokens] = keep * total
-        self.peak[tokens] = peak
+    def _rebase(self, peak: torch.Tensor) -> None:
+        less = (self.peak - peak) * self._inverse
+        keep = less.exp()
+        self.weighted = keep * (self.weighted + less * self.total)
+        self.total = keep * self.total
+        self.peak = peak
 
 
 class Slope:
@@ -161,18 +150,11 @@ class Slope:
         self._at_target = -self._scale
         self.sign = torch.ones_like(self.sign)
 
-    def of(
-        self, tokens: slice, logits: torch.Tensor, columns: torch.Tensor, here: torch.Tensor
-    ) -> torch.Tensor:
-        """-sign * d loss / d logits [t, n], fp32; it overwrites the logits."""
-        grad = torch.add(self._base[tokens], logits, alpha=self._inverse, out=logits)
+    def of(self, logits: torch.Tensor, columns: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+        """-sign * d loss / d logits [T, n], fp32; it overwrites the logits."""
+        grad = torch.add(self._base, logits, alpha=self._inverse, out=logits)
         if self._factor is None:
             grad = grad.exp_()
         else:
-            constant, steep = (part[tokens] for part in self._factor)
-            grad = grad.exp().mul_(torch.addcmul(constant, steep, grad))
-        return grad.scatter_add_(1, columns, (self._at_target[tokens] * here)[:, None])
-
-
-def _slices(count: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+            grad = torch.mul(grad.exp(), torch.addcmul(*self._factor, grad), out=grad)
+        return grad.scatter_add_(1, columns, (self._at_target * here)[:, None])

@@ -48,7 +48,7 @@ def make_chunk(
     *,
     transformer_engine: bool,
 ) -> Chunk:
-    """The chunk of this rank's pipeline stage, or of a virtual stage; its matrices hold anything."""
+    """The chunk of this pipeline stage, or of a virtual stage; its matrices hold anything."""
     padded = padded_vocabulary(model.vocab_size, groups.tensor.size())
     last_virtual = vp_stage is None or vp_stage == (groups.virtual_stages or 1) - 1
     chunk = Chunk(
