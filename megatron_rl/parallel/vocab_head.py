@@ -111,24 +111,36 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor | None, _: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
         rows, weight, targets, normaliser, *entropy = ctx.saved_tensors
         slope = Slope(ctx.inverse, normaliser, grad_logprobs)
         if entropy:
             assert grad_entropy is not None, "it is an output"
             slope.add_entropy(entropy[0], grad_entropy)
+        trained = ctx.needs_input_grad[1]
         tiles = _tiles(rows, weight, ctx.head, targets)
-        factor = -slope.sign[:, None]
-        signed = tiles.rows * factor.to(tiles.rows.dtype)
-        grad_rows = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-        grad_weight = torch.zeros_like(weight)
-        for words in tiles.words:
-            part = tiles.weight(words)
-            grad = slope.of(tiles.logits(part), *tiles.targets_in(words))
-            rounded = tiles.rounded(grad)
+        grad_rows, grad_weight = head_gradients(tiles, slope, weight if trained else None)
+        return grad_rows.to(rows.dtype), grad_weight, None, None, None, None
+
+
+def head_gradients(
+    tiles: Tiles, slope: Slope, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of a loss in the hidden states, fp32 [T, D] of this rank's words, and in the
+    weight [V_padded / tp, D], in its type; None for a weight that is not trained.
+    """
+    factor = -slope.sign[:, None]
+    signed = tiles.rows * factor.to(tiles.rows.dtype)
+    grad_rows = torch.zeros_like(tiles.rows, dtype=torch.float32)
+    grad_weight = None if weight is None else torch.zeros_like(weight)
+    for words in tiles.words:
+        part = tiles.weight(words)
+        grad = slope.of(tiles.logits(part), *tiles.targets_in(words))
+        rounded = tiles.rounded(grad)
+        if grad_weight is not None:
             grad_weight[words] = rounded.t() @ signed
-            _add_product(grad_rows, rounded, grad, part)
-        return grad_rows.mul_(factor).to(rows.dtype), grad_weight, None, None, None, None
+        _add_product(grad_rows, rounded, grad, part)
+    return grad_rows.mul_(factor), grad_weight
 
 
 def _add_product(

@@ -29,9 +29,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from whole_logits import whole_logits  # noqa: E402
+from whole_logits import WholeLogits, whole_logits  # noqa: E402
 
-from megatron_rl.parallel.vocab_head import VocabHead, head_values  # noqa: E402
+from megatron_rl.parallel.vocab_head import VocabHead, head_gradients, head_values  # noqa: E402
+from megatron_rl.parallel.vocab_tiles import Slope, Tiles  # noqa: E402
 
 MIB = 2**20
 TEMPERATURE = 0.8
@@ -78,7 +79,8 @@ def main() -> int:
             if tokens == max(arguments.tokens) and same_products:
                 broken |= ratio > AT_MOST_TIME or part > AT_MOST_MEMORY
     print(f"\nnorm(difference) / norm of gradients, {COMPARED} tokens")
-    print(f"{'type':16} {'of':8} {'whole - fp64':>14} {'tiles - fp64':>14} {'tiles - whole':>14}")
+    titles = ("whole - fp64", "tiles - fp64", "tiles - whole", "unrounded")
+    print(f"{'type':16} {'of':8} " + " ".join(f"{title:>14}" for title in titles))
     for dtype in arguments.dtypes:
         found = _child({**case, "tokens": COMPARED, "dtype": dtype, "form": "compare"})
         for name, numbers in found.items():
@@ -172,7 +174,9 @@ def _gradients(case: dict[str, Any], form: str) -> tuple[torch.Tensor, ...]:
 
 
 def _compare(case: dict[str, Any]) -> dict[str, list[float]]:
-    """Of both gradients: whole - fp64, tiles - fp64, tiles - whole."""
+    """Of both gradients: whole - fp64, tiles - fp64, tiles - whole; and the last of the hidden
+    states' before it is rounded to the type of the model.
+    """
     hidden, weight, targets, grad = _inputs(case)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     logprobs = (wide[0] @ wide[1].t() / TEMPERATURE).log_softmax(-1)
@@ -180,10 +184,31 @@ def _compare(case: dict[str, Any]) -> dict[str, list[float]]:
     whole, tiles = _gradients(case, "whole"), _gradients(case, "tiles")
     found = {}
     for name, exact, a, b in zip(("hidden", "weight"), (x.grad for x in wide), whole, tiles):
-        a, b = a.double(), b.double()
         pairs = (a, exact), (b, exact), (b, a)
-        found[name] = [float((x - y).norm() / y.norm()) for x, y in pairs]
+        found[name] = [_distance(x, y) for x, y in pairs]
+    found["hidden"].append(_unrounded(case["dtype"], hidden, weight, targets, grad))
     return found
+
+
+@torch.no_grad()
+def _unrounded(dtype: str, *inputs: torch.Tensor) -> float:
+    """Difference of the fp32 gradients in hidden states, each the product of what was rounded."""
+    hidden, weight, targets, grad = (x.detach() for x in inputs)
+    fp32 = dtype == "bf16-fp32-head"
+    rows, words = (hidden.float(), weight.float()) if fp32 else (hidden, weight)
+    with torch.enable_grad():
+        logits = (rows @ words.t()).requires_grad_()
+        logprobs, _ = WholeLogits.apply(logits, targets, 1.0 / TEMPERATURE)
+    logprobs.backward(grad)
+    normaliser = (logits.float() / TEMPERATURE).logsumexp(-1)
+    tiles = Tiles(hidden, weight, targets, fp32=fp32)
+    found, _ = head_gradients(tiles, Slope(1.0 / TEMPERATURE, normaliser, grad), None)
+    return _distance(found, logits.grad.double() @ words.double())
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm())
 
 
 class _Peak:

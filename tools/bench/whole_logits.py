@@ -22,10 +22,12 @@ def whole_logits(
     Args:
         hidden: [T, D]. weight: [V, D]. targets: int64 [T]. temperature: divides the logits.
     """
-    return _Logprobs.apply(hidden @ weight.t(), targets, 1.0 / temperature)
+    return WholeLogits.apply(hidden @ weight.t(), targets, 1.0 / temperature)
 
 
-class _Logprobs(torch.autograd.Function):
+class WholeLogits(torch.autograd.Function):
+    """(logits [T, V], targets, 1 / temperature) -> log-probabilities, entropies."""
+
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, inverse: float
