@@ -58,8 +58,8 @@ def forward_stages(
     """
     stage, stages = groups.pipeline.rank(), groups.pipeline.size()
     if stages == 1 and len(chunks) == 1:
-        output = forward_row(chunks[0], tokens, placement, to_hidden=to_hidden)
-        return output if to_hidden else output.squeeze(0)
+        only = forward_row(chunks[0], tokens, placement, to_hidden=to_hidden)
+        return only if to_hidden else only.squeeze(0)
     config = chunks[0].config
     rows = len(tokens) // (groups.tensor.size() if config.sequence_parallel else 1)
     shape = (rows, 1, config.hidden_size)

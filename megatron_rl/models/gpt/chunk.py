@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Sequence, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -17,12 +17,12 @@ from megatron_rl.models.vocabulary import padded_vocabulary, words_of
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.vocab_head import VocabHead
 
+#: What a rank holds of the model; with virtual pipeline stages it holds several.
+Chunk: TypeAlias = GPTModel
 
-class Chunk(GPTModel):
-    """What a rank holds of the model; with virtual pipeline stages it holds several.
 
-    The last one gives logits, or the hidden states before the output layer.
-    """
+class HeadApart(GPTModel):
+    """A GPTModel whose last chunk gives logits, or the hidden states before the output layer."""
 
     vocabulary_padding: int  #: rows that the vocabulary has too many
     fp32_head: bool
@@ -51,7 +51,7 @@ def make_chunk(
     """The chunk of this pipeline stage, or of a virtual stage; its matrices hold anything."""
     padded = padded_vocabulary(model.vocab_size, groups.tensor.size())
     last_virtual = vp_stage is None or vp_stage == (groups.virtual_stages or 1) - 1
-    chunk = Chunk(
+    chunk = HeadApart(
         config=config,
         transformer_layer_spec=block_spec(model, config, transformer_engine, vp_stage),
         vocab_size=padded,

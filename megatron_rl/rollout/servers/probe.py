@@ -18,7 +18,7 @@ from megatron_rl.data.packing import round_up
 from megatron_rl.errors import one_line
 from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.forward import forward_stages
-from megatron_rl.models.gpt.chunk import Chunk, head_of
+from megatron_rl.models.gpt.chunk import head_of
 from megatron_rl.parallel.collective_try import by_first
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
@@ -48,7 +48,7 @@ class ServerProbe:
     def __init__(
         self,
         config: Config,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[torch.nn.Module],
         groups: Groups,
         requests: AnswerRequests,
     ) -> None:
@@ -128,7 +128,7 @@ def probe_prompts(vocab_size: int, room: int) -> list[Prompt]:
 
 @torch.no_grad()
 def trainer_logprobs(
-    chunks: Sequence[Chunk],
+    chunks: Sequence[torch.nn.Module],
     groups: Groups,
     tokens: np.ndarray,
     answer_length: int,
