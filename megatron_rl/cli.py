@@ -336,7 +336,7 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
         ("  gradients", f"{size_text(memory.gradients)}"),
         ("  optimizer state", f"{size_text(memory.optimizer)}"),
         ("  activations", f"{size_text(memory.activations)} (approximate)"),
-        ("  logits", f"{size_text(memory.logits)}"),
+        ("  output layer", f"{size_text(memory.head)}"),
         ("router trace", f"{trace:,} bytes a token over all pipeline stages"),
         ("  of a batch", trace_text(config, ranks, longest) if kept else "none is kept"),
         *((name, _file_state(path)) for name, path in input_files(config).items()),

@@ -20,6 +20,7 @@ NOT_DESCRIBED = frozenset(
         "freeze_router",
         "init_std",
         "transformer_engine",
+        "fp32_head",
     }
 )
 DESCRIBED = frozenset(ModelConfig.model_fields) - NOT_DESCRIBED

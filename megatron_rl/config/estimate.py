@@ -26,6 +26,8 @@ from megatron_rl.config.schema import Config, ModelConfig
 GIB = 2**30
 #: Bytes of a weight or activation.
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+#: Logits of a tile of the output layer on CUDA, the larger one (`parallel.vocab_tiles.TILE`).
+HEAD_TILE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    logits: float
+    head: float
 
     @property
     def total(self) -> float:
         """Their sum, bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
 def attention_parameters(model: ModelConfig) -> tuple[int, int]:
@@ -196,7 +198,7 @@ def _stage_memory(config: Config, world_size: int, stage: int) -> Memory:
         gradients=(dense + experts) * 4,
         optimizer=dense_state / dense_shards + experts / expert_shards * state_of_matrices,
         activations=activation_bytes(config, stage),
-        logits=logit_bytes(config) if last else 0,
+        head=head_bytes(config) if last else 0,
     )
 
 
@@ -277,8 +279,15 @@ def _layer_elements(config: Config, is_moe: bool) -> int:
     return elements + routed + 3 * (model.shared_expert_ffn_hidden_size or 0) + router
 
 
-def logit_bytes(config: Config) -> float:
-    """Logits of a pack and their gradient in fp32: 8 pack_tokens V / (tensor x context)."""
-    parallel = config.parallel
-    share = parallel.tensor * parallel.context
-    return 8 * config.data.pack_tokens * config.model.vocab_size / share
+def head_bytes(config: Config) -> float:
+    """What the output layer works in: a tile of logits, rounded and in fp32 (8 bytes each, of at
+    most HEAD_TILE logits), hidden states of all tokens with an fp32 gradient, and the weight's
+    gradient before it is added to the fp32 one.
+
+    Tokens: pack_tokens / context. Words: V / tensor.
+    """
+    model, parallel = config.model, config.parallel
+    width = DTYPE_BYTES[model.dtype]
+    tokens, words = config.data.pack_tokens / parallel.context, model.vocab_size / parallel.tensor
+    tile = 8 * min(tokens * words, HEAD_TILE)
+    return tile + (tokens * (width + 4) + words * width) * model.hidden_size

@@ -27,7 +27,7 @@ qk_nope_head_dim qk_rope_head_dim v_head_dim qkv_bias norm_epsilon tie_embedding
 """.split()
 _TRAINING_OF_THE_MODEL = """
 preset hf_path hf_config family aux_loss_coeff z_loss_coeff expert_bias_update_rate freeze_router
-max_sequence_length init_std transformer_engine
+max_sequence_length init_std transformer_engine fp32_head
 """.split()
 _DATA = """
 tokenizer.kind tokenizer.path tokenizer.trust_remote_code train eval prompt_key completion_key

@@ -133,6 +133,9 @@ class ModelConfig(Section):
 
     Routers, log-probabilities, main weights and gradients are always fp32.
     """
+    fp32_head: bool = False
+    """Multiply hidden states and output layer in fp32: with dtype bf16 logits are not rounded, in
+    scoring, update and the built-in engine. Servers have their own settings."""
     transformer_engine: bool | None = None
     """Use Transformer Engine layers; null: yes on CUDA where it is installed."""
 

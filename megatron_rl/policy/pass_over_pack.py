@@ -1,4 +1,4 @@
-"""Run a pack through a model chunk, and turn its logits into values of the whole row.
+"""Run a pack through a model chunk, and turn its hidden states into values of the whole row.
 
 Context-parallel ranks that share a pack each run the model on their own tokens. This module gathers
 the small [T] results, so that every rank computes losses on whole sequences.
@@ -9,44 +9,47 @@ from __future__ import annotations
 import torch
 
 from megatron_rl.models.forward import forward_row
-from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.vocab_logprobs import vocab_hits, vocab_logprobs
+from megatron_rl.models.gpt.chunk import head_of
+from megatron_rl.parallel.vocab_head import Entropy, HeadValues, head_values
 from megatron_rl.policy.batch import PackTensors
+from megatron_rl.policy.policy import Policy
 
 
 def forward_pack(model: torch.nn.Module, pack: PackTensors) -> torch.Tensor:
-    """Run one chunk on this rank's tokens of the pack; see `forward_row`."""
-    return forward_row(model, pack.shards.local(pack.tokens), pack.placement)
+    """Run one chunk on this rank's tokens of the pack: hidden states [T_local, 1, D], of the last
+    chunk before the output layer; see `forward_row`.
+    """
+    return forward_row(model, pack.shards.local(pack.tokens), pack.placement, to_hidden=True)
 
 
-def pack_logprobs(
-    logits: torch.Tensor,
+def pack_values(
+    policy: Policy,
+    hidden: torch.Tensor,
     pack: PackTensors,
     temperature: float,
-    groups: Groups,
     *,
-    differentiable_entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the pack's targets, and entropies. A collective.
+    entropy: Entropy = "none",
+) -> HeadValues:
+    """Log-probabilities of the pack's targets, entropies, and whether each target is the model's
+    likeliest token; see `head_values`. A collective on the last stage.
 
     Args:
-        logits: [1, T / context, V / tp], of this rank's tokens. temperature: divides them.
+        policy: the policy.
+        hidden: [T_local, 1, D], of `forward_pack`.
+        pack: the pack.
+        temperature: divides the logits.
+        entropy: whether to compute entropies, and whether with gradients.
 
     Returns:
-        fp32 [T], differentiable in the logits, and entropies fp32 [T] in nats, detached unless
-        asked otherwise.
+        Values of the whole row, [T].
     """
-    logprobs, entropy = vocab_logprobs(
-        logits.squeeze(0),
-        pack.shards.local(pack.targets),
-        temperature,
-        groups.tensor,
-        differentiable_entropy=differentiable_entropy,
-    )
-    return pack.shards.whole(logprobs), pack.shards.whole(entropy)
-
-
-def pack_hits(logits: torch.Tensor, pack: PackTensors, groups: Groups) -> torch.Tensor:
-    """Whether each target of the pack is the model's likeliest token, bool [T]. A collective."""
-    hits = vocab_hits(logits.squeeze(0), pack.shards.local(pack.targets), groups.tensor)
-    return pack.shards.whole(hits.float()) > 0.5
+    head, targets = head_of(policy.chunks[-1]), pack.shards.local(pack.targets)
+    local = head_values(head.gather(hidden), head, targets, temperature, entropy=entropy)
+    if pack.shards.group.size() == 1:
+        return local
+    spread = local.logprobs.detach() if local.entropy is None else local.entropy
+    columns = torch.stack([local.logprobs, spread, local.hits.float()], dim=1)
+    logprobs, spread, hits = pack.shards.whole(columns).unbind(1)
+    if entropy != "differentiable":
+        spread = spread.detach()
+    return HeadValues(logprobs, None if local.entropy is None else spread, hits > 0.5)

@@ -26,7 +26,7 @@ from megatron_rl.config.algorithm import (
 from megatron_rl.observe.metrics import METRICS, MetricSums
 from megatron_rl.parallel.collectives import all_reduce
 from megatron_rl.policy.batch import PackTensors
-from megatron_rl.policy.pass_over_pack import pack_logprobs
+from megatron_rl.policy.pass_over_pack import pack_values
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.score import ScoredPack
 from megatron_rl.policy.shift_pass import gamma_mean, gamma_of
@@ -69,7 +69,7 @@ def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
 def policy_loss(
     policy: Policy,
     item: ScoredPack,
-    logits: torch.Tensor,
+    hidden: torch.Tensor,
     distance: torch.Tensor | None,
     plan: LossPlan,
     sums: MetricSums,
@@ -81,7 +81,7 @@ def policy_loss(
     Args:
         policy: the policy.
         item: the pack, scored.
-        logits: of this rank's tokens.
+        hidden: of this rank's tokens.
         distance: of the routers, see `forward_compared`; None without router shift.
         plan: of the mini-batch.
         sums: receives the loss's metrics.
@@ -89,13 +89,14 @@ def policy_loss(
         tokens: receives ratio and gamma of the samples that it watches.
     """
     pack, algorithm = item.pack, policy.config.algorithm
-    logprobs, entropy = pack_logprobs(
-        logits,
+    logprobs, entropy, _ = pack_values(
+        policy,
+        hidden,
         pack,
         policy.config.rollout.temperature,
-        policy.groups,
-        differentiable_entropy=algorithm.entropy_coef > 0,
+        entropy="differentiable" if algorithm.entropy_coef > 0 else "detached",
     )
+    assert entropy is not None, "asked for"
     gamma, shift = None, algorithm.router_shift
     if distance is not None:
         gamma, mean_distance = gamma_of(policy, pack, distance)

@@ -9,7 +9,7 @@ from typing import Any, Callable, Sequence
 import torch
 
 from megatron_rl.policy.batch import PackTensors
-from megatron_rl.policy.pass_over_pack import forward_pack, pack_logprobs
+from megatron_rl.policy.pass_over_pack import forward_pack, pack_values
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.schedule import run_schedule
 from megatron_rl.router.trace import RouterTrace
@@ -48,9 +48,9 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
         else:
             output = forward_pack(model, pack)
 
-        def keep(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logprobs, _ = pack_logprobs(logits, pack, temperature, policy.groups)
-            return torch.zeros((), device=logits.device), logprobs
+        def keep(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            values = pack_values(policy, hidden, pack, temperature)
+            return torch.zeros((), device=hidden.device), values.logprobs
 
         return output, keep
 

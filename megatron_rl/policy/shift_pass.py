@@ -94,11 +94,11 @@ def gamma_mean(policy: Policy, scored: Sequence[ScoredPack]) -> torch.Tensor:
         item = scored[index]
         output, distance = forward_compared(policy, chunk, model, item, None)
 
-        def keep(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+        def keep(hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
             assert distance is not None, "of a loss with router shift"
             gamma, _ = gamma_of(policy, item.pack, distance)
             sums.append(torch.stack(acting_sum(gamma, item.pack.advantages, item.pack.mask, mode)))
-            return torch.zeros((), device=logits.device), None
+            return torch.zeros((), device=hidden.device), None
 
         return output, keep
 

@@ -12,7 +12,7 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import all_reduce
 from megatron_rl.policy.batch import PackTensors
 from megatron_rl.policy.finite_checks import check_step
-from megatron_rl.policy.pass_over_pack import forward_pack, pack_hits, pack_logprobs
+from megatron_rl.policy.pass_over_pack import forward_pack, pack_values
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.policy_loss import plan_loss, policy_loss
 from megatron_rl.policy.schedule import ForwardStep, run_schedule
@@ -49,9 +49,9 @@ def update(
         item = scored[index]
         output, distance = forward_compared(policy, chunk, model, item, telemetry)
 
-        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             total, denominator = policy_loss(
-                policy, item, logits, distance, plan, sums, telemetry, tokens
+                policy, item, hidden, distance, plan, sums, telemetry, tokens
             )
             return total, _counted_once(denominator, policy), {}
 
@@ -115,12 +115,12 @@ def supervised_update(policy: Policy, packs: Sequence[PackTensors], sums: Metric
         pack = packs[index]
         output = forward_pack(model, pack)
 
-        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            logprobs, _ = pack_logprobs(logits, pack, 1.0, policy.groups)
-            total = -(logprobs * pack.mask).sum()
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            values = pack_values(policy, hidden, pack, 1.0)
+            total = -(values.logprobs * pack.mask).sum()
             count = pack.mask.sum()
             sums.add("loss", total, count)
-            sums.add("accuracy", (pack_hits(logits, pack, policy.groups) & pack.mask).sum(), count)
+            sums.add("accuracy", (values.hits & pack.mask).sum(), count)
             return total, _counted_once(count, policy), {}
 
         return output, loss

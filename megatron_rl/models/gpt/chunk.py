@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Sequence, TypeAlias
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
@@ -12,11 +13,31 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.attention import PositionalRotaryEmbedding
 from megatron_rl.models.gpt.specs import block_spec
-from megatron_rl.models.vocabulary import mask_padding, padded_vocabulary
+from megatron_rl.models.vocabulary import padded_vocabulary, words_of
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.vocab_head import VocabHead
 
 #: What a rank holds of the model; with virtual pipeline stages it holds several.
 Chunk: TypeAlias = GPTModel
+
+
+class HeadApart(GPTModel):
+    """A GPTModel whose last chunk gives logits, or the hidden states before the output layer."""
+
+    vocabulary_padding: int  #: rows that the vocabulary has too many
+    fp32_head: bool
+    _to_hidden = False
+
+    def forward(self, *args: Any, to_hidden: bool = False, **kwargs: Any) -> torch.Tensor:
+        """As GPTModel's; ``to_hidden``: stop before the output layer, [T / tp, 1, D]."""
+        self._to_hidden = to_hidden
+        return super().forward(*args, **kwargs)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._to_hidden or not self.post_process:
+            return hidden_states
+        head = head_of(self)
+        return head.logits(head.gather(hidden_states))[None]
 
 
 def make_chunk(
@@ -27,13 +48,10 @@ def make_chunk(
     *,
     transformer_engine: bool,
 ) -> Chunk:
-    """The chunk of this rank's pipeline stage, or of a virtual stage; its matrices hold anything.
-
-    Its ``vocabulary_padding`` are the rows that its vocabulary has too many.
-    """
+    """The chunk of this pipeline stage, or of a virtual stage; its matrices hold anything."""
     padded = padded_vocabulary(model.vocab_size, groups.tensor.size())
     last_virtual = vp_stage is None or vp_stage == (groups.virtual_stages or 1) - 1
-    chunk = GPTModel(
+    chunk = HeadApart(
         config=config,
         transformer_layer_spec=block_spec(model, config, transformer_engine, vp_stage),
         vocab_size=padded,
@@ -46,8 +64,7 @@ def make_chunk(
         vp_stage=vp_stage,
     )
     chunk.vocabulary_padding = padded - model.vocab_size
-    if chunk.vocabulary_padding and chunk.post_process:
-        mask_padding(chunk.output_layer, model.vocab_size, groups.tensor)
+    chunk.fp32_head = model.fp32_head
     if not model.kv_lora_rank:  # latent attention has its own in each layer
         chunk.rotary_pos_emb = PositionalRotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -56,6 +73,15 @@ def make_chunk(
             use_cpu_initialization=True,
         )
     return chunk
+
+
+def head_of(chunk: Chunk) -> VocabHead:
+    """The output layer of the last chunk; tied, its weight is the embedding's."""
+    weight, group = chunk.output_layer.weight, chunk.pg_collection.tp
+    if chunk.share_embeddings_and_output_weights:
+        weight = chunk.shared_embedding_or_output_weight()
+    words = words_of(chunk.vocab_size - chunk.vocabulary_padding, len(weight), group)
+    return VocabHead(weight, words, group, fp32=chunk.fp32_head)
 
 
 def layer_numbers(chunk: Chunk) -> list[int]:

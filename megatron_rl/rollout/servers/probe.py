@@ -18,10 +18,11 @@ from megatron_rl.data.packing import round_up
 from megatron_rl.errors import one_line
 from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.forward import forward_stages
+from megatron_rl.models.gpt.chunk import head_of
 from megatron_rl.parallel.collective_try import by_first
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
+from megatron_rl.parallel.vocab_head import head_values
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.answer_requests import AnswerRequests
@@ -151,12 +152,14 @@ def trainer_logprobs(
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    logits = forward_stages(chunks, row, packed_placement([len(tokens)], count, device), groups)
+    placement = packed_placement([len(tokens)], count, device)
+    hidden = forward_stages(chunks, row, placement, groups, to_hidden=True)
     for chunk, before in zip(chunks, training):
         chunk.train(before)
     found = None
-    if logits is not None:
-        logprobs, _ = vocab_logprobs(logits, row.roll(-1), temperature, groups.tensor)
+    if hidden is not None:
+        head = head_of(chunks[-1])
+        logprobs = head_values(head.gather(hidden), head, row.roll(-1), temperature).logprobs
         found = logprobs[len(tokens) - answer_length - 1 : len(tokens) - 1].float().cpu().numpy()
     stages = gather_objects(found, groups.pipeline)
     return next(values for values in stages if values is not None)

@@ -3,9 +3,10 @@
 import pytest
 
 from megatron_rl.config.estimate import (
+    HEAD_TILE,
     activation_bytes,
     count_parameters,
-    logit_bytes,
+    head_bytes,
     rank_memory,
     size_text,
     trace_bytes,
@@ -200,11 +201,11 @@ def test_the_fullest_pipeline_stage_counts():
     last = ATTENTION + NORMS + ROUTER + 4 * EXPERT + TABLE + 6
     assert first < last
     short = rank_memory(make(pipeline=2, pack_tokens=8), 2)
-    assert (short.weights, short.logits) == (4 * last, 8 * 8 * 20)
+    assert (short.weights, short.head) == (4 * last, 8 * 8 * 20 + (8 * 8 + 20 * 4) * 6)
     # the first stage keeps the activations of two packs, which weigh more when packs are long
     long = rank_memory(make(pipeline=2, pack_tokens=100), 2)
-    assert (long.weights, long.logits) == (4 * first, 0)
-    parts = (long.weights, long.gradients, long.optimizer, long.activations, long.logits)
+    assert (long.weights, long.head) == (4 * first, 0)
+    parts = (long.weights, long.gradients, long.optimizer, long.activations, long.head)
     assert long.total == sum(parts)
 
 
@@ -229,5 +230,15 @@ def test_virtual_stages_keep_more_packs():
     assert activation_bytes(config, 0) == 100 * 4 * (2 + 1 / 2) * 2 * dense
 
 
-def test_logits_are_split_over_tensor_and_context():
-    assert logit_bytes(make(tensor=2, context=2)) == 8 * 100 * 20 / 4
+def test_the_output_layer_is_split_over_tensor_and_context():
+    config = make(tensor=2, context=2)
+    assert head_bytes(config) == 8 * 50 * 10 + (50 * 8 + 10 * 4) * 6
+    wide = config.model.model_copy(update={"vocab_size": 2 * HEAD_TILE, "dtype": "bf16"})
+    large = config.model_copy(update={"model": wide})
+    assert head_bytes(large) == 8 * HEAD_TILE + (50 * 6 + HEAD_TILE * 2) * 6  # never 8 * 50 V
+
+
+def test_the_tile_is_the_heads():
+    from megatron_rl.parallel.vocab_tiles import TILE
+
+    assert max(TILE.values()) == HEAD_TILE

@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_rl.models.vocabulary import NEVER, padded_vocabulary
+from megatron_rl.models.vocabulary import padded_vocabulary
+from megatron_rl.parallel.vocab_tiles import NEVER
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import build_tiny, random_prompts, tiny_config, tiny_engine
 

@@ -22,7 +22,6 @@ ARCHITECTURES = {
 def test_logprobs_equal_those_of_scoring_packed_sequences(architecture):
     from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
-    from megatron_rl.parallel.vocab_logprobs import vocab_logprobs
 
     config = tiny_config(model=ARCHITECTURES[architecture])
     groups, megatron_config, chunks = build_tiny(config)
@@ -38,7 +37,7 @@ def test_logprobs_equal_those_of_scoring_packed_sequences(architecture):
     placement = packed_placement([len(s) for s in sequences], len(row), row.device)
     with torch.no_grad():
         logits = forward_row(chunks[0], row, placement).squeeze(0)
-    scored, _ = vocab_logprobs(logits, row.roll(-1), 1.3, groups.tensor)
+    scored = (logits / 1.3).log_softmax(-1).gather(1, row.roll(-1)[:, None]).squeeze(1)
     start = 0
     for sequence, (prompt_length, logprobs) in zip(sequences, expected):
         part = scored[start + prompt_length - 1 : start + len(sequence) - 1]
