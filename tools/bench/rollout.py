@@ -15,7 +15,6 @@ way as well, a step through Megatron's modules.
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import tempfile
 import time
@@ -78,9 +77,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         _save_model(directory, SHAPES[arguments.device], LONGEST_PROMPT + arguments.tokens)
-        engines = {"built-in engine": _builtin(directory, arguments, modules=False)}
+        built = _built(directory, arguments)
+        engines = {"built-in engine": _builtin(*built, arguments, modules=False)}
         if arguments.modules:
-            engines["built-in, modules"] = _builtin(directory, arguments, modules=True)
+            engines["built-in, modules"] = _builtin(*built, arguments, modules=True)
         engines["transformers.generate"] = _transformers(directory, arguments)
         server = ServerProcess("127.0.0.1", Path(folder) / "vllm.log")
         try:
@@ -149,7 +149,6 @@ def _config(directory: Path, arguments: argparse.Namespace, **more: str) -> Conf
     return load_config(None, [f"--{name}={value}" for name, value in words.items()])
 
 
-@functools.cache
 def _built(directory: Path, arguments: argparse.Namespace) -> tuple[Any, ...]:
     """Configuration, groups, Megatron's configuration and chunks of the model."""
     from megatron_rl.device.launch import read_launch
@@ -171,9 +170,15 @@ def _built(directory: Path, arguments: argparse.Namespace) -> tuple[Any, ...]:
     return config, groups, transformer, chunks
 
 
-def _builtin(directory: Path, arguments: argparse.Namespace, *, modules: bool) -> Engine:
-    config, groups, transformer, chunks = _built(directory, arguments)
-
+def _builtin(
+    config: Config,
+    groups: Any,
+    transformer: Any,
+    chunks: list,
+    arguments: argparse.Namespace,
+    *,
+    modules: bool,
+) -> Engine:
     from megatron_rl.records import Prompt
     from megatron_rl.rollout.builtin.generate import BuiltinEngine
     from megatron_rl.rollout.builtin.plain.plan import Plan

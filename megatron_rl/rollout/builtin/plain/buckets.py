@@ -8,6 +8,10 @@ from dataclasses import dataclass
 COMPACT_BELOW = 0.9
 
 
+#: Rows of similar length that read the cache together (not captured), at least.
+PART_ROWS = 64
+
+
 @dataclass(frozen=True)
 class Buckets:
     """Rows and lengths are rounded up. With few buckets there are few CUDA graphs to capture; where
@@ -32,6 +36,10 @@ class Buckets:
         """
         unit = max(64, 1 << max(count.bit_length() - 3, 0)) if self.captured else 16
         return min(_up(count, unit), _up(most, 8))
+
+    def parts(self, rows: int) -> int:
+        """Parts of the rows, each of which reads the cache up to its own longest row."""
+        return 1 if self.captured else min(max(rows // PART_ROWS, 1), 4)
 
     def capacity(self, count: int, most: int) -> int:
         """The positions that a cache should have where ``count`` are in use: half as many again or

@@ -129,7 +129,7 @@ class Decoding:
         cache: Cache,
         positions: torch.Tensor,
         rotations: Rotations,
-        length: int,
+        parts: Sequence[tuple[slice, int]],
         value_width: int,
     ) -> None:
         """
@@ -137,16 +137,17 @@ class Decoding:
             cache: of R rows or more.
             positions: int64 [R], of the new tokens.
             rotations: cos and sin of these positions.
-            length: how many positions of the cache are read; above all ``positions``.
+            parts: consecutive rows, and how many positions of the cache are read of them: above all
+                of theirs.
             value_width: columns of a key that are its value, where the cache has no values.
         """
         self.cos, self.sin = rotations
-        self._cache, self._length, self._value_width = cache, length, value_width
-        self._rows = len(positions)
-        columns = torch.arange(length, device=positions.device)
-        self._mask = (columns <= positions[:, None])[:, None, None]
+        self._cache, self._value_width = cache, value_width
+        columns = torch.arange(max(length for _, length in parts), device=positions.device)
+        mask = (columns <= positions[:, None])[:, None, None]
+        self._parts = [(rows, length, mask[rows, :, :, :length]) for rows, length in parts]
         groups = cache.keys[0].shape[1]
-        pairs = torch.arange(self._rows * groups, device=positions.device).view(-1, groups)
+        pairs = torch.arange(len(positions) * groups, device=positions.device).view(-1, groups)
         self._index = (pairs * cache.capacity + positions[:, None]).flatten()
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:  # noqa: D102
@@ -159,8 +160,13 @@ class Decoding:
     def attend(  # noqa: D102
         self, layer: int, query: torch.Tensor, key: object, value: object, scale: float
     ) -> torch.Tensor:
-        keys = self._cache.keys[layer][: self._rows, :, : self._length]
-        values = self._cache.values[layer][: self._rows, :, : self._length]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         if not values.shape[-1]:
             values = keys[..., : self._value_width]
-        return dot_product_attention(query, keys, values, scale, mask=self._mask)
+        outputs = [
+            dot_product_attention(
+                query[rows], keys[rows, :, :length], values[rows, :, :length], scale, mask=mask
+            )
+            for rows, length, mask in self._parts
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

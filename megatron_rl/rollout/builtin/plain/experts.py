@@ -14,12 +14,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rl.models.experts import grouped_mm
 from megatron_rl.rollout.builtin.plain.weights import Dense, Mixture
 
-#: On a CPU all experts see all tokens where that is at most this many times the work of the chosen
-#: ones: one product over a few rows costs little more than the reading of the weights.
-DENSE_WORK = 4.0
-#: ... and where an expert would have fewer than this many tokens of its own, on average.
-DENSE_ROWS = 16.0
-
 
 @dataclass(frozen=True)
 class Routing:
@@ -102,10 +96,7 @@ def mixture(
     """
     logits = F.linear(x.float(), weights.router.float())
     ids, probs = choose(logits, weights.bias, routing)
-    if x.device.type == "cpu" and _all_see_all(len(x), len(weights.up), logits.shape[1], routing):
-        output = _everywhere(x, ids, probs, weights, logits.shape[1])
-    else:
-        output = _sorted(x, ids, probs, weights)
+    output = _experts(x, ids, probs, weights)
     if weights.shared is not None:
         shared = swiglu(x, weights.shared)
         if weights.shared_gate is not None:
@@ -114,40 +105,27 @@ def mixture(
     return output, ids
 
 
-def _all_see_all(tokens: int, held: int, experts: int, routing: Routing) -> bool:
-    own = tokens * routing.top_k / experts
-    return held > 0 and own < DENSE_ROWS and experts / routing.top_k <= DENSE_WORK
-
-
-def _everywhere(
-    x: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor, weights: Mixture, experts: int
-) -> torch.Tensor:
-    """All experts held here on all tokens; those that were not chosen have weight zero."""
-    held = len(weights.up)
-    gates = probs.new_zeros(len(x), experts).scatter_(1, ids, probs)
-    gates = gates[:, weights.first : weights.first + held]
-    inner = torch.bmm(x.expand(held, *x.shape), weights.up.transpose(1, 2))
-    gate, up = inner.chunk(2, dim=-1)
-    inner = (F.silu(gate) * up * gates.T[..., None]).to(x.dtype)
-    return torch.bmm(inner, weights.down.transpose(1, 2)).sum(0)
-
-
-def _sorted(
+def _experts(
     x: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor, weights: Mixture
 ) -> torch.Tensor:
-    """Each expert on its tokens: two grouped products over the pairs sorted by expert. Pairs of
-    experts held elsewhere come last, behind the last group, and count as zero.
+    """Each expert held here on its tokens: two grouped products over the pairs of a token and an
+    expert, sorted by expert. Nothing waits for the device.
     """
-    held, (num_tokens, top_k) = len(weights.up), ids.shape
-    local = (ids - weights.first).flatten()
-    elsewhere = (local < 0) | (local >= held)
-    local = local.masked_fill(elsewhere, held)
-    order = local.argsort()
-    of_each = torch.arange(held, device=x.device)
-    ends = torch.searchsorted(local[order], of_each, right=True, out_int32=True)
-    gate, up = grouped_mm(x[order // top_k], weights.up, ends).chunk(2, dim=-1)
-    inner = (F.silu(gate) * up * probs.flatten()[order, None]).to(x.dtype)
-    sums = grouped_mm(inner, weights.down, ends)
-    pairs = torch.empty_like(sums).index_copy_(0, order, sums)
-    pairs = pairs.masked_fill(elsewhere[:, None], 0.0)  # no group: they hold anything
-    return pairs.view(num_tokens, top_k, -1).sum(1)
+    held, top_k = len(weights.up), ids.shape[1]
+    local = ids.flatten() - weights.first
+    all_held = held == len(weights.router)
+    if not all_held:  # the others' pairs come last, behind the last group
+        local = torch.where((local >= 0) & (local < held), local, held)
+    local, order = local.sort()
+    of_experts = torch.arange(held, device=x.device)
+    ends = torch.searchsorted(local, of_experts, right=True, out_int32=True)
+    gate, up = grouped_mm(x.index_select(0, order // top_k), weights.up, ends).chunk(2, dim=-1)
+    scale = probs.flatten().index_select(0, order)[:, None]
+    inner = F.silu(gate).mul_(up).mul(scale).to(x.dtype)
+    pairs = grouped_mm(inner, weights.down, ends)
+    if not all_held:  # of no group: they hold anything
+        pairs = pairs.masked_fill(local[:, None] == held, 0.0)
+    places = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=x.device)
+    )
+    return F.embedding_bag(places.view(-1, top_k), pairs, mode="sum")

@@ -55,7 +55,12 @@ class PlainModel:
         return cos[positions][:, None], sin[positions][:, None]
 
     def forward(
-        self, tokens: torch.Tensor, place: Place, last: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        place: Place,
+        last: torch.Tensor | None = None,
+        *,
+        all_ids: bool = True,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """One pass through all pipeline stages.
 
@@ -63,44 +68,67 @@ class PlainModel:
             tokens: int64 [T], the same on all ranks of the model.
             place: where they stand.
             last: int64 [n], the tokens whose logits are wanted; None: all.
+            all_ids: False: the last layer's experts may be those of ``last`` only.
 
         Returns:
             Logits [n, V] on the last pipeline stage, None on the others; and the experts of the
             tokens, int64 [T, K] of each MoE layer of this rank.
         """
-        pipeline = self.groups.pipeline
-        stage, stages = pipeline.rank(), pipeline.size()
+        stages = self.groups.pipeline.size() * len(self.chunks)
         ids: list[torch.Tensor] = []
-        logits, first = None, 0
+        logits, layers_before = None, 0
         for number, chunk in enumerate(self.chunks):
-            if chunk.embedding is not None and stage == 0 and number == 0:
+            stage = self.groups.pipeline.rank() + number * self.groups.pipeline.size()
+            if stage == 0:
+                assert chunk.embedding is not None, "the first chunk"
                 hidden = self._embedded(tokens, chunk.embedding)
             else:
-                hidden = torch.empty(
-                    len(tokens), self.hidden_size, dtype=self.dtype, device=tokens.device
-                )
-                source = dist.get_global_rank(pipeline, (stage - 1) % stages)
-                dist.recv(hidden, src=source, group=pipeline)
-            for place_of_layer, layer in enumerate(chunk.layers, start=first):
-                hidden = self._layer(hidden, layer, place, place_of_layer, ids)
-            first += len(chunk.layers)
-            if stage == stages - 1 and number == len(self.chunks) - 1:
-                logits = self._logits(hidden if last is None else hidden[last], chunk)
+                hidden = self._received(len(tokens))
+            is_last = stage == stages - 1
+            # Of the last layer only keys and values are wanted of the other tokens.
+            early = last if is_last and chunk.layers and not all_ids else None
+            for place_in_rank, layer in enumerate(chunk.layers, start=layers_before):
+                keep = early if layer is chunk.layers[-1] else None
+                hidden = self._layer(hidden, layer, place, place_in_rank, ids, keep)
+            layers_before += len(chunk.layers)
+            if is_last:
+                select = last is not None and early is None
+                logits = self._logits(hidden[last] if select else hidden, chunk)
             else:
-                target = dist.get_global_rank(pipeline, (stage + 1) % stages)
-                dist.send(hidden, dst=target, group=pipeline)
+                self._send(hidden)
         return logits, ids
 
+    def _received(self, num_tokens: int) -> torch.Tensor:
+        pipeline = self.groups.pipeline
+        hidden = torch.empty(num_tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        source = (pipeline.rank() - 1) % pipeline.size()
+        dist.recv(hidden, src=dist.get_global_rank(pipeline, source), group=pipeline)
+        return hidden
+
+    def _send(self, hidden: torch.Tensor) -> None:
+        pipeline = self.groups.pipeline
+        target = (pipeline.rank() + 1) % pipeline.size()
+        dist.send(hidden, dst=dist.get_global_rank(pipeline, target), group=pipeline)
+
     def _layer(
-        self, x: torch.Tensor, layer: Layer, place: Place, number: int, ids: list[torch.Tensor]
+        self,
+        x: torch.Tensor,
+        layer: Layer,
+        place: Place,
+        number: int,
+        ids: list[torch.Tensor],
+        keep: torch.Tensor | None,
     ) -> torch.Tensor:
-        """A transformer layer: [T, D] -> [T, D]; appends the experts of the tokens to ``ids``."""
+        """A transformer layer, number ``number`` of this rank: [T, D] -> [T, D], or of the tokens
+        ``keep`` only. Appends their experts to ``ids``.
+        """
         inside = self._normalised(x, layer.attention_norm)
         if isinstance(layer.attention, GroupedAttention):
             attended = grouped(inside, layer.attention, place, number, self.heads)
         else:
             attended = latent(inside, layer.attention, place, number, self.heads)
         x = x + self._summed(attended)
+        x = x if keep is None else x[keep]
         inside = self._normalised(x, layer.mlp_norm)
         if isinstance(layer.feed_forward, Dense):
             return x + self._summed(swiglu(inside, layer.feed_forward))

@@ -45,24 +45,25 @@ class PlainDecoder:
             buckets: the numbers of rows and the lengths that occur.
             steps: runs a step, captured or not.
         """
-        self._model, self._plan, self._routes = model, plan, routes
+        self._model, self._routes = model, routes
         self._buckets, self._steps = buckets, steps
-        self._settings = plan.settings
+        self._settings, self._stop_ids = plan.settings, plan.stop_ids
+        self._prompts = _Sorted(plan.batch.prompts, plan.batch.prompt_of)
         device, num_rows = model.device, len(plan.lengths)
-        self._longest, self._num_rows = plan.longest, num_rows
-        room = max(buckets.rows(num_rows, num_rows), 1)
+        self._num_rows, order = num_rows, self._prompts.rows
+        room = max(num_rows, 1)
         # The last row of the results takes what is drawn for places without a row.
         shape = (num_rows + 1, plan.settings.max_new_tokens)
         self._tokens_out = torch.zeros(shape, dtype=torch.int64, device=device)
         self._logprobs_out = torch.zeros(shape, dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        make = lambda values, dtype, fill=0: _padded(values, room, dtype, fill).to(device)  # noqa: E731
-        self._numbers = make(np.arange(num_rows), torch.int64, num_rows)
-        self._positions = make(plan.lengths, torch.int64)
-        self._limits = make(plan.limits, torch.int64)
-        self._finished = make(np.zeros(num_rows), torch.bool, 1)
-        self._tokens = make(np.zeros(num_rows), torch.int64)
-        self._uniforms = make(plan.uniforms(), torch.float64)
+        make = lambda values: torch.as_tensor(values).to(device)  # noqa: E731
+        self._numbers, self._positions = make(order), make(plan.lengths[order])
+        self._limits, self._uniforms = make(plan.limits[order]), make(plan.uniforms()[order])
+        self._finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        #: int64 [R], of the rows' newest tokens; rows that have finished may have been passed by
+        self._reached = plan.lengths[order] - 1
         self._most = plan.longest + plan.settings.max_new_tokens
         capacity = buckets.capacity(plan.longest + 1, self._most)
         like = torch.empty(0, dtype=model.dtype, device=device)
@@ -85,13 +86,26 @@ class PlainDecoder:
     def advance(self) -> None:  # noqa: D102
         if not self._num_rows:
             return
+        self._reached += 1
         rows = self._buckets.rows(self._num_rows, len(self._numbers))
-        length = self._buckets.length(self._longest + 1, self._most)
+        parts = self._parts(rows)
+        length = max(length for _, length in parts)
         if length > self._cache.capacity:
             self._cache.grow(self._buckets.capacity(length, self._most))
             self._steps.forget()
-        self._steps.run((rows, length), lambda: self._advance(rows, length))
-        self._longest += 1
+        self._steps.run((rows, length), lambda: self._advance(rows, parts))
+
+    def _parts(self, rows: int) -> list[tuple[slice, int]]:
+        """Consecutive rows, and how many positions of the cache are read of them."""
+        count = self._buckets.parts(rows)
+        bounds = [rows * part // count for part in range(count + 1)]
+        longest = [
+            int(self._reached[first:end].max()) + 1 for first, end in zip(bounds, bounds[1:])
+        ]
+        return [
+            (slice(first, end), self._buckets.length(most, self._most))
+            for first, end, most in zip(bounds, bounds[1:], longest)
+        ]
 
     @torch.inference_mode()
     def unfinished(self) -> tuple[int, int]:  # noqa: D102
@@ -111,6 +125,7 @@ class PlainDecoder:
         self._cache.move(movers, holes)
         for tensor in self._row_tensors():
             tensor[holes] = tensor[movers]
+        self._reached[holes.cpu().numpy()] = self._reached[movers.cpu().numpy()]
         # What is drawn behind them from now on is nobody's.
         self._numbers[unfinished:] = len(self._tokens_out) - 1
         self._finished[unfinished:] = True
@@ -118,20 +133,20 @@ class PlainDecoder:
 
     def routes(self, lengths: list[int]) -> list[RoutedExperts]:  # noqa: D102
         assert self._routes is not None, "they were wanted"
-        return self._routes.take(self._plan.batch.prompt_of, lengths)
+        return self._routes.take(self._prompts.prompt_of_row, lengths)
 
     def _row_tensors(self) -> Sequence[torch.Tensor]:
         state = (self._numbers, self._positions, self._limits, self._finished, self._tokens)
         return (*state, self._uniforms)
 
-    def _advance(self, rows: int, length: int) -> None:
+    def _advance(self, rows: int, parts: list[tuple[slice, int]]) -> None:
         """One step of the first ``rows``: feed their tokens, draw the next."""
         positions = self._positions[:rows]
         place = Decoding(
             self._cache,
             positions,
             self._model.rotations(positions),
-            length,
+            parts,
             self._model.heads.latent,
         )
         logits, ids = self._model.forward(self._tokens[:rows], place)
@@ -152,17 +167,16 @@ class PlainDecoder:
         places = self._numbers[:rows] * self._settings.max_new_tokens + self._step
         self._tokens_out.view(-1).index_copy_(0, places, drawn)
         self._logprobs_out.view(-1).index_copy_(0, places, logprobs)
-        finished.logical_or_(self._plan.ends(drawn))
+        finished.logical_or_((drawn[:, None] == self._stop_ids).any(dim=1))
         finished.logical_or_(self._limits[:rows] <= self._step + 1)
 
     def _prefill(self) -> torch.Tensor | None:
         """Fill the rows' cache; the logits at their prompts' last tokens [R, V], or None before the
         last pipeline stage.
         """
-        batch = self._plan.batch
-        prompt_of = np.asarray(batch.prompt_of)
+        prompts, prompt_of = self._prompts.prompts, self._prompts.prompt_of
         logits, first = [], 0
-        for packed in split_by_tokens(batch.prompts, decoder.PREFILL_TOKENS):
+        for packed in split_by_tokens(prompts, decoder.PREFILL_TOKENS):
             end = first + len(packed)
             begin_row, end_row = np.searchsorted(prompt_of, [first, end])
             of_rows = prompt_of[begin_row:end_row] - first
@@ -190,7 +204,9 @@ class PlainDecoder:
             self._tensor((ends - lengths)[of_rows, None] + column),
         )
         tokens = self._tensor(np.concatenate([prompt.tokens for prompt in prompts]))
-        logits, ids = self._model.forward(tokens, place, self._tensor(ends - 1))
+        logits, ids = self._model.forward(
+            tokens, place, self._tensor(ends - 1), all_ids=self._routes is not None
+        )
         if self._routes is not None:
             self._routes.add_prompts(ids, lengths.tolist())
         return logits
@@ -201,11 +217,19 @@ class PlainDecoder:
         )
 
 
-def _padded(
-    values: np.ndarray | torch.Tensor, room: int, dtype: torch.dtype, fill: int
-) -> torch.Tensor:
-    """The values [R, ...] and behind them places of ``fill``: [room, ...]."""
-    values = torch.as_tensor(values)
-    padded = torch.full((room, *values.shape[1:]), fill, dtype=dtype)
-    padded[: len(values)] = values
-    return padded
+class _Sorted:
+    """Prompts and their rows with the longest first, so that rows side by side are of similar
+    length.
+    """
+
+    def __init__(self, prompts: list[Prompt], prompt_of: list[int]) -> None:
+        lengths = np.array([len(prompt.tokens) for prompt in prompts], dtype=np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        places = np.argsort(order)  # of the prompts, in the new order
+        #: of each row of the batch its prompt, in the new order
+        self.prompt_of_row = places[np.asarray(prompt_of, dtype=np.int64)].tolist()
+        #: the rows of the batch, in the new order
+        self.rows = np.argsort(self.prompt_of_row, kind="stable").astype(np.int64)
+        self.prompts = [prompts[number] for number in order]
+        #: int64 [R], the prompt of each row, both in the new order
+        self.prompt_of = np.array(self.prompt_of_row, dtype=np.int64)[self.rows]
