@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Collection, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch

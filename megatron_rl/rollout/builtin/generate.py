@@ -93,9 +93,7 @@ class BuiltinEngine(WholeAnswers):
         self._stop_ids = self._tensor(sorted(stop_ids))
         self._capture = capture
         self._stop = stop
-        self.plan = plan or plan_of(
-            transformer_config, groups, self._device, spare_bytes(), chunks
-        )
+        self.plan = plan or plan_of(transformer_config, groups, self._device, spare_bytes(), chunks)
         self._config = transformer_config
         alone = self.plan.is_plain  # ranks that share experts do not meet while they decode
         self._ranks = RankSync(groups, transformer_config, self._device, alone=alone)

@@ -125,7 +125,5 @@ def _experts(
     pairs = grouped_mm(inner, weights.down, ends)
     if not all_held:  # of no group: they hold anything
         pairs = pairs.masked_fill(local[:, None] == held, 0.0)
-    places = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=x.device)
-    )
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     return F.embedding_bag(places.view(-1, top_k), pairs, mode="sum")

@@ -6,7 +6,6 @@ Legend: T tokens, D hidden size, V rows of the vocabulary of the whole model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 import torch.distributed as dist

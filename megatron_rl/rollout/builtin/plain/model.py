@@ -45,9 +45,7 @@ def plain_model(chunks: Sequence[Chunk], groups: Groups, plan: Plan, longest: in
     )
 
 
-def _weights(
-    chunk: Chunk, config: TransformerConfig, groups: Groups, plan: Plan
-) -> ChunkWeights:
+def _weights(chunk: Chunk, config: TransformerConfig, groups: Groups, plan: Plan) -> ChunkWeights:
     experts = config.num_moe_experts
     if not experts:
         return chunk_weights(chunk, 0)
