@@ -8,8 +8,8 @@ One model of random weights (qwen3_moe: 4 layers, hidden 256, 16 experts, top-4,
 layers, hidden 1024, 32 experts, bf16), the same prompts of 8 to 48 tokens for all, answers of a
 fixed length sampled at temperature 1. The three take turns, round by round, so that other load on
 the machine affects all; they have equally many threads. Without an interpreter with vLLM
-(tools/setup_vllm_venv.sh makes one) vLLM is left out. --modules measures the built-in engine's other
-way as well, a step through Megatron's modules.
+(tools/setup_vllm_venv.sh makes one) vLLM is left out. --modules also measures the built-in engine's
+other way, a step through Megatron's modules.
 """
 
 from __future__ import annotations

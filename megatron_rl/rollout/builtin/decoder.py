@@ -20,8 +20,13 @@ PREFILL_TOKENS = 4096
 class Decoder(Protocol):
     """The rows of a batch while they are decoded. Legend: R rows, N longest answer."""
 
-    tokens_out: torch.Tensor  #: int64 [R, N], anything behind an answer's end
-    logprobs_out: torch.Tensor  #: fp32 [R, N], of these tokens
+    @property
+    def tokens_out(self) -> torch.Tensor:
+        """int64 [R, N], anything behind an answer's end."""
+
+    @property
+    def logprobs_out(self) -> torch.Tensor:
+        """fp32 [R, N], of these tokens."""
 
     def begin(self) -> None:
         """Prefill the prompts and draw the first token of each row."""

@@ -27,7 +27,13 @@ from megatron_rl.rollout.builtin.plain.buckets import Buckets
 from megatron_rl.rollout.builtin.plain.forward import PlainModel
 from megatron_rl.rollout.builtin.plain.graphs import CapturedSteps, Steps
 from megatron_rl.rollout.builtin.plain.model import plain_model
-from megatron_rl.rollout.builtin.plain.plan import Plan, plan_of, spare_bytes
+from megatron_rl.rollout.builtin.plain.plan import (
+    Plan,
+    plan_of,
+    spare_bytes,
+    unknown_module,
+    unknown_weight,
+)
 from megatron_rl.rollout.builtin.plain.step import PlainDecoder
 from megatron_rl.rollout.builtin.rank_sync import RankSync
 from megatron_rl.rollout.builtin.routes import RouteLog, Routes
@@ -39,7 +45,10 @@ LOOK_EVERY = 8
 
 
 def builtin_engine(parts: EngineParts) -> BuiltinEngine:
-    """The engine ``builtin`` of a run."""
+    """The engine ``builtin`` of a run. A collective."""
+    found = unknown_module(parts.chunks) or unknown_weight(parts.chunks)
+    if found is not None:  # the run summary knows the options only
+        parts.warn(f"answers are decoded through Megatron's modules: {found}")
     return BuiltinEngine(
         parts.chunks,
         parts.groups,

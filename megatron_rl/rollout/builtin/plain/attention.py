@@ -119,7 +119,7 @@ def latent(
     if heads.absorbed and place.decoding:
         wide = torch.einsum("thn,hnr->thr", query_plain, up[:, :plain])
         wide = torch.cat([wide, query_turned], dim=-1)[:, None]
-        output = place.attend(layer, wide, None, None, heads.scale)[:, 0]
+        output = place.attend(layer, wide, wide, wide, heads.scale)[:, 0]
         output = torch.einsum("thr,hvr->thv", output, up[:, plain:])
     else:
         both = F.linear(latents, weights.latent_up).view(len(x), -1, plain + heads.value)

@@ -72,8 +72,8 @@ class Place(Protocol):
     ) -> torch.Tensor:
         """Causal attention of [T, G, H / G, d] queries -> [T, G, H / G, width of a value].
 
-        Keys and values are the tokens' own. While decoding they are None, those of the cache count:
-        of keys that have no values the first columns, see `Decoding`.
+        Keys and values are the tokens' own. While decoding those of the cache count: of keys
+        that have no values the first columns, see `Decoding`.
         """
 
 
@@ -158,7 +158,7 @@ class Decoding:
                 flat.index_copy_(0, self._index, tensor.reshape(-1, width))
 
     def attend(  # noqa: D102
-        self, layer: int, query: torch.Tensor, key: object, value: object, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         if not values.shape[-1]:

@@ -1,4 +1,4 @@
-"""From a model's chunks to a `PlainModel`, made anew for each rollout: nothing in it can be stale."""
+"""From a model's chunks to a `PlainModel`, made anew for each rollout: nothing in it is stale."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ COMPUTED = frozenset(
     }
 )  # fmt: skip
 #: Options that change nothing in a forward pass of a model in evaluation mode: those of training
-#: (dropout, losses, initial values, recomputation, gradients), of the schedule and of fused kernels.
+#: (dropout, losses, initial values, recomputation, gradients), of schedules and of fused kernels.
 WITHOUT_EFFECT = frozenset(
     {
         "use_cpu_initialization", "perform_initialization", "init_method", "init_method_std",
@@ -111,10 +111,10 @@ class Plan:
         return self.reason is None
 
     def text(self) -> str:
-        """For the run summary."""
+        """For the run summary; empty if there is nothing to say."""
         if self.reason is not None:
             return f"through Megatron's modules: {self.reason}"
-        return "every rank with copies of all experts" if self.gathers else "plain functions"
+        return "by each rank alone, with copies of all experts" if self.gathers else ""
 
 
 def plan_of(
