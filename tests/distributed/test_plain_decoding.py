@@ -29,7 +29,9 @@ def compared(parallel, model):
     modules = tiny_engine(config, *built, max_batch=8, plan=Plan("the test compares"))
     assert engine.plan.is_plain, engine.plan
     data = 1 if "expert" in parallel and "tensor" not in parallel else 2
-    own = random_prompts(LENGTHS)[dist.get_rank() % 2 :: 2] if data == 1 else random_prompts(LENGTHS)
+    own = (
+        random_prompts(LENGTHS)[dist.get_rank() % 2 :: 2] if data == 1 else random_prompts(LENGTHS)
+    )
 
     def answers(one):
         groups = one.generate(own, SETTINGS)

@@ -47,7 +47,7 @@ class PlainDecoder:
         """
         self._model, self._routes = model, routes
         self._buckets, self._steps = buckets, steps
-        self._settings, self._stop_ids = plan.settings, plan.stop_ids
+        self._settings, self._ends = plan.settings, plan.ends
         self._prompts = _Sorted(plan.batch.prompts, plan.batch.prompt_of)
         device, num_rows = model.device, len(plan.lengths)
         self._num_rows, order = num_rows, self._prompts.rows
@@ -167,7 +167,7 @@ class PlainDecoder:
         places = self._numbers[:rows] * self._settings.max_new_tokens + self._step
         self._tokens_out.view(-1).index_copy_(0, places, drawn)
         self._logprobs_out.view(-1).index_copy_(0, places, logprobs)
-        finished.logical_or_((drawn[:, None] == self._stop_ids).any(dim=1))
+        finished.logical_or_(self._ends(drawn))
         finished.logical_or_(self._limits[:rows] <= self._step + 1)
 
     def _prefill(self) -> torch.Tensor | None:

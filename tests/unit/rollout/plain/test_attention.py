@@ -45,9 +45,7 @@ def slow_latent(x, weights, scale, epsilon):
         query = (x[-1] @ weights.query.T).view(HEADS, -1)[head]
         up = weights.latent_up.view(HEADS, -1, RANK)[head]
         query = torch.cat([query[:PLAIN], turned(query[PLAIN:], n - 1)])
-        keys = [
-            torch.cat([up[:PLAIN] @ latents[t], turned(down[t, RANK:], t)]) for t in range(n)
-        ]
+        keys = [torch.cat([up[:PLAIN] @ latents[t], turned(down[t, RANK:], t)]) for t in range(n)]
         shares = torch.softmax(torch.stack(keys) @ query * scale, 0)
         outputs.append(shares @ torch.stack([up[PLAIN:] @ latents[t] for t in range(n)]))
     return weights.out @ torch.cat(outputs)

@@ -115,7 +115,6 @@ def add_buffer(chunk):
     chunk.decoder.layers[0].register_buffer("temperature", torch.ones(1))
 
 
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
