@@ -28,10 +28,9 @@ def compared(parallel, model):
     engine = tiny_engine(config, *built, max_batch=8)
     modules = tiny_engine(config, *built, max_batch=8, plan=Plan("the test compares"))
     assert engine.plan.is_plain, engine.plan
-    data = 1 if "expert" in parallel and "tensor" not in parallel else 2
-    own = (
-        random_prompts(LENGTHS)[dist.get_rank() % 2 :: 2] if data == 1 else random_prompts(LENGTHS)
-    )
+    own = random_prompts(LENGTHS)
+    if parallel == {"expert": 2}:  # each rank has prompts of its own
+        own = own[dist.get_rank() :: 2]
 
     def answers(one):
         groups = one.generate(own, SETTINGS)
