@@ -9,12 +9,14 @@ layers, hidden 1024, 32 experts, bf16), the same prompts of 8 to 48 tokens for a
 fixed length sampled at temperature 1. The three take turns, round by round, so that other load on
 the machine affects all; they have equally many threads. Without an interpreter with vLLM
 (tools/setup_vllm_venv.sh makes one) vLLM is left out. --modules also measures the built-in engine's
-other way, a step through Megatron's modules.
+other way, a step through Megatron's modules. --processor counts processor time, for machines that
+others use too; with one thread, since threads that wait for each other count.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from typing import Any, Callable
 
 import httpx
 import numpy as np
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +68,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processor", action="store_true", help="per second of processor time")
     parser.add_argument("--modules", action="store_true", help="also through Megatron's modules")
     parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
     arguments = parser.parse_args()
@@ -88,12 +92,15 @@ def main() -> int:
                 engines["vLLM server"] = _vllm(server, directory, arguments)
             print(
                 f"answers of {arguments.tokens} tokens, {DTYPES[arguments.device][0]} on "
-                f"{arguments.device}, {arguments.threads} threads; tokens/s, median (range) of "
+                f"{arguments.device}, {arguments.threads} threads; tokens/s"
+                f"{' of processor time' if arguments.processor else ''}, median (range) of "
                 f"{arguments.rounds} rounds in turns"
             )
+            clock = functools.partial(_processor_s, server)
             for count in arguments.prompts:
                 rounds = {name: engine(prompts[:count]) for name, engine in engines.items()}
-                _show(count, _take_turns(rounds, arguments.rounds))
+                now = clock if arguments.processor else time.perf_counter
+                _show(count, _take_turns(rounds, arguments.rounds, now))
         finally:
             server.stop()
     return 0
@@ -110,14 +117,27 @@ def _show(count: int, speeds: dict[str, list[float]]) -> None:
         print(ROW.format(count, name, text, f"{ours / np.median(values):.2f}"), flush=True)
 
 
-def _take_turns(rounds: dict[str, Round], count: int) -> dict[str, list[float]]:
+def _processor_s(server: ServerProcess) -> float:
+    """Seconds of processor time of this process and of the server's processes."""
+    used = time.process_time()
+    if server.pid is not None:
+        process = psutil.Process(server.pid)
+        for one in (process, *process.children(recursive=True)):
+            times = one.cpu_times()
+            used += times.user + times.system
+    return used
+
+
+def _take_turns(
+    rounds: dict[str, Round], count: int, now: Callable[[], float]
+) -> dict[str, list[float]]:
     speeds: dict[str, list[float]] = {name: [] for name in rounds}
     for number in range(count + 1):
         for name, generate in rounds.items():
-            began = time.perf_counter()
+            began = now()
             made = generate()
             if number:  # the first is not counted
-                speeds[name].append(made / (time.perf_counter() - began))
+                speeds[name].append(made / (now() - began))
     return speeds
 
 
