@@ -27,19 +27,19 @@ def forward_compared(
     item: ScoredPack,
     telemetry: RouterTelemetry | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a chunk on a pack: its output, and on the last one the distance of all layers, [T_local].
+    """Run a chunk on a pack: its output, and on the last one the distance of all layers, [R_local].
 
     The distance is None on other chunks and without router shift. With routing replay the routers
     use the experts of the trace. The telemetry counts in every case.
     """
     pack, algorithm = item.pack, policy.config.algorithm
-    mask = tensor_slice(pack.shards.local(pack.mask), policy.groups.tensor)
+    weights = tensor_slice(pack.trained_rows, policy.groups.tensor)
     trace = None
     if item.traces:
         trace = on_device(item.traces[chunk], policy.device.torch_device)
     with (
         _replayed(policy, chunk, trace),
-        policy.capture.compare(chunk, trace, mask, telemetry) as distances,
+        policy.capture.compare(chunk, trace, weights, telemetry) as distances,
     ):
         output = forward_pack(model, pack)
     if not uses_router_shift(algorithm):
@@ -69,9 +69,10 @@ def gamma_of(
     """The weight gamma~ of a pack's tokens and the distance in its exponent, both [T]. A
     collective.
 
-    distance: [T_local], of all layers.
+    distance: [R_local], of all layers.
     """
     distance = pack.shards.whole(gather_first_dim(distance, policy.groups.tensor))
+    distance = pack.of_tokens(distance)
     layers = policy.relay.rule.divisor(policy.num_moe_layers)
     floor = policy.config.algorithm.router_shift.floor
     return shift_weight(distance, layers, floor), distance / layers

@@ -144,7 +144,7 @@ class RouterCapture:
         self,
         chunk: int,
         trace: RouterTrace | None,
-        mask: torch.Tensor,
+        weights: torch.Tensor,
         telemetry: RouterTelemetry | None,
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """Measure how far the routers in the pass inside are from the trace, token by token.
@@ -152,7 +152,7 @@ class RouterCapture:
         Args:
             chunk: index of the model chunk that runs.
             trace: of the same tokens, from `record`; None: measure no distance.
-            mask: bool [T_local], tokens that count in the telemetry.
+            weights: bool or int64 [T_local], how often each token counts in the telemetry.
             telemetry: receives the per-layer sums; None: nothing is counted.
 
         Yields:
@@ -163,7 +163,7 @@ class RouterCapture:
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
             if telemetry is not None:
-                telemetry.add_choice(number - 1, mask, _entropy(logits), routing_map)
+                telemetry.add_choice(number - 1, weights, _entropy(logits), routing_map)
             if trace is None:
                 return
             old = trace[number]
@@ -178,10 +178,10 @@ class RouterCapture:
             distances.append(distance)
             if telemetry is not None:
                 overlap = routing_map.gather(1, ids).float().mean(dim=1)
-                telemetry.add_shift(number - 1, mask, distance, overlap)
+                telemetry.add_shift(number - 1, weights, distance, overlap)
 
         def measured() -> torch.Tensor:
-            none = torch.zeros(0, len(mask), device=mask.device)
+            none = torch.zeros(0, len(weights), device=weights.device)
             return torch.stack(distances) if distances else none
 
         with self._pass([chunk], observe):
