@@ -59,6 +59,8 @@ def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list
     """
     groups: dict[object, list[int]] = {}
     for index, sample in enumerate(samples):
+        if routing is not None:
+            _check_routes(index, sample, routing)
         prompt = prompt_length(sample)
         key: object = index  # of its own
         if prompt:

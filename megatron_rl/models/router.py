@@ -23,7 +23,7 @@ class PackRouter(TopKRouter):
     padding mask.
 
     Where sequences share a prompt, each of its tokens counts once for every one of them (see
-    `PackMoELayer`), so all of these are as without sharing.
+    `count_tokens`), so all of these are as without sharing.
     """
 
     loss_scale: float | torch.Tensor = 1.0
@@ -95,31 +95,25 @@ class PackRouter(TopKRouter):
         super()._apply_expert_bias(routing_map)
 
 
-class PackMoELayer(MoELayer):
-    """Megatron's MoE layer, which takes token counts in the place of a padding mask as well."""
+def count_tokens(
+    layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook of Megatron's MoE layers: the padding mask may be token counts as well.
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args: Any,
-        padding_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """``padding_mask``: bool [1, T] or [1, T_local], True is padding; or int64, how many tokens
-        each stands for, 0 on padding.
-
-        The router gets its counts here, since a recomputed layer comes through here again.
-        """
-        self.router.counts = None
-        if padding_mask is not None and padding_mask.dtype != torch.bool:
-            counts = padding_mask.reshape(-1)
-            if len(counts) != len(hidden_states):
-                # Megatron cuts it for sequence parallelism on the first pipeline stage only.
-                group = self.router.tp_group
-                counts = counts.chunk(group.size())[group.rank()]
-            self.router.counts = counts
-            padding_mask = padding_mask == 0
-        return super().forward(hidden_states, *args, padding_mask=padding_mask, **kwargs)
+    ``padding_mask``: bool [1, T] or [1, T_local], True is padding; or int64, how many tokens each
+    stands for, 0 on padding. The router gets its counts here, since a layer that is recomputed
+    comes through here again.
+    """
+    mask, router = kwargs.get("padding_mask"), layer.router
+    router.counts = None
+    if mask is None or mask.dtype == torch.bool:
+        return args, kwargs
+    counts = mask.reshape(-1)
+    if len(counts) != len(args[0]):
+        # Megatron cuts it for sequence parallelism on the first pipeline stage only.
+        counts = counts.chunk(router.tp_group.size())[router.tp_group.rank()]
+    router.counts = counts
+    return args, {**kwargs, "padding_mask": mask == 0}
 
 
 def set_router_loss_scale(chunks: Iterable[torch.nn.Module], scale: float | torch.Tensor) -> None:

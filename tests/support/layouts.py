@@ -21,6 +21,7 @@ import numpy as np
 from megatron_rl.config.schema import Config
 from megatron_rl.records import Sample
 from tests.support.layout_cases import BF16_SEEDS, BF16_SIGMAS, BF16_SPREAD, Case
+from tests.support.layout_samples import in_turns, with_prompt
 from tests.support.ranks import forget_models, run_on_ranks
 
 #: Weights large enough that attention and routers are far from uniform.
@@ -88,7 +89,11 @@ def layout_config(case: Case) -> Config:
         model={**MODEL, **case.model},
         parallel=dict(case.parallel),
         device={"kind": case.device, "threads": 1},
-        data={"pack_tokens": 24 if case.one_per_pack else 48, "pack_multiple": 8},
+        data={
+            "pack_tokens": case.pack_tokens or (24 if case.one_per_pack else 48),
+            "pack_multiple": 8,
+            "share_prompts": case.share_prompts,
+        },
         algorithm={
             "name": "rspo",
             "mini_batches": MINI_BATCHES,
@@ -125,24 +130,8 @@ def rollout_batch(case: Case) -> list[Sample]:
                 logprobs=-rng.random(answer, dtype=np.float32),
             )
         )
-    return [in_turns(n, sample) for n, sample in enumerate(samples)] if case.turns else samples
-
-
-def in_turns(number: int, sample: Sample) -> Sample:
-    """The sample with another mask: turns of one to four tokens with others' text between them.
-
-    Every eighth has nothing that the policy wrote, and every eighth begins with the policy's words.
-    """
-    rng = np.random.default_rng(100 + number)
-    length = len(sample.tokens)
-    ends = np.cumsum(rng.integers(1, 5, length))
-    written = np.searchsorted(ends, np.arange(length), side="right") % 2 == (number % 8 == 1)
-    written = ~written if number % 8 != 2 else np.zeros(length, dtype=bool)
-    written[0] = number % 8 == 1
-    logprobs = np.where(written, -rng.random(length, dtype=np.float32), np.nan)
-    return dataclasses.replace(
-        sample, written=written, rollout_logprobs=logprobs.astype(np.float32)
-    )
+    samples = [in_turns(n, sample) for n, sample in enumerate(samples)] if case.turns else samples
+    return [with_prompt(s, samples[n - n % case.group]) for n, s in enumerate(samples)]
 
 
 def run_case(case: Case) -> Run:

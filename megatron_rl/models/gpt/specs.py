@@ -11,7 +11,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -32,7 +32,7 @@ from megatron_rl.models.attention import PackedAttention
 from megatron_rl.models.experts import GroupedExperts
 from megatron_rl.models.latent_attention import PackedLatentAttention
 from megatron_rl.models.norm import KeyNorm, QueryNorm, RMSNorm, norms_over_heads
-from megatron_rl.models.router import PackMoELayer, PackRouter
+from megatron_rl.models.router import PackRouter
 
 
 def block_spec(
@@ -129,7 +129,7 @@ def _dense_spec() -> ModuleSpec:
 
 def _moe_spec() -> ModuleSpec:
     return ModuleSpec(
-        module=PackMoELayer,
+        module=MoELayer,
         submodules=MoESubmodules(
             router=PackRouter,
             experts=ModuleSpec(module=GroupedExperts),
