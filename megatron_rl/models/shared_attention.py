@@ -132,9 +132,8 @@ class SharedPlacement(Placement):
             if bucket.mask is None:
                 output = causal_attention(q, k, v, scale)
             else:
-                heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-                output = dot_product_attention(*heads_first, scale, mask=bucket.mask)
-                output = output.transpose(1, 2)
+                q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+                output = dot_product_attention(q, k, v, scale, mask=bucket.mask).transpose(1, 2)
             outputs.append(output.flatten(0, 1))
         return out_of_buckets(torch.cat(outputs), self.query_places)
 

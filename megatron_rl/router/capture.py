@@ -108,14 +108,19 @@ class RouterCapture:
         trace: dict[int, LayerTrace] = {}
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
-            router = self._routers[chunk][number]
-            chosen = _chosen(routing_map, router.topk)
-            logprobs = score_logprobs(logits, chosen, router.score_function)
-            layer = LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
+            layer = self._layer_trace(chunk, number, logits, routing_map)
             trace[number] = layer.pinned() if store == "pinned" else layer
 
         with self._pass([chunk], observe):
             yield trace
+
+    def _layer_trace(
+        self, chunk: int, number: int, logits: torch.Tensor, routing_map: torch.Tensor
+    ) -> LayerTrace:
+        router = self._routers[chunk][number]
+        chosen = _chosen(routing_map, router.topk)
+        logprobs = score_logprobs(logits, chosen, router.score_function)
+        return LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
 
     @contextlib.contextmanager
     def record_routes(self) -> Iterator[dict[int, torch.Tensor]]:
@@ -146,6 +151,7 @@ class RouterCapture:
         trace: RouterTrace | None,
         weights: torch.Tensor,
         telemetry: RouterTelemetry | None,
+        own: dict[int, LayerTrace] | None = None,
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """Measure how far the routers in the pass inside are from the trace, token by token.
 
@@ -154,6 +160,8 @@ class RouterCapture:
             trace: of the same tokens, from `record`; None: measure no distance.
             weights: bool or int64 [T_local], how often each token counts in the telemetry.
             telemetry: receives the per-layer sums; None: nothing is counted.
+            own: receives the trace of this pass, which the pass is compared with: every distance is
+                0. None: compare with ``trace``.
 
         Yields:
             A function that gives `shift_distance` of each MoE layer of this chunk, ascending, fp32
@@ -164,9 +172,12 @@ class RouterCapture:
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
             if telemetry is not None:
                 telemetry.add_choice(number - 1, weights, _entropy(logits), routing_map)
-            if trace is None:
+            if own is not None:
+                own[number] = old = self._layer_trace(chunk, number, logits, routing_map)
+            elif trace is not None:
+                old = trace[number]
+            else:
                 return
-            old = trace[number]
             if len(old.expert_ids) != len(logits):
                 raise RouterError(
                     f"layer {number}: the trace holds {len(old.expert_ids)} tokens, "

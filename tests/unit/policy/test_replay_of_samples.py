@@ -57,7 +57,7 @@ def run(algorithm, change=None, updates=0, share_prompts="off"):
         items, seen = scored(policy, samples), []
         telemetry = RouterTelemetry(4, 8, torch.device("cpu"))
         for _ in range(updates):
-            _, seen = observed_update(policy, items, telemetry, update)
+            _, seen, _ = observed_update(policy, items, telemetry, update)
         return samples, items, seen, telemetry
 
 
