@@ -28,6 +28,7 @@ from tests.support.layout_cases import (
     VPP2,
     Case,
 )
+from tests.support.layout_parameters import parameters
 from tests.support.layouts import (
     References,
     compare,
@@ -107,13 +108,7 @@ def references() -> References:
     return References()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", parameters(CASES, QUICK))
 def test_a_layout_that_shares_prompts_trains_like_a_process_that_does_not(
     case: Case, references: References
 ):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from tests.support.layout_cases import CP2, EP2, FULL, LATENT, PP2, SIGMOID, TP2, VPP2, Case
+from tests.support.layout_parameters import parameters
 from tests.support.layouts import References, compare, run_case
 
 BATCH_MEAN = {"router_shift": {"floor": 0.05, "normalise": "batch_mean"}}
@@ -34,13 +35,7 @@ def references() -> References:
     return References()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", parameters(CASES, QUICK))
 def test_an_update_without_scores_is_the_same(case: Case, references: References):
     found = run_case(dataclasses.replace(case, scored=False))
     difference = compare(found, references.of(case))
