@@ -15,6 +15,10 @@ import numpy as np
 from megatron_rl.errors import UserError
 from megatron_rl.records import Sample, SharedRow
 
+#: The share of its rows that a group must save. Attention to a prompt takes a mask and not the
+#: causal kernel, so beside very long answers a short prompt would cost more than it saves.
+LEAST_GAIN = 1 / 32
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -51,7 +55,7 @@ def plan_trees(
     """Assign groups of sequences to packs: first-fit decreasing, of whole groups.
 
     A group that no pack can hold is cut into as few parts as a greedy choice gives, of which each
-    runs the prompt again. A group that sharing makes no shorter is taken apart.
+    runs the prompt again. A group that sharing makes no shorter, by `LEAST_GAIN`, is taken apart.
 
     Args:
         lengths: of all sequences.
@@ -91,7 +95,8 @@ def _parts(group: Tree, lengths: Sequence[int], pack_rows: int, multiple: int) -
         apart = [Tree((index,)) for index in sorted(chosen or left)]
         together = Tree(tuple(sorted(chosen)), group.prompt)
         least = sum(num_rows(each, lengths, multiple) for each in apart)
-        gains = bool(group.prompt and chosen) and num_rows(together, lengths, multiple) < least
+        saved = least - num_rows(together, lengths, multiple)
+        gains = bool(group.prompt and chosen) and saved >= max(1, LEAST_GAIN * least)
         parts.extend([together] if gains else apart)
         left = [index for index in left if index not in chosen] if chosen else []
     for part in parts:

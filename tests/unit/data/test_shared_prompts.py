@@ -84,6 +84,9 @@ def test_a_plan_by_hand():
     ]
     # 2 + 6 + 6 and 2 + 6: a group that is too long keeps sharing in its parts.
     assert plan_trees([8, 8, 8], [Tree((0, 1, 2), 2)], 14) == [[Tree((0, 1), 2)], [Tree((2,))]]
+    # 31 of 992 rows are saved, which is one in 32, and of one row more less than that.
+    assert plan_trees([496, 496], [Tree((0, 1), 31)], 992) == [[Tree((0, 1), 31)]]
+    assert plan_trees([497, 496], [Tree((0, 1), 31)], 993) == [[Tree((0,)), Tree((1,))]]
     with pytest.raises(UserError, match="sequence 1 of 9 tokens; a pack holds 8"):
         plan_trees([5, 9], [Tree((0, 1), 3)], 8)
 
