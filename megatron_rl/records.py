@@ -4,7 +4,8 @@ torch, no Megatron.
     Prompt -> RolloutGroup -> Sample -> Pack -> (scored, trained)
 
 Legend of shapes: T tokens of a pack, S sequences of a pack, M tokens of one sequence, P of them its
-prompt, N tokens of one completion, G completions of a prompt.
+prompt, N tokens of one completion, G completions of a prompt, R rows that the model runs on for a
+pack.
 """
 
 from __future__ import annotations
@@ -179,6 +180,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class SharedRow:
+    """What the model runs on for a pack whose sequences share prompts: R rows, a token each.
+
+    The rows are segments one behind the other, each padded to a multiple of the pack's
+    ``sequence_multiple``, then padding. A segment is a whole sequence, a prompt, or an answer that
+    continues a prompt's segment.
+    """
+
+    tokens: np.ndarray  #: int64 [R]
+    lengths: tuple[int, ...]  #: of the segments, in order, without padding
+    parents: tuple[int, ...]  #: of each segment the number of the prompt it continues; -1: none
+    places: np.ndarray  #: int64 [T], the row that stands for each token of the pack; 0 on padding
+
+
+@dataclass(frozen=True)
 class Pack:
     """Several sequences concatenated in a row of T tokens: one micro-batch.
 
@@ -187,6 +203,10 @@ class Pack:
     ``sequence_multiple`` tokens, and the row ends with padding. Padding belongs to no sequence. An
     empty pack (no sequence, all padding) is legal: it keeps the number of packs equal on every
     rank.
+
+    Where sequences share prompts the model runs on the fewer tokens of ``shared``. The pack itself
+    holds every sequence whole all the same, without padding between them, so that losses know
+    nothing of it.
     """
 
     tokens: np.ndarray  #: int64 [T]
@@ -198,7 +218,21 @@ class Pack:
     advantages: np.ndarray  #: float32 [T], the sequence's advantage at every position; 0 on padding
     rollout_logprobs: np.ndarray | None = None  #: float32 [T], 0 outside the mask
     sequence_multiple: int = 1  #: sequences begin at multiples of it
-    routed_experts: RoutedExperts | None = None  #: the sampler's, of T tokens; see `data.packing`
+    #: the sampler's, of T tokens, or of the R rows of ``shared``; see `data.packing`
+    routed_experts: RoutedExperts | None = None
+    shared: SharedRow | None = None  #: None: the model runs on ``tokens``
+
+    @property
+    def num_rows(self) -> int:
+        """Number of tokens that the model runs on, padding included."""
+        return len(self.tokens if self.shared is None else self.shared.tokens)
+
+    @property
+    def segments(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths and parents of the segments that the model runs on; see `SharedRow`."""
+        if self.shared is None:
+            return self.lengths, (-1,) * len(self.lengths)
+        return self.shared.lengths, self.shared.parents
 
     @property
     def num_tokens(self) -> int:

@@ -66,7 +66,20 @@ def prompts_have_one_form(config: Config) -> None:
             check_template(template, f"{field}.template")
 
 
+def prompts_can_be_shared(config: Config) -> None:
+    """``data.share_prompts`` is not on where the model is to have Transformer Engine's attention.
+
+    Where that depends on the machine, `models.build.shares_prompts` decides.
+    """
+    if config.data.share_prompts == "on" and config.model.transformer_engine:
+        raise UserError(
+            "data.share_prompts is on with model.transformer_engine true, whose attention cannot "
+            "share prompts; expected auto or off; leave data.share_prompts out"
+        )
+
+
 PROMPT_RULES: tuple[Callable[[Config], None], ...] = (
     prompts_have_one_form,
     template_variables_are_free,
+    prompts_can_be_shared,
 )

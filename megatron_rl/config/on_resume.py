@@ -31,8 +31,8 @@ max_sequence_length init_std transformer_engine fp32_head
 """.split()
 _DATA = """
 tokenizer.kind tokenizer.path tokenizer.trust_remote_code train eval prompt_key completion_key
-pack_tokens pack_multiple chat last_turn overlong template system answer_key chat_template_kwargs
-tools_key
+pack_tokens pack_multiple share_prompts chat last_turn overlong template system answer_key
+chat_template_kwargs tools_key
 """.split()
 _CHECKPOINT = "every asynchronous keep keep_best best_metric resume changed_data".split()
 

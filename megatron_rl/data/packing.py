@@ -5,13 +5,19 @@ Shapes: T tokens of a pack, S sequences of a pack, M tokens of one sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Sequence
 
 import numpy as np
 
 from megatron_rl.config.estimate import expert_id_bytes
-from megatron_rl.errors import UserError
+from megatron_rl.data.shared_prompts import (
+    Tree,
+    plan_trees,
+    prompt_length,
+    round_up,
+    shared_row,
+)
 from megatron_rl.records import Pack, RoutedExperts, Sample
 
 
@@ -24,34 +30,51 @@ class Routing:
     num_experts: int  #: E
 
 
-def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` (>= 1) that is not below n."""
-    return -(-n // multiple) * multiple
+def plan_packs(
+    samples: Sequence[Sample],
+    pack_tokens: int,
+    *,
+    sequence_multiple: int = 1,
+    routing: Routing | None = None,
+    share_prompts: bool = False,
+) -> list[list[Tree]]:
+    """Assign samples to packs: first-fit decreasing, see `plan_trees`.
 
-
-def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
-    """Assign sequences to packs: first-fit decreasing.
-
-    The longest sequence first, ties by index, each into the first pack with room. This needs at
-    most 11/9 of the least number of packs, plus 6/9 (Dosa 2007). Returns the indices of each pack
-    in ascending order; every index occurs once. ``UserError`` if a sequence is longer than a pack.
+    Without shared prompts: the longest sequence first, ties by index, each into the first pack with
+    room. This needs at most 11/9 of the least number of packs, plus 6/9 (Dosa 2007). Every index
+    occurs once. ``UserError`` if a sequence is longer than a pack.
     """
-    sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
-    if sizes.size and sizes.max() > pack_tokens:
-        raise UserError(
-            f"sequence {int(sizes.argmax())} of {int(sizes.max())} tokens; "
-            f"a pack holds {pack_tokens}; "
-            "raise data.pack_tokens or shorten the sequences"
-        )
-    room = np.full(len(sizes), pack_tokens, dtype=np.int64)  # most packs that could be needed
-    packs: list[list[int]] = []
-    for index in np.argsort(-sizes, kind="stable").tolist():
-        place = int(np.argmax(room >= sizes[index]))
-        if place == len(packs):
-            packs.append([])
-        packs[place].append(index)
-        room[place] -= sizes[index]
-    return [sorted(pack) for pack in packs]
+    if share_prompts:
+        groups = groups_of(samples, routing)
+    else:
+        groups = [Tree((index,)) for index in range(len(samples))]
+    lengths = [len(sample.tokens) for sample in samples]
+    return plan_trees(lengths, groups, pack_tokens, sequence_multiple)
+
+
+def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list[Tree]:
+    """The samples by prompt: what is in front of the first trained token.
+
+    ``routing``: the sampler's experts of the prompt have to be equal too, in these layers.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, sample in enumerate(samples):
+        if routing is not None:
+            _check_routes(index, sample, routing)
+        prompt = prompt_length(sample)
+        key: object = index  # of its own
+        if prompt:
+            key = (sample.tokens[:prompt].tobytes(), _prompt_routes(sample, prompt, routing))
+        groups.setdefault(key, []).append(index)
+    return [Tree(tuple(of), prompt_length(samples[of[0]])) for of in groups.values()]
+
+
+def _prompt_routes(sample: Sample, prompt: int, routing: Routing | None) -> bytes:
+    if routing is None:
+        return b""
+    ids, known = _sample_routes(sample, routing)
+    ids, known = ids[:prompt], known[:prompt]
+    return known.tobytes() + ids[known].tobytes()
 
 
 def pack_samples(
@@ -63,6 +86,7 @@ def pack_samples(
     with_rollout_logprobs: bool | None = None,
     sequence_multiple: int = 1,
     routing: Routing | None = None,
+    share_prompts: bool = False,
 ) -> list[Pack]:
     """Packs of T = ``pack_tokens`` tokens by the plan of ``plan_packs``, followed by empty packs up
     to ``num_packs``. Each sequence takes a multiple of ``sequence_multiple`` tokens, the last of
@@ -71,8 +95,9 @@ def pack_samples(
     Padding holds the token ids t mod ``vocab_size`` at position t: one id everywhere would send all
     padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs hold them;
     None: as the samples do (an empty list of samples cannot tell). ``routing``: the packs hold the
-    sampler's experts of these layers. ValueError: more packs than ``num_packs``, or samples without
-    the requested values.
+    sampler's experts of these layers. ``share_prompts``: the model runs on ``pack_tokens`` rows, in
+    which the sequences of a prompt share it. ValueError: more packs than ``num_packs``, or samples
+    without the requested values.
     """
     if with_rollout_logprobs is None:
         with_rollout_logprobs = any(sample.rollout_logprobs is not None for sample in samples)
@@ -81,43 +106,82 @@ def pack_samples(
         if routing is not None:
             _check_routes(index, sample, routing)
     plan = plan_packs(
-        [round_up(len(sample.tokens), sequence_multiple) for sample in samples], pack_tokens
+        samples,
+        pack_tokens,
+        sequence_multiple=sequence_multiple,
+        routing=routing,
+        share_prompts=share_prompts,
     )
     if num_packs is not None:
         if len(plan) > num_packs:
             raise ValueError(f"{len(plan)} packs are needed, num_packs is {num_packs}")
         plan += [[] for _ in range(num_packs - len(plan))]
+    layout = _Layout(pack_tokens, vocab_size, with_rollout_logprobs, sequence_multiple, routing)
     return [
-        _build_pack(
-            [samples[index] for index in members],
-            pack_tokens,
-            vocab_size,
-            with_rollout_logprobs,
-            sequence_multiple,
-            routing,
-        )
-        for members in plan
+        _shared_pack(samples, trees, layout)
+        if any(tree.prompt for tree in trees)
+        else _build_pack([samples[index] for tree in trees for index in tree.members], layout)
+        for trees in plan
     ]
 
 
-def _build_pack(
-    samples: Sequence[Sample],
-    pack_tokens: int,
-    vocab_size: int,
-    with_rollout_logprobs: bool,
-    sequence_multiple: int,
-    routing: Routing | None,
-) -> Pack:
+@dataclass(frozen=True)
+class _Layout:
+    """What all packs have in common; see `pack_samples`."""
+
+    pack_tokens: int
+    vocab_size: int
+    with_rollout_logprobs: bool
+    sequence_multiple: int
+    routing: Routing | None
+
+
+def _shared_pack(samples: Sequence[Sample], trees: Sequence[Tree], layout: _Layout) -> Pack:
+    """A pack in which sequences share prompts."""
+    multiple, rows = layout.sequence_multiple, layout.pack_tokens
+    row = shared_row(trees, samples, rows, layout.vocab_size, multiple)
+    whole = replace(layout, pack_tokens=len(row.places), sequence_multiple=1, routing=None)
+    pack = _build_pack([samples[index] for tree in trees for index in tree.members], whole)
+    routes = None
+    if layout.routing is not None:
+        routes = _Routes(rows, layout.routing)
+        start = 0
+        for tree in trees:
+            for number, index in enumerate(tree.members):
+                ids, known = _sample_routes(samples[index], layout.routing)
+                cut = 0 if number == 0 else tree.prompt
+                for part in _split(cut, tree.prompt, len(ids)):
+                    routes.lay(start, ids[part], known[part])
+                    start += round_up(part.stop - part.start, multiple)
+    return replace(
+        pack,
+        sequence_multiple=multiple,
+        routed_experts=None if routes is None else routes.record(),
+        shared=row,
+    )
+
+
+def _split(first: int, prompt: int, length: int) -> list[slice]:
+    """The segments that a sequence of a tree adds to the row: its prompt if it is the first, and
+    what follows.
+    """
+    return (
+        [slice(first, prompt), slice(prompt, length)] if first < prompt else [slice(prompt, length)]
+    )
+
+
+def _build_pack(samples: Sequence[Sample], layout: _Layout) -> Pack:
     """One pack. Position t of a sequence predicts its token t + 1; its last position predicts
     nothing.
     """
-    tokens = np.arange(pack_tokens, dtype=np.int64) % vocab_size
+    pack_tokens, sequence_multiple = layout.pack_tokens, layout.sequence_multiple
+    tokens = np.arange(pack_tokens, dtype=np.int64) % layout.vocab_size
     targets = np.zeros(pack_tokens, dtype=np.int64)
     positions = np.zeros(pack_tokens, dtype=np.int64)
     mask = np.zeros(pack_tokens, dtype=bool)
     sequence_ids = np.full(pack_tokens, len(samples), dtype=np.int64)
     advantages = np.zeros(pack_tokens, dtype=np.float32)
-    logprobs = np.zeros(pack_tokens, dtype=np.float32) if with_rollout_logprobs else None
+    logprobs = np.zeros(pack_tokens, dtype=np.float32) if layout.with_rollout_logprobs else None
     start = 0
     for number, sample in enumerate(samples):
         stop = start + len(sample.tokens)
@@ -143,43 +207,65 @@ def _build_pack(
         advantages,
         logprobs,
         sequence_multiple,
-        _build_routes(samples, pack_tokens, sequence_multiple, routing),
+        _build_routes(samples, layout),
     )
 
 
-def _build_routes(
-    samples: Sequence[Sample],
-    pack_tokens: int,
-    sequence_multiple: int,
-    routing: Routing | None,
-) -> RoutedExperts | None:
-    """The sampler's experts in a pack's row.
+def _build_routes(samples: Sequence[Sample], layout: _Layout) -> RoutedExperts | None:
+    """The sampler's experts in the row of a pack of whole sequences."""
+    if layout.routing is None:
+        return None
+    routes, start = _Routes(layout.pack_tokens, layout.routing), 0
+    for sample in samples:
+        routes.lay(start, *_sample_routes(sample, layout.routing))
+        start = round_up(start + len(sample.tokens), layout.sequence_multiple)
+    return routes.record()
+
+
+class _Routes:
+    """The sampler's experts in a row.
+
+    Padding at place t takes the experts t K, t K + 1... mod E: they differ, as Megatron's
+    dispatchers need, and cover all experts. A token that is not ``known`` has them as well, and its
+    routers choose for themselves.
+    """
+
+    def __init__(self, num_rows: int, routing: Routing) -> None:
+        first = np.arange(num_rows)[:, None] * routing.top_k + np.arange(routing.top_k)
+        filler = (first % routing.num_experts).astype(id_type(routing.num_experts))
+        self._layers = routing.layers
+        self._ids = np.repeat(filler[:, None], len(routing.layers), axis=1)
+        self._known = np.ones(num_rows, dtype=bool)
+
+    def lay(self, start: int, ids: np.ndarray, known: np.ndarray) -> None:
+        """Put tokens with ids [n, L', K] and bool [n] at the rows from ``start`` on."""
+        rows = slice(start, start + len(ids))
+        self._ids[rows][known] = ids[known]
+        self._known[rows] = known
+
+    def record(self) -> RoutedExperts:
+        """The row's experts."""
+        known = None if self._known.all() else self._known
+        return RoutedExperts(self._ids, self._layers, known)
+
+
+def _sample_routes(sample: Sample, routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+    """The sampler's experts of a sequence: ids [M, L', K], and which are known, bool [M].
 
     The sampler gives no experts for the last token of a sequence, so it takes those of the token
     before it: it predicts nothing, and the load that the expert bias follows is the same in any
-    pack. Any other token without experts of the sampler is not ``known``: its routers choose for
-    themselves. Padding at place t takes the experts t K, t K + 1... mod E: they differ, as
-    Megatron's dispatchers need, and cover all experts.
+    pack. Any other token without experts of the sampler is not known.
     """
-    if routing is None:
-        return None
-    first = np.arange(pack_tokens)[:, None] * routing.top_k + np.arange(routing.top_k)
-    filler = (first % routing.num_experts).astype(id_type(routing.num_experts))
-    ids = np.repeat(filler[:, None], len(routing.layers), axis=1)
-    known = np.ones(pack_tokens, dtype=bool)
-    start = 0
-    for sample in samples:
-        routed, length = sample.routed_experts, len(sample.tokens)
-        assert routed is not None, "all samples of a pack with routes have them"
-        columns = [routed.layers.index(layer) for layer in routing.layers]
-        sure = _known(routed, length)
-        ids[start : start + length][sure] = routed.ids[:, columns][sure[: len(routed.ids)]]
-        if length > 1 and sure[-2] and not sure[-1]:
-            ids[start + length - 1] = ids[start + length - 2]
-            sure[-1] = True
-        known[start : start + length] = sure
-        start = round_up(start + length, sequence_multiple)
-    return RoutedExperts(ids, routing.layers, None if known.all() else known)
+    routed, length = sample.routed_experts, len(sample.tokens)
+    assert routed is not None, "all samples of a pack with routes have them"
+    columns = [routed.layers.index(layer) for layer in routing.layers]
+    known = _known(routed, length)
+    ids = np.zeros((length, len(columns), routing.top_k), dtype=routed.ids.dtype)
+    ids[: len(routed.ids)] = routed.ids[:, columns]
+    if length > 1 and known[-2] and not known[-1]:
+        ids[-1] = ids[-2]
+        known[-1] = True
+    return ids, known
 
 
 def _known(routed: RoutedExperts, length: int) -> np.ndarray:

@@ -33,6 +33,8 @@ class Placement(PackedSeqParams):
     padding: torch.Tensor | None = (
         None  #: bool [T], True on the padding of the row; None: there is none
     )
+    #: int64 [T], how many tokens each stands for, 0 on padding; None: one each
+    counts: torch.Tensor | None = None
 
     def attend(
         self,
@@ -92,7 +94,7 @@ class PackedPlacement(Placement):
             for tensor in (query, key, value)
         ]
         outputs = [
-            _causal_attention(
+            causal_attention(
                 q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), scale
             ).flatten(0, 1)
             for shape, q, k, v in zip(self.bucket_shapes, *parts, strict=True)
@@ -220,7 +222,7 @@ def _buckets(
     return tuple(shapes), torch.cat(entries), back
 
 
-def _causal_attention(
+def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """[S, L, heads, d] x [S, L, groups, d] -> [S, L, heads, d], causal."""

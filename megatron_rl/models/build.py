@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import (
 )
 
 from megatron_rl.config.layout import heads_of
-from megatron_rl.config.schema import ModelConfig, ParallelConfig, YarnConfig
+from megatron_rl.config.schema import Config, ModelConfig, ParallelConfig, YarnConfig
 from megatron_rl.device.select import Device
 from megatron_rl.errors import UserError
 from megatron_rl.models.experts import has_grouped_kernel
@@ -31,14 +31,13 @@ def uses_transformer_engine(model: ModelConfig, device: Device) -> bool:
     """Transformer Engine layers: on CUDA, where it is installed, unless the configuration says
     otherwise.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if model.transformer_engine and not (installed and device.kind == "cuda"):
+    used = _has_transformer_engine(model, device.kind)
+    if model.transformer_engine and not used:
         raise UserError(
             "model.transformer_engine is true, but Transformer Engine is not installed or the "
             "device is not CUDA; "
             "install megatron_rl[te] on a CUDA machine or leave the key out"
         )
-    used = installed and device.kind == "cuda" and model.transformer_engine is not False
     if model.kv_lora_rank and device.kind == "cuda" and not used:
         raise UserError(
             "found latent attention (model.kv_lora_rank) on CUDA without Transformer Engine; "
@@ -46,6 +45,24 @@ def uses_transformer_engine(model: ModelConfig, device: Device) -> bool:
             "megatron_rl[te], or leave model.transformer_engine out"
         )
     return used
+
+
+def _has_transformer_engine(model: ModelConfig, kind: str) -> bool:
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return installed and kind == "cuda" and model.transformer_engine is not False
+
+
+def shares_prompts(config: Config, device: torch.device) -> bool:
+    """Whether sequences share their prompts; see ``data.share_prompts``. UserError: the attention
+    of this device cannot do it.
+    """
+    able = not _has_transformer_engine(config.model, device.type)
+    if config.data.share_prompts == "on" and not able:
+        raise UserError(
+            "found data.share_prompts on with Transformer Engine's attention, which cannot do it; "
+            "expected auto or off; set it to auto, or model.transformer_engine to false"
+        )
+    return able and config.data.share_prompts != "off"
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ every sequence (see `parallel.sequence_shards`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 from torch.distributed import ProcessGroup
@@ -18,20 +18,22 @@ from megatron_rl.models.attention import (
     dot_product_attention,
     into_buckets,
     out_of_buckets,
-    similar_lengths,
 )
+from megatron_rl.models.shared_attention import RowReads, entries_of, row_reads, similar_segments
 from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.sequence_shards import SequenceShards
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """S sequences of similar length whose chunks have at most c tokens."""
+    """S segments of similar length whose chunks have at most c tokens, and that continue prompts of
+    at most P tokens.
+    """
 
     num_sequences: int
     chunk: int  #: c
     #: of the earlier and the later chunk: bool [S, 1, c, columns], True where a query may look;
-    #: columns: positions of the sequences, from 0
+    #: columns: P of the prompts, then the segments' own, from 0
     masks: tuple[torch.Tensor, torch.Tensor]
 
     @property
@@ -45,12 +47,13 @@ class _Bucket:
 
 @dataclass
 class ContextPlacement(Placement):
-    """This context-parallel rank's tokens of a row of padded sequences.
+    """This context-parallel rank's tokens of a row of padded segments: sequences, prompts, and
+    answers that continue a prompt (see `records.SharedRow`).
 
-    Sequences of similar length are laid side by side. Rank r of C sees the first r + 1 chunks of
+    Segments of similar length are laid side by side. Rank r of C sees the first r + 1 chunks of
     keys with its earlier chunk of queries and the first 2C - r with its later one: 2C + 1 together,
-    the same on every rank. Padding inside a sequence is behind its tokens, so the causal mask hides
-    it from them.
+    the same on every rank; queries of an answer see its whole prompt besides. Padding inside a
+    segment is behind its tokens, so the causal mask hides it from them.
     """
 
     group: ProcessGroup = field(kw_only=True)
@@ -59,10 +62,7 @@ class ContextPlacement(Placement):
     query_entries: torch.Tensor = field(kw_only=True)
     #: int64 [T / C], entry of each row
     query_places: torch.Tensor = field(kw_only=True)
-    #: int64, row of each key entry among all ranks' rows
-    key_entries: torch.Tensor = field(kw_only=True)
-    #: int64, entries that are no padding: each row once at most
-    key_valid: torch.Tensor = field(kw_only=True)
+    keys: RowReads = field(kw_only=True)  #: of the key entries, among all ranks' rows
 
     def attend(  # noqa: D102
         self,
@@ -73,9 +73,7 @@ class ContextPlacement(Placement):
         scale: float,
     ) -> torch.Tensor:
         both = gather_first_dim(torch.cat([key, value], dim=-1), self.group, sum_gradients=True)
-        key_parts = _IntoKeyBuckets.apply(both, self.key_entries, self.key_valid).split(
-            [bucket.key_size for bucket in self.buckets]
-        )
+        key_parts = self.keys.read(both).split([bucket.key_size for bucket in self.buckets])
         query_parts = into_buckets(query, self.query_entries, self.query_places).split(
             [size for bucket in self.buckets for size in bucket.query_sizes]
         )
@@ -97,56 +95,47 @@ class ContextPlacement(Placement):
         return out_of_buckets(torch.cat(outputs), self.query_places)
 
 
-class _IntoKeyBuckets(torch.autograd.Function):
-    """Rows [T, ...] -> entries. Padding entries get no weight under the mask, so no gradient; rows
-    that this rank does not look at have none either.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, tensor: torch.Tensor, entries: torch.Tensor, valid: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(entries, valid)
-        ctx.num_rows = len(tensor)
-        return tensor.index_select(0, entries)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        entries, valid = ctx.saved_tensors
-        rows = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
-        return rows.index_copy_(0, entries[valid], grad.index_select(0, valid)), None, None
-
-
 def context_placement(
-    lengths: Sequence[int], spans: Sequence[int], shards: SequenceShards, device: torch.device
+    lengths: Sequence[int],
+    spans: Sequence[int],
+    shards: SequenceShards,
+    device: torch.device,
+    parents: Sequence[int] = (),
 ) -> ContextPlacement:
     """This rank's placement of a row.
 
     Args:
-        lengths: of the sequences, without padding.
+        lengths: of the segments, without padding.
         spans: of all parts of the row, see `parallel.sequence_shards.padded_spans`.
         shards: how they are spread over the ranks.
+        device: where the tensors go.
+        parents: the number of the segment that each segment continues, or -1; empty: none does.
     """
     span_of = torch.tensor(spans, dtype=torch.int64)
     starts = span_of.cumsum(0) - span_of
-    positions = torch.arange(sum(spans)) - starts.repeat_interleave(span_of)
     tokens = torch.zeros_like(span_of)
     tokens[: len(lengths)] = torch.tensor(lengths, dtype=torch.int64)
-    padding = positions >= tokens.repeat_interleave(span_of)
+    parent = torch.full_like(span_of, -1)
+    parent[: len(parents)] = torch.tensor(parents, dtype=torch.int64)
+    prompt = torch.where(parent < 0, 0, tokens[parent])
+    within = torch.arange(sum(spans)) - starts.repeat_interleave(span_of)
+    padding = within >= tokens.repeat_interleave(span_of)
+    positions = within + prompt.repeat_interleave(span_of)
     rows, places = shards.rows.cpu(), shards.places.cpu()
     rank, size = shards.group.rank(), shards.group.size()
-    buckets, queries, queries_valid, keys, key_valid = [], [], [], [], []
-    for members in similar_lengths(spans):
-        chunk = span_of[members, None] // (2 * size)
-        bucket, seen = _bucket(chunk, rank, size, device)
-        buckets.append(bucket)
+    buckets, queries, queries_valid, keys, keys_valid = [], [], [], [], []
+    for some in similar_segments(spans, prompt.tolist()):
+        members = torch.tensor(some)
+        chunk = span_of[members] // (2 * size)
+        front, front_valid = entries_of(starts[parent[members]], prompt[members])
+        own, own_valid = entries_of(starts[members], (2 * size - rank) * chunk)
         for half in range(2):
-            index, valid = _entries(starts[members, None] // size + half * chunk, chunk)
-            queries.append(index)
-            queries_valid.append(valid)
-        index, valid = _entries(starts[members, None], seen)
-        keys.append(places[index])
-        key_valid.append(valid)
+            index, valid = entries_of(starts[members] // size + half * chunk, chunk)
+            queries.append(index.flatten())
+            queries_valid.append(valid.flatten())
+        keys.append(places[torch.cat([front, own], dim=1)].flatten())
+        keys_valid.append(torch.cat([front_valid, own_valid], dim=1).flatten())
+        buckets.append(_bucket(chunk[:, None], front_valid, rank, size, device))
     query_entries, query_valid = torch.cat(queries), torch.cat(queries_valid).nonzero().squeeze(1)
     query_places = torch.empty(len(rows), dtype=torch.int64)
     query_places[query_entries[query_valid]] = query_valid
@@ -158,33 +147,24 @@ def context_placement(
         buckets=tuple(buckets),
         query_entries=query_entries.to(device),
         query_places=query_places.to(device),
-        key_entries=torch.cat(keys).to(device),
-        key_valid=torch.cat(key_valid).nonzero().squeeze(1).to(device),
+        keys=row_reads(torch.cat(keys), torch.cat(keys_valid), device),
     )
 
 
-def _entries(first: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows first..first + count - 1 of S sequences ([S, 1] each) laid out as [S, longest], and
-    which are valid; both flat. Padding repeats the last row of its sequence.
-    """
-    column = torch.arange(int(count.max()))
-    index = first + torch.minimum(column, count - 1)
-    return index.flatten(), (column < count).flatten()
-
-
 def _bucket(
-    chunk: torch.Tensor, rank: int, size: int, device: torch.device
-) -> tuple[_Bucket, torch.Tensor]:
-    """Masks of the sequences whose chunks have ``chunk`` int64 [S, 1] tokens, and how many keys of
-    each this rank sees.
+    chunk: torch.Tensor, front_valid: torch.Tensor, rank: int, size: int, device: torch.device
+) -> _Bucket:
+    """Masks of segments whose chunks have ``chunk`` int64 [S, 1] tokens and whose prompts fill
+    ``front_valid`` bool [S, P].
     """
     longest = int(chunk.max())
     column = torch.minimum(torch.arange(longest), chunk - 1)
+    front = front_valid[:, None].expand(-1, longest, -1)
 
     def mask(number: int) -> torch.Tensor:
         position = number * chunk + column
         keys = torch.arange((number + 1) * longest)
-        return (keys <= position[..., None])[:, None].to(device)
+        own = keys <= position[..., None]
+        return torch.cat([front, own], dim=-1)[:, None].to(device)
 
-    masks = (mask(rank), mask(2 * size - 1 - rank))
-    return _Bucket(len(chunk), longest, masks), (2 * size - rank) * chunk
+    return _Bucket(len(chunk), longest, (mask(rank), mask(2 * size - 1 - rank)))

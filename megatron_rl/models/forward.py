@@ -31,12 +31,14 @@ def forward_row(
         On the last stage logits [1, T, V / tp] in the model's type (fp32 with model.fp32_head),
         elsewhere, and with ``to_hidden``, hidden states [T / tp, 1, D].
     """
+    # What the routers leave out, or how often they count each token: see `models.router`.
+    mask = placement.padding if placement.counts is None else placement.counts
     return model(
         input_ids=tokens[None],
         position_ids=placement.positions[None],
         attention_mask=None,
         packed_seq_params=placement,
-        padding_mask=None if placement.padding is None else placement.padding[None],
+        padding_mask=None if mask is None else mask[None],
         to_hidden=to_hidden,
     )
 

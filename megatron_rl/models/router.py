@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Iterable
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -20,9 +21,14 @@ class PackRouter(TopKRouter):
     whatever D counts. Megatron 0.16.1 itself multiplies by the tokens of a pack, padding included,
     divided by the tensor-parallel size, and so takes D to be that; its expert counts refuse a
     padding mask.
+
+    Where sequences share a prompt, each of its tokens counts once for every one of them (see
+    `count_tokens`), so all of these are as without sharing.
     """
 
     loss_scale: float | torch.Tensor = 1.0
+    #: int64 [T_local], how many tokens each stands for, 0 on padding; None: one, 0 on padding
+    counts: torch.Tensor | None = None
     _gradients: bool = False  #: whether the last routing was to have gradients
 
     def routing(
@@ -51,7 +57,9 @@ class PackRouter(TopKRouter):
         if not coefficient or not self.training or not self._gradients:
             return logits
         values = logits.logsumexp(dim=-1).square()
-        if padding_mask is not None:
+        if self.counts is not None:
+            values = values * self.counts
+        elif padding_mask is not None:
             values = values * ~padding_mask
         return MoEAuxLossAutoScaler.apply(logits, self.loss_scale * coefficient * values.sum())
 
@@ -68,6 +76,8 @@ class PackRouter(TopKRouter):
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if not coefficient or not self._gradients:
             return probs
+        if self.counts is not None:
+            scores, routing_map = scores * self.counts[:, None], routing_map * self.counts[:, None]
         counts = all_reduce(routing_map.sum(dim=0).to(scores.dtype), self.tp_cp_group)
         num_tokens = (counts.sum() / self.topk).clamp(min=1)
         loss = (scores.sum(dim=0) * counts).sum() * self.num_experts / (num_tokens * self.topk)
@@ -78,9 +88,32 @@ class PackRouter(TopKRouter):
     ) -> None:
         if not self._gradients:
             return
-        if padding_mask is not None:
+        if self.counts is not None:
+            routing_map = routing_map * self.counts[:, None]
+        elif padding_mask is not None:
             routing_map = routing_map & ~padding_mask.reshape(-1, 1)
         super()._apply_expert_bias(routing_map)
+
+
+def count_tokens(
+    layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook of Megatron's MoE layers: the padding mask may be token counts as well.
+
+    ``padding_mask``: bool [1, T] or [1, T_local], True is padding; or int64, how many tokens each
+    stands for, 0 on padding. The router gets its counts here, since a layer that is recomputed
+    comes through here again.
+    """
+    mask, router = kwargs.get("padding_mask"), layer.router
+    router.counts = None
+    if mask is None or mask.dtype == torch.bool:
+        return args, kwargs
+    counts = mask.reshape(-1)
+    if len(counts) != len(args[0]):
+        # Megatron cuts it for sequence parallelism on the first pipeline stage only.
+        counts = counts.chunk(router.tp_group.size())[router.tp_group.rank()]
+    router.counts = counts
+    return args, {**kwargs, "padding_mask": mask == 0}
 
 
 def set_router_loss_scale(chunks: Iterable[torch.nn.Module], scale: float | torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
@@ -11,9 +12,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
-from megatron_rl.data.packing import Routing, pack_samples, plan_packs, round_up
+from megatron_rl.data.packing import Routing, pack_samples, plan_packs
+from megatron_rl.data.shared_prompts import Tree, num_rows, round_up
 from megatron_rl.models.attention import Placement, packed_placement
+from megatron_rl.models.build import shares_prompts
 from megatron_rl.models.context_attention import context_placement
+from megatron_rl.models.shared_attention import shared_placement
 from megatron_rl.parallel.collectives import all_max
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.sequence_shards import (
@@ -23,13 +27,18 @@ from megatron_rl.parallel.sequence_shards import (
     sequence_shards,
     tensor_slice,
 )
+from megatron_rl.policy.shared_rows import SharedRows, row_counts, shared_rows
 from megatron_rl.records import Pack, Sample
+
+#: More rows than any batch has.
+UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
 class PackTensors:
     """A pack as tensors on the device: the whole row on every context-parallel rank, shapes as in
-    `records.Pack`, and the placement of the part that this rank's model runs on.
+    `records.Pack`, and the placement of the part that this rank's model runs on. R_local are the
+    rows of that part, T_local without shared prompts.
     """
 
     tokens: torch.Tensor
@@ -42,22 +51,44 @@ class PackTensors:
     shards: SequenceShards  #: which rows that part is
     placement: Placement
     #: the sampler's experts of this rank's tokens and layers, in host memory: global layer number
-    #: (from 1) -> integers [T_local, K]; None: not replayed
+    #: (from 1) -> integers [R_local, K]; None: not replayed
     routes: Mapping[int, torch.Tensor] | None = None
-    #: bool [T_local], in host memory: the tokens whose experts are known; None: all
+    #: bool [R_local], in host memory: the tokens whose experts are known; None: all
     routes_known: torch.Tensor | None = None
+    shared: SharedRows | None = None  #: None: no prompt is shared, the model runs on ``tokens``
+
+    @property
+    def row(self) -> torch.Tensor:
+        """int64 [R], the tokens that the model runs on."""
+        return self.tokens if self.shared is None else self.shared.tokens
+
+    @property
+    def trained_rows(self) -> torch.Tensor:
+        """[R_local of this context rank], how many trained predictions each row stands for; bool
+        where prompts are not shared.
+        """
+        return self.shards.local(self.mask if self.shared is None else self.shared.trained)
+
+    def of_tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Values [R] of the row -> [T] of the pack's tokens."""
+        return rows if self.shared is None else rows.index_select(0, self.shared.places)
 
 
 def to_device(
     pack: Pack, device: torch.device, context: ProcessGroup, tensor_group: ProcessGroup
 ) -> PackTensors:
     """Copy a pack to the device and cut its sequences for the context-parallel ranks."""
-    spans = padded_spans(pack.lengths, pack.num_tokens, pack.sequence_multiple)
+    lengths, parents = pack.segments
+    spans = padded_spans(lengths, pack.num_rows, pack.sequence_multiple)
     shards = sequence_shards(spans, context, device)
+    placement: Placement
     if pack.sequence_multiple > 1:
-        placement = context_placement(pack.lengths, spans, shards, device)
+        placement = context_placement(lengths, spans, shards, device, parents)
+    elif pack.shared is not None:
+        placement = shared_placement(lengths, parents, pack.num_rows, device)
     else:
-        placement = packed_placement(pack.lengths, pack.num_tokens, device)
+        placement = packed_placement(lengths, pack.num_rows, device)
+    placement.counts = row_counts(pack, shards, device)
 
     def tensor(array: np.ndarray | None) -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
@@ -75,6 +106,7 @@ def to_device(
         placement=placement,
         routes=routes,
         routes_known=known,
+        shared=shared_rows(pack, shards, device),
     )
 
 
@@ -115,16 +147,22 @@ def pack_mini_batches(
 
     Packs are long enough to hold the largest mini-batch of any rank in one pack, at most
     ``data.pack_tokens``, rounded up to ``data.pack_multiple``. With context parallelism each
-    sequence is padded to a multiple of 2 x context tokens. Ranks with less to do are given empty
+    sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
+    context tokens. Ranks with less to do are given empty
     packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
     the pipeline stages.
     """
     multiple = sequence_multiple(groups.context.size())
     routing = replayed_routing(config, groups)
-    lengths = [[round_up(len(s.tokens), multiple) for s in batch] for batch in mini_batches]
-    needed = all_max(max(map(sum, lengths)), groups.data_context, device)
+    share = shares_prompts(config, device)
+    plan = functools.partial(
+        plan_packs, sequence_multiple=multiple, routing=routing, share_prompts=share
+    )
+    # In a pack without bounds every group is whole.
+    sizes = [_rows(plan(batch, UNBOUNDED), batch, multiple) for batch in mini_batches]
+    needed = all_max(max(sizes), groups.data_context, device)
     length = min(round_up(needed, config.data.pack_multiple), config.data.pack_tokens)
-    counts = [len(plan_packs(batch, length)) for batch in lengths]
+    counts = [len(plan(batch, length)) for batch in mini_batches]
     num_packs = all_max(max(counts), groups.data_context, device)
     if groups.virtual_stages:
         num_packs = round_up(num_packs, groups.pipeline_stages)
@@ -142,7 +180,14 @@ def pack_mini_batches(
                 with_rollout_logprobs=with_rollout_logprobs,
                 sequence_multiple=multiple,
                 routing=routing,
+                share_prompts=share,
             )
         ]
         for batch in mini_batches
     ]
+
+
+def _rows(packs: list[list[Tree]], samples: Sequence[Sample], multiple: int) -> int:
+    """Rows of all trees together."""
+    lengths = [len(sample.tokens) for sample in samples]
+    return sum(num_rows(tree, lengths, multiple) for trees in packs for tree in trees)

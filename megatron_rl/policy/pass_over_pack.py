@@ -6,6 +6,9 @@ the small [T] results, so that every rank computes losses on whole sequences.
 
 from __future__ import annotations
 
+import functools
+from typing import Callable
+
 import torch
 
 from megatron_rl.models.forward import forward_row
@@ -16,10 +19,10 @@ from megatron_rl.policy.policy import Policy
 
 
 def forward_pack(model: torch.nn.Module, pack: PackTensors) -> torch.Tensor:
-    """Run one chunk on this rank's tokens of the pack: hidden states [T_local, 1, D], of the last
+    """Run one chunk on this rank's rows of the pack: hidden states [R_local, 1, D], of the last
     chunk before the output layer; see `forward_row`.
     """
-    return forward_row(model, pack.shards.local(pack.tokens), pack.placement, to_hidden=True)
+    return forward_row(model, pack.shards.local(pack.row), pack.placement, to_hidden=True)
 
 
 def pack_values(
@@ -35,7 +38,7 @@ def pack_values(
 
     Args:
         policy: the policy.
-        hidden: [T_local, 1, D], of `forward_pack`.
+        hidden: [R_local, 1, D], of `forward_pack`.
         pack: the pack.
         temperature: divides the logits.
         entropy: whether to compute entropies, and whether with gradients.
@@ -43,13 +46,24 @@ def pack_values(
     Returns:
         Values of the whole row, [T].
     """
-    head, targets = head_of(policy.chunks[-1]), pack.shards.local(pack.targets)
-    local = head_values(head.gather(hidden), head, targets, temperature, entropy=entropy)
-    if pack.shards.group.size() == 1:
+    head, shards, shared = head_of(policy.chunks[-1]), pack.shards, pack.shared
+    rows = head.gather(hidden)
+    if shared is None:
+        targets = shards.local(pack.targets)
+    else:  # a row may predict several tokens: its own, then the extra ones
+        targets = torch.cat([shards.local(shared.targets), shared.extra_targets])
+        rows = torch.cat([rows, rows.index_select(0, shared.extra_rows)])
+    local = head_values(rows, head, targets, temperature, entropy=entropy)
+    if shared is None and shards.group.size() == 1:
         return local
     spread = local.logprobs.detach() if local.entropy is None else local.entropy
     columns = torch.stack([local.logprobs, spread, local.hits.float()], dim=1)
-    logprobs, spread, hits = pack.shards.whole(columns).unbind(1)
+    if shared is None:
+        columns = shards.whole(columns)
+    else:
+        own, extra = columns.split([len(columns) - len(shared.extra_rows), len(shared.extra_rows)])
+        columns = shared.predictions(own, extra, shards)
+    logprobs, spread, hits = columns.unbind(1)
     if entropy != "differentiable":
         spread = spread.detach()
     return HeadValues(logprobs, None if local.entropy is None else spread, hits > 0.5)

@@ -15,7 +15,7 @@ from megatron_rl.algorithms.layer_rules import layer_rule
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.device.select import Device
-from megatron_rl.models.build import build_chunks, transformer_config
+from megatron_rl.models.build import build_chunks, shares_prompts, transformer_config
 from megatron_rl.models.gpt.chunk import Chunk, layer_numbers, routers_of
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
@@ -65,6 +65,7 @@ def build_policy(
         optimizer_steps: length of the learning-rate schedule.
         with_reference: make room for a reference policy; the caller loads its weights.
     """
+    shares_prompts(config, device.torch_device)  # refuses what the attention cannot do
     transformer = transformer_config(
         config.model,
         config.parallel,

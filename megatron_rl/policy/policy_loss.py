@@ -103,10 +103,13 @@ def policy_loss(
         _add_shift(sums, mean_distance, shift.floor, pack.mask)
         if plan.gamma_mean is not None:
             gamma = normalise_shift(gamma, plan.gamma_mean)
-    assert item.old_logprobs is not None, "scored where the loss is computed"
+    old_logprobs = item.old_logprobs
+    if item.own is not None:
+        old_logprobs = item.own.logprobs = logprobs.detach()
+    assert old_logprobs is not None, "scored where the loss is computed"
     inputs = LossInputs(
         logprobs=logprobs,
-        old_logprobs=item.old_logprobs,
+        old_logprobs=old_logprobs,
         advantages=pack.advantages,
         mask=pack.mask,
         sequence_ids=pack.sequence_ids,
@@ -120,7 +123,7 @@ def policy_loss(
     )
     telemetry.weights += weight_sums(inputs)
     if tokens is not None:
-        tokens.add(pack, logprobs, item.old_logprobs, gamma)
+        tokens.add(pack, logprobs, old_logprobs, gamma)
     inputs = _weighed(inputs, plan, sums)
     result = plan.loss(inputs)
     if distance is not None and result.clipped is not None:

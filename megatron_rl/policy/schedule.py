@@ -33,7 +33,7 @@ def run_schedule(
         data_iterator=iterators[0] if single else iterators,
         model=policy.wrapped[0] if single else list(policy.wrapped),
         num_microbatches=len(packs),
-        seq_length=len(packs[0].tokens),
+        seq_length=len(packs[0].row),
         micro_batch_size=1,
         forward_only=forward_only,
     )

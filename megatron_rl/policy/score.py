@@ -12,24 +12,56 @@ from megatron_rl.policy.batch import PackTensors
 from megatron_rl.policy.pass_over_pack import forward_pack, pack_values
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.schedule import run_schedule
-from megatron_rl.router.trace import RouterTrace
+from megatron_rl.router.trace import LayerTrace, RouterTrace
+
+
+@dataclass
+class OwnPass:
+    """What the forward pass of an update leaves of a pack that no scoring pass has seen.
+
+    The weights have not changed since the answers' step began, so that pass is the old policy's:
+    its log-probabilities and routers' choices, detached, are what scoring would give.
+    """
+
+    traces: tuple[dict[int, LayerTrace], ...]  #: one per model chunk of this rank, filled by it
+    logprobs: torch.Tensor | None = None  #: fp32 [T], on stages that compute the loss
 
 
 @dataclass(frozen=True)
 class ScoredPack:
     """A pack with results of the scoring pass: log-probabilities of the whole row, and traces of
-    the tokens that this rank's routers saw.
+    the tokens that this rank's routers saw. One that is not scored yet has ``own`` instead.
     """
 
     pack: PackTensors
     old_logprobs: torch.Tensor | None  #: fp32 [T]; None on stages that do not compute the loss
     traces: tuple[RouterTrace, ...]  #: one per model chunk of this rank; empty without router shift
     ref_logprobs: torch.Tensor | None = None  #: fp32 [T]; None without a reference policy
+    own: OwnPass | None = None  #: None: it is scored
+
+    def after_update(self) -> ScoredPack:
+        """The pack, scored: by the update's own pass, if it was not before."""
+        if self.own is None:
+            return self
+        traces = self.own.traces
+        return replace(self, old_logprobs=self.own.logprobs, traces=traces, own=None)
+
+
+def unscored(
+    policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool
+) -> list[ScoredPack]:
+    """Packs of the first update after scoring, which leaves their scores itself; see `OwnPass`."""
+
+    def own() -> OwnPass:
+        return OwnPass(tuple({} for _ in policy.chunks) if with_traces else ())
+
+    return [ScoredPack(pack, None, (), own=own()) for pack in packs]
 
 
 @torch.no_grad()
 def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) -> list[ScoredPack]:
-    """Run every pack once without gradients. The trace stays on the rank that made it.
+    """Run every pack once without gradients. The trace stays on the rank that made it. A collective
+    if there is a pack.
 
     If a trace is needed, packs with routes (R3) are scored with the sampler's experts: then the
     trace, and so the update, uses these experts.
@@ -54,7 +86,7 @@ def score(policy: Policy, packs: Sequence[PackTensors], *, with_traces: bool) ->
 
         return output, keep
 
-    logprobs = run_schedule(policy, packs, forward_step, forward_only=True)
+    logprobs = run_schedule(policy, packs, forward_step, forward_only=True) if packs else []
     if policy.replay is not None:
         policy.replay.finish()
     return [

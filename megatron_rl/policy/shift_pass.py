@@ -27,21 +27,25 @@ def forward_compared(
     item: ScoredPack,
     telemetry: RouterTelemetry | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a chunk on a pack: its output, and on the last one the distance of all layers, [T_local].
+    """Run a chunk on a pack: its output, and on the last one the distance of all layers, [R_local].
 
-    The distance is None on other chunks and without router shift. With routing replay the routers
-    use the experts of the trace. The telemetry counts in every case.
+    The distance is None on other chunks and without router shift, and 0 where the pack's scores are
+    this pass's own. With routing replay the routers use the experts of the trace. The telemetry
+    counts in every case.
     """
     pack, algorithm = item.pack, policy.config.algorithm
-    mask = tensor_slice(pack.shards.local(pack.mask), policy.groups.tensor)
+    weights = tensor_slice(pack.trained_rows, policy.groups.tensor)
     trace = None
     if item.traces:
         trace = on_device(item.traces[chunk], policy.device.torch_device)
+    own = item.own.traces[chunk] if item.own is not None and item.own.traces else None
     with (
-        _replayed(policy, chunk, trace),
-        policy.capture.compare(chunk, trace, mask, telemetry) as distances,
+        contextlib.nullcontext() if item.own is not None else _replayed(policy, chunk, trace),
+        policy.capture.compare(chunk, trace, weights, telemetry, own) as distances,
     ):
         output = forward_pack(model, pack)
+    if own is not None and algorithm.trace_store == "pinned":
+        own.update({number: layer.pinned() for number, layer in own.items()})
     if not uses_router_shift(algorithm):
         return output, None
     return output, policy.relay.pass_on(chunk, distances())
@@ -69,9 +73,10 @@ def gamma_of(
     """The weight gamma~ of a pack's tokens and the distance in its exponent, both [T]. A
     collective.
 
-    distance: [T_local], of all layers.
+    distance: [R_local], of all layers.
     """
     distance = pack.shards.whole(gather_first_dim(distance, policy.groups.tensor))
+    distance = pack.of_tokens(distance)
     layers = policy.relay.rule.divisor(policy.num_moe_layers)
     shift = policy.config.algorithm.router_shift
     gamma = shift_weight(distance, layers, shift.floor, attached=not shift.stop_gradient)
@@ -84,10 +89,12 @@ def gamma_mean(policy: Policy, scored: Sequence[ScoredPack]) -> torch.Tensor:
 
     The loss of the first pack needs this mean, which is known only after the last pack's forward
     pass on the last rank. So all packs go forward an extra time, without gradients. It is 1 on
-    other stages than the last, and if gamma~ acts on no token.
+    other stages than the last, if gamma~ acts on no token, and for packs that are not scored yet.
     """
     mode = policy.config.algorithm.router_shift.mode
     device = policy.device.torch_device
+    if any(item.own is not None for item in scored):  # all of them, on every rank
+        return torch.ones((), dtype=torch.float64, device=device)
     sums = [torch.zeros(2, dtype=torch.float64, device=device)]
 
     def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:

@@ -28,7 +28,7 @@ def update(
     sums: MetricSums,
     telemetry: RouterTelemetry,
     tokens: TokenValues | None = None,
-) -> None:
+) -> list[ScoredPack]:
     """Forward, backward and one optimizer step over the packs of a mini-batch.
 
     Each router measures its distance to the old policy in this forward pass; each stage adds its
@@ -37,10 +37,14 @@ def update(
 
     Args:
         policy: the policy.
-        scored: this rank's packs of the mini-batch, with old log-probabilities and traces.
+        scored: this rank's packs of the mini-batch, with old log-probabilities and traces, or not
+            scored yet (`unscored`).
         sums: receives the loss's metrics.
         telemetry: receives the routers' sums, with any loss.
         tokens: receives ratio and gamma of the samples that it watches.
+
+    Returns:
+        The packs, all of them scored.
     """
     packs = [item.pack for item in scored]
     plan = plan_loss(policy, scored)
@@ -60,6 +64,7 @@ def update(
     if _has_router_losses(policy):
         _scale_router_losses(policy, packs, plan.denominators)
     _optimizer_step(policy, packs, forward_step, sums)
+    return [item.after_update() for item in scored]
 
 
 def _counted_once(denominator: torch.Tensor, policy: Policy) -> torch.Tensor:

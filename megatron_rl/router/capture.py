@@ -116,15 +116,20 @@ class RouterCapture:
         trace: dict[int, LayerTrace] = {}
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
-            router = self._routers[chunk][number]
-            chosen = _chosen(routing_map, router.topk)
-            scored = _every_expert(logits) if self._rule.every_expert else chosen
-            logprobs = score_logprobs(logits, scored, router.score_function)
-            layer = LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
+            layer = self._layer_trace(chunk, number, logits, routing_map)
             trace[number] = layer.pinned() if store == "pinned" else layer
 
         with self._pass([chunk], observe):
             yield trace
+
+    def _layer_trace(
+        self, chunk: int, number: int, logits: torch.Tensor, routing_map: torch.Tensor
+    ) -> LayerTrace:
+        router = self._routers[chunk][number]
+        chosen = _chosen(routing_map, router.topk)
+        scored = _every_expert(logits) if self._rule.every_expert else chosen
+        logprobs = score_logprobs(logits.detach(), scored, router.score_function)
+        return LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
 
     @contextlib.contextmanager
     def record_routes(self) -> Iterator[dict[int, torch.Tensor]]:
@@ -153,16 +158,19 @@ class RouterCapture:
         self,
         chunk: int,
         trace: RouterTrace | None,
-        mask: torch.Tensor,
+        weights: torch.Tensor,
         telemetry: RouterTelemetry | None,
+        own: dict[int, LayerTrace] | None = None,
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """Measure how far the routers in the pass inside are from the trace, token by token.
 
         Args:
             chunk: index of the model chunk that runs.
             trace: of the same tokens, from `record`; None: measure no distance.
-            mask: bool [T_local], tokens that count in the telemetry.
+            weights: bool or int64 [T_local], how often each token counts in the telemetry.
             telemetry: receives the per-layer sums; None: nothing is counted.
+            own: receives the trace of this pass, which the pass is compared with: every distance is
+                0. None: compare with ``trace``.
 
         Yields:
             A function that gives the distance of each MoE layer of this chunk, ascending, fp32
@@ -172,10 +180,13 @@ class RouterCapture:
 
         def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
             if telemetry is not None:
-                telemetry.add_choice(number - 1, mask, _entropy(logits.detach()), routing_map)
-            if trace is None:
+                telemetry.add_choice(number - 1, weights, _entropy(logits.detach()), routing_map)
+            if own is not None:
+                own[number] = old = self._layer_trace(chunk, number, logits, routing_map)
+            elif trace is not None:
+                old = trace[number]
+            else:
                 return
-            old = trace[number]
             if len(old.expert_ids) != len(logits):
                 raise RouterError(
                     f"layer {number}: the trace holds {len(old.expert_ids)} tokens, "
@@ -188,10 +199,10 @@ class RouterCapture:
             distances.append(distance)
             if telemetry is not None:
                 overlap = routing_map.gather(1, ids).float().mean(dim=1)
-                telemetry.add_shift(number - 1, mask, distance.detach(), overlap)
+                telemetry.add_shift(number - 1, weights, distance.detach(), overlap)
 
         def measured() -> torch.Tensor:
-            none = torch.zeros(0, len(mask), device=mask.device)
+            none = torch.zeros(0, len(weights), device=weights.device)
             return torch.stack(distances) if distances else none
 
         with self._pass([chunk], observe, self._attached):

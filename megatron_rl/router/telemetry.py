@@ -43,25 +43,27 @@ class RouterTelemetry:
         self._floor = floor
 
     def add_choice(
-        self, layer: int, mask: torch.Tensor, entropy: torch.Tensor, routing_map: torch.Tensor
+        self, layer: int, weights: torch.Tensor, entropy: torch.Tensor, routing_map: torch.Tensor
     ) -> None:
-        """Count one pack of layer ``layer`` (from 0): mask, entropy [T_local], map bool [T_local,
-        E].
+        """Count one pack of layer ``layer`` (from 0): entropy [T_local], map bool [T_local, E].
+
+        ``weights``: bool or int64 [T_local], how often each token counts: where sequences share
+        their prompt a token stands for several.
         """
-        weights = mask.to(entropy.dtype)
+        weights = weights.to(entropy.dtype)
         columns = torch.stack([torch.ones_like(entropy), entropy])
         self.sums[layer, : len(_CHOICE)] += columns @ weights
         self.load[layer] += weights @ routing_map.to(weights.dtype)
 
     def add_shift(
-        self, layer: int, mask: torch.Tensor, distance: torch.Tensor, overlap: torch.Tensor
+        self, layer: int, weights: torch.Tensor, distance: torch.Tensor, overlap: torch.Tensor
     ) -> None:
         """Count how far a pack of layer ``layer`` is from its trace: all [T_local]."""
-        weights, gamma = mask.to(distance.dtype), raw_gamma(distance)
+        weights, gamma = weights.to(distance.dtype), raw_gamma(distance)
         floored = (gamma < self._floor).to(distance.dtype)
         columns = torch.stack([torch.ones_like(distance), distance, gamma, floored, overlap])
         self.sums[layer, len(_CHOICE) :] += columns @ weights
-        furthest = torch.where(mask, distance, 0.0).max().double()
+        furthest = torch.where(weights > 0, distance, 0.0).max().double()
         self.furthest[layer] = torch.maximum(self.furthest[layer], furthest)
 
     def reduce(self, world: ProcessGroup) -> dict[str, float]:

@@ -25,7 +25,7 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.batch import pack_mini_batches
 from megatron_rl.policy.finite_checks import check_answers, not_finite, raise_together
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.score import ScoredPack, score, score_reference
+from megatron_rl.policy.score import ScoredPack, score, score_reference, unscored
 from megatron_rl.policy.update import update
 from megatron_rl.records import Prompt, RolloutGroup, Sample
 from megatron_rl.rollout.collect import (
@@ -173,8 +173,11 @@ class Reinforce:
     def _score(
         self, samples: Sequence[Sample], sums: MetricSums, shown: ShownSamples
     ) -> list[list[ScoredPack]]:
-        """Pack the mini-batches and score all packs with the policy as it is before the first
+        """Pack the mini-batches and score their packs with the policy as it is before the first
         update.
+
+        That update scores its own packs, except where its routers need the sampler's experts: not
+        all of them may be known, and a pass with gradients cannot leave some to the routers (R3).
         """
         session, config = self._session, self._session.config
         size = len(samples) // config.algorithm.mini_batches
@@ -183,14 +186,18 @@ class Reinforce:
         if config.observe.tokens:
             tokens, device = config.observe.tokens, session.device.torch_device
             shown.watch(slices, packed, session.groups, tokens, device)
+        first = 0 if config.algorithm.routing_replay == "r3" else 1
+        traces = keeps_trace(config.algorithm)
         scored = score(
             self._policy,
-            [pack for packs in packed for pack in packs],
-            with_traces=keeps_trace(config.algorithm),
+            [pack for packs in packed[first:] for pack in packs],
+            with_traces=traces,
         )
         for item in scored:
             _add_mismatch(item, sums)
         raise_together(_bad_score(scored), session.groups.world)
+        if first:
+            scored = unscored(self._policy, packed[0], with_traces=traces) + scored
         if self._policy.reference is not None:
             scored = score_reference(self._policy, scored)
         count = len(packed[0])
@@ -209,8 +216,12 @@ class Reinforce:
         total = algorithm.epochs * len(mini_batches)
         for done in range(total):
             self._session.console.phase("update", done, total)
-            packs = mini_batches[done % len(mini_batches)]
-            update(self._policy, packs, sums, telemetry, shown.values)
+            number = done % len(mini_batches)
+            before = mini_batches[number]
+            mini_batches[number] = update(self._policy, before, sums, telemetry, shown.values)
+            for old, item in zip(before, mini_batches[number], strict=True):
+                if old.own is not None:
+                    _add_mismatch(item, sums)
         shown.gather(self._session.groups, self._session.tokenizer.piece)
         return telemetry
 

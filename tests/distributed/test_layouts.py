@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.layout_cases import BF16, BF16_CASES, BF16_SEEDS, CASES, TOLERANCE, Case
+from tests.support.layout_parameters import parameters
 from tests.support.layouts import (
     References,
     Run,
@@ -50,20 +51,13 @@ def references() -> References:
     return References()
 
 
-def parameters(cases: tuple[Case, ...]) -> list:
-    return [
-        pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
-        for case in cases
-    ]
-
-
-@pytest.mark.parametrize("case", parameters(CASES))
+@pytest.mark.parametrize("case", parameters(CASES, QUICK))
 def test_a_layout_trains_like_a_single_process(case: Case, references: References):
     difference = compare(run_case(case), references.of(case))
     assert difference.largest < TOLERANCE, difference
 
 
-@pytest.mark.parametrize("case", parameters(BF16_CASES))
+@pytest.mark.parametrize("case", parameters(BF16_CASES, QUICK))
 def test_in_bf16_a_layout_is_no_further_from_fp32_than_a_single_process(
     case: Case, references: References
 ):

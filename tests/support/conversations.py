@@ -91,7 +91,7 @@ def two_updates(case: Case, judge: bool) -> dict[str, Any]:
         before = [_alone(policy, sample).detach() for sample in samples] if judge else []
         observed_update(policy, items, telemetry, update)
         slow = _slow(policy, samples, before) if judge else None
-        scalars, _ = observed_update(policy, items, telemetry, update)
+        scalars = observed_update(policy, items, telemetry, update)[0]
         unshard_gradients(policy)
         return {
             "samples": [(s.tokens.tolist(), s.written.tolist(), s.advantage) for s in samples],

@@ -26,6 +26,10 @@ class Case:
     optimizer: Mapping[str, Any] = field(default_factory=dict)  #: other than plain adam
     seed: int = 0  #: of the initial weights and of the rollout batch
     turns: bool = False  #: the policy wrote the sequences in turns, and some tokens of no turn
+    group: int = 1  #: as many sequences in a row begin with the same prompt
+    scored: bool = True  #: the first mini-batch, by a pass of its own
+    share_prompts: str = "auto"  #: data.share_prompts
+    pack_tokens: int = 0  #: other than the usual
 
 
 SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}

@@ -21,6 +21,7 @@ import numpy as np
 from megatron_rl.config.schema import Config
 from megatron_rl.records import Sample
 from tests.support.layout_cases import BF16_SEEDS, BF16_SIGMAS, BF16_SPREAD, Case
+from tests.support.layout_samples import in_turns, with_prompt
 from tests.support.ranks import forget_models, run_on_ranks
 
 #: Weights large enough that attention and routers are far from uniform.
@@ -88,7 +89,11 @@ def layout_config(case: Case) -> Config:
         model={**MODEL, **case.model},
         parallel=dict(case.parallel),
         device={"kind": case.device, "threads": 1},
-        data={"pack_tokens": 24 if case.one_per_pack else 48, "pack_multiple": 8},
+        data={
+            "pack_tokens": case.pack_tokens or (24 if case.one_per_pack else 48),
+            "pack_multiple": 8,
+            "share_prompts": case.share_prompts,
+        },
         algorithm={
             "name": "rspo",
             "mini_batches": MINI_BATCHES,
@@ -125,24 +130,8 @@ def rollout_batch(case: Case) -> list[Sample]:
                 logprobs=-rng.random(answer, dtype=np.float32),
             )
         )
-    return [in_turns(n, sample) for n, sample in enumerate(samples)] if case.turns else samples
-
-
-def in_turns(number: int, sample: Sample) -> Sample:
-    """The sample with another mask: turns of one to four tokens with others' text between them.
-
-    Every eighth has nothing that the policy wrote, and every eighth begins with the policy's words.
-    """
-    rng = np.random.default_rng(100 + number)
-    length = len(sample.tokens)
-    ends = np.cumsum(rng.integers(1, 5, length))
-    written = np.searchsorted(ends, np.arange(length), side="right") % 2 == (number % 8 == 1)
-    written = ~written if number % 8 != 2 else np.zeros(length, dtype=bool)
-    written[0] = number % 8 == 1
-    logprobs = np.where(written, -rng.random(length, dtype=np.float32), np.nan)
-    return dataclasses.replace(
-        sample, written=written, rollout_logprobs=logprobs.astype(np.float32)
-    )
+    samples = [in_turns(n, sample) for n, sample in enumerate(samples)] if case.turns else samples
+    return [with_prompt(s, samples[n - n % case.group]) for n, s in enumerate(samples)]
 
 
 def run_case(case: Case) -> Run:
@@ -182,27 +171,30 @@ def train_on_rank(case: Case) -> dict[str, Any]:
 
 
 def _train(policy: Any, case: Case) -> dict[str, Any]:
-    from megatron_rl.policy.score import score, score_reference
+    from megatron_rl.policy.score import score, score_reference, unscored
     from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
 
     config = policy.config
     mini_batches = packed_mini_batches(policy, rollout_batch(case))
-    flat = score(policy, [pack for packs in mini_batches for pack in packs], with_traces=True)
+    first = [] if case.scored else unscored(policy, mini_batches[0], with_traces=True)
+    scored_by_pass = mini_batches if case.scored else mini_batches[1:]
+    flat = score(policy, [pack for packs in scored_by_pass for pack in packs], with_traces=True)
+    flat = first + flat
     if policy.reference is not None:
         policy.reference.take()
         flat = score_reference(policy, flat)
     size = len(mini_batches[0])
     scored = [flat[i : i + size] for i in range(0, len(flat), size)]
     result = {"scalars": {}, "old_logprobs": {}, "gamma": {}}
-    for item in flat:
-        if item.old_logprobs is not None:
-            result["old_logprobs"] |= by_sequence(item.pack, item.old_logprobs)
     telemetry = RouterTelemetry(
         config.model.num_layers, config.model.num_experts, policy.device.torch_device
     )
     for number, items in enumerate(scored):
-        scalars, seen = observed_update(policy, items, telemetry, update)
+        scalars, seen, items = observed_update(policy, items, telemetry, update)
+        for item in items:
+            if item.old_logprobs is not None:
+                result["old_logprobs"] |= by_sequence(item.pack, item.old_logprobs)
         result["scalars"] |= {f"{name} of update {number}": v for name, v in scalars.items()}
         if number == 0:
             unshard_gradients(policy)
@@ -256,8 +248,12 @@ def packed_mini_batches(policy: Any, samples: list[Sample]) -> list[list[Any]]:
     return pack_mini_batches(slices, config, policy.groups, policy.device.torch_device)
 
 
-def observed_update(policy, items, telemetry, update) -> tuple[dict[str, float], list[Any]]:
-    """One update: its metrics, and the inputs its loss was called with, pack by pack."""
+def observed_update(
+    policy: Any, items: list[Any], telemetry: Any, update: Any
+) -> tuple[dict[str, float], list[Any], list[Any]]:
+    """One update: its metrics, the inputs its loss was called with, pack by pack, and the packs
+    that it returns.
+    """
     from megatron_rl.catalogue.find import find
     from megatron_rl.catalogue.kinds import LOSSES
     from megatron_rl.observe.metrics import MetricSums
@@ -273,9 +269,9 @@ def observed_update(policy, items, telemetry, update) -> tuple[dict[str, float],
 
     sums = MetricSums(policy.config.model.num_layers, policy.device.torch_device)
     with mock.patch(row.code.replace(":", "."), spy):
-        update(policy, items, sums, telemetry)
+        after = update(policy, items, sums, telemetry)
     metrics = sums.reduce(policy.groups.world)
-    return {name: metrics[name] for name in ("loss", "grad_norm", "entropy")}, seen
+    return {name: metrics[name] for name in ("loss", "grad_norm", "entropy")}, seen, after
 
 
 def by_sequence(pack: Any, values: Any) -> dict[tuple, np.ndarray]:

@@ -7,12 +7,14 @@ from typing import Any, Sequence, TypeAlias
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.models.attention import PositionalRotaryEmbedding
 from megatron_rl.models.gpt.specs import block_spec
+from megatron_rl.models.router import count_tokens
 from megatron_rl.models.vocabulary import padded_vocabulary, words_of
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.vocab_head import VocabHead
@@ -63,6 +65,9 @@ def make_chunk(
         rotary_base=model.rope_base,
         vp_stage=vp_stage,
     )
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_pre_hook(count_tokens, with_kwargs=True)
     chunk.vocabulary_padding = padded - model.vocab_size
     chunk.fp32_head = model.fp32_head
     if not model.kv_lora_rank:  # latent attention has its own in each layer

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_rl.config.schema import Config
-from megatron_rl.data.packing import round_up
+from megatron_rl.data.shared_prompts import round_up
 from megatron_rl.errors import one_line
 from megatron_rl.models.attention import packed_placement
 from megatron_rl.models.forward import forward_stages

@@ -286,6 +286,10 @@ def test_an_impossible_layout_is_refused(parallel, model, world_size, message):
 def test_cuda_only_choices():
     flex = make(parallel={"dispatcher": "flex"}, device={"kind": "cuda"})
     check_config(flex, 1, "train", files=False)
+    both = {"model": {"transformer_engine": True}, "device": {"kind": "cuda"}}
+    assert refusal(make(**both, data={"share_prompts": "on"})).startswith(
+        "data.share_prompts is on with model.transformer_engine true"
+    )
     engine = make(model={"transformer_engine": True}, device={"kind": "cpu"})
     assert refusal(engine).startswith("model.transformer_engine is on with device.kind cpu")
 

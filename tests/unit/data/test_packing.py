@@ -5,12 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data.packing import (
-    Routing,
-    pack_samples,
-    plan_packs,
-    round_up,
-)
+from megatron_rl.data.packing import Routing, pack_samples
+from megatron_rl.data.shared_prompts import Tree, plan_trees, round_up
 from megatron_rl.errors import UserError
 from megatron_rl.records import RoutedExperts, Sample
 
@@ -77,6 +73,13 @@ def test_empty_packs_carry_logprobs_where_the_others_do():
     packs = pack_samples([], 4, 1, vocab_size=9, with_rollout_logprobs=True)
     assert packs[0].rollout_logprobs.tolist() == [0, 0, 0, 0]
     assert pack_samples([], 4, vocab_size=9) == []
+
+
+def plan_packs(lengths, pack_tokens):
+    """The plan of sequences that share nothing."""
+    packs = plan_trees(lengths, [Tree((n,)) for n in range(len(lengths))], pack_tokens)
+    assert all(len(tree.members) == 1 and not tree.prompt for pack in packs for tree in pack)
+    return [[tree.members[0] for tree in pack] for pack in packs]
 
 
 def test_plan_by_hand():

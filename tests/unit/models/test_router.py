@@ -86,3 +86,45 @@ def test_expert_counts_leave_padding_out():
     with torch.no_grad():
         router(hidden, padding)
     assert router.local_tokens_per_expert.tolist() == expected
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_token_that_stands_for_several_counts_as_often(score):
+    """Gradients of both losses and the load, as of a row in which it is repeated."""
+    from megatron_rl.models.router import set_router_loss_scale
+
+    counts = torch.tensor([3, 1, 1, 2, 1, 4, 1] + [0] * 3)
+    hidden = inputs()[0][: len(counts)]
+    found = []
+    for repeated in (True, False):
+        router = build(
+            router_score=score,
+            aux_loss_coeff=0.3,
+            z_loss_coeff=0.2,
+            router_expert_bias=score == "sigmoid",
+            expert_bias_update_rate=0.01 if score == "sigmoid" else 0.0,
+        )
+        set_router_loss_scale([router], 2.5)
+        router.counts = None if repeated else counts
+        rows = hidden.repeat_interleave(counts, dim=0) if repeated else hidden
+        padding = None if repeated else (counts == 0)[:, None]
+        probs, _ = router(rows, padding)
+        (0.0 * probs.sum()).backward()
+        found.append((router.weight.grad, getattr(router, "local_tokens_per_expert", None)))
+    (expected, load), (gradient, counted) = found
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
+    assert score == "softmax" or counted.tolist() == load.tolist() != [0] * EXPERTS
+
+
+def test_a_layer_takes_counts_in_the_place_of_a_padding_mask():
+    """The layer's output is the same; only what the router adds up is not."""
+    _, _, (chunk,) = build_tiny(tiny_config(model={"aux_loss_coeff": 0.3}))
+    layer = chunk.decoder.layers[0].mlp
+    hidden, padding = inputs()
+    counts = torch.where(padding[:, 0], 0, 2)[None]
+    plain, _ = layer(hidden, padding_mask=padding.T)
+    assert layer.router.counts is None
+    counted, _ = layer(hidden, padding_mask=counts)
+    assert torch.equal(layer.router.counts, counts[0]) and torch.equal(plain, counted)
+    layer(hidden)
+    assert layer.router.counts is None

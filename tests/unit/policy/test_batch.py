@@ -26,7 +26,7 @@ def _packed(parallel, lengths_of_rank, data, mini_batches=1):
 
     if parallel_state.model_parallel_is_initialized():
         destroy_groups()
-    config = tiny_config(parallel=parallel, data=data)
+    config = tiny_config(parallel=parallel, data={**data, "share_prompts": "off"})
     groups = build_groups(config.parallel)
     samples = [sample(length) for length in lengths_of_rank[dist.get_rank()]]
     size = -(-len(samples) // mini_batches)

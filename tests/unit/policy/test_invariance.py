@@ -45,7 +45,7 @@ def second_update(rearrange=lambda packs: packs, *, pack_tokens=48, samples=SAMP
         scored = score(policy, rearrange(packs), with_traces=True)
         for _ in range(2):
             telemetry = RouterTelemetry(4, 8, CPU)
-            metrics, seen = observed_update(policy, scored, telemetry, update)
+            metrics, seen, _ = observed_update(policy, scored, telemetry, update)
         assert min(float(inputs.router_shift.min()) for inputs in seen) < 0.95
         named = dict(policy.chunks[0].named_parameters())
         return Second(

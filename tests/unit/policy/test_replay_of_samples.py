@@ -9,7 +9,7 @@ import torch
 from megatron_rl.rewards.base import Reward
 from megatron_rl.rollout.collect import ScoredGroup, to_samples
 from megatron_rl.rollout.engine import SamplingSettings
-from tests.support.layouts import Case, layout_config, observed_update, policy_of
+from tests.support.layouts import Case, by_sequence, layout_config, observed_update, policy_of
 from tests.support.tiny import random_prompts, spell
 
 
@@ -43,19 +43,21 @@ def scored(policy, samples):
     return score(policy, packs, with_traces=True)
 
 
-def run(algorithm, change=None, updates=0):
+def run(algorithm, change=None, updates=0, share_prompts="off"):
     """(samples, scored packs, loss inputs of the last update)."""
     from megatron_rl.policy.update import update
     from megatron_rl.router.telemetry import RouterTelemetry
 
-    with policy_of(layout_config(Case("one", 1, {}, algorithm=algorithm))) as policy:
+    with policy_of(
+        layout_config(Case("one", 1, {}, algorithm=algorithm, share_prompts=share_prompts))
+    ) as policy:
         samples = sampled(policy)
         if change is not None:
             samples = [change(sample) for sample in samples]
         items, seen = scored(policy, samples), []
         telemetry = RouterTelemetry(4, 8, torch.device("cpu"))
         for _ in range(updates):
-            _, seen = observed_update(policy, items, telemetry, update)
+            _, seen, _ = observed_update(policy, items, telemetry, update)
         return samples, items, seen, telemetry
 
 
@@ -128,3 +130,19 @@ def test_samples_without_experts_are_refused():
     forget = lambda sample: dataclasses.replace(sample, routed_experts=None)  # noqa: E731
     with pytest.raises(ValueError, match="sample 0 has no experts of the sampler"):
         run({"routing_replay": "r3"}, forget)
+
+
+def test_with_shared_prompts_the_experts_that_are_changed_on_the_way_are_the_same():
+    """Of each token the log-probability and gamma, which depend on the experts of all before it."""
+    found = {}
+    for share in ("off", "on"):
+        _, items, seen, _ = run({"routing_replay": "r3"}, other_experts, 2, share_prompts=share)
+        values = {}
+        for item, inputs in zip(items, seen, strict=True):
+            for name, of in {"old": item.old_logprobs, "gamma": inputs.router_shift}.items():
+                values |= {(name, *key): v for key, v in by_sequence(item.pack, of).items()}
+        found[share] = values, sum(len(item.pack.row) for item in items)
+    (apart, rows), (together, fewer) = found["off"], found["on"]
+    assert set(apart) == set(together) and fewer < rows
+    for name, value in apart.items():
+        np.testing.assert_allclose(together[name], value, rtol=1e-5, atol=1e-5)

@@ -43,7 +43,7 @@ def run_update(policy, scored):
     from megatron_rl.router.telemetry import RouterTelemetry
 
     telemetry = RouterTelemetry(4, 8, torch.device("cpu"))
-    metrics, seen = observed_update(policy, scored, telemetry, update)
+    metrics, seen, _ = observed_update(policy, scored, telemetry, update)
     return metrics, seen, gradients(policy)
 
 
