@@ -221,6 +221,7 @@ class Pack:
     #: the sampler's, of T tokens, or of the R rows of ``shared``; see `data.packing`
     routed_experts: RoutedExperts | None = None
     shared: SharedRow | None = None  #: None: the model runs on ``tokens``
+    members: tuple[int, ...] = ()  #: S places of the sequences in the list that was packed
 
     @property
     def num_rows(self) -> int:

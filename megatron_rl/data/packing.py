@@ -120,9 +120,13 @@ def pack_samples(
     return [
         _shared_pack(samples, trees, layout)
         if any(tree.prompt for tree in trees)
-        else _build_pack([samples[index] for tree in trees for index in tree.members], layout)
+        else _build_pack(samples, _members(trees), layout)
         for trees in plan
     ]
+
+
+def _members(trees: Sequence[Tree]) -> list[int]:
+    return [index for tree in trees for index in tree.members]
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def _shared_pack(samples: Sequence[Sample], trees: Sequence[Tree], layout: _Layo
     multiple, rows = layout.sequence_multiple, layout.pack_tokens
     row = shared_row(trees, samples, rows, layout.vocab_size, multiple)
     whole = replace(layout, pack_tokens=len(row.places), sequence_multiple=1, routing=None)
-    pack = _build_pack([samples[index] for tree in trees for index in tree.members], whole)
+    pack = _build_pack(samples, _members(trees), whole)
     routes = None
     if layout.routing is not None:
         routes = _Routes(rows, layout.routing)
@@ -170,10 +174,11 @@ def _split(first: int, prompt: int, length: int) -> list[slice]:
     )
 
 
-def _build_pack(samples: Sequence[Sample], layout: _Layout) -> Pack:
-    """One pack. Position t of a sequence predicts its token t + 1; its last position predicts
-    nothing.
+def _build_pack(everything: Sequence[Sample], members: Sequence[int], layout: _Layout) -> Pack:
+    """One pack of some samples. Position t of a sequence predicts its token t + 1; its last
+    position predicts nothing.
     """
+    samples = [everything[index] for index in members]
     pack_tokens, sequence_multiple = layout.pack_tokens, layout.sequence_multiple
     tokens = np.arange(pack_tokens, dtype=np.int64) % layout.vocab_size
     targets = np.zeros(pack_tokens, dtype=np.int64)
@@ -208,6 +213,7 @@ def _build_pack(samples: Sequence[Sample], layout: _Layout) -> Pack:
         logprobs,
         sequence_multiple,
         _build_routes(samples, layout),
+        members=tuple(members),
     )
 
 

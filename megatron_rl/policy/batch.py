@@ -46,6 +46,7 @@ class PackTensors:
     mask: torch.Tensor
     sequence_ids: torch.Tensor
     num_sequences: int
+    members: tuple[int, ...]  #: places of the sequences in the list that was packed
     advantages: torch.Tensor
     rollout_logprobs: torch.Tensor | None
     shards: SequenceShards  #: which rows that part is
@@ -100,6 +101,7 @@ def to_device(
         mask=tensor(pack.mask),
         sequence_ids=tensor(pack.sequence_ids),
         num_sequences=pack.num_sequences,
+        members=pack.members,
         advantages=tensor(pack.advantages),
         rollout_logprobs=tensor(pack.rollout_logprobs),
         shards=shards,

@@ -6,9 +6,6 @@ the small [T] results, so that every rank computes losses on whole sequences.
 
 from __future__ import annotations
 
-import functools
-from typing import Callable
-
 import torch
 
 from megatron_rl.models.forward import forward_row

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_rl.data.packing import plan_packs, round_up
 from megatron_rl.parallel.collectives import all_reduce
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.sequence_shards import sequence_multiple
 from megatron_rl.policy.batch import PackTensors
 from megatron_rl.records import Sample
 
@@ -41,7 +39,6 @@ class TokenValues:
         samples: Sequence[Sample],
         packs: Sequence[PackTensors],
         wanted: Mapping[int, tuple[int, int]],
-        groups: Groups,
     ) -> None:
         """Keep values of these samples.
 
@@ -50,23 +47,18 @@ class TokenValues:
             packs: as `pack_mini_batches` makes them.
             wanted: key of a sample -> its place among ``samples``, and the first of its tokens to
                 keep a value of, from 1. Keys are unique over all calls.
-            groups: of the run.
         """
-        multiple = sequence_multiple(groups.context.size())
-        lengths = [round_up(len(sample.tokens), multiple) for sample in samples]
-        plan = plan_packs(lengths, len(packs[0].tokens))
-        starts = {
-            index: (pack, sum(lengths[i] for i in members[:n]))
-            for pack, members in enumerate(plan)
-            for n, index in enumerate(members)
+        found = {
+            index: (pack, number) for pack in packs for number, index in enumerate(pack.members)
         }
         for key, (index, first) in wanted.items():
-            pack, start = starts[index]
+            pack, number = found[index]
+            start = int((pack.sequence_ids == number).int().argmax())
             length = len(samples[index].tokens) - first
             self._lengths[key] = length
             # The position before a token predicts it.
             place = _Place(key, start + first - 1, length)
-            self._places.setdefault(id(packs[pack]), []).append(place)
+            self._places.setdefault(id(pack), []).append(place)
 
     def add(
         self,

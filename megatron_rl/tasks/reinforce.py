@@ -185,7 +185,7 @@ class Reinforce:
         packed = pack_mini_batches(slices, config, session.groups, session.device.torch_device)
         if config.observe.tokens:
             tokens, device = config.observe.tokens, session.device.torch_device
-            shown.watch(slices, packed, session.groups, tokens, device)
+            shown.watch(slices, packed, tokens, device)
         first = 0 if config.algorithm.routing_replay == "r3" else 1
         traces = keeps_trace(config.algorithm)
         scored = score(

@@ -29,7 +29,6 @@ class ShownSamples:
         self,
         mini_batches: Sequence[Sequence[Sample]],
         packed: Sequence[Sequence[PackTensors]],
-        groups: Groups,
         tokens: int,
         device: torch.device,
     ) -> None:
@@ -50,7 +49,7 @@ class ShownSamples:
                     prompt = len(self._groups[group].group.prompt.tokens)
                     wanted[row] = (flat % size, max(1, prompt))
                     self._advantages[row] = samples[flat % size].advantage
-            self.values.watch(samples, packs, wanted, groups)
+            self.values.watch(samples, packs, wanted)
 
     def gather(self, groups: Groups, piece: Callable[[int], str]) -> None:
         """Fetch the values after the last update. A collective. piece: the text of a token."""

@@ -30,7 +30,7 @@ def _values(case: Case) -> dict:
             first = number * layouts.SEQUENCES + groups.data.rank() * share
             mine = samples[first : first + share]
             wanted = {len(names) + i: (i, FIRST) for i in range(share)}
-            values.watch(mine, packs, wanted, groups)
+            values.watch(mine, packs, wanted)
             names += [tuple(sample.tokens.tolist()) for sample in mine]
         telemetry = RouterTelemetry(
             model.num_layers, model.num_experts, policy.device.torch_device, floor=0.98

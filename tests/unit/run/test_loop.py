@@ -83,8 +83,8 @@ def _stopped_on_one_rank(run_dir, parallel):
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {}], ids=str)
 def test_one_rank_is_asked_and_all_stop_at_the_same_token(tmp_path, parallel):
-    """In the first evaluation. Ranks that generate alone (of expert-parallel ones each has copies of
-    all experts) hear of it through the store, and give up the evaluation as well, whatever they
+    """In the first evaluation. Ranks that generate alone (of expert-parallel ones each has copies
+    of all experts) hear of it through the store, and give up the evaluation as well, whatever they
     have of it.
     """
     stopped = run_on_ranks(2, _stopped_on_one_rank, tmp_path, parallel)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rl.data.packing import pack_samples
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rewards.base import Reward
 from megatron_rl.rollout.collect import ScoredGroup, to_samples
@@ -36,8 +37,15 @@ def watched(groups, limit, tokens):
     """Two mini-batches, in packs of 16 tokens, first-fit decreasing."""
     samples = to_samples(groups, np.arange(4.0).reshape(2, 2))
     shown = ShownSamples(groups, limit)
-    packs = [[SimpleNamespace(tokens=np.zeros(PACK_TOKENS)) for _ in range(2)] for _ in range(2)]
-    shown.watch([samples[:2], samples[2:]], packs, GROUPS, tokens, torch.device("cpu"))
+    batches = [samples[:2], samples[2:]]
+    packs = [
+        [
+            SimpleNamespace(members=pack.members, sequence_ids=torch.from_numpy(pack.sequence_ids))
+            for pack in pack_samples(batch, PACK_TOKENS, num_packs=2, vocab_size=1000)
+        ]
+        for batch in batches
+    ]
+    shown.watch(batches, packs, tokens, torch.device("cpu"))
     return shown, packs
 
 
