@@ -7,6 +7,8 @@ import dataclasses
 import torch
 
 from megatron_rl.algorithms import LossInputs, LossOutputs
+from megatron_rl.catalogue.settings import Settings
+from tests.support.slow_losses import slow_loss
 
 
 def random_batch(
@@ -99,3 +101,28 @@ def loss_and_gradient(
     loss = outputs.loss_sum / outputs.denominator
     (gradient,) = torch.autograd.grad(loss, inputs.logprobs)
     return loss.detach(), gradient
+
+
+def slow_value_and_gradient(
+    name: str, inputs: LossInputs, settings: Settings
+) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """(loss_sum, denominator, gradient [T]) of the slow reference."""
+    new = inputs.logprobs.detach().clone().requires_grad_()
+    shift, weights = inputs.router_shift, inputs.sampler_weights
+    total, count = slow_loss(
+        name,
+        new,
+        inputs.old_logprobs.tolist(),
+        inputs.advantages.tolist(),
+        inputs.mask.tolist(),
+        inputs.sequence_ids.tolist(),
+        settings.model_dump(),
+        None if shift is None else shift.tolist(),
+        inputs.shift_mode,
+        None if weights is None else weights.tolist(),
+        inputs.rollout_logprobs.tolist(),
+    )
+    gradient = torch.zeros_like(new)
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, new)
+    return total.detach(), count, gradient

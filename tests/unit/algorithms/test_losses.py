@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from megatron_rl.algorithms import LOSSES, LossInputs, default_settings
 from megatron_rl.algorithms.aggregate import EMPTY
-from tests.support.loss_batches import batch_of, loss_and_gradient, random_batch, take
-from tests.support.slow_losses import slow_loss
+from tests.support.loss_batches import (
+    batch_of,
+    loss_and_gradient,
+    random_batch,
+    slow_value_and_gradient,
+    take,
+)
 
 NAMES = sorted(LOSSES)
 NEED_SHIFT = ("rspo", "rspo_v1")
@@ -63,24 +68,10 @@ def test_clipped_tokens_add_up_to_the_clip_fraction(name) -> None:
 def test_matches_slow_reference(name, seed, num_sequences, spread, shift) -> None:
     inputs = random_batch(seed, num_sequences, spread, shift or name in NEED_SHIFT)
     outputs = run(name, inputs)
-    new = inputs.logprobs.detach().clone().requires_grad_()
-    total, count = slow_loss(
-        name,
-        new,
-        inputs.old_logprobs.tolist(),
-        inputs.advantages.tolist(),
-        inputs.mask.tolist(),
-        inputs.sequence_ids.tolist(),
-        default_settings(name).model_dump(),
-        None if inputs.router_shift is None else inputs.router_shift.tolist(),
-        rollout_logprobs=inputs.rollout_logprobs.tolist(),
-    )
-    torch.testing.assert_close(outputs.loss_sum.detach(), total.detach(), rtol=1e-10, atol=1e-12)
+    total, count, expected = slow_value_and_gradient(name, inputs, default_settings(name))
+    torch.testing.assert_close(outputs.loss_sum.detach(), total, rtol=1e-10, atol=1e-12)
     assert outputs.denominator.item() == (count or EMPTY)
     (gradient,) = torch.autograd.grad(outputs.loss_sum, inputs.logprobs)
-    expected = torch.zeros_like(new)
-    if total.requires_grad:
-        (expected,) = torch.autograd.grad(total, new)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
