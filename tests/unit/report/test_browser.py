@@ -135,6 +135,10 @@ def test_all_charts_are_drawn(page):
     assert colours[:12] == colours[12:] and len(set(colours)) == 12
     assert page.evaluate("document.querySelectorAll('#stack .area').length") == 2
     assert page.evaluate("document.querySelectorAll('#own .mark').length") == 1
+    assert texts(page, "#empty .at") == ["no values"]
+    page.evaluate("document.querySelector('#empty .plot').focus()")
+    page.key("ArrowLeft")
+    assert texts(page, "#first .at") == ["last, step 200"]
 
 
 def test_values_of_the_step_under_the_pointer(page):
