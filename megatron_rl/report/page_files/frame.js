@@ -1,6 +1,6 @@
 // What every figure has: title, values at a step, plot with its axis of steps, pointer and keys.
 
-const MARGIN = { left: 52, right: 12, top: 8, bottom: 22 };
+const MARGIN = { left: 58, right: 12, top: 8, bottom: 22 };
 
 class Frame {
   /** data: of the chart; page: the state that all figures share (`page.js`). */

@@ -106,7 +106,7 @@ def box(page, chosen):
 def place_of(page, figure, step):
     """In the window, of a step at half height of a chart whose steps in view are 0 to 200."""
     left, top, width, height = box(page, f"#{figure} .plot")
-    return left + 52 + (step + 2) / 204 * (width - 64), top + height / 2
+    return left + 58 + (step + 2) / 204 * (width - 70), top + height / 2
 
 
 def values(page, figure):
