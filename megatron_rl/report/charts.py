@@ -127,12 +127,18 @@ def heatmap(
         overall: the curve of all rows.
         largest: neighbouring steps are shown by the largest value, not by their mean.
         notable: the values to look for, which have the strong colours.
+
+    Raises:
+        ValueError: no row has a finite value.
     """
     steps = sorted({step for row in rows.values() for step in row.steps})
     shared = math.ceil(len(steps) / MOST_COLUMNS) if steps else 1
     columns = [steps[i : i + shared] for i in range(0, len(steps), shared)]
     if shared > 1:
         caption += f" A column is the {'largest' if largest else 'mean'} of {shared} steps."
+    values = [_cells(rows[row], columns, largest) for row in sorted(rows)]
+    if all(cell is None for row in values for cell in row):
+        raise ValueError(f"{name}: found no finite value; expected one in a row at least")
     curve = overall.to_json() if overall is not None else None
     return Chart(
         {
@@ -149,7 +155,7 @@ def heatmap(
             "width": shared,
             "row_name": row_name,
             "rows": sorted(rows),
-            "values": [_cells(rows[row], columns, largest) for row in sorted(rows)],
+            "values": values,
             "overall": curve if curve and curve["steps"] else None,
         }
     )

@@ -96,7 +96,7 @@ def run_here(config, at_batch: Mapping[int, Callable[[], None]] = {}) -> tuple[b
         seen["tokens"] += 1
         return decode(self, *args)
 
-    tokenizer = mock.Mock(eos_id=EOS, decode=say)
+    tokenizer = mock.Mock(eos_id=EOS, decode=say, piece=str)
     with (
         policy_of(config) as policy,
         mock.patch.object(BuiltinEngine, "_run", watched_batch),

@@ -1,6 +1,6 @@
 // What every figure has: title, values at a step, plot with its axis of steps, pointer and keys.
 
-const MARGIN = { left: 52, right: 12, top: 8, bottom: 22 };
+const MARGIN = { left: 58, right: 12, top: 8, bottom: 22 };
 
 class Frame {
   /** data: of the chart; page: the state that all figures share (`page.js`). */
@@ -103,7 +103,8 @@ class Frame {
     const step = this.page.step;
     const steps = this.steps();
     const known = steps[Math.max(0, lastAt(steps, this.shownStep()))];
-    this.at.textContent = `${step === null ? "last, " : ""}step ${step ?? known}`;
+    const words = `${step === null ? "last, " : ""}step ${step ?? known}`;
+    this.at.textContent = steps.length ? words : "no values";
     this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
     if (step !== null) this.cursor.setAttribute("transform", `translate(${this.x(step)} 0)`);
     this.showValues(this.shownStep());
@@ -151,7 +152,8 @@ class Frame {
 
   /** The pointer is at a place: heatmaps look at its row as well. */
   point(event, x) {
-    this.page.point(nearest(this.steps(), this.stepAt(x)));
+    const steps = this.steps();
+    if (steps.length) this.page.point(nearest(steps, this.stepAt(x)));
   }
 
   key(event) {
@@ -169,11 +171,12 @@ class Frame {
       Home: () => this.page.point(steps[0]),
       End: () => this.page.point(steps[steps.length - 1]),
       Escape: () => (this.page.step === null ? this.page.zoom(null) : this.page.point(null)),
+      "=": () => actions["+"](), // the same key without Shift
       "+": () => this.page.zoom(middle - half / 2, middle + half / 2),
       "-": () => this.page.zoom(middle - 2 * half, middle + 2 * half),
       ...this.ownKeys(),
     };
-    if (!actions[event.key]) return;
+    if (!actions[event.key] || !steps.length) return;
     event.preventDefault();
     actions[event.key]();
   }

@@ -1,7 +1,7 @@
 // Rows x steps as colours, below the curve of all rows.
 
 const SPARK = 46; // height of the curve of all rows, and the gap below it
-const LABEL_GAP = 20; // pixels between the numbers of rows, at least
+const LABEL_GAP = 18; // pixels between the numbers of rows, at least
 const ROWS_HEIGHT = 190; // of few rows; many have 4 pixels each
 
 class Heatmap extends Frame {
@@ -114,7 +114,7 @@ class Heatmap extends Frame {
         const value = extreme
           ? found.reduce((a, b) => Math.max(a, b))
           : found.reduce((a, b) => a + b) / found.length;
-        const part = high > low ? (this.map(value) - low) / (high - low) : 0.5;
+        const part = high > low ? (this.map(value) - low) / (high - low) : 0;
         image.data.set([...between(ramp, part), 255], 4 * (row * wide + column));
       }
     }

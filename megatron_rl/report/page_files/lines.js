@@ -197,7 +197,7 @@ class LineChart extends Frame {
     this.axis(svg, 0, high.reduce((a, b) => Math.max(a, b), 1e-9));
     for (const { i, below: lower, above } of layers) {
       const edge = (values) =>
-        steps.flatMap((step, n) => [-0.42, 0.42].map((by) => [this.x(step + by), this.y(values[n])]));
+        steps.flatMap((step, n) => [-0.5, 0.5].map((by) => [this.x(step + by), this.y(values[n])]));
       const d = `${path(edge(above))}${path(edge(lower).reverse()).replace("M", "L")}Z`;
       const style = `fill: var(--c${this.colours[i].colour})`;
       this.inside.append(drawn("path", { "data-curve": i, class: "area", style, d }));

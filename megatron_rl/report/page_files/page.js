@@ -16,6 +16,7 @@ class Page {
     this.frames = new Map();
     this.take(data);
     this.level = this.calmLevel();
+    this.levelChosen = false; // by the reader
     this.tools();
     this.samples = new Samples(data, document.getElementById("samples"));
     this.draw();
@@ -115,6 +116,7 @@ class Page {
     const input = { type: "range", min: 0, max: HALF_WIDTHS.length - 1, value: this.level };
     this.slider = element("input", { ...input, id: "smoothing" });
     this.slider.addEventListener("input", () => {
+      this.levelChosen = true;
       this.level = Number(this.slider.value);
       this.draw();
     });
@@ -180,6 +182,7 @@ class Page {
     const facts = document.getElementById("facts");
     if (facts) facts.innerHTML = data.facts; // made and escaped by the server
     document.getElementById("tools").hidden = !this.frames.size;
+    if (!this.levelChosen) this.slider.value = this.level = this.calmLevel();
     this.samples.take(data);
     this.draw();
   }

@@ -106,7 +106,7 @@ def box(page, chosen):
 def place_of(page, figure, step):
     """In the window, of a step at half height of a chart whose steps in view are 0 to 200."""
     left, top, width, height = box(page, f"#{figure} .plot")
-    return left + 52 + (step + 2) / 204 * (width - 64), top + height / 2
+    return left + 58 + (step + 2) / 204 * (width - 70), top + height / 2
 
 
 def values(page, figure):
@@ -135,6 +135,10 @@ def test_all_charts_are_drawn(page):
     assert colours[:12] == colours[12:] and len(set(colours)) == 12
     assert page.evaluate("document.querySelectorAll('#stack .area').length") == 2
     assert page.evaluate("document.querySelectorAll('#own .mark').length") == 1
+    assert texts(page, "#empty .at") == ["no values"]
+    page.evaluate("document.querySelector('#empty .plot').focus()")
+    page.key("ArrowLeft")
+    assert texts(page, "#first .at") == ["last, step 200"]
 
 
 def test_values_of_the_step_under_the_pointer(page):

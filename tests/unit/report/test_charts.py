@@ -39,6 +39,11 @@ def test_a_heatmap_has_a_column_a_step_and_blanks():
     assert heatmap("h", "H", rows, overall=UP).last_values() == [("up", 0.3)]
 
 
+def test_a_heatmap_needs_a_value():
+    with pytest.raises(ValueError, match="h: found no finite value"):
+        heatmap("h", "H", {0: Series("", [1], [math.nan])})
+
+
 @pytest.mark.parametrize("largest, cells", [(False, [1.0, 4.0, 6.0]), (True, [2.0, 5.0, 6.0])])
 def test_many_steps_share_columns(monkeypatch, largest, cells):
     """Steps 0 to 6 with their number as value, of which three columns hold 0-2, 3-5 and 6."""
