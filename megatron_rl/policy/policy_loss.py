@@ -25,6 +25,7 @@ from megatron_rl.config.algorithm import (
 )
 from megatron_rl.observe.metrics import METRICS, MetricSums
 from megatron_rl.parallel.collectives import all_reduce
+from megatron_rl.parallel.vocab_head import Entropy
 from megatron_rl.policy.batch import PackTensors
 from megatron_rl.policy.pass_over_pack import pack_values
 from megatron_rl.policy.policy import Policy
@@ -89,13 +90,9 @@ def policy_loss(
         tokens: receives ratio and gamma of the samples that it watches.
     """
     pack, algorithm = item.pack, policy.config.algorithm
-    logprobs, entropy, _ = pack_values(
-        policy,
-        hidden,
-        pack,
-        policy.config.rollout.temperature,
-        entropy="differentiable" if algorithm.entropy_coef > 0 else "detached",
-    )
+    temperature = policy.config.rollout.temperature
+    kind: Entropy = "differentiable" if algorithm.entropy_coef > 0 else "detached"
+    logprobs, entropy, _ = pack_values(policy, hidden, pack, temperature, entropy=kind)
     assert entropy is not None, "asked for"
     gamma, shift = None, algorithm.router_shift
     if distance is not None:
