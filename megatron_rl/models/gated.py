@@ -8,8 +8,9 @@ from typing import Any, Iterator
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 #: Numbers of ``both`` in a block, for each thread: some such blocks fit in a core's cache.
@@ -93,7 +94,8 @@ class GatedMLP(MLP):
 
     def __init__(
         self,
-        *args: Any,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
         pg_collection: Any = None,
         is_mtp_layer: bool = False,
         tp_group: Any = None,
@@ -104,7 +106,8 @@ class GatedMLP(MLP):
         """
         if tp_group is None and pg_collection is not None:
             tp_group = pg_collection.tp
-        super().__init__(*args, tp_group=tp_group, **kwargs)
+        kwargs.setdefault("ffn_hidden_size", config.ffn_hidden_size)
+        super().__init__(config, submodules, tp_group=tp_group, **kwargs)
 
     def forward(
         self, hidden_states: torch.Tensor, per_token_scale: Any = None, **_: Any
