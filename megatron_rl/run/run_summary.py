@@ -19,6 +19,8 @@ from megatron_rl.config.schema import (
 )
 from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.data.run_data import RunData
+from megatron_rl.models.build import transformer_config
+from megatron_rl.rollout.builtin.plain.plan import plan_of, spare_bytes
 from megatron_rl.run.session import Session
 from megatron_rl.run.trace_memory import longest_sequence, trace_fact
 
@@ -45,6 +47,16 @@ def run_facts(session: Session, machine: Mapping[str, str]) -> dict[str, str]:
         turns = f"up to {config.rollout.max_turns} answers a conversation"
         facts["environment"] = f"{config.rollout.environment}, {turns}"
     return facts
+
+
+def decoding_facts(session: Session) -> dict[str, str]:
+    """How the built-in engine decodes, where that is not the usual way. A collective."""
+    config, device = session.config, session.device
+    if config.rollout.engine != "builtin":
+        return {}
+    megatrons = transformer_config(config.model, config.parallel, device)
+    plan = plan_of(megatrons, session.groups, device.torch_device, spare_bytes())
+    return {"decoding": plan.text()} if plan.text() else {}
 
 
 def stop_text(stop_tokens: Mapping[int, str]) -> str:

@@ -31,7 +31,7 @@ from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.run.checkpoints import load_newest
 from megatron_rl.run.continuation import check_continuation, run_identity
 from megatron_rl.run.loop import run_loop
-from megatron_rl.run.run_summary import run_facts, sft_facts, train_facts
+from megatron_rl.run.run_summary import decoding_facts, run_facts, sft_facts, train_facts
 from megatron_rl.run.session import Session, open_session
 from megatron_rl.run.trace_memory import check_trace_fits, longest_sequence
 from megatron_rl.tasks.answers import answer, check_output
@@ -85,7 +85,9 @@ def _run(
     make_task: MakeTask,
 ) -> None:
     with open_session(config, verb, config.train.steps, data.tokenizer) as session:
-        session.console.run_summary({**run_facts(session, data.machine), **facts})
+        session.console.run_summary(
+            {**run_facts(session, data.machine), **decoding_facts(session), **facts}
+        )
         policy = build_policy(
             config,
             session.device,
@@ -129,7 +131,9 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
             f"reward {reward_text(config.reward)}"
         )
         facts = {"weights": weights, "data": what, **data.facts()}
-        session.console.run_summary({**run_facts(session, data.machine), **facts})
+        session.console.run_summary(
+            {**run_facts(session, data.machine), **decoding_facts(session), **facts}
+        )
         sums = session.new_sums()
         with contextlib.closing(engine):
             evaluate_problems(session, engine, problems, sums)

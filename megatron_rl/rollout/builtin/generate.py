@@ -1,14 +1,15 @@
 """The built-in engine: the training model itself generates, with the weights it has.
 
 Answers are generated in batches, one row for each answer. A batch first prefills its prompts, each
-once and packed together. Then every row gets a copy of its prompt's cache. Then each step decodes
-one token for each row. Finished rows leave the batch from time to time.
+once and packed together. Then each step decodes one token for each row. Finished rows leave the
+batch from time to time. A `decoder.Decoder` does all this: the plain functions where they know the
+model and its layout, Megatron's modules otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Callable, Collection, Iterator, Sequence
 
 import numpy as np
@@ -16,51 +17,38 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.errors import Stopped, UserError
-from megatron_rl.models.attention import packed_placement
-from megatron_rl.models.forward import forward_stages
-from megatron_rl.parallel.collectives import all_max, broadcast, gather_first_dim, gather_objects
+from megatron_rl.parallel.collectives import all_max, gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup
-from megatron_rl.rollout.builtin.batches import Batch, split_by_tokens, split_into_batches
-from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillPlacement, decode_placement
+from megatron_rl.rollout.builtin.batches import Batch, split_into_batches
+from megatron_rl.rollout.builtin.decoder import BatchPlan, Decoder
+from megatron_rl.rollout.builtin.modules import ModuleDecoder
+from megatron_rl.rollout.builtin.plain.buckets import Buckets
+from megatron_rl.rollout.builtin.plain.forward import PlainModel
+from megatron_rl.rollout.builtin.plain.graphs import CapturedSteps, Steps
+from megatron_rl.rollout.builtin.plain.model import plain_model
+from megatron_rl.rollout.builtin.plain.plan import (
+    Plan,
+    plan_of,
+    spare_bytes,
+    unknown_module,
+    unknown_weight,
+)
+from megatron_rl.rollout.builtin.plain.step import PlainDecoder
 from megatron_rl.rollout.builtin.rank_sync import RankSync
-from megatron_rl.rollout.builtin.routes import RouteLog
-from megatron_rl.rollout.builtin.sampler import sample, uniforms
+from megatron_rl.rollout.builtin.routes import RouteLog, Routes
 from megatron_rl.rollout.engine import EngineParts, SamplingSettings, WholeAnswers
 from megatron_rl.router.capture import RouterCapture
 
-#: Most tokens of one prefill pass, unless a single prompt is longer.
-PREFILL_TOKENS = 4096
-#: Steps between two looks at whether the run is to stop.
+#: Steps between two looks at whether the run is to stop, and on CUDA at whether rows have finished.
 LOOK_EVERY = 8
-#: Finished rows leave the batch when at most this share of its rows still generates.
-COMPACT_BELOW = 0.8
-
-
-@dataclass
-class _Rows:
-    """State of the R rows still in the batch, on the device."""
-
-    numbers: torch.Tensor  #: int64 [R], number of the row in the whole batch
-    positions: torch.Tensor  #: int64 [R], position of the next token
-    limits: torch.Tensor  #: int64 [R], most tokens of the answer
-    uniforms: torch.Tensor  #: float64 [R, max_new_tokens]
-    finished: torch.Tensor  #: bool [R]
-    longest: int  #: an upper bound of ``positions``, known without asking the device
-
-    def select(self, rows: torch.Tensor) -> _Rows:
-        return _Rows(
-            self.numbers[rows],
-            self.positions[rows],
-            self.limits[rows],
-            self.uniforms[rows],
-            self.finished[rows],
-            self.longest,
-        )
 
 
 def builtin_engine(parts: EngineParts) -> BuiltinEngine:
-    """The engine ``builtin`` of a run."""
+    """The engine ``builtin`` of a run. A collective."""
+    found = unknown_module(parts.chunks) or unknown_weight(parts.chunks)
+    if found is not None:  # the run summary knows the options only
+        parts.warn(f"answers are decoded through Megatron's modules: {found}")
     return BuiltinEngine(
         parts.chunks,
         parts.groups,
@@ -90,6 +78,7 @@ class BuiltinEngine(WholeAnswers):
         max_sequence_length: int,
         capture: RouterCapture | None = None,
         stop: Callable[[], bool] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         """
         Args:
@@ -102,6 +91,7 @@ class BuiltinEngine(WholeAnswers):
             max_sequence_length: longest prompt and answer together, tokens; answers are cut there.
             capture: of the chunks' routers; needed if completions are to carry their experts.
             stop: whether this rank has heard that the run is to stop; None: it is never asked.
+            plan: how to decode; None: as `plan_of` says, which then is a collective of all ranks.
         """
         self._chunks = chunks
         self._groups = groups
@@ -112,7 +102,10 @@ class BuiltinEngine(WholeAnswers):
         self._stop_ids = self._tensor(sorted(stop_ids))
         self._capture = capture
         self._stop = stop
-        self._ranks = RankSync(groups, transformer_config, self._device)
+        self.plan = plan or plan_of(transformer_config, groups, self._device, spare_bytes(), chunks)
+        self._config = transformer_config
+        alone = self.plan.is_plain  # ranks that share experts do not meet while they decode
+        self._ranks = RankSync(groups, transformer_config, self._device, alone=alone)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[RolloutGroup]:
@@ -146,9 +139,13 @@ class BuiltinEngine(WholeAnswers):
         batches = split_into_batches(prompts, settings.samples, self._max_batch)
         completions: list[Completion] = []
         with _evaluation_mode(self._chunks):
+            model = None
+            if self.plan.is_plain:
+                longest = self._max_sequence_length
+                model = plain_model(self._chunks, self._groups, self.plan, longest)
             for number in range(self._ranks.most(len(batches))):
                 batch = batches[number] if number < len(batches) else Batch([], [], [])
-                completions += self._run(batch, settings)
+                completions += self._run(batch, settings, model)
         answers = iter(completions)
         return [
             RolloutGroup(prompt, tuple(next(answers) for _ in range(settings.samples)))
@@ -165,140 +162,55 @@ class BuiltinEngine(WholeAnswers):
                     "drop the prompt or raise model.max_sequence_length"
                 )
 
-    def _run(self, batch: Batch, settings: SamplingSettings) -> list[Completion]:
-        """Generate a batch. An empty batch only takes part in the other ranks' collectives."""
-        rows = self._first_rows(batch, settings)
-        prompt_of = self._tensor(batch.prompt_of)
-        shape = (len(batch.prompt_of), settings.max_new_tokens)
-        log = None
-        if settings.routes:
-            assert self._capture is not None, "generate has checked it"
-            log = RouteLog(self._chunks, self._groups, self._capture, shape)
-        cache, logits = self._prefill(batch.prompts, log)
-        cache = cache.select(prompt_of)
-        logits = None if logits is None else logits[prompt_of]
-        tokens_out = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        logprobs_out = torch.zeros(shape, dtype=torch.float32, device=self._device)
-        for step in range(settings.max_new_tokens):
-            if self._stop is not None and step % LOOK_EVERY == 0:
-                if self._ranks.any(self._stop()):
-                    raise Stopped
-            tokens, logprobs = self._sample(logits, rows, step, settings)
-            tokens_out[rows.numbers, step] = tokens
-            logprobs_out[rows.numbers, step] = logprobs
-            stopped = (tokens[:, None] == self._stop_ids).any(dim=1)
-            rows.finished |= stopped | (rows.limits <= step + 1)
-            here, anywhere = self._ranks.count(~rows.finished)
-            if not anywhere:
-                break
-            if here <= COMPACT_BELOW * len(tokens):
-                keep = (~rows.finished).nonzero().squeeze(1)
-                rows, cache, tokens = rows.select(keep), cache.select(keep), tokens[keep]
-            logits = self._decode(tokens, rows, cache, step, log)
-            rows.positions = rows.positions + 1
-            rows.longest += 1
-        return self._completions(batch, settings, tokens_out, logprobs_out, log)
-
-    def _first_rows(self, batch: Batch, settings: SamplingSettings) -> _Rows:
-        lengths = np.array([len(prompt.tokens) for prompt in batch.prompts], dtype=np.int64)
-        lengths = lengths[batch.prompt_of]
-        limits = np.minimum(settings.max_new_tokens, self._max_sequence_length - lengths)
-        names = [
-            (batch.prompts[p].index, batch.prompts[p].first_sample(settings.samples) + number)
-            for p, number in zip(batch.prompt_of, batch.sample_numbers)
-        ]
-        count = 0 if settings.greedy else settings.max_new_tokens
-        return _Rows(
-            numbers=torch.arange(len(lengths), device=self._device),
-            positions=self._tensor(lengths),
-            limits=self._tensor(limits),
-            uniforms=torch.from_numpy(uniforms(settings.seed, names, count)).to(self._device),
-            finished=torch.zeros(len(lengths), dtype=torch.bool, device=self._device),
-            longest=int(lengths.max(initial=0)),
-        )
-
-    def _prefill(
-        self, prompts: list[Prompt], log: RouteLog | None
-    ) -> tuple[KVCache, torch.Tensor | None]:
-        """The cache of the prompts, one row each, and the logits at their last tokens [P, V / tp],
-        or None before the last pipeline stage.
-        """
-        cache = KVCache(len(prompts), max((len(p.tokens) for p in prompts), default=0) + 1)
-        passes = split_by_tokens(prompts, PREFILL_TOKENS)
-        logits, first = [], 0
-        for number in range(self._ranks.most(len(passes))):
-            packed = passes[number] if number < len(passes) else []
-            lengths = [len(prompt.tokens) for prompt in packed]
-            num_tokens = self._ranks.row_tokens(sum(lengths))
-            row = np.zeros(num_tokens, dtype=np.int64)
-            if packed:
-                row[: sum(lengths)] = np.concatenate([prompt.tokens for prompt in packed])
-            cache_rows = np.repeat(np.arange(first, first + len(packed)), lengths)
-            placement = packed_placement(
-                lengths,
-                num_tokens,
-                self._device,
-                PrefillPlacement,
-                cache=cache,
-                rows=self._tensor(cache_rows),
-            )
-            tokens = self._tensor(row)
-            if log is None:
-                output = forward_stages(self._chunks, tokens, placement, self._groups)
-            else:
-                output = log.prefill(tokens, placement, lengths)
-            if output is not None:
-                logits.append(output[self._tensor(np.cumsum(lengths) - 1)])
-            first += len(packed)
-        return cache, torch.cat(logits) if logits else None
-
-    def _decode(
-        self, tokens: torch.Tensor, rows: _Rows, cache: KVCache, step: int, log: RouteLog | None
-    ) -> torch.Tensor | None:
-        """Feed one token of each row: the logits [R, V / tp], or None before the last stage."""
-        num_tokens = self._ranks.row_tokens(len(tokens))
-        placement = decode_placement(cache, rows.positions, rows.longest, num_tokens)
-        padded = torch.cat([tokens, tokens.new_zeros(num_tokens - len(tokens))])
-        if log is None:
-            logits = forward_stages(self._chunks, padded, placement, self._groups)
-        else:
-            logits = log.decode(padded, placement, rows.numbers, step)
-        return None if logits is None else logits[: len(tokens)]
-
-    def _sample(
-        self, logits: torch.Tensor | None, rows: _Rows, step: int, settings: SamplingSettings
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next tokens int64 [R] and log-probabilities fp32 [R], the same on all ranks of a
-        replica.
-        """
-        groups = self._groups
-        num_rows = len(rows.numbers)
-        drawn = torch.zeros(2, num_rows, dtype=torch.float64, device=self._device)
-        if num_rows and groups.is_last_stage:
-            assert logits is not None, "on the last stage"
-            whole = gather_first_dim(logits.T, groups.tensor).T
-            uniform = None if settings.greedy else rows.uniforms[:, step]
-            drawn = torch.stack([part.double() for part in sample(whole, uniform, settings)])
-            broadcast(drawn, groups.tensor)
-        if num_rows:
-            broadcast(drawn, groups.pipeline, groups.pipeline.size() - 1)
-        tokens, logprobs = drawn
-        return tokens.long(), logprobs.float()
-
-    def _completions(
-        self,
-        batch: Batch,
-        settings: SamplingSettings,
-        tokens_out: torch.Tensor,
-        logprobs_out: torch.Tensor,
-        log: RouteLog | None,
+    def _run(
+        self, batch: Batch, settings: SamplingSettings, model: PlainModel | None
     ) -> list[Completion]:
-        tokens, logprobs = tokens_out.cpu().numpy(), logprobs_out.cpu().numpy()
+        """Generate a batch. An empty batch only takes part in the other ranks' collectives."""
+        plan = BatchPlan.of(batch, settings, self._max_sequence_length, self._stop_ids)
+        decoder = self._decoder(plan, model)
+        # On CUDA the host runs ahead of the device, and waits for it to count.
+        count_every = LOOK_EVERY if model is not None and self._device.type == "cuda" else 1
+        self._look(0)
+        decoder.begin()
+        for step in range(1, settings.max_new_tokens):
+            if step % count_every == 0:
+                here, anywhere = decoder.unfinished()
+                if not anywhere:
+                    break
+                decoder.compact(here)
+            self._decode(decoder)
+            self._look(step)
+        return self._completions(plan, decoder)
+
+    def _decode(self, decoder: Decoder) -> None:
+        """One step."""
+        decoder.advance()
+
+    def _look(self, step: int) -> None:
+        if self._stop is not None and step % LOOK_EVERY == 0 and self._ranks.any(self._stop()):
+            raise Stopped
+
+    def _decoder(self, plan: BatchPlan, model: PlainModel | None) -> Decoder:
+        shape = (len(plan.lengths), plan.settings.max_new_tokens)
+        routes, capture = None, self._capture
+        if plan.settings.routes:
+            assert capture is not None, "generate has checked it"
+            routes = Routes(capture.layers_of(), self._config, shape, self._device)
+        if model is not None:
+            alone = self._groups.model.size() == 1
+            captured = self._device.type == "cuda" and alone
+            steps = CapturedSteps() if captured else Steps()
+            return PlainDecoder(model, plan, routes, Buckets(captured), steps)
+        log = None
+        if routes is not None and capture is not None:
+            log = RouteLog(self._chunks, self._groups, capture, routes)
+        return ModuleDecoder(self._chunks, self._groups, self._ranks, plan, log)
+
+    def _completions(self, plan: BatchPlan, decoder: Decoder) -> list[Completion]:
+        tokens, logprobs = decoder.tokens_out.cpu().numpy(), decoder.logprobs_out.cpu().numpy()
         stopped = np.isin(tokens, self._stop_ids.cpu().numpy())
         completions = []
-        for row, p in enumerate(batch.prompt_of):
-            room = self._max_sequence_length - len(batch.prompts[p].tokens)
-            limit = min(settings.max_new_tokens, room)
+        for row, limit in enumerate(plan.limits.tolist()):
             ends = np.flatnonzero(stopped[row, :limit])
             length = int(ends[0]) + 1 if len(ends) else limit
             ids = tokens[row, :length].copy()
@@ -310,9 +222,9 @@ class BuiltinEngine(WholeAnswers):
                     text=self._decode_text(ids[: length - (len(ends) > 0)].tolist()),
                 )
             )
-        if log is None:
+        if not plan.settings.routes:
             return completions
-        routes = log.take(batch.prompt_of, [len(answer.tokens) for answer in completions])
+        routes = decoder.routes([len(answer.tokens) for answer in completions])
         return [
             replace(answer, routed_experts=routed)
             for answer, routed in zip(completions, routes, strict=True)

@@ -18,9 +18,17 @@ class RankSync:
     the constructor are collectives of these ranks.
     """
 
-    def __init__(self, groups: Groups, config: TransformerConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        config: TransformerConfig,
+        device: torch.device,
+        *,
+        alone: bool = False,
+    ) -> None:
+        """``alone``: a replica's ranks generate without those that they share experts with."""
         self._model = groups.model
-        self._groups = (groups.expert, groups.expert_tensor)
+        self._groups = () if alone else (groups.expert, groups.expert_tensor)
         self._device = device
         self._multiple = groups.tensor.size()
         # The all-gather dispatcher gathers whole rows, and with split experts every dispatcher

@@ -13,6 +13,8 @@ from typing import Sequence
 import numpy as np
 import torch
 
+from megatron_rl.parallel.collectives import broadcast
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.engine import SamplingSettings
 
 #: Elements of the double-precision cumulative distribution held at a time (256 MiB).
@@ -31,6 +33,35 @@ def uniforms(seed: int, sequences: Sequence[tuple[int, int]], count: int) -> np.
         bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
         numbers[row] = np.random.Generator(bits).random(count)
     return numbers
+
+
+def draw(
+    logits: torch.Tensor | None,
+    uniform: torch.Tensor | None,
+    like: torch.Tensor,
+    settings: SamplingSettings,
+    groups: Groups,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample`, with the same tokens on all ranks of a replica: those of the last pipeline stage.
+
+    Args:
+        logits: [R, V] on the last stage; None on the others.
+        uniform, settings: see `sample`.
+        like: int64 [R], on the device.
+        groups: process groups.
+    """
+    alone = groups.tensor.size() == groups.pipeline.size() == 1
+    if alone and len(like):
+        assert logits is not None, "on the last stage"
+        return sample(logits, uniform, settings)
+    drawn = torch.zeros(2, len(like), dtype=torch.float64, device=like.device)
+    if len(like):
+        if logits is not None:
+            drawn = torch.stack([part.double() for part in sample(logits, uniform, settings)])
+            broadcast(drawn, groups.tensor)
+        broadcast(drawn, groups.pipeline, groups.pipeline.size() - 1)
+    tokens, logprobs = drawn
+    return tokens.long(), logprobs.float()
 
 
 def sample(

@@ -119,7 +119,8 @@ def test_greedy_equals_transformers(tiny):
 
 
 def test_an_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
-    from megatron_rl.rollout.builtin import generate
+    from megatron_rl.rollout.builtin import decoder
+    from megatron_rl.rollout.builtin.plain import buckets
 
     prompts = random_prompts(LENGTHS)
     settings = SamplingSettings(samples=4, max_new_tokens=24, seed=11)
@@ -131,8 +132,8 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
     small = tiny_engine(*tiny, max_batch=5).generate(prompts, settings)
     single = tiny_engine(*tiny, max_batch=1).generate(prompts[:2], settings)
     backwards = engine.generate(prompts[::-1], settings)[::-1]
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", 10)
-    monkeypatch.setattr(generate, "COMPACT_BELOW", 0.0)  # finished rows stay until the end
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 10)
+    monkeypatch.setattr(buckets, "COMPACT_BELOW", 0.0)  # finished rows stay until the end
     otherwise = engine.generate(prompts, settings)
     for other in (alone, small, backwards, otherwise):
         assert answers(other) == answers(together)

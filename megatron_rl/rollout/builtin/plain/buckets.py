@@ -1,0 +1,58 @@
+"""The numbers of rows and the lengths of the cache that a step is run with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Finished rows leave when at most this share of the rows still generates (not captured).
+COMPACT_BELOW = 0.9
+
+
+#: Rows of similar length that read the cache together (not captured), at least.
+PART_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Rows and lengths are rounded up. With few buckets there are few CUDA graphs to capture; where
+    a step is not captured, fine ones cost nothing.
+    """
+
+    captured: bool  #: steps are captured
+    #: a cache has at first room for this many positions behind the prompts
+    room: int = 256
+
+    def rows(self, count: int, most: int) -> int:
+        """The rows of a step in which ``count`` >= 1 still generate: captured, a power of two of at
+        most ``most``.
+        """
+        if not self.captured or count == 0:
+            return count
+        return min(1 << (count - 1).bit_length(), most)
+
+    def length(self, count: int, most: int) -> int:
+        """The positions that are read where ``count`` are in use. CUDA kernels want multiples of 8;
+        captured, there are at most four lengths between two powers of two, from 64 on.
+        """
+        unit = max(64, 1 << max(count.bit_length() - 3, 0)) if self.captured else 16
+        return min(_up(count, unit), _up(most, 8))
+
+    def parts(self, rows: int) -> int:
+        """Parts of the rows, each of which reads the cache up to its own longest row."""
+        return 1 if self.captured else min(max(rows // PART_ROWS, 1), 4)
+
+    def capacity(self, count: int, most: int) -> int:
+        """The positions that a cache should have where ``count`` are in use: half as many again or
+        ``room`` more, but no more than ``most`` will be.
+        """
+        return min(_up(count + max(self.room, count // 2), 64), _up(most, 8))
+
+    def worth_moving(self, rows: int, unfinished: int) -> bool:
+        """Whether rows should leave: captured, when a smaller bucket would do."""
+        if self.captured:
+            return self.rows(unfinished, rows) < self.rows(rows, rows)
+        return unfinished <= COMPACT_BELOW * rows
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

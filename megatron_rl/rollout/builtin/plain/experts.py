@@ -1,0 +1,129 @@
+"""The feed-forward part of a layer: a SwiGLU MLP, or a router and its experts.
+
+Legend: T tokens, D hidden size, E experts, K experts of a token, F inner width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.models.experts import grouped_mm
+from megatron_rl.rollout.builtin.plain.weights import Dense, Mixture
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router chooses; see the fields of Megatron's configuration."""
+
+    top_k: int
+    score: str  #: softmax or sigmoid
+    pre_softmax: bool
+    groups: int | None
+    group_top_k: int | None
+    factor: float | None
+
+    @classmethod
+    def of(cls, config: TransformerConfig) -> Routing:
+        """As a configuration says."""
+        return cls(
+            config.moe_router_topk,
+            config.moe_router_score_function,
+            config.moe_router_pre_softmax,
+            config.moe_router_num_groups,
+            config.moe_router_group_topk,
+            config.moe_router_topk_scaling_factor,
+        )
+
+
+def swiglu(x: torch.Tensor, mlp: Dense) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)): [T, D] -> [T, D], of a slice of F this rank's part of a sum."""
+    gate, up = F.linear(x, mlp.up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate).mul_(up), mlp.down)
+
+
+def choose(
+    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of each token and their weights, as Megatron's top-K router gives them.
+
+    Args:
+        logits: fp32 [T, E].
+        bias: added to sigmoid scores where experts are chosen, not to their weights (DeepSeek-V3,
+            arXiv 2412.19437, eq. 16).
+        routing: how to choose.
+
+    Returns:
+        Ids int64 and weights fp32, both [T, K].
+    """
+    if routing.score == "softmax":
+        scores = logits.softmax(-1) if routing.pre_softmax else logits
+        weights, ids = _top_k(scores, routing)
+        weights = weights if routing.pre_softmax else weights.softmax(-1)
+    else:
+        scores = logits.sigmoid()
+        _, ids = _top_k(scores if bias is None else scores + bias, routing)
+        weights = scores.gather(1, ids)
+        if routing.top_k > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * routing.factor if routing.factor else weights
+
+
+def _top_k(scores: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K best, of group-limited routing those in the groups with the best sums of their best
+    K / groups (DeepSeek-V3, section 2.1.2).
+    """
+    if routing.group_top_k and routing.groups:
+        of_groups = scores.unflatten(-1, (routing.groups, -1))
+        best = of_groups.topk(routing.top_k // routing.group_top_k, dim=-1).values.sum(-1)
+        kept = best.topk(routing.group_top_k, dim=-1, sorted=False).indices
+        outside = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
+        scores = of_groups.masked_fill(outside[..., None], float("-inf")).flatten(1)
+    return scores.topk(routing.top_k, dim=-1)
+
+
+def mixture(
+    x: torch.Tensor, weights: Mixture, routing: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A MoE layer on [T, D].
+
+    Returns:
+        What the experts held here give, shared ones included: [T, D], this rank's part of a sum
+        where others hold the rest. And the ids int64 [T, K] of the chosen experts.
+    """
+    logits = F.linear(x.float(), weights.router.float())
+    ids, probs = choose(logits, weights.bias, routing)
+    output = _experts(x, ids, probs, weights)
+    if weights.shared is not None:
+        shared = swiglu(x, weights.shared)
+        if weights.shared_gate is not None:
+            shared = shared * F.linear(x, weights.shared_gate).sigmoid()
+        output = output + shared
+    return output, ids
+
+
+def _experts(
+    x: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor, weights: Mixture
+) -> torch.Tensor:
+    """Each expert held here on its tokens: two grouped products over the pairs of a token and an
+    expert, sorted by expert. Nothing waits for the device.
+    """
+    held, top_k = len(weights.up), ids.shape[1]
+    local = ids.flatten() - weights.first
+    all_held = held == len(weights.router)
+    if not all_held:  # the others' pairs come last, behind the last group
+        local = torch.where((local >= 0) & (local < held), local, held)
+    local, order = local.sort()
+    of_experts = torch.arange(held, device=x.device)
+    ends = torch.searchsorted(local, of_experts, right=True, out_int32=True)
+    gate, up = grouped_mm(x.index_select(0, order // top_k), weights.up, ends).chunk(2, dim=-1)
+    scale = probs.flatten().index_select(0, order)[:, None]
+    inner = F.silu(gate).mul_(up).mul(scale).to(x.dtype)
+    pairs = grouped_mm(inner, weights.down, ends)
+    if not all_held:  # of no group: they hold anything
+        pairs = pairs.masked_fill(local[:, None] == held, 0.0)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    return F.embedding_bag(places.view(-1, top_k), pairs, mode="sum")
