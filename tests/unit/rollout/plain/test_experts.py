@@ -1,0 +1,98 @@
+"""Router and experts against Megatron's router and against a loop over tokens."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.tiny import cpu_device
+
+TOKENS, EXPERTS, WIDTH, INNER = 37, 8, 8, 4
+
+
+@pytest.fixture(autouse=True)
+def megatron():
+    cpu_device()
+
+
+ROUTINGS = [
+    (4, "softmax", False, None, None, None),
+    (2, "softmax", True, None, None, 1.5),
+    (4, "softmax", True, 4, 2, None),
+    (3, "sigmoid", False, None, None, 2.5),
+    (1, "sigmoid", False, None, None, None),
+    (3, "sigmoid", False, 4, 2, 2.5),
+    (4, "sigmoid", False, 2, 1, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("routing", "biased"),
+    [(routing, False) for routing in ROUTINGS]
+    + [(routing, True) for routing in ROUTINGS if routing[1] == "sigmoid"],
+)
+def test_the_choice_is_megatrons(routing, biased):
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    from megatron_rl.rollout.builtin.plain.experts import Routing, choose
+
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(TOKENS, EXPERTS, generator=generator) * 2
+    bias = torch.randn(EXPERTS, generator=generator) * 0.3 if biased else None
+    top_k, score, pre_softmax, groups, group_top_k, factor = routing
+    expected, chosen = topk_routing_with_score_function(
+        logits,
+        top_k,
+        use_pre_softmax=pre_softmax,
+        num_groups=groups,
+        group_topk=group_top_k,
+        scaling_factor=factor,
+        score_function=score,
+        expert_bias=bias,
+    )
+    ids, weights = choose(logits, bias, Routing(*routing))
+    found = torch.zeros(TOKENS, EXPERTS).scatter(1, ids, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(torch.zeros_like(chosen).scatter(1, ids, True), chosen)
+
+
+def slow_mixture(x, router, up, down, shared, gate, top_k):
+    """Token by token, expert by expert."""
+    rows = []
+    for token in x:
+        logits = router @ token
+        best = sorted(range(EXPERTS), key=lambda e: -logits[e])[:top_k]
+        weights = torch.softmax(logits[best], 0)
+        out = torch.zeros(WIDTH)
+        for weight, expert in zip(weights, best):
+            gates, ups = (up[expert] @ token).split(INNER)
+            out += weight * (down[expert] @ (F.silu(gates) * ups))
+        gates, ups = (shared[0] @ token).split(INNER)
+        rows.append(out + torch.sigmoid(gate @ token) * (shared[1] @ (F.silu(gates) * ups)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("bounds", [(0, 8), (0, 3, 8), (0, 1, 2, 8)])
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_parts_of_the_experts_add_up_to_a_loop_over_tokens(bounds, tokens):
+    """Also where no token goes to an expert, and where none goes to those held."""
+    from megatron_rl.rollout.builtin.plain.experts import Routing, mixture
+    from megatron_rl.rollout.builtin.plain.weights import Dense, Mixture
+
+    generator = torch.Generator().manual_seed(2)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x, router = make(tokens, WIDTH), make(EXPERTS, WIDTH)
+    up, down = make(EXPERTS, 2 * INNER, WIDTH), make(EXPERTS, WIDTH, INNER)
+    shared, gate = (make(2 * INNER, WIDTH), make(WIDTH, INNER)), make(1, WIDTH)
+    routing = Routing(2, "softmax", False, None, None, None)
+    total = torch.zeros(tokens, WIDTH)
+    for first, end in itertools.pairwise(bounds):
+        held = Mixture(router, None, up[first:end], down[first:end], first, None, None)
+        if first == 0:  # the shared expert's part of a sum is a rank's own
+            held = Mixture(router, None, up[:end], down[:end], 0, Dense(*shared), gate)
+        part, ids = mixture(x, held, routing)
+        total += part
+        assert torch.equal(ids, (x @ router.T).topk(2).indices)
+    expected = slow_mixture(x, router, up, down, shared, gate, 2)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
