@@ -83,9 +83,9 @@ def _stopped_on_one_rank(run_dir, parallel):
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {}], ids=str)
 def test_one_rank_is_asked_and_all_stop_at_the_same_token(tmp_path, parallel):
-    """In the first evaluation. Ranks that generate alone (of expert-parallel ones each has copies
-    of all experts) hear of it through the store, and give up the evaluation as well, whatever they
-    have of it.
+    """In the first evaluation. Ranks that generate alone hear of it through the store, and give up
+    the evaluation as well, whatever they have of it. So do expert-parallel ones, each of which has
+    copies of all experts.
     """
     stopped = run_on_ranks(2, _stopped_on_one_rank, tmp_path, parallel)
     assert [complete for complete, _ in stopped] == [False, False]
@@ -155,12 +155,12 @@ def test_a_page_that_cannot_be_written_does_not_fail_the_run(tmp_path, capsys):
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    (tmp_path / "report.html" / "inside").mkdir(parents=True)
+    (tmp_path / "plots").write_text("a file where the folder should be")
     _report(SimpleNamespace(run_dir=tmp_path, console=Console("plain", "train")), complete=True)
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith("warning: no report: the report could not be written (Is a direc")
-    assert told.err.endswith(
-        "; expected room on the disk and the right to write there; make room and run: "
+    assert told.err == (
+        f"warning: no report: the report could not be written (File exists: {tmp_path}/plots); "
+        "expected room on the disk and the right to write there; make room and run: "
         f"megatron-rl report {tmp_path}\n"
     )

@@ -79,8 +79,8 @@ class PlainModel:
         for number, chunk in enumerate(self.chunks):
             stage = self.groups.pipeline.rank() + number * self.groups.pipeline.size()
             if stage == 0:
-                assert chunk.embedding is not None, "the first chunk"
-                hidden = self._embedded(tokens, chunk.embedding)
+                assert chunk.words is not None, "the first chunk"
+                hidden = self._embedded(tokens, chunk.words)
             else:
                 hidden = self._received(len(tokens))
             is_last = stage == stages - 1
@@ -146,12 +146,12 @@ class PlainModel:
             dist.all_reduce(part, group=self.groups.tensor)
         return part
 
-    def _embedded(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def _embedded(self, tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         if self.groups.tensor.size() == 1:
-            return F.embedding(tokens, embedding)
-        local = tokens - self.groups.tensor.rank() * len(embedding)
-        elsewhere = (local < 0) | (local >= len(embedding))
-        rows = F.embedding(local.masked_fill(elsewhere, 0), embedding)
+            return words.index_select(0, tokens)
+        local = tokens - self.groups.tensor.rank() * len(words)
+        elsewhere = (local < 0) | (local >= len(words))
+        rows = words.index_select(0, local.masked_fill(elsewhere, 0))
         return self._summed(rows.masked_fill(elsewhere[:, None], 0.0))
 
     def _logits(self, x: torch.Tensor, chunk: ChunkWeights) -> torch.Tensor:

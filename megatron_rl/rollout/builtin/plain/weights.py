@@ -96,7 +96,7 @@ class Layer:
 class ChunkWeights:
     """What a rank's chunk of the model holds."""
 
-    embedding: torch.Tensor | None  #: [V, D]; on the first chunk
+    words: torch.Tensor | None  #: [V, D], the embedding; on the first chunk
     layers: tuple[Layer, ...]
     final_norm: torch.Tensor | None  #: [D]; on the last chunk
     head: torch.Tensor | None  #: [V, D]; on the last chunk
@@ -116,11 +116,11 @@ def chunk_weights(chunk: Chunk, first_expert: int) -> ChunkWeights:
     layers = tuple(
         _layer(number, found.of_layer(number - 1), first_expert) for number in layer_numbers(chunk)
     )
-    embedding, head = found.take(EMBEDDING), found.take(OUTPUT)
+    words, head = found.take(EMBEDDING), found.take(OUTPUT)
     if head is None and chunk.post_process:
         head = found.take(_TIED)
-        head = embedding if head is None else head
-    weights = ChunkWeights(embedding, layers, found.take(FINAL_NORM), head)
+        head = words if head is None else head
+    weights = ChunkWeights(words, layers, found.take(FINAL_NORM), head)
     found.all_taken()
     return weights
 
@@ -172,7 +172,7 @@ def _layer(number: int, weights: dict[str, torch.Tensor], first_expert: int) -> 
         attention_norm=of.need("input_layernorm.weight"),
         attention=of.latent() if is_latent else of.grouped(),
         mlp_norm=of.need("pre_mlp_layernorm.weight"),
-        feed_forward=of.mixture(first_expert) if ROUTER in weights else of.mlp(_MLP),
+        feed_forward=of.mixture(first_expert) if ROUTER in weights else of.feed_forward(_MLP),
     )
     _nothing_left({f"{name} of layer {number}": weight for name, weight in weights.items()})
     return layer
@@ -197,7 +197,7 @@ class _OfLayer:
     def may(self, name: str) -> torch.Tensor | None:
         return self.weights.pop(name, None)
 
-    def mlp(self, block: str) -> Dense:
+    def feed_forward(self, block: str) -> Dense:
         return Dense(*map(self.need, swiglu(block)))
 
     def latent(self) -> LatentAttention:
@@ -223,7 +223,9 @@ class _OfLayer:
         )
 
     def mixture(self, first_expert: int) -> Mixture:
-        shared = self.mlp(SHARED_EXPERTS) if swiglu(SHARED_EXPERTS)[0] in self.weights else None
+        shared = (
+            self.feed_forward(SHARED_EXPERTS) if swiglu(SHARED_EXPERTS)[0] in self.weights else None
+        )
         router, bias, gate = self.need(ROUTER), self.may(EXPERT_BIAS), self.may(SHARED_GATE)
         up, down = map(self.need, swiglu(_EXPERTS))
         return Mixture(router, bias, up, down, first_expert, shared, gate)
