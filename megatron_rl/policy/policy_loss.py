@@ -100,13 +100,9 @@ def policy_loss(
         _add_shift(sums, mean_distance, shift.floor, pack.mask)
         if plan.gamma_mean is not None:
             gamma = normalise_shift(gamma, plan.gamma_mean)
-    old_logprobs = item.old_logprobs
-    if item.own is not None:
-        old_logprobs = item.own.logprobs = logprobs.detach()
-    assert old_logprobs is not None, "scored where the loss is computed"
     inputs = LossInputs(
         logprobs=logprobs,
-        old_logprobs=old_logprobs,
+        old_logprobs=item.old_policy(logprobs),
         advantages=pack.advantages,
         mask=pack.mask,
         sequence_ids=pack.sequence_ids,

@@ -39,6 +39,16 @@ class ScoredPack:
     ref_logprobs: torch.Tensor | None = None  #: fp32 [T]; None without a reference policy
     own: OwnPass | None = None  #: None: it is scored
 
+    def old_policy(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """The old policy's log-probabilities [T]: ``logprobs`` of the update's own pass, detached,
+        where the pack is not scored.
+        """
+        if self.own is None:
+            assert self.old_logprobs is not None, "scored where the loss is computed"
+            return self.old_logprobs
+        self.own.logprobs = logprobs.detach()
+        return self.own.logprobs
+
     def after_update(self) -> ScoredPack:
         """The pack, scored: by the update's own pass, if it was not before."""
         if self.own is None:
