@@ -212,5 +212,6 @@ def test_the_image_has_the_torch_that_the_scripts_install():
     )
     (torch,) = re.findall(r"(?m)^ARG TORCH=(\S+)", dockerfile)
     assert f"\nTORCH={torch}\n" in script
+    assert f"\nTORCH={torch}\n" in (ROOT / "tools/setup_trl_venv.sh").read_text()
     (vllm,) = re.findall(r"(?m)^ARG VLLM=(\S+)", dockerfile)
     assert f"\nVLLM={vllm}\n" in (ROOT / "tools/setup_vllm_venv.sh").read_text()

@@ -40,6 +40,20 @@ class Shape:
     vocabulary: int  #: V
 
 
+#: The model that whole steps are measured with.
+SHAPE = Shape(
+    layers=4,
+    hidden=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    experts=8,
+    top_k=2,
+    expert_width=128,
+    vocabulary=512,
+)
+
+
 def forward_flop(shape: Shape, prompt: int, answer: int) -> int:
     """Floating-point operations of one forward pass over a prompt and its answer, in tokens.
 

@@ -42,42 +42,34 @@ FACTORS = (1, 2, 4, 8)
 #: How far growth of time over growth of work may be from 1 without an explanation.
 CLOSE = 0.15
 
-_FIXED = "what a decoding step costs whatever its size is shared by more work"
+_FIXED = "a decoding step has costs that do not grow, such as launching its operators"
+_PREFILL = "tokens of a prompt cost less than decoded ones, for they are passed over together"
 _LOGITS = "logits are computed at prompts too; the formula counts them at answers only"
-_SHARED = "a prompt is passed over once for all its answers; the formula counts it with each"
-_ROWS = "each expert's product has fewer rows, and the weights of more experts are read"
-_STEP = "what an optimizer step costs whatever its size is shared by more parameters"
+_PADDING = f"a step's packs are all as long as the fullest: padding adds 20% (50% at x2); {_LOGITS}"
+_SHARED = "tokens of a prompt are passed over once for all its answers; the formula counts each"
+_ROWS = "the experts' products have fewer rows each, and more weights are read"
+_STEP = "an optimizer step has costs that do not grow"
 _WAIT = "gradients are copied and summed, and ranks wait for each other"
-#: Why a stage grows otherwise than its work.
+#: What makes a stage grow otherwise than its work, as far as known; by size, stage and direction.
 WHY = {
     ("batch", "rollout", "below"): _FIXED,
-    (
-        "answer",
-        "rollout",
-        "above",
-    ): "a decoded token costs more than a prompt's, which is passed over "
-    "with all others at once, and answers go from 67% to 94% of the tokens",
-    (
-        "prompt",
-        "rollout",
-        "below",
-    ): "a prompt's token costs less than a decoded one, for it is passed "
-    "over with all others at once, and prompts go from 33% to 80% of the tokens",
-    ("prompt", "score", "above"): _LOGITS,
-    ("prompt", "update", "above"): _LOGITS,
+    ("answer", "rollout", "above"): f"{_PREFILL}, and answers go from 67% to 94% of all",
+    ("prompt", "rollout", "below"): f"{_PREFILL}, and prompts go from 33% to 80% of all",
+    ("prompt", "score", "above"): _PADDING,
+    ("prompt", "update", "above"): _PADDING,
     ("prompt", "score", "below"): _SHARED,
     ("prompt", "update", "below"): _SHARED,
     ("layers", "rollout", "below"): _FIXED,
     ("experts", "rollout", "above"): _ROWS,
     ("experts", "score", "above"): _ROWS,
-    ("experts", "update", "above"): f"{_ROWS}; so are their gradients",
+    ("experts", "update", "above"): f"{_ROWS}; more gradients are cleared and summed",
     ("vocabulary", "rollout", "below"): _FIXED,
     ("vocabulary", "score", "above"): _LOGITS,
     ("vocabulary", "update", "above"): _LOGITS,
     ("DP ranks", "cpu", "above"): _WAIT,
-    ("EP ranks", "cpu", "above"): f"{_WAIT}; tokens are copied to their experts' ranks and back",
     ("DP ranks", "wall", "above"): _WAIT,
-    ("EP ranks", "wall", "above"): f"{_WAIT}, and in every layer for the busiest expert's rank",
+    ("EP ranks", "cpu", "above"): f"{_WAIT}; tokens are copied to their experts' ranks and back",
+    ("EP ranks", "wall", "above"): f"{_WAIT}, and in every layer for the busiest experts' rank",
     **{(size, "optimizer", "below"): _STEP for size in ("layers", "experts", "vocabulary")},
 }
 

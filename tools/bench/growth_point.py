@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Mapping
 
 import numpy as np
 
-from tools.bench.common import Shape, Turns, forward_flop
+from tools.bench.common import SHAPE, Shape, Turns, forward_flop
 
 #: What a step took: processor seconds by stage and of the whole ("cpu"), and its wall seconds.
 Times = Mapping[str, float]
@@ -24,17 +24,7 @@ STAGES = ("rollout", "score", "update")
 class Point:
     """Sizes of a model and of a step."""
 
-    shape: Shape = Shape(
-        layers=2,
-        hidden=128,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        experts=8,
-        top_k=2,
-        expert_width=128,
-        vocabulary=512,
-    )
+    shape: Shape = replace(SHAPE, layers=2)
     prompts: int = 8  #: of a step, a rank
     answers: int = 8  #: to each
     prompt_tokens: int = 12

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
-from tools.bench.common import PASSES, Shape, forward_flop
+from tools.bench.common import PASSES, SHAPE, Shape, forward_flop
 
 END, PAD, UNKNOWN = "<end>", "<pad>", "<unk>"
 SPECIAL = (END, PAD, UNKNOWN)
@@ -20,17 +20,7 @@ SPECIAL = (END, PAD, UNKNOWN)
 class Case:
     """Sizes of the model and of a step."""
 
-    shape: Shape = Shape(
-        layers=4,
-        hidden=128,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        experts=8,
-        top_k=2,
-        expert_width=128,
-        vocabulary=512,
-    )
+    shape: Shape = SHAPE
     prompts: int = 64  #: of a step
     answers: int = 8  #: to each
     shortest_prompt: int = 8  #: tokens
