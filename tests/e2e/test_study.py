@@ -1,5 +1,5 @@
-"""A study of real runs: two arms, two seeds and a warm-up, killed while it starts and while runs
-are at work; it ends like one that was not disturbed.
+"""A study of real runs: two arms, two seeds and a warm-up, killed twice at a random moment; it ends
+like one that was not disturbed.
 """
 
 import csv
@@ -54,13 +54,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(folder):
-    """The study's last output, after kills: while it starts, in the warm-up, among the arms."""
+    """The study's last output, after kills: while it or its warm-up starts, and among the arms."""
     moments = random.Random(11)
     with started("study", "study.yaml", cwd=folder) as process:
-        time.sleep(moments.uniform(0.0, 2.0))
+        time.sleep(moments.uniform(0.0, 8.0))
         kill(process)
-    kill_after(folder, "prepare/*/configs", moments)
-    kill_after(folder, "runs/*/*/checkpoints/step_1", moments)
+    with started("study", "study.yaml", cwd=folder) as process:
+        saved = "runs/*/*/checkpoints/step_1"
+        process.wait_until(lambda: any((folder / "runs/study").glob(saved)))
+        time.sleep(moments.uniform(0.0, 1.0))
+        kill(process)
     return run("study", "study.yaml", cwd=folder)
 
 
@@ -68,14 +71,6 @@ def kill(process):
     """SIGKILL to the study alone: its runs are not told."""
     psutil.Process(process._process.pid).kill()
     process._process.wait()
-
-
-def kill_after(folder, pattern, moments):
-    """A study that is killed a little later than a file appears."""
-    with started("study", "study.yaml", cwd=folder) as process:
-        process.wait_until(lambda: any((folder / "runs/study").glob(pattern)))
-        time.sleep(moments.uniform(0.0, 1.0))
-        kill(process)
 
 
 @pytest.fixture
