@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pandas
-import psutil
 import pytest
 
 from megatron_rl.study.plan import make_plan
@@ -58,19 +57,13 @@ def study(folder):
     moments = random.Random(11)
     with started("study", "study.yaml", cwd=folder) as process:
         time.sleep(moments.uniform(0.0, 8.0))
-        kill(process)
+        process.kill_command()
     with started("study", "study.yaml", cwd=folder) as process:
         saved = "runs/*/*/checkpoints/step_1"
         process.wait_until(lambda: any((folder / "runs/study").glob(saved)))
         time.sleep(moments.uniform(0.0, 1.0))
-        kill(process)
+        process.kill_command()
     return run("study", "study.yaml", cwd=folder)
-
-
-def kill(process):
-    """SIGKILL to the study alone: its runs are not told."""
-    psutil.Process(process._process.pid).kill()
-    process._process.wait()
 
 
 @pytest.fixture
