@@ -18,10 +18,10 @@ from megatron_rl.paths import local_path
 VERBS = {
     "train": "reinforcement learning on data.train",
     "sft": "supervised fine-tuning on data.train",
+    "study": "run arms x seeds side by side from one file; a table, results.csv and a page of them",
     "evaluate": "measure the model on data.eval",
     "generate": "answer the prompts given with --prompt, or of a file",
     "convert": "convert a Hugging Face model to a Megatron checkpoint, or a run back to one",
-    "study": "run arms x seeds side by side from one file; a table, results.csv and a page of them",
     "report": "write report.html of a finished or running run; compare several; show one live",
     "check": "check a config and its data, show layout, parameters and memory; starts nothing",
     "data": "show the first examples of the data as the model will see them, and lengths",
@@ -33,8 +33,9 @@ VERBS = {
 OWN_FLAGS = {"--prompt", "--world-size", "--for", "--like", "--shard-gib", "--nodes", "--node"}
 OWN_FLAGS |= {"--ranks-per-node", "--meet", "--within", "--examples"}
 OWN_FLAGS |= {"--prompts", "--samples", "--output", "--port"}
-OWN_FLAGS |= {"--only", "--launch", "--at-once"}
 OWN_SWITCHES = {"--help", "--version", "--verify", "--base", "--greedy", "--chat", "--watch"}
+# Of studies:
+OWN_FLAGS |= {"--only", "--launch", "--at-once"}
 OWN_SWITCHES |= {"--quick", "--status", "--report"}
 
 _CONFIG_HELP = (

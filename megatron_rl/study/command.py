@@ -93,7 +93,6 @@ def _run_one(plan: Plan, index: int, make_command: MakeCommand) -> None:
 
 def _run_all(plan: Plan, slots: int, make_command: MakeCommand) -> None:
     """Run what is left, one study at a time in its directory; then the table and the page."""
-    plan.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = RunLock(plan.folder, _print, "study_dir")
     lock.acquire()
     try:

@@ -18,7 +18,8 @@ _STYLE = """<style>
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; padding: 0; }
 figure h3 { margin: 4px 6px; font-size: 15px; } figure svg { display: block; width: 100%; }
 figure svg text { fill: var(--muted); font-size: 11px; } figure .grid { stroke: var(--line); }
-h3 { font-size: 15px; margin: 20px 0 8px; } td.text { overflow-wrap: anywhere; }
+h3 { font-size: 15px; margin: 20px 0 8px; }
+.arms td, .arms th { white-space: nowrap; } td.text { overflow-wrap: anywhere; }
 </style>"""
 
 
@@ -111,8 +112,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return (
-        f"<div class='scroll'><table><thead><tr>{first}</tr></thead><tbody>{body}</tbody>"
-        "</table></div>"
+        f"<div class='scroll'><table class='arms'><thead><tr>{first}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,7 +13,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing())),
 ]
-SECONDS = 420.0
 
 
 @pytest.fixture(scope="module")
@@ -37,43 +35,23 @@ def submit(folder, environment, name, options=(), words=()):
     return job, folder / f"slurm-{job}.log"
 
 
-def state(environment, job):
-    shown = slurm.ask(environment, "scontrol", "show", "job", job)
-    return shown.split("JobState=")[1].split()[0]
-
-
-def wait_until(happened, log):
-    end = time.monotonic() + SECONDS
-    while not happened():
-        text = log.read_text() if log.exists() else "no log"
-        assert time.monotonic() < end, text
-        time.sleep(0.2)
-
-
-def start_again(environment, job, log):
-    """Start a requeued job at once; Slurm itself lets it wait for two minutes."""
-    wait_until(lambda: state(environment, job) == "PENDING", log)
-    time.sleep(3.0)  # a node refuses the job in the second in which it was taken from it
-    slurm.ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
-
-
 def test_a_job_of_two_nodes_gives_the_metrics_of_one_machine(folder, rl_run, environment):
     job, log = submit(folder, environment, "slurm")
     ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-    wait_until(lambda: state(environment, job) in ended, log)
-    assert state(environment, job) == "COMPLETED", log.read_text()
+    slurm.wait_until(lambda: slurm.state(environment, job) in ended, log)
+    assert slurm.state(environment, job) == "COMPLETED", log.read_text()
     assert reproducible(folder / "runs" / "slurm") == reproducible(folder / "runs" / "rl")
 
 
 def test_a_requeued_job_goes_on_from_the_checkpoint_it_left(folder, rl_run, environment):
     job, log = submit(folder, environment, "requeued")
-    wait_until(lambda: log.exists() and "step 2/8" in log.read_text(), log)
+    slurm.wait_until(lambda: log.exists() and "step 2/8" in log.read_text(), log)
     slurm.ask(environment, "scontrol", "requeue", job)
-    wait_until(lambda: "run the same command to continue" in log.read_text(), log)
-    start_again(environment, job, log)
-    wait_until(lambda: state(environment, job) in ("COMPLETED", "FAILED"), log)
+    slurm.wait_until(lambda: "run the same command to continue" in log.read_text(), log)
+    slurm.start_again(environment, job, log)
+    slurm.wait_until(lambda: slurm.state(environment, job) in ("COMPLETED", "FAILED"), log)
     text = log.read_text()
-    assert state(environment, job) == "COMPLETED", text
+    assert slurm.state(environment, job) == "COMPLETED", text
     assert "continuing from runs/requeued/checkpoints/step_" in text
     assert reproducible(folder / "runs" / "requeued") == reproducible(folder / "runs" / "rl")
     assert os.path.exists(folder / "runs" / "requeued" / "report.html")
@@ -82,10 +60,10 @@ def test_a_requeued_job_goes_on_from_the_checkpoint_it_left(folder, rl_run, envi
 def test_a_job_whose_time_is_over_is_queued_again(folder, rl_run, environment):
     options = ["--time", "2", "--signal", "B:USR1@60"]  # a minute for the start and some steps
     job, log = submit(folder, environment, "late", options, ["--train.steps", "2000"])
-    wait_until(lambda: log.exists() and "time is over, job" in log.read_text(), log)
+    slurm.wait_until(lambda: log.exists() and "time is over, job" in log.read_text(), log)
     assert "run the same command to continue" in log.read_text()
-    start_again(environment, job, log)
-    wait_until(lambda: "continuing from runs/late/checkpoints/step_" in log.read_text(), log)
+    slurm.start_again(environment, job, log)
+    slurm.wait_until(lambda: "continuing from runs/late/checkpoints/step_" in log.read_text(), log)
     slurm.ask(environment, "scancel", job)
-    wait_until(lambda: state(environment, job) in ("CANCELLED", "FAILED"), log)
+    slurm.wait_until(lambda: slurm.state(environment, job) in ("CANCELLED", "FAILED"), log)
     assert "Traceback" not in log.read_text()

@@ -1,5 +1,5 @@
-"""A study of real runs: two arms, two seeds and a warm-up, killed while it starts and while runs
-are at work; it ends like one that was not disturbed.
+"""A study of real runs: two arms, two seeds and a warm-up, killed twice at a random moment; it ends
+like one that was not disturbed.
 """
 
 import csv
@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pandas
-import psutil
 import pytest
 
 from megatron_rl.study.plan import make_plan
@@ -54,28 +53,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(folder):
-    """The study's last output, after kills: while it starts, in the warm-up, among the arms."""
+    """The study's last output, after kills: while it or its warm-up starts, and among the arms."""
     moments = random.Random(11)
     with started("study", "study.yaml", cwd=folder) as process:
-        time.sleep(moments.uniform(0.0, 2.0))
-        kill(process)
-    kill_after(folder, "prepare/*/configs", moments)
-    kill_after(folder, "runs/*/*/checkpoints/step_1", moments)
-    return run("study", "study.yaml", cwd=folder)
-
-
-def kill(process):
-    """SIGKILL to the study alone: its runs are not told."""
-    psutil.Process(process._process.pid).kill()
-    process._process.wait()
-
-
-def kill_after(folder, pattern, moments):
-    """A study that is killed a little later than a file appears."""
+        time.sleep(moments.uniform(0.0, 8.0))
+        process.kill_command()
     with started("study", "study.yaml", cwd=folder) as process:
-        process.wait_until(lambda: any((folder / "runs/study").glob(pattern)))
+        saved = "runs/*/*/checkpoints/step_1"
+        process.wait_until(lambda: any((folder / "runs/study").glob(saved)))
         time.sleep(moments.uniform(0.0, 1.0))
-        kill(process)
+        process.kill_command()
+    return run("study", "study.yaml", cwd=folder)
 
 
 @pytest.fixture

@@ -101,6 +101,11 @@ class Started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
 
+    def kill_command(self) -> None:
+        """SIGKILL to the command alone: what it has started is not told."""
+        self._process.kill()
+        self._process.wait()
+
     def terminate(self) -> None:
         """SIGTERM to the launcher, as a scheduler sends it."""
         self._process.send_signal(signal.SIGTERM)

@@ -9,10 +9,13 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 #: What has to be installed: the Debian packages slurm-wlm and munge.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+
+#: Longest a job may take.
+SECONDS = 420.0
 
 _CONF = """\
 ClusterName=test
@@ -79,6 +82,28 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 def ask(environment: dict[str, str], *words: str) -> str:
     """The output of one of Slurm's commands."""
     return subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def state(environment: dict[str, str], job: str) -> str:
+    """A job's, such as RUNNING; of a task of an array: JOB_TASK."""
+    shown = ask(environment, "scontrol", "show", "job", job)
+    return shown.split("JobState=")[1].split()[0]
+
+
+def wait_until(happened: Callable[[], bool], log: Path) -> None:
+    """Wait until something has happened; AssertionError with the job's log if it takes too long."""
+    end = time.monotonic() + SECONDS
+    while not happened():
+        text = log.read_text() if log.exists() else "no log"
+        assert time.monotonic() < end, text
+        time.sleep(0.2)
+
+
+def start_again(environment: dict[str, str], job: str, log: Path) -> None:
+    """Start a requeued job at once; Slurm itself lets it wait for two minutes."""
+    wait_until(lambda: state(environment, job) == "PENDING", log)
+    time.sleep(3.0)  # a node refuses the job in the second in which it was taken from it
+    ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def _wait_for_nodes(environment: dict[str, str]) -> None:

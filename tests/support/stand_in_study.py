@@ -10,6 +10,7 @@ arm's stand-in does beyond that is in its name: ``fails``, ``fails_once``, ``div
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_S = 0.02
@@ -104,14 +106,14 @@ def overlaps(steps: list[tuple[str, int, int]]) -> Iterator[str]:
             yield run
 
 
-def _study(words: list[str]) -> int:
-    import functools
-
+def study(words: list[str]) -> int:
+    """``megatron-rl study WORDS`` in this process, its runs stand-ins; the exit code."""
     from megatron_rl.cli import main
     from megatron_rl.study import command as verb
 
-    verb.run_study = functools.partial(verb.run_study, make_command=command)
-    return main(["study", *words])
+    with_stand_ins = functools.partial(verb.run_study, make_command=command)
+    with mock.patch.object(verb, "run_study", with_stand_ins):
+        return main(["study", *words])
 
 
 if __name__ == "__main__":
@@ -119,4 +121,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "stand-in":
         _stand_in(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
-        sys.exit(_study(sys.argv[1:]))
+        sys.exit(study(sys.argv[1:]))

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.records import Completion, Prompt, RolloutGroup
+from megatron_rl.study.state import NOT_FINITE
 from tests.support.host_syncs import HostSyncs
 from tests.support.layouts import Case, layout_config, policy_of
 from tests.support.ranks import run_on_ranks
@@ -116,3 +117,11 @@ def _raised(problems):
 )
 def test_all_ranks_raise_together_and_name_the_first_problem(problems, message):
     assert run_on_ranks(2, _raised, problems) == [message, message]
+
+
+def test_a_study_knows_a_run_that_ended_so_by_its_message(policy, monkeypatch):
+    from megatron_rl.policy import finite_checks
+
+    monkeypatch.setattr(finite_checks, "gather_objects", lambda problem, world: [problem])
+    with pytest.raises(finite_checks.NotFinite, match=NOT_FINITE):
+        finite_checks.raise_together("a loss is nan", None)

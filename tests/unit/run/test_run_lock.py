@@ -13,7 +13,7 @@ import pytest
 
 from megatron_rl.errors import RunFailed, UserError
 from megatron_rl.run import run_lock
-from megatron_rl.run.run_lock import LOCK_FILE, Owner, RunLock, read_owner, this_process
+from megatron_rl.run.run_lock import LOCK_FILE, Owner, RunLock, owner_in, read_owner, this_process
 
 
 @pytest.fixture
@@ -281,3 +281,26 @@ def test_an_owner_says_who_it_is(monkeypatch):
     assert (me.pid, me.torchrun_id) == (os.getpid(), "abc") and str(me).endswith("torchrun id abc")
     assert run_lock._lives(me, this_process()) is True
     assert str(Owner("x")) == "an owner unknown (run.lock cannot be read)"
+
+
+def test_those_who_only_look_see_a_living_owner(tmp_path, owner, quick):
+    child, found = owner
+    assert owner_in(tmp_path) is None and owner_in(tmp_path / "none") is None
+    lay(tmp_path, found, silent=100.0)  # it is seen to live, however long it was silent
+    assert owner_in(tmp_path) == found
+    child.kill()
+    child.wait()
+    assert owner_in(tmp_path) is None
+    far = elsewhere(found)
+    lay(tmp_path, far)
+    assert owner_in(tmp_path) == far
+    lay(tmp_path, far, silent=5.0)
+    assert owner_in(tmp_path) is None
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE}
+
+
+def test_messages_name_the_directory_by_its_key(tmp_path, owner):
+    _, found = owner
+    lay(tmp_path, found)
+    with pytest.raises(UserError, match=f"^study_dir {tmp_path} is in use .* another study_dir$"):
+        RunLock(tmp_path, key="study_dir").acquire()
