@@ -116,7 +116,7 @@ def policy_loss(
     )
     telemetry.weights += weight_sums(inputs)
     if tokens is not None:
-        tokens.add(pack, logprobs, old_logprobs, gamma)
+        tokens.add(pack, logprobs, inputs.old_logprobs, gamma)
     inputs = _weighed(inputs, plan, sums)
     result = plan.loss(inputs)
     if distance is not None and result.clipped is not None:

@@ -38,7 +38,7 @@ def answers_of_a_step(config, prompts, make_engine):
             launch=read_launch({}),
             device=policy.device,
             groups=policy.groups,
-            tokenizer=None,  # the engine is given
+            tokenizer=SimpleNamespace(piece=str),  # the engine is given
             stop_tokens={},
             console=SilentConsole(),
             timers=Timers(),

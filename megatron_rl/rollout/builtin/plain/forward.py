@@ -34,6 +34,7 @@ class PlainModel:
     hidden_size: int
     vocab_size: int  #: of the whole model, without padding
     dtype: torch.dtype  #: of activations
+    fp32_head: bool  #: the output layer multiplies in fp32
     angles: Rotations  #: cos and sin of every position, see `cache.Place`
     groups: Groups
 
@@ -156,7 +157,8 @@ class PlainModel:
 
     def _logits(self, x: torch.Tensor, chunk: ChunkWeights) -> torch.Tensor:
         assert chunk.final_norm is not None and chunk.head is not None, "the last chunk"
-        local = F.linear(self._normalised(x, chunk.final_norm), chunk.head)
+        x, head = self._normalised(x, chunk.final_norm), chunk.head
+        local = F.linear(x.float(), head.float()) if self.fp32_head else F.linear(x, head)
         if self.groups.tensor.size() == 1:
             return local[:, : self.vocab_size]
         return gather_first_dim(local.T, self.groups.tensor).T[:, : self.vocab_size]

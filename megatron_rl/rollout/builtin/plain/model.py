@@ -40,6 +40,7 @@ def plain_model(chunks: Sequence[Chunk], groups: Groups, plan: Plan, longest: in
         hidden_size=config.hidden_size,
         vocab_size=chunks[0].vocab_size - chunks[0].vocabulary_padding,
         dtype=dtype,
+        fp32_head=chunks[-1].fp32_head,
         angles=angles_of(rotary, longest + 1, dtype, device),
         groups=groups,
     )

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl.device.launch import read_launch
 from megatron_rl.models.gpt.chunk import Chunk
+from megatron_rl.models.router import count_tokens
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.builtin.plain.weights import UnknownWeight, chunk_weights
@@ -85,7 +86,7 @@ MODEL_OPTIONS = frozenset(
         "z_loss_coeff", "expert_bias_update_rate", "freeze_router", "vocab_size",
         "max_sequence_length", "rope_base", "yarn", "qk_norm", "qk_norm_scope", "kv_lora_rank",
         "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qkv_bias",
-        "norm_epsilon", "tie_embeddings", "init_std", "dtype", "transformer_engine",
+        "norm_epsilon", "tie_embeddings", "init_std", "dtype", "transformer_engine", "fp32_head",
     }
 )  # fmt: skip
 #: Classes of ours in a model whose forward pass the functions stand for.
@@ -93,9 +94,12 @@ MODULES = frozenset(
     {
         "PackedAttention", "PositionalRotaryEmbedding", "PackedLatentAttention",
         "_LatentRotaryEmbedding", "_WholeLinear", "GroupedExperts", "_ExpertWeight", "PackRouter",
-        "RMSNorm", "QueryNorm", "KeyNorm", "PlacedTEAttention",
+        "RMSNorm", "QueryNorm", "KeyNorm", "PlacedTEAttention", "HeadApart", "RotarySelfAttention",
+        "PackMoELayer", "GatedMLP", "GatedSharedExperts",
     }
 )  # fmt: skip
+#: Hooks of ours that change nothing here: shared prompts' tokens count in training only.
+HOOKS = (count_tokens,)
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,8 @@ def unknown_module(chunks: Sequence[torch.nn.Module]) -> str | None:
             kind = type(module)
             if kind.__module__.startswith("megatron_rl.") and kind.__name__ not in MODULES:
                 return f"they alone know a {kind.__name__}"
-            hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-            # that of the rows of padding of the vocabulary is known
-            known = bool(getattr(chunk, "vocabulary_padding", 0)) and "output" in name
-            if hooks > known:
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if any(hook not in HOOKS for hook in hooks):
                 return f"a hook watches {name or 'the model'}"
     return None
 

@@ -138,14 +138,11 @@ def test_a_part_that_is_not_known(plan, change, reason):
             assert answer.tokens.tolist() == other.tokens.tolist()
 
 
-def test_the_padding_of_the_vocabulary_is_known(plan):
-    config = tiny_config(model={"vocab_size": 63})
-    _, _, chunks = build_tiny(config)
-    from megatron_rl.models.vocabulary import mask_padding
-
-    mask_padding(chunks[0].output_layer, 62, torch.distributed.group.WORLD)
-    assert plan.unknown_module(chunks) == "a hook watches output_layer"
-    chunks[0].vocabulary_padding = 1
+def test_the_hook_of_shared_prompts_is_known(plan):
+    """All models of ours have it on their MoE layers."""
+    _, _, chunks = build_tiny(tiny_config())
+    watched = [m for m in chunks[0].modules() if m._forward_pre_hooks]
+    assert {type(module).__name__ for module in watched} == {"PackMoELayer"}
     assert plan.unknown_module(chunks) is None
-    mask_padding(chunks[0].output_layer, 62, torch.distributed.group.WORLD)
-    assert plan.unknown_module(chunks) == "a hook watches output_layer"
+    watched[0].register_forward_pre_hook(lambda module, inputs: None)
+    assert plan.unknown_module(chunks) == "a hook watches decoder.layers.0.mlp"
