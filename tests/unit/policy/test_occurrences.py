@@ -1,6 +1,7 @@
 """A problem that a step draws several times gets other answers each time."""
 
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
