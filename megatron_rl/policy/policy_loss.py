@@ -122,9 +122,8 @@ def policy_loss(
     if distance is not None and result.clipped is not None:
         telemetry.clip_split.add(mean_distance, result.clipped, pack.mask)
     result = add_regularisers(result, inputs, plan.regularisers, plan.denominator_per_token)
-    sums.add("loss", result.loss_sum, result.denominator)
     sums.add("entropy", (entropy.detach() * pack.mask).sum(), pack.mask.sum())
-    _add_metrics(sums, result.metrics)
+    _add_metrics(sums, result)
     return result.loss_sum, result.denominator
 
 
@@ -147,10 +146,12 @@ def _add_shift(
     sums.add("router/floor_fraction", ((gamma < floor) & mask).sum(), count)
 
 
-def _add_metrics(sums: MetricSums, metrics: Mapping[str, SumAndCount]) -> None:
-    """Add a loss's metrics; a user's own metric without a row in the table is shown as
+def _add_metrics(sums: MetricSums, result: LossOutputs) -> None:
+    """Add a loss and its metrics; a user's own metric without a row in the table is shown as
     loss/NAME.
     """
+    sums.add("loss", result.loss_sum, result.denominator)
+    metrics: Mapping[str, SumAndCount] = result.metrics
     sums.add_all({name: pair for name, pair in metrics.items() if name in METRICS})
     own = {name: pair for name, pair in metrics.items() if name not in METRICS}
     sums.add_parts("loss", own)

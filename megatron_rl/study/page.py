@@ -7,18 +7,15 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from megatron_rl.report.charts import Chart, Group, Series, chart
 from megatron_rl.report.page import write_page
 from megatron_rl.study.analysis import Analysis
-from megatron_rl.study.chart import Curve, chart, legend
 from megatron_rl.study.statistics import band
 from megatron_rl.study.table import difference_texts, estimate_texts, is_fraction, summary_line
 
 PAGE_FILE = "study.html"
 _STYLE = """<style>
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; padding: 0; }
-figure h3 { margin: 4px 6px; font-size: 15px; } figure svg { display: block; width: 100%; }
-figure svg text { fill: var(--muted); font-size: 11px; } figure .grid { stroke: var(--line); }
-h3 { font-size: 15px; margin: 20px 0 8px; }
+.samples h3 { font-size: 15px; margin: 20px 0 8px; }
 .arms td, .arms th { white-space: nowrap; } td.text { overflow-wrap: anywhere; }
 </style>"""
 
@@ -28,29 +25,33 @@ def write_study_page(analysis: Analysis) -> Path:
     plan = analysis.plan
     path = plan.folder / PAGE_FILE
     study = plan.study
-    sections = [_STYLE, legend(plan.arms), _tables(analysis)]
-    panels = [_panel(analysis, metric) for metric in dict.fromkeys([*study.metrics, *study.curves])]
-    sections.append(f"<h2>Curves</h2><section class='plots'>{''.join(panels)}</section>")
-    sections.append(
+    metrics = dict.fromkeys([*study.metrics, *study.curves])
+    panels = [_panel(analysis, number, metric) for number, metric in enumerate(metrics)]
+    note = (
         "<p class='summary'>A curve is the mean over an arm's seeds, unfinished runs included; the "
         "band is the 95% bootstrap interval of the mean.</p>"
     )
-    sections.append(_runs(analysis))
+    curves = Group("Curves", [panel for panel in panels if panel is not None])
+    sections: list[str | Group] = [_STYLE, _tables(analysis), curves, note, _runs(analysis)]
     title = f"Study: {study.study_dir.name}{' (quick)' if plan.folder != study.study_dir else ''}"
-    write_page(path, title, summary_line(plan, analysis.states, None), sections)
+    write_page(path, title, summary_line(plan, analysis.states, None), sections, arms=plan.arms)
     return path
 
 
-def _panel(analysis: Analysis, metric: str) -> str:
-    """A chart of a metric; empty where no run has it."""
+def _panel(analysis: Analysis, number: int, metric: str) -> Chart | None:
+    """A chart of a metric; None where no run has it."""
     curves = []
-    for number, arm in enumerate(analysis.plan.arms):
+    for arm in analysis.plan.arms:
         runs = [run for run in analysis.plan.of_arms() if run.arm == arm]
         found = [analysis.curves[run.index].series(metric) for run in runs]
         found = [series for series in found if series[0]]
         if found:
-            curves.append(Curve(number, arm, *(column.tolist() for column in band(found))))
-    return chart(metric, curves, is_fraction(metric)) if curves else ""
+            steps, means, lows, highs = (column.tolist() for column in band(found))
+            curves.append(Series(arm, [int(step) for step in steps], means, lows, highs))
+    if not curves:
+        return None
+    log = metric in ("grad_norm", "kl_old")
+    return chart(f"metric_{number}", metric, curves, percent=is_fraction(metric), log=log)
 
 
 def _tables(analysis: Analysis) -> str:

@@ -37,7 +37,7 @@ class Page {
     const section = document.querySelector(`[data-group="${n}"]`);
     for (const chart of group.charts) {
       const frame = this.frames.get(chart.id);
-      if (frame) frame.take(chart);
+      if (frame?.data.kind === chart.kind) frame.take(chart);
       else {
         const made = chart.kind === "heatmap" ? new Heatmap(chart, this) : new LineChart(chart, this);
         this.frames.set(chart.id, made);
@@ -169,7 +169,8 @@ class Page {
     try {
       const answer = await fetch(`data.json?have=${this.data.version}`, { cache: "no-store" });
       if (answer.status === 200) this.renew(await answer.json());
-      this.live.textContent = `live, ${new Date().toLocaleTimeString()}`;
+      const good = `live, ${new Date().toLocaleTimeString()}`;
+      this.live.textContent = answer.ok ? good : await answer.text();
     } catch {
       this.live.textContent = "the server does not answer";
     }
