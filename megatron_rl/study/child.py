@@ -105,6 +105,8 @@ def _environment(run: PlannedRun, gpus: Sequence[int]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCH}
     kept["OMP_NUM_THREADS"] = str(run.config.device.threads or 1)
     kept["PYTHONUNBUFFERED"] = "1"  # the log holds the last words of a run that is killed
+    # Of torchrun, which otherwise kills its ranks after 30 s, in the middle of a last checkpoint.
+    kept.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     if gpus:
         kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     return kept

@@ -52,6 +52,7 @@ def test_a_child_sees_its_threads_and_gpus_and_no_launch_around_it(folder, monke
     assert child._process.wait(60) == 0
     found = json.loads(child.log.read_text().splitlines()[-1])
     assert found["OMP_NUM_THREADS"] == "2" and found["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert found["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     assert not {"RANK", "MASTER_ADDR"} & found.keys()
 
 
