@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from megatron_rl.observe.metric_table import METRICS
+from megatron_rl.report.charts import Chart, Group, Series, chart
 from megatron_rl.report.page import write_page
 from megatron_rl.study.analysis import Analysis
-from megatron_rl.study.chart import Curve, chart, legend
 from megatron_rl.study.statistics import band
 from megatron_rl.study.table import difference_texts, estimate_texts, is_fraction, summary_line
 
 PAGE_FILE = "study.html"
-_STYLE = """<style>
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; padding: 0; }
-figure h3 { margin: 4px 6px; font-size: 15px; } figure svg { display: block; width: 100%; }
-figure svg text { fill: var(--muted); font-size: 11px; } figure .grid { stroke: var(--line); }
-h3 { font-size: 15px; margin: 20px 0 8px; }
-.arms td, .arms th { white-space: nowrap; } td.text { overflow-wrap: anywhere; }
-</style>"""
+_NOTE = (
+    "<p class='summary'>A curve is the mean over an arm's seeds, unfinished runs included; its "
+    "band is the 95% bootstrap interval of the mean.</p>"
+)
 
 
 def write_study_page(analysis: Analysis) -> Path:
@@ -28,29 +27,32 @@ def write_study_page(analysis: Analysis) -> Path:
     plan = analysis.plan
     path = plan.folder / PAGE_FILE
     study = plan.study
-    sections = [_STYLE, legend(plan.arms), _tables(analysis)]
-    panels = [_panel(analysis, metric) for metric in dict.fromkeys([*study.metrics, *study.curves])]
-    sections.append(f"<h2>Curves</h2><section class='plots'>{''.join(panels)}</section>")
-    sections.append(
-        "<p class='summary'>A curve is the mean over an arm's seeds, unfinished runs included; the "
-        "band is the 95% bootstrap interval of the mean.</p>"
-    )
-    sections.append(_runs(analysis))
+    metrics = dict.fromkeys([*study.metrics, *study.curves])
+    charts = [found for name in metrics if (found := _chart(analysis, name)) is not None]
     title = f"Study: {study.study_dir.name}{' (quick)' if plan.folder != study.study_dir else ''}"
-    write_page(path, title, summary_line(plan, analysis.states, None), sections)
+    summary = summary_line(plan, analysis.states, None)
+    sections: list[str | Group] = [_tables(analysis), _NOTE, Group("Curves", charts)]
+    sections.append(_runs(analysis))
+    write_page(path, title, summary, sections, arms=plan.arms)
     return path
 
 
-def _panel(analysis: Analysis, metric: str) -> str:
-    """A chart of a metric; empty where no run has it."""
+def _chart(analysis: Analysis, metric: str) -> Chart | None:
+    """A curve with its band for each arm; None where no run has the metric."""
     curves = []
-    for number, arm in enumerate(analysis.plan.arms):
+    for arm in analysis.plan.arms:
         runs = [run for run in analysis.plan.of_arms() if run.arm == arm]
         found = [analysis.curves[run.index].series(metric) for run in runs]
         found = [series for series in found if series[0]]
         if found:
-            curves.append(Curve(number, arm, *(column.tolist() for column in band(found))))
-    return chart(metric, curves, is_fraction(metric)) if curves else ""
+            steps, mean, low, high = (column.tolist() for column in band(found))
+            curves.append(Series(arm, [int(step) for step in steps], mean, low=low, high=high))
+    if not curves:
+        return None
+    row = METRICS.get(metric)
+    name = re.sub(r"[^A-Za-z0-9]", lambda match: f"_{ord(match[0]):x}_", metric)
+    meaning = "" if row is None else row.meaning
+    return chart(name, metric, curves, meaning, percent=is_fraction(metric))
 
 
 def _tables(analysis: Analysis) -> str:
@@ -82,7 +84,7 @@ def _tables(analysis: Analysis) -> str:
         f"brackets. Final and best are means over {study.window} steps; a difference is paired by "
         "seed.</p>"
     )
-    return f"<section class='samples'><h2>Arms</h2>{note}{''.join(parts)}</section>"
+    return f"<section class='runs'><h2>Arms</h2>{note}{''.join(parts)}</section>"
 
 
 def _runs(analysis: Analysis) -> str:
@@ -97,7 +99,7 @@ def _runs(analysis: Analysis) -> str:
         reasons = "; ".join(analysis.collapsed.get(run.index, ()))
         text = state.text if state.kind in ("failed", "not finite") else reasons
         cells = [name, state.kind, f"{state.step}/{run.steps}", escape(text)]
-        rows.append("".join(f"<td class='text'>{cell}</td>" for cell in cells))
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in ("Run", "State", "Step", "Error, or collapse"))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return (
@@ -112,7 +114,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return (
-        f"<div class='scroll'><table class='arms'><thead><tr>{first}</tr></thead>"
+        f"<div class='scroll'><table><thead><tr>{first}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 
