@@ -16,10 +16,6 @@ from megatron_rl.study.statistics import band
 from megatron_rl.study.table import difference_texts, estimate_texts, is_fraction, summary_line
 
 PAGE_FILE = "study.html"
-_NOTE = (
-    "<p class='summary'>A curve is the mean over an arm's seeds, unfinished runs included; its "
-    "band is the 95% bootstrap interval of the mean.</p>"
-)
 
 
 def write_study_page(analysis: Analysis) -> Path:
@@ -31,7 +27,7 @@ def write_study_page(analysis: Analysis) -> Path:
     charts = [found for name in metrics if (found := _chart(analysis, name)) is not None]
     title = f"Study: {study.study_dir.name}{' (quick)' if plan.folder != study.study_dir else ''}"
     summary = summary_line(plan, analysis.states, None)
-    sections: list[str | Group] = [_tables(analysis), _NOTE, Group("Curves", charts)]
+    sections: list[str | Group] = [_tables(analysis), Group("Curves", charts)]
     sections.append(_runs(analysis))
     write_page(path, title, summary, sections, arms=plan.arms)
     return path
@@ -82,7 +78,7 @@ def _tables(analysis: Analysis) -> str:
     note = (
         "<p class='summary'>Over finished runs: mean over seeds, 95% bootstrap interval in "
         f"brackets. Final and best are means over {study.window} steps; a difference is paired by "
-        "seed.</p>"
+        "seed. The curves are means over all runs so far, with the same interval.</p>"
     )
     return f"<section class='runs'><h2>Arms</h2>{note}{''.join(parts)}</section>"
 
