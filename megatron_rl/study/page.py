@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from megatron_rl.observe.metric_table import METRICS
 from megatron_rl.report.charts import Chart, Group, Series, chart
 from megatron_rl.report.page import write_page
 from megatron_rl.study.analysis import Analysis
@@ -14,10 +16,6 @@ from megatron_rl.study.statistics import band
 from megatron_rl.study.table import difference_texts, estimate_texts, is_fraction, summary_line
 
 PAGE_FILE = "study.html"
-_STYLE = """<style>
-.samples h3 { font-size: 15px; margin: 20px 0 8px; }
-.arms td, .arms th { white-space: nowrap; } td.text { overflow-wrap: anywhere; }
-</style>"""
 
 
 def write_study_page(analysis: Analysis) -> Path:
@@ -26,32 +24,31 @@ def write_study_page(analysis: Analysis) -> Path:
     path = plan.folder / PAGE_FILE
     study = plan.study
     metrics = dict.fromkeys([*study.metrics, *study.curves])
-    panels = [_panel(analysis, number, metric) for number, metric in enumerate(metrics)]
-    note = (
-        "<p class='summary'>A curve is the mean over an arm's seeds, unfinished runs included; the "
-        "band is the 95% bootstrap interval of the mean.</p>"
-    )
-    curves = Group("Curves", [panel for panel in panels if panel is not None])
-    sections: list[str | Group] = [_STYLE, _tables(analysis), curves, note, _runs(analysis)]
+    charts = [found for name in metrics if (found := _chart(analysis, name)) is not None]
     title = f"Study: {study.study_dir.name}{' (quick)' if plan.folder != study.study_dir else ''}"
-    write_page(path, title, summary_line(plan, analysis.states, None), sections, arms=plan.arms)
+    summary = summary_line(plan, analysis.states, None)
+    sections: list[str | Group] = [_tables(analysis), Group("Curves", charts)]
+    sections.append(_runs(analysis))
+    write_page(path, title, summary, sections, arms=plan.arms)
     return path
 
 
-def _panel(analysis: Analysis, number: int, metric: str) -> Chart | None:
-    """A chart of a metric; None where no run has it."""
+def _chart(analysis: Analysis, metric: str) -> Chart | None:
+    """A curve with its band for each arm; None where no run has the metric."""
     curves = []
     for arm in analysis.plan.arms:
         runs = [run for run in analysis.plan.of_arms() if run.arm == arm]
         found = [analysis.curves[run.index].series(metric) for run in runs]
         found = [series for series in found if series[0]]
         if found:
-            steps, means, lows, highs = (column.tolist() for column in band(found))
-            curves.append(Series(arm, [int(step) for step in steps], means, lows, highs))
+            steps, mean, low, high = (column.tolist() for column in band(found))
+            curves.append(Series(arm, [int(step) for step in steps], mean, low=low, high=high))
     if not curves:
         return None
-    log = metric in ("grad_norm", "kl_old")
-    return chart(f"metric_{number}", metric, curves, percent=is_fraction(metric), log=log)
+    row = METRICS.get(metric)
+    name = re.sub(r"[^A-Za-z0-9]", lambda match: f"_{ord(match[0]):x}_", metric)
+    meaning = "" if row is None else row.meaning
+    return chart(name, metric, curves, meaning, percent=is_fraction(metric))
 
 
 def _tables(analysis: Analysis) -> str:
@@ -81,9 +78,9 @@ def _tables(analysis: Analysis) -> str:
     note = (
         "<p class='summary'>Over finished runs: mean over seeds, 95% bootstrap interval in "
         f"brackets. Final and best are means over {study.window} steps; a difference is paired by "
-        "seed.</p>"
+        "seed. The curves are means over all runs so far, with the same interval.</p>"
     )
-    return f"<section class='samples'><h2>Arms</h2>{note}{''.join(parts)}</section>"
+    return f"<section class='runs'><h2>Arms</h2>{note}{''.join(parts)}</section>"
 
 
 def _runs(analysis: Analysis) -> str:
@@ -98,7 +95,7 @@ def _runs(analysis: Analysis) -> str:
         reasons = "; ".join(analysis.collapsed.get(run.index, ()))
         text = state.text if state.kind in ("failed", "not finite") else reasons
         cells = [name, state.kind, f"{state.step}/{run.steps}", escape(text)]
-        rows.append("".join(f"<td class='text'>{cell}</td>" for cell in cells))
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in ("Run", "State", "Step", "Error, or collapse"))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return (
@@ -113,7 +110,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return (
-        f"<div class='scroll'><table class='arms'><thead><tr>{first}</tr></thead>"
+        f"<div class='scroll'><table><thead><tr>{first}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 
