@@ -91,7 +91,6 @@ def test_a_run_of_it_is_the_run_that_its_configuration_gives(runs, folder):
         *("train", str(planned.run_dir / "planned.yaml"), "--run_dir", "runs/alone"),
         cwd=folder,
         warm=True,
-        plots=False,
     )
     assert again.code == 0, again.err
     assert reproducible(folder / "runs/alone") == reproducible(planned.run_dir)
