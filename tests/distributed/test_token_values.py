@@ -38,7 +38,7 @@ def _values(case: Case) -> dict:
         batches = [score(policy, packs, with_traces=True) for packs in batches]
         kept = functools.partial(update, tokens=values)
         for items in batches:
-            _, seen = layouts.observed_update(policy, items, telemetry, kept)
+            _, seen, *_ = layouts.observed_update(policy, items, telemetry, kept)
         given = {"ratio": {}, "gamma": {}}
         for item, inputs in zip(batches[-1], seen):
             ratio = (inputs.logprobs.detach() - inputs.old_logprobs).exp()
