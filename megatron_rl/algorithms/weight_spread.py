@@ -29,10 +29,11 @@ KINDS = ("token", "sequence", "geometric")
 
 @torch.no_grad()
 def weight_sums(inputs: LossInputs) -> torch.Tensor:
-    """For each of `KINDS`: n, sum (w - 1), sum (w - 1)^2; float64 [3, 3], left on the device.
+    """For each of `KINDS`: n, sum w, sum w^2, sum (w - 1), sum (w - 1)^2; float64 [3, 5], left on
+    the device.
 
-    Of w - 1, because the variance of weights near 1 would be lost in rounding. Log-weights above
-    60 count as 60.
+    Also of w - 1, because the variance of weights near 1 would be lost in rounding, as that of
+    weights near 0 would be with w - 1 alone. Log-weights above 60 count as 60.
     """
     anchor: Anchor = "old" if inputs.rollout_logprobs is None else "sampler"
     x = log_ratio(anchored(inputs, anchor)).double()
@@ -45,21 +46,25 @@ def weight_sums(inputs: LossInputs) -> torch.Tensor:
     )
     rows = []
     for log_weight, counted in logs:
-        excess = torch.where(counted, exp_ratio(log_weight) - 1, 0.0)
-        rows.append(torch.stack([counted.sum().double(), excess.sum(), excess.square().sum()]))
+        weight = torch.where(counted, exp_ratio(log_weight), 1.0)
+        excess = weight - 1
+        weight = torch.where(counted, weight, 0.0)
+        columns = [counted.double(), weight, weight.square(), excess, excess.square()]
+        rows.append(torch.stack([column.sum() for column in columns]))
     return torch.stack(rows)
 
 
 def spread_metrics(sums: torch.Tensor) -> dict[str, float]:
-    """Metrics of ``weight_sums`` that are added up, [3, 3] in host memory; {} without a token."""
+    """Metrics of ``weight_sums`` that are added up, [3, 5] in host memory; {} without a token."""
     metrics = {}
-    for kind, (count, total, squares) in zip(KINDS, sums.tolist()):
+    for kind, (count, total, squares, excess, excess_squares) in zip(KINDS, sums.tolist()):
         if count <= 0:
             continue
-        excess = total / count
-        variance = max(squares / count - excess**2, 0.0)
-        mean = 1 + excess
-        second = variance + mean**2  # 0 where every weight is 0 to the last bit
-        metrics[f"weights/ess_{kind}"] = mean**2 / second if second > 0 else 1.0
-        metrics[f"weights/variance_{kind}"] = variance
+        if abs(excess) < 0.5 * count:  # near 1
+            variance = excess_squares / count - (excess / count) ** 2
+        else:
+            variance = squares / count - (total / count) ** 2
+        # Sum of squares 0: every weight is 0 to the last bit.
+        metrics[f"weights/ess_{kind}"] = total**2 / (count * squares) if squares > 0 else 1.0
+        metrics[f"weights/variance_{kind}"] = max(variance, 0.0)
     return metrics

@@ -39,7 +39,7 @@ class RouterTelemetry:
         self.furthest = torch.zeros(num_layers, dtype=torch.float64, device=device)
         self.clip_split = ClipSplit(device)
         #: of `algorithms.weight_spread.weight_sums`
-        self.weights = torch.zeros(len(KINDS), 3, dtype=torch.float64, device=device)
+        self.weights = torch.zeros(len(KINDS), 5, dtype=torch.float64, device=device)
         self._floor = floor
 
     def add_choice(

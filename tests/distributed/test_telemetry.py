@@ -68,7 +68,7 @@ def test_the_numbers_are_those_of_a_single_process(ranks, parallel, algorithm):
 def test_every_loss_has_load_and_entropy_of_every_layer():
     names = {"router/entropy", "router/load_max_over_mean"}
     expected = names | {f"{name}/layer_{layer:02d}" for name in names for layer in range(4)}
-    assert set(single("grpo")) == expected
+    assert {name for name in single("grpo") if not name.startswith("weights/")} == expected
     assert single("grpo")["router/load_max_over_mean"] > 1.0
     assert 0.0 < single("grpo")["router/entropy"] < 2.08  # log 8 experts
 

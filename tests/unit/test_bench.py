@@ -59,7 +59,10 @@ def test_operations_of_a_forward_pass_as_torch_counts_them(tmp_path):
     case = dataclasses.replace(SMALL, shape=dataclasses.replace(SMALL.shape, layers=2))
     make_files(tmp_path, case)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", attn_implementation="eager", experts_implementation="eager"
+        tmp_path / "model",
+        attn_implementation="eager",
+        experts_implementation="eager",
+        trust_remote_code=False,
     )
     shape, prompt, answer = case.shape, 9, 4
     n, width = prompt + answer - 1, shape.heads * shape.head_dim
@@ -196,13 +199,17 @@ def test_shorter_answers_are_refused():
 
 def test_the_model_never_ends_an_answer_and_words_are_tokens(tmp_path):
     make_files(tmp_path, SMALL)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", trust_remote_code=False
+    )
     tokens = torch.randint(SMALL.shape.vocabulary, (16, 20), generator=torch.manual_seed(1))
     with torch.no_grad():
         probabilities = model(tokens).logits.softmax(-1)
     assert probabilities[..., SPECIAL.index(END)].max() == 0.0
     assert probabilities.max() < 0.9  # and the others are drawn
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "model", trust_remote_code=False
+    )
     assert tokenizer("w0 w7")["input_ids"] == [3, 10]
     assert tokenizer.decode([3, 0, 10], skip_special_tokens=True) == "w0 w7"
     problems = [json.loads(line) for line in (tmp_path / "problems.jsonl").open()]

@@ -38,17 +38,20 @@ def main() -> int:
     turns = Turns(settings["turns"]) if rank == 0 else None
     model_directory = Path(settings["folder"]) / "model"
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_directory, dtype=torch.float32, experts_implementation=settings["experts"]
+        model_directory,
+        dtype=torch.float32,
+        experts_implementation=settings["experts"],
+        trust_remote_code=False,
     )
     times = StageTimes()
     trainer = TimedTrainer(
         model=model,
         reward_funcs=odd,
         args=training_arguments(settings, case, ranks),
-        train_dataset=datasets.load_dataset(
-            "json", data_files=str(Path(settings["folder"]) / "problems.jsonl"), split="train"
+        train_dataset=datasets.Dataset.from_json(str(Path(settings["folder"]) / "problems.jsonl")),
+        processing_class=transformers.AutoTokenizer.from_pretrained(
+            model_directory, trust_remote_code=False
         ),
-        processing_class=transformers.AutoTokenizer.from_pretrained(model_directory),
         callbacks=[TurnsCallback(turns, times, case.mini_batches)],
     )
     trainer.times = times

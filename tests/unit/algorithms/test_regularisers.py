@@ -133,6 +133,7 @@ def test_nothing_trained_gives_an_attached_zero(name):
         mask=torch.zeros(3, dtype=torch.bool),
         sequence_ids=torch.zeros(3, dtype=torch.long),
         router_shift=nan,
+        rollout_logprobs=nan,
         ref_logprobs=nan,
         entropy=nan.clone().requires_grad_(),
     )

@@ -90,6 +90,13 @@ def test_weights_near_one_keep_their_variance_in_float32():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_weights_near_zero_keep_their_size_and_variance():
+    inputs = batch_of([[math.log(1e-7)], [math.log(3e-7)]], [1.0, 1.0])
+    found = spread_metrics(weight_sums(inputs))
+    assert found["weights/ess_sequence"] == pytest.approx(4**2 / (2 * 10), rel=1e-6)
+    assert found["weights/variance_sequence"] == pytest.approx(1e-14, rel=1e-5, abs=0)
+
+
 def test_extremes_are_finite_and_nothing_gives_nothing():
     far = batch_of([[400.0, 400.0], [-900.0]], [1.0, 1.0])
     found = spread_metrics(weight_sums(far))

@@ -23,7 +23,8 @@ def _on_a_rank():
     """Rank 0 has the first of three layers, rank 1 other tokens of it and the third layer."""
     telemetry = RouterTelemetry(3, 2, CPU, floor=0.7)
     # token weights 2 here, 1 there
-    telemetry.weights[0] += torch.tensor([1.0, 1.0, 1.0] if dist.get_rank() == 0 else [1.0, 0, 0])
+    one = [1.0, 2, 4, 1, 1] if dist.get_rank() == 0 else [1.0, 1, 1, 0, 0]
+    telemetry.weights[0] += torch.tensor(one)
     if dist.get_rank() == 0:
         add(
             telemetry, 0, [True, False], [0.5, 9.0], [1.0, 0.0], [0.25, 9.0],
