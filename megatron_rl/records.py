@@ -53,6 +53,9 @@ class RoutedExperts:
     layers: tuple[int, ...]  #: L' global numbers (from 1) of MoE layers, ascending
     #: bool [tokens]; ids of unknown tokens have no meaning; None: all are known
     known: np.ndarray | None = None
+    #: float32 [tokens, L', N], log r of the N experts that the run's `DistanceRule` compares: of
+    #: ``ids``, ascending, or of all; None: the sampler did not give them
+    logprobs: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megatron_rl.config.rollout import (
 )
 from megatron_rl.config.schema import Config
 from megatron_rl.config.schema_rollout import ServersConfig
+from megatron_rl.config.scores import why_scored
 from megatron_rl.errors import UserError
 
 
@@ -141,6 +142,16 @@ def environment_is_known(config: Config) -> None:
         )
 
 
+def sampler_computes_what_the_trainer_computes(config: Config) -> None:
+    """``rollout.scores`` sampler needs the trainer's own numbers."""
+    reason = why_scored(config) if config.rollout.scores == "sampler" else None
+    if reason is not None:
+        raise UserError(
+            f"rollout.scores is sampler with {reason}; expected the engine builtin, an fp32 model, "
+            "no environment and not routing_replay r3; set scores to auto or pass"
+        )
+
+
 ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     engine_is_known,
     servers_are_named_or_started,
@@ -149,4 +160,5 @@ ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     servers_give_exact_logprobs,
     lag_is_corrected,
     environment_is_known,
+    sampler_computes_what_the_trainer_computes,
 )

@@ -70,6 +70,12 @@ class RolloutConfig(Section):
     """Nucleus sampling: the smallest set of tokens with this much probability; 1: off."""
     top_k: int = Field(0, ge=0)
     """Sample among the k likeliest tokens; 0: off."""
+    scores: Literal["auto", "sampler", "pass"] = "auto"
+    """Where the old policy's log-probabilities and router trace come from. pass: a scoring pass.
+    sampler: the sampler has them, with engine builtin, an fp32 model, no environment and not
+    algorithm.routing_replay r3; a pass over a few packs of each step checks that, and where they
+    differ a pass scores the step. auto: sampler where that is possible. The first mini-batch is
+    scored by its own update in any case."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Ids of additional stop tokens.
 

@@ -28,6 +28,8 @@ class Routing:
     layers: tuple[int, ...]  #: global numbers (from 1) of this rank's MoE layers
     top_k: int  #: K
     num_experts: int  #: E
+    #: log-probabilities of a token and layer that the packs hold as well; 0: none
+    num_logprobs: int = 0
 
 
 def plan_packs(
@@ -72,8 +74,8 @@ def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list
 def _prompt_routes(sample: Sample, prompt: int, routing: Routing | None) -> bytes:
     if routing is None:
         return b""
-    ids, known = _sample_routes(sample, routing)
-    ids, known = ids[:prompt], known[:prompt]
+    routed, known = _sample_routes(sample, routing)
+    ids, known = routed.ids[:prompt], known[:prompt]
     return known.tobytes() + ids[known].tobytes()
 
 
@@ -152,10 +154,10 @@ def _shared_pack(samples: Sequence[Sample], trees: Sequence[Tree], layout: _Layo
         start = 0
         for tree in trees:
             for number, index in enumerate(tree.members):
-                ids, known = _sample_routes(samples[index], layout.routing)
+                routed, known = _sample_routes(samples[index], layout.routing)
                 cut = 0 if number == 0 else tree.prompt
-                for part in _split(cut, tree.prompt, len(ids)):
-                    routes.lay(start, ids[part], known[part])
+                for part in _split(cut, tree.prompt, len(known)):
+                    routes.lay(start, routed, known, part)
                     start += round_up(part.stop - part.start, multiple)
     return replace(
         pack,
@@ -242,21 +244,30 @@ class _Routes:
         self._layers = routing.layers
         self._ids = np.repeat(filler[:, None], len(routing.layers), axis=1)
         self._known = np.ones(num_rows, dtype=bool)
+        shape = (num_rows, len(routing.layers), routing.num_logprobs)
+        self._logprobs = np.zeros(shape, dtype=np.float32) if routing.num_logprobs else None
 
-    def lay(self, start: int, ids: np.ndarray, known: np.ndarray) -> None:
-        """Put tokens with ids [n, L', K] and bool [n] at the rows from ``start`` on."""
-        rows = slice(start, start + len(ids))
-        self._ids[rows][known] = ids[known]
+    def lay(
+        self, start: int, routed: RoutedExperts, known: np.ndarray, part: slice = slice(None)
+    ) -> None:
+        """Put the tokens ``part`` of a sequence at the rows from ``start`` on; known: bool [M]."""
+        known = known[part]
+        rows = slice(start, start + len(known))
+        self._ids[rows][known] = routed.ids[part][known]
         self._known[rows] = known
+        if self._logprobs is not None:
+            assert routed.logprobs is not None, "all samples of these packs have them"
+            self._logprobs[rows][known] = routed.logprobs[part][known]
 
     def record(self) -> RoutedExperts:
         """The row's experts."""
         known = None if self._known.all() else self._known
-        return RoutedExperts(self._ids, self._layers, known)
+        return RoutedExperts(self._ids, self._layers, known, self._logprobs)
 
 
-def _sample_routes(sample: Sample, routing: Routing) -> tuple[np.ndarray, np.ndarray]:
-    """The sampler's experts of a sequence: ids [M, L', K], and which are known, bool [M].
+def _sample_routes(sample: Sample, routing: Routing) -> tuple[RoutedExperts, np.ndarray]:
+    """The sampler's experts of all M tokens of a sequence, in the packs' layers, and which are
+    known, bool [M].
 
     The sampler gives no experts for the last token of a sequence, so it takes those of the token
     before it: it predicts nothing, and the load that the expert bias follows is the same in any
@@ -266,12 +277,19 @@ def _sample_routes(sample: Sample, routing: Routing) -> tuple[np.ndarray, np.nda
     assert routed is not None, "all samples of a pack with routes have them"
     columns = [routed.layers.index(layer) for layer in routing.layers]
     known = _known(routed, length)
-    ids = np.zeros((length, len(columns), routing.top_k), dtype=routed.ids.dtype)
-    ids[: len(routed.ids)] = routed.ids[:, columns]
-    if length > 1 and known[-2] and not known[-1]:
-        ids[-1] = ids[-2]
-        known[-1] = True
-    return ids, known
+
+    def whole(given: np.ndarray) -> np.ndarray:
+        array = np.zeros((length, len(columns), given.shape[2]), dtype=given.dtype)
+        array[: len(given)] = given[:, columns]
+        if copies:
+            array[-1] = array[-2]
+        return array
+
+    copies = length > 1 and bool(known[-2]) and not known[-1]
+    known[-1] |= copies
+    scored = routed.logprobs if routing.num_logprobs else None
+    logprobs = None if scored is None else whole(scored)
+    return RoutedExperts(whole(routed.ids), routing.layers, logprobs=logprobs), known
 
 
 def _known(routed: RoutedExperts, length: int) -> np.ndarray:

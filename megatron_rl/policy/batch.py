@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_rl.algorithms.distance_rules import distance_rule
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.data.packing import Routing, pack_samples, plan_packs
@@ -29,6 +30,7 @@ from megatron_rl.parallel.sequence_shards import (
 )
 from megatron_rl.policy.shared_rows import SharedRows, row_counts, shared_rows
 from megatron_rl.records import Pack, Sample
+from megatron_rl.router.trace import LayerTrace, RouterTrace
 
 #: More rows than any batch has.
 UNBOUNDED = 1 << 62
@@ -56,6 +58,8 @@ class PackTensors:
     routes: Mapping[int, torch.Tensor] | None = None
     #: bool [R_local], in host memory: the tokens whose experts are known; None: all
     routes_known: torch.Tensor | None = None
+    #: the sampler's router trace of this rank's tokens and layers, in host memory; None: not known
+    trace: RouterTrace | None = None
     shared: SharedRows | None = None  #: None: no prompt is shared, the model runs on ``tokens``
 
     @property
@@ -94,7 +98,7 @@ def to_device(
     def tensor(array: np.ndarray | None) -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
 
-    routes, known = _local_routes(pack, shards, tensor_group)
+    routes, known, trace = _local_routes(pack, shards, tensor_group)
     return PackTensors(
         tokens=tensor(pack.tokens),
         targets=tensor(pack.targets),
@@ -108,41 +112,61 @@ def to_device(
         placement=placement,
         routes=routes,
         routes_known=known,
+        trace=trace,
         shared=shared_rows(pack, shards, device),
     )
 
 
 def _local_routes(
     pack: Pack, shards: SequenceShards, tensor_group: ProcessGroup
-) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
+) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None, RouterTrace | None]:
     """The sampler's experts for the tokens that this rank's routers will see, and a mask of the
-    tokens whose experts are known.
+    tokens whose experts are known; or the sampler's router trace of these tokens, if the pack has
+    log-probabilities of experts.
     """
     routed = pack.routed_experts
     if routed is None:
-        return None, None
+        return None, None, None
     rows = shards.rows.cpu()
 
     def local(array: np.ndarray) -> torch.Tensor:
         return tensor_slice(torch.from_numpy(array)[rows], tensor_group)
 
     ids = local(routed.ids)
+    if routed.logprobs is not None:
+        logprobs = local(routed.logprobs)
+        trace = {
+            layer: LayerTrace(ids[:, i].contiguous(), logprobs[:, i].contiguous())
+            for i, layer in enumerate(routed.layers)
+        }
+        return None, None, trace
     routes = {layer: ids[:, i].contiguous() for i, layer in enumerate(routed.layers)}
-    return routes, None if routed.known is None else local(routed.known)
+    return routes, None if routed.known is None else local(routed.known), None
 
 
-def replayed_routing(config: Config, groups: Groups) -> Routing | None:
-    """The sampler's experts that this rank's packs hold; None: they are not replayed."""
-    if config.algorithm.routing_replay != "r3":
+def replayed_routing(
+    config: Config, groups: Groups, *, with_traces: bool = False
+) -> Routing | None:
+    """The sampler's experts that this rank's packs hold; None: they are neither replayed nor taken
+    as the router trace (``with_traces``).
+    """
+    if config.algorithm.routing_replay != "r3" and not with_traces:
         return None
     model, is_moe = config.model, moe_layers(config.model)
     stage = stage_layers(model.num_layers, config.parallel)[groups.pipeline.rank()]
     layers = tuple(layer + 1 for layer in sorted(stage) if is_moe[layer])
-    return Routing(layers, model.moe_top_k, model.num_experts)
+    every = distance_rule(config.algorithm.router_shift.distance).every_expert
+    count = model.num_experts if every else model.moe_top_k
+    return Routing(layers, model.moe_top_k, model.num_experts, count if with_traces else 0)
 
 
 def pack_mini_batches(
-    mini_batches: Sequence[Sequence[Sample]], config: Config, groups: Groups, device: torch.device
+    mini_batches: Sequence[Sequence[Sample]],
+    config: Config,
+    groups: Groups,
+    device: torch.device,
+    *,
+    with_traces: bool = False,
 ) -> list[list[PackTensors]]:
     """Pack each mini-batch of this rank; all ranks get equally many packs of equal length. A
     collective.
@@ -152,10 +176,11 @@ def pack_mini_batches(
     sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
     context tokens. Ranks with less to do are given empty
     packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
-    the pipeline stages.
+    the pipeline stages. ``with_traces``: the packs hold the sampler's router trace, which all
+    samples have; not with R3.
     """
     multiple = sequence_multiple(groups.context.size())
-    routing = replayed_routing(config, groups)
+    routing = replayed_routing(config, groups, with_traces=with_traces)
     share = shares_prompts(config, device)
     plan = functools.partial(
         plan_packs, sequence_multiple=multiple, routing=routing, share_prompts=share

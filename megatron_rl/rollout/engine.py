@@ -29,17 +29,24 @@ class SamplingSettings:
     #: an answer's random numbers follow from it, the prompt's index and the answer's number
     seed: int = 0
     routes: bool = False  #: completions carry the experts of their tokens
+    router_logprobs: bool = False  #: with the routers' log-probabilities, where an engine has them
 
 
 def sampling_settings(
-    rollout: RolloutConfig, *, samples: int, greedy: bool, seed: int, routes: bool = False
+    rollout: RolloutConfig,
+    *,
+    samples: int,
+    greedy: bool,
+    seed: int,
+    routes: bool = False,
+    router_logprobs: bool = False,
 ) -> SamplingSettings:
     """The configuration's settings.
 
     Args:
         rollout: section ``rollout`` of the configuration.
         samples: answers to each prompt.
-        greedy, seed, routes: see `SamplingSettings`.
+        greedy, seed, routes, router_logprobs: see `SamplingSettings`.
     """
     return SamplingSettings(
         samples=samples,
@@ -50,6 +57,7 @@ def sampling_settings(
         greedy=greedy,
         seed=seed,
         routes=routes,
+        router_logprobs=router_logprobs,
     )
 
 

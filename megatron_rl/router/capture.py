@@ -127,7 +127,7 @@ class RouterCapture:
     ) -> LayerTrace:
         router = self._routers[chunk][number]
         chosen = _chosen(routing_map, router.topk)
-        scored = _every_expert(logits) if self._rule.every_expert else chosen
+        scored = every_expert(logits) if self._rule.every_expert else chosen
         logprobs = score_logprobs(logits.detach(), scored, router.score_function)
         return LayerTrace(chosen.to(id_dtype(logits.shape[-1])), logprobs)
 
@@ -145,6 +145,11 @@ class RouterCapture:
 
         with self._pass(range(len(self._routers)), observe):
             yield routes
+
+    @property
+    def every_expert(self) -> bool:
+        """Whether a trace holds the log-probabilities of all experts, not only of the chosen."""
+        return self._rule.every_expert
 
     def layers_of(self, *chunks: int) -> tuple[int, ...]:
         """Global numbers (from 1) of the MoE layers of these chunks, of all if none is named,
@@ -193,7 +198,7 @@ class RouterCapture:
                     f"the pass {len(logits)}"
                 )
             ids = old.expert_ids.long()
-            scored = _every_expert(logits) if self._rule.every_expert else ids
+            scored = every_expert(logits) if self._rule.every_expert else ids
             new = score_logprobs(logits, scored, self._routers[chunk][number].score_function)
             distance = self._rule.distance(new, old.logprobs, ids, routing_map)
             distances.append(distance)
@@ -222,7 +227,7 @@ def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str)
     return picked - logits.logsumexp(dim=1, keepdim=True)
 
 
-def _every_expert(logits: torch.Tensor) -> torch.Tensor:
+def every_expert(logits: torch.Tensor) -> torch.Tensor:
     """Ids 0..E-1 for each token: logits [T, E] -> int64 [T, E]."""
     return torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
 

@@ -7,7 +7,6 @@ from typing import Any, Callable, Mapping, Sequence, TypeVar
 
 import torch
 
-from megatron_rl.algorithms.kl import k3
 from megatron_rl.catalogue.kinds import ADVANTAGES
 from megatron_rl.config.algorithm import (
     advantages_of,
@@ -23,9 +22,9 @@ from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.batch import pack_mini_batches
-from megatron_rl.policy.finite_checks import check_answers, not_finite, raise_together
+from megatron_rl.policy.finite_checks import check_answers
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.score import ScoredPack, score, score_reference, unscored
+from megatron_rl.policy.score import ScoredPack, score_reference, unscored
 from megatron_rl.policy.update import update
 from megatron_rl.records import Prompt, RolloutGroup, Sample
 from megatron_rl.rollout.collect import (
@@ -41,6 +40,7 @@ from megatron_rl.rollout.engine import Engine, SamplingSettings, sampling_settin
 from megatron_rl.router.telemetry import RouterTelemetry
 from megatron_rl.tasks.build import reward_workers
 from megatron_rl.tasks.evaluate import evaluate
+from megatron_rl.tasks.old_scores import OldScores, add_mismatch
 from megatron_rl.tasks.shown import ShownSamples
 from megatron_rl.tasks.task_session import TaskSession
 
@@ -64,6 +64,7 @@ class Reinforce:
         self._source = source_of(train_prompts, parts, config.seed, config.data.shuffle)
         self._parts, self._eval_prompts = parts, eval_prompts
         self._rewards = reward_workers(session)
+        self._old_scores = OldScores(session, policy)
         self._last = ShownSamples((), 0)
         #: Steps whose answers are being sampled ahead, the next first: the source's state before
         #: their problems were drawn, and the pending answers.
@@ -158,7 +159,8 @@ class Reinforce:
             samples=config.rollout.samples_per_prompt,
             greedy=False,
             seed=(config.seed << 32) + (attempt << 24) + number,
-            routes=config.algorithm.routing_replay == "r3",
+            routes=config.algorithm.routing_replay == "r3" or self._old_scores.wants_traces,
+            router_logprobs=self._old_scores.wants_traces,
         )
 
     def _rewarded(self, answers: Sequence[RolloutGroup]) -> list[ScoredGroup]:
@@ -174,7 +176,7 @@ class Reinforce:
         self, samples: Sequence[Sample], sums: MetricSums, shown: ShownSamples
     ) -> list[list[ScoredPack]]:
         """Pack the mini-batches and score their packs with the policy as it is before the first
-        update.
+        update, or as the sampler has (`OldScores`).
 
         That update scores its own packs, except where its routers need the sampler's experts: not
         all of them may be known, and a pass with gradients cannot leave some to the routers (R3).
@@ -182,21 +184,21 @@ class Reinforce:
         session, config = self._session, self._session.config
         size = len(samples) // config.algorithm.mini_batches
         slices = [samples[i : i + size] for i in range(0, len(samples), size)]
-        packed = pack_mini_batches(slices, config, session.groups, session.device.torch_device)
+        given = self._old_scores.given(samples)
+        packed = pack_mini_batches(
+            slices,
+            config,
+            session.groups,
+            session.device.torch_device,
+            with_traces=given and self._old_scores.wants_traces,
+        )
         if config.observe.tokens:
             tokens, device = config.observe.tokens, session.device.torch_device
             shown.watch(slices, packed, tokens, device)
         first = 0 if config.algorithm.routing_replay == "r3" else 1
-        traces = keeps_trace(config.algorithm)
-        scored = score(
-            self._policy,
-            [pack for packs in packed[first:] for pack in packs],
-            with_traces=traces,
-        )
-        for item in scored:
-            _add_mismatch(item, sums)
-        raise_together(_bad_score(scored), session.groups.world)
+        scored = self._old_scores.of(packed[first:], sums, given=given)
         if first:
+            traces = keeps_trace(config.algorithm)
             scored = unscored(self._policy, packed[0], with_traces=traces) + scored
         if self._policy.reference is not None:
             scored = score_reference(self._policy, scored)
@@ -221,7 +223,7 @@ class Reinforce:
             mini_batches[number] = update(self._policy, before, sums, telemetry, shown.values)
             for old, item in zip(before, mini_batches[number], strict=True):
                 if old.own is not None:
-                    _add_mismatch(item, sums)
+                    add_mismatch(item, sums)
         shown.gather(self._session.groups, self._session.tokenizer.piece)
         return telemetry
 
@@ -293,26 +295,3 @@ def global_advantages(
     algorithm = config.algorithm
     estimate = ADVANTAGES.bind(advantages_of(algorithm), advantages_settings(algorithm))
     return estimate(everyone).chunk(parallel.data.size())[parallel.data.rank()]
-
-
-def _add_mismatch(item: ScoredPack, sums: MetricSums) -> None:
-    """Add metrics of the difference between the sampler's log-probabilities and the scoring
-    pass's.
-    """
-    if item.old_logprobs is None or item.pack.rollout_logprobs is None:
-        return
-    mask = item.pack.mask
-    difference = torch.where(mask, item.old_logprobs - item.pack.rollout_logprobs, 0.0)
-    estimate = k3(torch.zeros_like(difference), difference)
-    sums.add("mismatch/kl", estimate.sum(), mask.sum())
-    sums.add("mismatch/logprob_max", difference.abs().max(), mask.sum())
-
-
-def _bad_score(scored: Sequence[ScoredPack]) -> str | None:
-    """Describe a log-probability of the scoring pass that is not finite; None: all are finite."""
-    here = [(one.old_logprobs, one.pack.mask) for one in scored if one.old_logprobs is not None]
-    return not_finite(
-        "the scoring pass's log-probability",
-        [logprobs for logprobs, _ in here],
-        [mask for _, mask in here],
-    )

@@ -195,7 +195,12 @@ class BuiltinEngine(WholeAnswers):
         routes, capture = None, self._capture
         if plan.settings.routes:
             assert capture is not None, "generate has checked it"
-            routes = Routes(capture.layers_of(), self._config, shape, self._device)
+            count = 0  # of log-probabilities; the modules keep none
+            if plan.settings.router_logprobs and model is not None:
+                config = self._config
+                chosen, every = config.moe_router_topk, config.num_moe_experts or 0
+                count = every if capture.every_expert else chosen
+            routes = Routes(capture.layers_of(), self._config, shape, self._device, count)
         if model is not None:
             alone = self._groups.model.size() == 1
             captured = self._device.type == "cuda" and alone

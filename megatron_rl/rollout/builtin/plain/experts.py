@@ -6,6 +6,7 @@ Legend: T tokens, D hidden size, E experts, K experts of a token, F inner width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,13 @@ class Routing:
             config.moe_router_group_topk,
             config.moe_router_topk_scaling_factor,
         )
+
+
+class Chosen(NamedTuple):
+    """What a router chose."""
+
+    ids: torch.Tensor  #: int64 [T, K]
+    logits: torch.Tensor | None  #: fp32 [T, E]; None: not kept
 
 
 def swiglu(x: torch.Tensor, mlp: Dense) -> torch.Tensor:
@@ -85,14 +93,12 @@ def _top_k(scores: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.
     return scores.topk(routing.top_k, dim=-1)
 
 
-def mixture(
-    x: torch.Tensor, weights: Mixture, routing: Routing
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mixture(x: torch.Tensor, weights: Mixture, routing: Routing) -> tuple[torch.Tensor, Chosen]:
     """A MoE layer on [T, D].
 
     Returns:
         What the experts held here give, shared ones included: [T, D], this rank's part of a sum
-        where others hold the rest. And the ids int64 [T, K] of the chosen experts.
+        where others hold the rest. And what the router chose.
     """
     logits = F.linear(x.float(), weights.router.float())
     ids, probs = choose(logits, weights.bias, routing)
@@ -102,7 +108,7 @@ def mixture(
         if weights.shared_gate is not None:
             shared = shared * F.linear(x, weights.shared_gate).sigmoid()
         output = output + shared
-    return output, ids
+    return output, Chosen(ids, logits)
 
 
 def _experts(

@@ -15,7 +15,7 @@ from megatron_rl.parallel.collectives import gather_first_dim
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.builtin.plain.attention import Heads, cached, grouped, latent
 from megatron_rl.rollout.builtin.plain.cache import Place, Rotations
-from megatron_rl.rollout.builtin.plain.experts import Routing, mixture, swiglu
+from megatron_rl.rollout.builtin.plain.experts import Chosen, Routing, mixture, swiglu
 from megatron_rl.rollout.builtin.plain.weights import (
     ChunkWeights,
     Dense,
@@ -61,7 +61,8 @@ class PlainModel:
         last: torch.Tensor | None = None,
         *,
         all_ids: bool = True,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        keep_logits: bool = False,
+    ) -> tuple[torch.Tensor | None, list[Chosen]]:
         """One pass through all pipeline stages.
 
         Args:
@@ -69,13 +70,14 @@ class PlainModel:
             place: where they stand.
             last: int64 [n], the tokens whose logits are wanted; None: all.
             all_ids: False: the last layer's experts may be those of ``last`` only.
+            keep_logits: the routers' logits are wanted too.
 
         Returns:
-            Logits [n, V] on the last pipeline stage, None on the others; and the experts of the
-            tokens, int64 [T, K] of each MoE layer of this rank.
+            Logits [n, V] on the last pipeline stage, None on the others; and what each router of
+            this rank chose for the tokens.
         """
         stages = self.groups.pipeline.size() * len(self.chunks)
-        ids: list[torch.Tensor] = []
+        chosen: list[Chosen] = []
         logits, layers_before = None, 0
         for number, chunk in enumerate(self.chunks):
             stage = self.groups.pipeline.rank() + number * self.groups.pipeline.size()
@@ -89,14 +91,16 @@ class PlainModel:
             early = last if is_last and chunk.layers and not all_ids else None
             for place_in_rank, layer in enumerate(chunk.layers, start=layers_before):
                 keep = early if layer is chunk.layers[-1] else None
-                hidden = self._layer(hidden, layer, place, place_in_rank, ids, keep)
+                hidden = self._layer(hidden, layer, place, place_in_rank, chosen, keep)
+                if chosen and not keep_logits:
+                    chosen[-1] = Chosen(chosen[-1].ids, None)
             layers_before += len(chunk.layers)
             if is_last:
                 select = last is not None and early is None
                 logits = self._logits(hidden[last] if select else hidden, chunk)
             else:
                 self._send(hidden)
-        return logits, ids
+        return logits, chosen
 
     def _received(self, num_tokens: int) -> torch.Tensor:
         pipeline = self.groups.pipeline
@@ -116,11 +120,11 @@ class PlainModel:
         layer: Layer,
         place: Place,
         number: int,
-        ids: list[torch.Tensor],
+        choices: list[Chosen],
         keep: torch.Tensor | None,
     ) -> torch.Tensor:
         """A transformer layer, number ``number`` of this rank: [T, D] -> [T, D], or of the tokens
-        ``keep`` only. Appends their experts to ``ids``.
+        ``keep`` only. Appends what their router chose to ``choices``.
         """
         inside = self._normalised(x, layer.attention_norm)
         if isinstance(layer.attention, GroupedAttention):
@@ -134,7 +138,7 @@ class PlainModel:
             return x + self._summed(swiglu(inside, layer.feed_forward))
         assert self.routing is not None, "the model has experts"
         output, chosen = mixture(inside, layer.feed_forward, self.routing)
-        ids.append(chosen)
+        choices.append(chosen)
         return x + self._summed(output)
 
     def _normalised(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

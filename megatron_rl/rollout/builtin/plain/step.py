@@ -135,6 +135,10 @@ class PlainDecoder:
         assert self._routes is not None, "they were wanted"
         return self._routes.take(self._prompts.prompt_of_row, lengths)
 
+    @property
+    def _keeps_logits(self) -> bool:
+        return self._routes is not None and self._routes.num_logprobs > 0
+
     def _row_tensors(self) -> Sequence[torch.Tensor]:
         state = (self._numbers, self._positions, self._limits, self._finished, self._tokens)
         return (*state, self._uniforms)
@@ -149,9 +153,11 @@ class PlainDecoder:
             parts,
             self._model.heads.latent,
         )
-        logits, ids = self._model.forward(self._tokens[:rows], place)
+        logits, chosen = self._model.forward(
+            self._tokens[:rows], place, keep_logits=self._keeps_logits
+        )
         if self._routes is not None:
-            self._routes.add_answers(ids, self._numbers[:rows], self._step)
+            self._routes.add_answers(chosen, self._numbers[:rows], self._step)
         positions.add_(~self._finished[:rows])
         self._step.add_(1)
         self._draw(logits, rows)
@@ -204,11 +210,15 @@ class PlainDecoder:
             self._tensor((ends - lengths)[of_rows, None] + column),
         )
         tokens = self._tensor(np.concatenate([prompt.tokens for prompt in prompts]))
-        logits, ids = self._model.forward(
-            tokens, place, self._tensor(ends - 1), all_ids=self._routes is not None
+        logits, chosen = self._model.forward(
+            tokens,
+            place,
+            self._tensor(ends - 1),
+            all_ids=self._routes is not None,
+            keep_logits=self._keeps_logits,
         )
         if self._routes is not None:
-            self._routes.add_prompts(ids, lengths.tolist())
+            self._routes.add_prompts(chosen, lengths.tolist())
         return logits
 
     def _tensor(self, numbers: np.ndarray) -> torch.Tensor:
