@@ -23,7 +23,7 @@ CASES = (
     Case("union", 1, {}, algorithm=UNION),
     Case("PP2, union", 2, PP2, algorithm=UNION),
     Case("R2", 1, {}, algorithm={"routing_replay": "r2"}),
-    Case("latent attention, whole prompts", 1, {}, LATENT, share_prompts="false"),
+    Case("latent attention, whole prompts", 1, {}, LATENT, share_prompts="off"),
 )
 QUICK = ("one process", "TP2", "PP2 VPP2", "CP2", "union", "R2")
 

@@ -1,52 +1,30 @@
 """A problem that a step draws several times gets other answers each time."""
 
 from collections import Counter, defaultdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
-from tests.support import hugging_face
+from tests.support import hugging_face, reinforce
 from tests.support.fake_server import FakeServer, hugging_face_model, toy_model
 from tests.support.layouts import policy_of
 from tests.support.server_engine import build_on, config_of
-from tests.support.tiny import random_prompts, tiny_config, tiny_engine
+from tests.support.tiny import tiny_config, tiny_engine
 
 SAMPLES, DRAWN = 4, 6
 
 
 def problems(count):
     """Problems that random tokens do not solve."""
-    record = {"numbers": [1, 2], "target": 3}
-    return [Prompt(p.index, p.tokens, p.text, record) for p in random_prompts([5, 3, 8][:count])]
+    return reinforce.problems([5, 3, 8][:count])
 
 
 def answers_of_a_step(config, prompts, make_engine):
     """Index of a problem -> the answers that one step of a run samples to it, decoded."""
     with policy_of(config) as policy:
-        from megatron_rl.device.launch import read_launch
-        from megatron_rl.observe.console import SilentConsole
-        from megatron_rl.observe.timers import Timers
-        from megatron_rl.parallel.stop_request import StopRequest
-        from megatron_rl.run.continuation import run_identity
-        from megatron_rl.run.session import Session
-        from megatron_rl.tasks.reinforce import Reinforce
-
-        session = Session(
-            config=config,
-            launch=read_launch({}),
-            device=policy.device,
-            groups=policy.groups,
-            tokenizer=SimpleNamespace(piece=str),  # the engine is given
-            stop_tokens={},
-            console=SilentConsole(),
-            timers=Timers(),
-            stop=StopRequest(),
-        )
-        identity = run_identity(config, "train", prompts, [])
-        task = Reinforce(session, policy, make_engine(policy), prompts, [], identity)
+        session, task = reinforce.task_of(policy, prompts, make_engine)
         task.step(1, session.new_sums())
         found = defaultdict(list)
         for row in task.samples():
