@@ -4,6 +4,7 @@ import pytest
 
 from megatron_rl.config.checks import check_config
 from megatron_rl.config.schema import Config
+from megatron_rl.config.scores import takes_sampler_scores, takes_sampler_traces
 from megatron_rl.errors import UserError
 from tests.support.runs import ROOT
 
@@ -24,10 +25,23 @@ def lagging(engine="vllm", mismatch="tis", loss="rspo", **rollout):
     )
 
 
+def scored_by(scores, model=None, algorithm=None, **rollout):
+    if rollout.get("engine") == "vllm":
+        rollout["servers"] = {"urls": URLS}
+    return Config(
+        model={"dtype": "fp32", **(model or {})},
+        rollout={"scores": scores, **rollout},
+        algorithm={"mini_batches": 2, **(algorithm or {})},
+    )
+
+
 @pytest.mark.parametrize(
     "config",
     [
         lagging(),
+        scored_by("sampler"),
+        scored_by("auto", model={"dtype": "bf16"}),
+        scored_by("pass", engine="vllm"),
         make("builtin"),
         make(urls=URLS),
         make(urls=["HTTP://one", "http://[::1]:80", "http://10.0.0.1:8000/below/", "http://a_b:1"]),
@@ -99,6 +113,16 @@ def test_good_ones_pass(config):
             "without __call__; expected an environment, with __call__(record, turns)",
         ),
         (lagging(mismatch="none"), "rollout.lag is 1 with algorithm.mismatch none: the answers a"),
+        (scored_by("sampler", model={"dtype": "bf16"}), "rollout.scores is sampler with model.dty"),
+        (scored_by("sampler", engine="vllm"), "rollout.scores is sampler with rollout.engine vllm"),
+        (
+            scored_by("sampler", algorithm={"routing_replay": "r3"}),
+            "rollout.scores is sampler with algorithm.routing_replay r3; expected the engine built",
+        ),
+        (
+            scored_by("sampler", environment=TOOL),
+            "rollout.scores is sampler with rollout.environment; expected the engine builtin, an",
+        ),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),
         (
             make(urls=URLS, temperature=0.7, top_p=0.9),
@@ -114,3 +138,24 @@ def test_bad_ones_are_refused(config, message):
     with pytest.raises(UserError) as error:
         check_config(config, 1, "evaluate", files=False)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "takes", "with_traces"),
+    [
+        (scored_by("auto"), True, True),
+        (scored_by("sampler"), True, True),
+        (scored_by("pass"), False, False),
+        (scored_by("auto", algorithm={"name": "grpo"}), True, False),
+        (scored_by("auto", algorithm={"name": "grpo", "routing_replay": "r2"}), True, True),
+        (scored_by("auto", algorithm={"mini_batches": 1}), False, False),  # its update scores it
+        (scored_by("auto", algorithm={"routing_replay": "r3"}), False, False),
+        (scored_by("auto", model={"dtype": "bf16"}), False, False),
+        (scored_by("auto", engine="vllm"), False, False),
+        (scored_by("auto", environment=TOOL), False, False),
+        (scored_by("auto", top_p=0.9, dynamic_sampling=True), True, True),
+    ],
+)
+def test_the_sampler_scores_where_it_computes_what_the_trainer_does(config, takes, with_traces):
+    assert takes_sampler_scores(config) == takes
+    assert takes_sampler_traces(config) == with_traces

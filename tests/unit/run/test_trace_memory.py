@@ -16,7 +16,15 @@ from tests.support.tiny import cpu_device
 #: 8 x 4 sequences of at most 30 + 20 tokens; 2 layers x 2 experts x 5 bytes a token.
 CONFIG = Config(
     model={"num_layers": 2, "max_sequence_length": 64},
-    rollout={"prompts_per_step": 8, "samples_per_prompt": 4, "max_new_tokens": 20},
+    rollout={
+        "prompts_per_step": 8,
+        "samples_per_prompt": 4,
+        "max_new_tokens": 20,
+        "scores": "pass",
+    },
+)
+SAMPLED = CONFIG.model_copy(
+    update={"rollout": CONFIG.rollout.model_copy(update={"scores": "sampler"})}
 )
 PROBLEMS = [Prompt(i, np.zeros(n, dtype=np.int64), "", {}) for i, n in enumerate((12, 30, 7))]
 BYTES = 8 * 4 * 50 * 2 * 2 * 5
@@ -46,13 +54,25 @@ def test_the_header_shows_the_size():
     )
 
 
-def _checked(free_of_rank, kind):
+def test_the_header_shows_the_size_of_the_sampler_s_trace():
+    from megatron_rl.run.trace_memory import sampler_bytes, trace_fact
+
+    text = trace_fact(SAMPLED, 1, 50)
+    assert text == trace_fact(CONFIG, 1, 50) + "; the sampler's up to 31.2 KiB of host memory"
+    wide = SAMPLED.model_copy(
+        update={"parallel": SAMPLED.parallel.model_copy(update={"tensor": 2, "context": 2})}
+    )
+    # 2 of 8 ranks' data: each of them holds what the 4 ranks of a replica share out
+    assert sampler_bytes(wide, 8, 50) == BYTES // 2
+
+
+def _checked(free_of_rank, kind, config=CONFIG):
     from megatron_rl.device.memory import available_bytes
     from megatron_rl.run import trace_memory
 
     cpu_device()
     session = SimpleNamespace(
-        config=CONFIG,
+        config=config,
         launch=SimpleNamespace(world_size=1, local_world_size=1),
         device=SimpleNamespace(kind=kind),
         groups=SimpleNamespace(world=dist.group.WORLD),
@@ -74,6 +94,13 @@ def test_a_trace_that_fits_is_let_through_and_one_that_does_not_is_refused_on_al
         assert message.endswith(
             "are free; lower rollout.prompts_per_step or rollout.samples_per_prompt"
         )
+
+
+def test_a_sampler_s_trace_needs_room_in_its_answers_and_in_packs():
+    assert run_on_ranks(1, _checked, [2 * BYTES], "cpu", SAMPLED) == [None]
+    (message,) = run_on_ranks(1, _checked, [2 * BYTES - 1], "cpu", SAMPLED)
+    assert message.startswith("the sampler's router trace of a rollout batch takes up to 62.5 KiB")
+    assert message.endswith("are free; set rollout.scores pass")
 
 
 def test_on_cuda_the_host_is_the_first_remedy():
