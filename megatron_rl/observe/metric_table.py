@@ -190,7 +190,7 @@ _TABLE: tuple[Metric, ...] = (
     Metric("time/rollout_s", "s", "max", _RL,
            "Sampling and rewarding the completions; the slowest rank."),
     Metric("time/score_s", "s", "max", _RL,
-           "No-grad pass for old log-probs and the router trace; the slowest rank."),
+           "Packs, and the no-grad pass for old log-probs and traces; the slowest rank."),
     Metric("time/update_s", "s", "max", _ANY,
            "Forward, backward and optimizer; the slowest rank."),
     Metric("time/sync_s", "s", "max", _ANY,
