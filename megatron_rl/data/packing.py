@@ -57,7 +57,8 @@ def plan_packs(
 def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list[Tree]:
     """The samples by prompt: what is in front of the first trained token.
 
-    ``routing``: the sampler's experts of the prompt have to be equal too, in these layers.
+    ``routing``: the sampler's experts of the prompt have to be equal too, in these layers; but not
+    where they are a router trace, which differs by rounding only.
     """
     groups: dict[object, list[int]] = {}
     for index, sample in enumerate(samples):
@@ -72,7 +73,7 @@ def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list
 
 
 def _prompt_routes(sample: Sample, prompt: int, routing: Routing | None) -> bytes:
-    if routing is None:
+    if routing is None or routing.num_logprobs:
         return b""
     routed, known = _sample_routes(sample, routing)
     ids, known = routed.ids[:prompt], known[:prompt]

@@ -1,5 +1,7 @@
 """Packs whose sequences share prompts: rows written out by hand, and what holds for any groups."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -99,6 +101,44 @@ def routed(prompt, answer, ids, known=None):
         np.array(ids, dtype=np.uint8)[:, None], (2,), None if known is None else np.array(known)
     )
     return Sample.of(np.array(prompt), np.array(answer), routed_experts=experts)
+
+
+def traced(prompt, answer, ids, logprobs):
+    experts = routed(prompt, answer, ids).routed_experts
+    values = np.array(logprobs, dtype=np.float32)[:, None, None] - np.arange(2, dtype=np.float32)
+    return dataclasses.replace(
+        routed(prompt, answer, ids), routed_experts=dataclasses.replace(experts, logprobs=values)
+    )
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_samplers_trace_follows_and_decides_nothing(share):
+    samples = [
+        traced([5, 6], [7, 8], [[0, 1], [2, 3], [4, 5]], [-1, -2, -3]),
+        traced([5, 6], [9], [[0, 1], [2, 4]], [-1.5, -2.5]),  # another expert of the prompt
+    ]
+    (pack,) = pack_samples(
+        samples,
+        8,
+        vocab_size=10,
+        with_rollout_logprobs=False,
+        routing=dataclasses.replace(ROUTING, num_logprobs=2),
+        share_prompts=share,
+    )
+    trace = pack.routed_experts
+    if share:  # the prompt's is the first answer's
+        ids = [[0, 1], [2, 3], [4, 5], [4, 5], [2, 4]]
+        first = [-1, -2, -3, -3, -2.5]
+        assert pack.shared.lengths == (2, 2, 1)
+    else:
+        ids = [[0, 1], [2, 3], [4, 5], [4, 5], [0, 1], [2, 4], [2, 4]]
+        first = [-1, -2, -3, -3, -1.5, -2.5, -2.5]
+    assert trace.known is None and trace.layers == (2,)
+    assert trace.ids[: len(ids), 0].tolist() == ids
+    expected = np.zeros((8, 2), dtype=np.float32)  # 0 on padding
+    expected[: len(ids)] = np.array(first)[:, None] - [0, 1]
+    np.testing.assert_array_equal(trace.logprobs[:, 0], expected)
+    assert trace.logprobs.dtype == np.float32
 
 
 def test_the_samplers_experts_follow_and_decide_what_is_shared():
