@@ -84,7 +84,7 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
         "algorithm": "rspo, group_norm advantages, router shift with floor 0.8",
         "optimizer": "adam, learning rate 0.001",
         "router trace": "20 bytes a token over all pipeline stages; at most 6.25 KiB of device "
-        "memory on a rank, for sequences of 20 tokens",
+        "memory on a rank, for sequences of 20 tokens; the sampler's up to 6.25 KiB of host memory",
     }
     steps = [line for line in lines if line.startswith("step ") and "/8  " in line]
     assert len(steps) == 8 and len({len(line) for line in steps}) == 1  # columns line up
