@@ -27,6 +27,7 @@ from megatron_rl.parallel.sequence_shards import (
     sequence_shards,
     tensor_slice,
 )
+from megatron_rl.policy.pack_length import shortest_length
 from megatron_rl.policy.shared_rows import SharedRows, row_counts, shared_rows
 from megatron_rl.records import Pack, Sample
 
@@ -148,7 +149,8 @@ def pack_mini_batches(
     collective.
 
     Packs are long enough to hold the largest mini-batch of any rank in one pack, at most
-    ``data.pack_tokens``, rounded up to ``data.pack_multiple``. With context parallelism each
+    ``data.pack_tokens``, rounded up to ``data.pack_multiple``. Where it takes several, they are as
+    short as their number allows (see `shortest_length`). With context parallelism each
     sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
     context tokens. Ranks with less to do are given empty
     packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
@@ -168,6 +170,17 @@ def pack_mini_batches(
     num_packs = all_max(max(counts), groups.data_context, device)
     if groups.virtual_stages:
         num_packs = round_up(num_packs, groups.pipeline_stages)
+    if num_packs > 1:
+        length = shortest_length(
+            lambda length: max(len(plan(batch, length)) for batch in mini_batches),
+            longest=max((_longest(batch, multiple) for batch in mini_batches), default=0),
+            least=-(-needed // num_packs),
+            most=length,
+            multiple=config.data.pack_multiple,
+            num_packs=num_packs,
+            ranks=groups.data_context,
+            device=device,
+        )
     # A rank without a sequence cannot see whether the others' packs hold these.
     found = any(s.rollout_logprobs is not None for batch in mini_batches for s in batch)
     with_rollout_logprobs = bool(all_max(int(found), groups.data_context, device))
@@ -193,3 +206,8 @@ def _rows(packs: list[list[Tree]], samples: Sequence[Sample], multiple: int) -> 
     """Rows of all trees together."""
     lengths = [len(sample.tokens) for sample in samples]
     return sum(num_rows(tree, lengths, multiple) for trees in packs for tree in trees)
+
+
+def _longest(samples: Sequence[Sample], multiple: int) -> int:
+    """Rows of the longest sequence by itself."""
+    return max((round_up(len(sample.tokens), multiple) for sample in samples), default=0)
