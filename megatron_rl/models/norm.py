@@ -61,10 +61,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = _wide(x)
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        scale = scale.div_(x.shape[-1]).add_(eps).rsqrt_()
+        # Not by torch's vector_norm: it adds up the squares in one chain, and its root rounds.
+        result = wide.square()
+        scale = result.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return torch.mul(wide, scale, out=result).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -28,6 +28,8 @@ from megatron_rl.parallel.sequence_shards import (
     sequence_shards,
     tensor_slice,
 )
+from megatron_rl.policy.pack_length import shortest_length
+from megatron_rl.policy.predicting import predicting
 from megatron_rl.policy.shared_rows import SharedRows, row_counts, shared_rows
 from megatron_rl.records import Pack, Sample
 from megatron_rl.router.trace import LayerTrace, RouterTrace
@@ -60,6 +62,9 @@ class PackTensors:
     routes_known: torch.Tensor | None = None
     #: the sampler's router trace of this rank's tokens and layers, in host memory; None: not known
     trace: RouterTrace | None = None
+    #: int64, which of this rank's predictions (of its rows, then the extra ones of shared rows) are
+    #: trained, ascending; None: nearly all, or not known
+    predicting: torch.Tensor | None = None
     shared: SharedRows | None = None  #: None: no prompt is shared, the model runs on ``tokens``
 
     @property
@@ -99,6 +104,7 @@ def to_device(
         return None if array is None else torch.from_numpy(array).to(device)
 
     routes, known, trace = _local_routes(pack, shards, tensor_group)
+    shared = shared_rows(pack, shards, device)
     return PackTensors(
         tokens=tensor(pack.tokens),
         targets=tensor(pack.targets),
@@ -113,7 +119,8 @@ def to_device(
         routes=routes,
         routes_known=known,
         trace=trace,
-        shared=shared_rows(pack, shards, device),
+        predicting=predicting(pack, shards, shared, device),
+        shared=shared,
     )
 
 
@@ -172,12 +179,13 @@ def pack_mini_batches(
     collective.
 
     Packs are long enough to hold the largest mini-batch of any rank in one pack, at most
-    ``data.pack_tokens``, rounded up to ``data.pack_multiple``. With context parallelism each
-    sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
-    context tokens. Ranks with less to do are given empty
-    packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
-    the pipeline stages. ``with_traces``: the packs hold the sampler's router trace, which all
-    samples have; not with R3.
+    ``data.pack_tokens``, rounded up to ``data.pack_multiple``. Where it takes several, they are as
+    short as their number allows (see `shortest_length`), but not with a balancing loss, which
+    depends on what shares a pack: lengths follow the layout's padding. With context parallelism
+    each sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
+    context tokens. Ranks with less to do are given empty packs, and so are all ranks until the
+    interleaved schedule can deal its packs out evenly over the pipeline stages. ``with_traces``:
+    the packs hold the sampler's router trace, which all samples have; not with R3.
     """
     multiple = sequence_multiple(groups.context.size())
     routing = replayed_routing(config, groups, with_traces=with_traces)
@@ -193,6 +201,17 @@ def pack_mini_batches(
     num_packs = all_max(max(counts), groups.data_context, device)
     if groups.virtual_stages:
         num_packs = round_up(num_packs, groups.pipeline_stages)
+    if num_packs > 1 and not config.model.aux_loss_coeff:
+        length = shortest_length(
+            lambda length: max(len(plan(batch, length)) for batch in mini_batches),
+            longest=max((_longest(batch, multiple) for batch in mini_batches), default=0),
+            least=-(-needed // num_packs),
+            most=length,
+            multiple=config.data.pack_multiple,
+            num_packs=num_packs,
+            ranks=groups.data_context,
+            device=device,
+        )
     # A rank without a sequence cannot see whether the others' packs hold these.
     found = any(s.rollout_logprobs is not None for batch in mini_batches for s in batch)
     with_rollout_logprobs = bool(all_max(int(found), groups.data_context, device))
@@ -218,3 +237,8 @@ def _rows(packs: list[list[Tree]], samples: Sequence[Sample], multiple: int) -> 
     """Rows of all trees together."""
     lengths = [len(sample.tokens) for sample in samples]
     return sum(num_rows(tree, lengths, multiple) for trees in packs for tree in trees)
+
+
+def _longest(samples: Sequence[Sample], multiple: int) -> int:
+    """Rows of the longest sequence by itself."""
+    return max((round_up(len(sample.tokens), multiple) for sample in samples), default=0)

@@ -74,3 +74,14 @@ def test_parts_of_a_wider_tensor_are_normalised_where_they_stand():
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1][..., 6:], expected[1])
     assert not found[1][..., :6].any()
+
+
+@pytest.mark.parametrize("width", [16, 128, 2048])
+def test_fp32_is_as_exact_as_the_equation_written_out(width):
+    from megatron_rl.models.norm import rms_norm
+
+    x, weight, _ = inputs((400, width), torch.float)
+    exact = written_out(x.double(), weight.double())
+    error = lambda found: ((found.double() - exact) / exact).square().mean().sqrt()  # noqa: E731
+    # With torch's vector_norm it was 1.2 to 1.5 times as large.
+    assert error(rms_norm(x, weight, EPS)) <= 1.1 * error(torch.rms_norm(x, (width,), weight, EPS))
