@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -193,25 +193,7 @@ def pack_mini_batches(
     plan = functools.partial(
         plan_packs, sequence_multiple=multiple, routing=routing, share_prompts=share
     )
-    # In a pack without bounds every group is whole.
-    sizes = [_rows(plan(batch, UNBOUNDED), batch, multiple) for batch in mini_batches]
-    needed = all_max(max(sizes), groups.data_context, device)
-    length = min(round_up(needed, config.data.pack_multiple), config.data.pack_tokens)
-    counts = [len(plan(batch, length)) for batch in mini_batches]
-    num_packs = all_max(max(counts), groups.data_context, device)
-    if groups.virtual_stages:
-        num_packs = round_up(num_packs, groups.pipeline_stages)
-    if num_packs > 1 and not config.model.aux_loss_coeff:
-        length = shortest_length(
-            lambda length: max(len(plan(batch, length)) for batch in mini_batches),
-            longest=max((_longest(batch, multiple) for batch in mini_batches), default=0),
-            least=-(-needed // num_packs),
-            most=length,
-            multiple=config.data.pack_multiple,
-            num_packs=num_packs,
-            ranks=groups.data_context,
-            device=device,
-        )
+    length, num_packs = _pack_size(mini_batches, plan, config, groups, device)
     # A rank without a sequence cannot see whether the others' packs hold these.
     found = any(s.rollout_logprobs is not None for batch in mini_batches for s in batch)
     with_rollout_logprobs = bool(all_max(int(found), groups.data_context, device))
@@ -231,6 +213,40 @@ def pack_mini_batches(
         ]
         for batch in mini_batches
     ]
+
+
+def _pack_size(
+    mini_batches: Sequence[Sequence[Sample]],
+    plan: Callable[[Sequence[Sample], int], list[list[Tree]]],
+    config: Config,
+    groups: Groups,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Tokens of a pack, and packs of a mini-batch: the same on all ranks. A collective.
+
+    plan: packs of samples in packs of so many tokens.
+    """
+    multiple = sequence_multiple(groups.context.size())
+    # In a pack without bounds every group is whole.
+    sizes = [_rows(plan(batch, UNBOUNDED), batch, multiple) for batch in mini_batches]
+    needed = all_max(max(sizes), groups.data_context, device)
+    length = min(round_up(needed, config.data.pack_multiple), config.data.pack_tokens)
+    counts = [len(plan(batch, length)) for batch in mini_batches]
+    num_packs = all_max(max(counts), groups.data_context, device)
+    if groups.virtual_stages:
+        num_packs = round_up(num_packs, groups.pipeline_stages)
+    if num_packs > 1 and not config.model.aux_loss_coeff:
+        length = shortest_length(
+            lambda length: max(len(plan(batch, length)) for batch in mini_batches),
+            longest=max((_longest(batch, multiple) for batch in mini_batches), default=0),
+            least=-(-needed // num_packs),
+            most=length,
+            multiple=config.data.pack_multiple,
+            num_packs=num_packs,
+            ranks=groups.data_context,
+            device=device,
+        )
+    return length, num_packs
 
 
 def _rows(packs: list[list[Tree]], samples: Sequence[Sample], multiple: int) -> int:
