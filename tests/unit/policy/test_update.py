@@ -199,7 +199,8 @@ def test_router_losses_are_means_over_tokens_whatever_the_loss_counts(name):
                 inputs.clear()  # of the scoring pass
                 run_update(policy, scored)
             weights.append(router.weight.main_grad.clone())
-            expected = expected_router_gradient(before, inputs, coefficients)
+            if model is coefficients:  # without a balancing loss packs may be shorter
+                expected = expected_router_gradient(before, inputs, coefficients)
     close({"router": weights[0] - weights[1]}, {"router": expected.float()}, 1e-4)
 
 

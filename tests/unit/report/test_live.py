@@ -112,7 +112,14 @@ def test_what_is_no_run_or_no_port_is_refused(run_dir, tmp_path, capsys):
 def test_the_command_serves_until_it_is_interrupted(run_dir):
     add(run_dir, 1, 0.5)
     command = [sys.executable, "-m", "megatron_rl", "report", "--watch", str(run_dir)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # As from a terminal, even where these tests run in the background, which ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         address = process.stdout.readline().strip()
         assert address.startswith("http://127.0.0.1:") and address.endswith("/")
