@@ -28,6 +28,7 @@ from megatron_rl.parallel.sequence_shards import (
     tensor_slice,
 )
 from megatron_rl.policy.pack_length import shortest_length
+from megatron_rl.policy.predicting import predicting
 from megatron_rl.policy.shared_rows import SharedRows, row_counts, shared_rows
 from megatron_rl.records import Pack, Sample
 
@@ -57,6 +58,9 @@ class PackTensors:
     routes: Mapping[int, torch.Tensor] | None = None
     #: bool [R_local], in host memory: the tokens whose experts are known; None: all
     routes_known: torch.Tensor | None = None
+    #: int64, which of this rank's predictions (of its rows, then the extra ones of shared rows) are
+    #: trained, ascending; None: nearly all, or not known
+    predicting: torch.Tensor | None = None
     shared: SharedRows | None = None  #: None: no prompt is shared, the model runs on ``tokens``
 
     @property
@@ -96,6 +100,7 @@ def to_device(
         return None if array is None else torch.from_numpy(array).to(device)
 
     routes, known = _local_routes(pack, shards, tensor_group)
+    shared = shared_rows(pack, shards, device)
     return PackTensors(
         tokens=tensor(pack.tokens),
         targets=tensor(pack.targets),
@@ -109,7 +114,8 @@ def to_device(
         placement=placement,
         routes=routes,
         routes_known=known,
-        shared=shared_rows(pack, shards, device),
+        predicting=predicting(pack, shards, shared, device),
+        shared=shared,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl.models.forward import forward_row
 from megatron_rl.models.gpt.chunk import head_of
-from megatron_rl.parallel.vocab_head import Entropy, HeadValues, head_values
+from megatron_rl.parallel.vocab_head import Entropy, HeadValues, VocabHead, head_values
 from megatron_rl.policy.batch import PackTensors
 from megatron_rl.policy.policy import Policy
 
@@ -41,7 +41,7 @@ def pack_values(
         entropy: whether to compute entropies, and whether with gradients.
 
     Returns:
-        Values of the whole row, [T].
+        Values of the whole row, [T]; of tokens whose prediction is not trained these, or 0.
     """
     head, shards, shared = head_of(policy.chunks[-1]), pack.shards, pack.shared
     rows = head.gather(hidden)
@@ -50,7 +50,7 @@ def pack_values(
     else:  # a row may predict several tokens: its own, then the extra ones
         targets = torch.cat([shards.local(shared.targets), shared.extra_targets])
         rows = torch.cat([rows, rows.index_select(0, shared.extra_rows)])
-    local = head_values(rows, head, targets, temperature, entropy=entropy)
+    local = _trained_values(rows, head, targets, temperature, entropy, pack.predicting)
     if shared is None and shards.group.size() == 1:
         return local
     spread = local.logprobs.detach() if local.entropy is None else local.entropy
@@ -64,3 +64,29 @@ def pack_values(
     if entropy != "differentiable":
         spread = spread.detach()
     return HeadValues(logprobs, None if local.entropy is None else spread, hits > 0.5)
+
+
+def _trained_values(
+    rows: torch.Tensor,
+    head: VocabHead,
+    targets: torch.Tensor,
+    temperature: float,
+    entropy: Entropy,
+    places: torch.Tensor | None,
+) -> HeadValues:
+    """As `head_values`, but of rows [N, D] and targets [N] only those at ``places``; others are 0.
+    None: of all.
+    """
+    if places is None:
+        return head_values(rows, head, targets, temperature, entropy=entropy)
+    rows, targets, count = rows.index_select(0, places), targets.index_select(0, places), len(rows)
+    found = head_values(rows, head, targets, temperature, entropy=entropy)
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(count).index_copy(0, places, values)
+
+    return HeadValues(
+        spread(found.logprobs),
+        None if found.entropy is None else spread(found.entropy),
+        spread(found.hits),
+    )
