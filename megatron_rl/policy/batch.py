@@ -156,7 +156,8 @@ def pack_mini_batches(
 
     Packs are long enough to hold the largest mini-batch of any rank in one pack, at most
     ``data.pack_tokens``, rounded up to ``data.pack_multiple``. Where it takes several, they are as
-    short as their number allows (see `shortest_length`). With context parallelism each
+    short as their number allows (see `shortest_length`), but not with a balancing loss, which
+    depends on what shares a pack: lengths follow the layout's padding. With context parallelism each
     sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
     context tokens. Ranks with less to do are given empty
     packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
@@ -176,7 +177,7 @@ def pack_mini_batches(
     num_packs = all_max(max(counts), groups.data_context, device)
     if groups.virtual_stages:
         num_packs = round_up(num_packs, groups.pipeline_stages)
-    if num_packs > 1:
+    if num_packs > 1 and not config.model.aux_loss_coeff:
         length = shortest_length(
             lambda length: max(len(plan(batch, length)) for batch in mini_batches),
             longest=max((_longest(batch, multiple) for batch in mini_batches), default=0),
