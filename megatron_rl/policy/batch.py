@@ -157,10 +157,9 @@ def pack_mini_batches(
     Packs are long enough to hold the largest mini-batch of any rank in one pack, at most
     ``data.pack_tokens``, rounded up to ``data.pack_multiple``. Where it takes several, they are as
     short as their number allows (see `shortest_length`), but not with a balancing loss, which
-    depends on what shares a pack: lengths follow the layout's padding. With context parallelism each
-    sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
-    context tokens. Ranks with less to do are given empty
-    packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
+    depends on what shares a pack: lengths follow the layout's padding. With context parallelism
+    each sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
+    context tokens. Ranks with less to do are given empty packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
     the pipeline stages.
     """
     multiple = sequence_multiple(groups.context.size())
