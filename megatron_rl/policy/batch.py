@@ -159,8 +159,8 @@ def pack_mini_batches(
     short as their number allows (see `shortest_length`), but not with a balancing loss, which
     depends on what shares a pack: lengths follow the layout's padding. With context parallelism
     each sequence (with shared prompts, each prompt and each answer) is padded to a multiple of 2 x
-    context tokens. Ranks with less to do are given empty packs, and so are all ranks until the interleaved schedule can deal its packs out evenly over
-    the pipeline stages.
+    context tokens. Ranks with less to do are given empty packs, and so are all ranks until the
+    interleaved schedule can deal its packs out evenly over the pipeline stages.
     """
     multiple = sequence_multiple(groups.context.size())
     routing = replayed_routing(config, groups)
