@@ -25,9 +25,10 @@ def forward_flop(model: ModelConfig, length: float) -> float:
 def step_flop(config: Config, tokens: float, *, supervised: bool) -> dict[str, float]:
     """FLOP of the stages of a step on ``tokens`` tokens, by the names of `time/<stage>_s`.
 
-    A rollout and a scoring pass are one forward pass, an update is three (the backward pass is
-    two), for each epoch. What is computed twice (recomputed activations) is counted once. The
-    rollout of servers is not this program's.
+    A rollout is one forward pass, an update is three (the backward pass is two), for each epoch, of
+    every answer with a prompt of its own. What is computed twice (recomputed activations) is
+    counted once. The rollout of servers is not this program's; scoring is left out, since only a
+    part of the packs, or none, goes through a pass.
     """
     rollout = config.rollout
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -37,4 +38,4 @@ def step_flop(config: Config, tokens: float, *, supervised: bool) -> dict[str, f
     if supervised:
         return {"update": 3 * forward}
     own = {} if engine_of(rollout).servers else {"rollout": forward}
-    return own | {"score": forward, "update": 3 * config.algorithm.epochs * forward}
+    return own | {"update": 3 * config.algorithm.epochs * forward}

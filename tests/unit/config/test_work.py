@@ -45,7 +45,7 @@ def test_of_the_stages():
     )
     of_token = forward_flop(config.model, 3)
     found = step_flop(config, 24, supervised=False)
-    assert found == {"rollout": 24 * of_token, "score": 24 * of_token, "update": 144 * of_token}
+    assert found == {"rollout": 24 * of_token, "update": 144 * of_token}
     of_token = forward_flop(config.model, 4)
     assert step_flop(config, 24, supervised=True) == {"update": pytest.approx(72 * of_token)}
 
