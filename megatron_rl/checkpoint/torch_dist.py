@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import warnings
@@ -201,11 +202,15 @@ def _raise_what_is_no_fault(error: BaseException, faults: tuple[type[BaseExcepti
 
 
 def _not_written(directory: Path, error: BaseException) -> OSError:
-    """With the room there is: torch says of a full disk no more than "iostream error"."""
-    try:
-        room = f" ({size_text(shutil.disk_usage(directory).free)} free there)"
-    except OSError:
-        room = ""
+    """With the room there is: torch says of a full disk no more than "iostream error".
+
+    Another rank may have removed the directory by now; the room is the same above it.
+    """
+    room = ""
+    for place in (directory, *directory.parents):
+        with contextlib.suppress(OSError):
+            room = f" ({size_text(shutil.disk_usage(place).free)} free there)"
+            break
     return OSError(f"{directory} could not be written{room}: {_first_reason(error)}")
 
 

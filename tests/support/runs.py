@@ -48,10 +48,15 @@ class Done:
     @property
     def errors(self) -> list[str]:
         """The lines with which the program (not torchrun) refused. Another rank that says the same,
-        because it has waited in vain for the first to end, does not count.
+        because it has waited in vain for the first to end, does not count. Neither does the room on
+        the disk, which changes meanwhile.
         """
         lines = [line for line in self.err.splitlines() if line.startswith("megatron-rl: ")]
-        return list(dict.fromkeys(re.sub(r"error: rank \d+: ", "error: ", line) for line in lines))
+        said: dict[str, str] = {}
+        for line in lines:
+            line = re.sub(r"error: rank \d+: ", "error: ", line)
+            said.setdefault(re.sub(r" \(\S+ \S+ free there\)", "", line), line)
+        return list(said.values())
 
 
 class Started:

@@ -199,3 +199,15 @@ def test_a_kill_while_publishing_leaves_a_complete_newest(
     assert newest_checkpoint(tmp_path).name == newest
     save(tmp_path, 6, keep=1)
     assert names(tmp_path) == ["latest", "step_6"]
+
+
+def test_the_room_is_said_where_another_rank_has_removed_the_directory(tmp_path):
+    from tests.support.tiny import cpu_device
+
+    cpu_device()
+    from megatron_rl.checkpoint.torch_dist import _not_written
+
+    for place in (tmp_path, tmp_path / ".step_4.partial" / "shards"):
+        text = str(_not_written(place, OSError(27, "File too large")))
+        assert text.startswith(f"{place} could not be written (")
+        assert text.endswith(" free there): [Errno 27] File too large")
