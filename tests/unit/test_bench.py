@@ -2,6 +2,7 @@
 in tests/e2e/test_bench.py.
 """
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -13,7 +14,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.tiny import build_tiny
-from tools.bench import growth, rl_step
+from tools.bench import growth, rl_step, rl_step_parts
 from tools.bench.common import (
     PASSES,
     Shape,
@@ -189,6 +190,21 @@ def test_a_row_of_the_result():
     assert row["stages"]["score"] == {"median": 0.25, "low": 0.25, "high": 0.25}
     assert row["cpu_s"]["median"] == 4.0 and row["idle_cpu_s"]["median"] == 0.01
     json.dumps(row)
+
+
+def test_parts_are_switched_off_and_checkouts_named(tmp_path):
+    settings = rl_step_parts.settings_of(2, {"before": tmp_path})
+    by_name = {setting.name: setting for setting in settings}
+    assert len(by_name) == len(settings) == 5
+    assert by_name["whole"].options == ()
+    assert by_name["a pass scores, prompts not shared"].options == (
+        *by_name["a pass scores"].options,
+        *by_name["prompts not shared"].options,
+    )
+    assert {name for name, each in by_name.items() if each.code != ROOT} == {"before"}
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no megatron_rl in"):
+        rl_step_parts._checkout(f"before={tmp_path}")
+    assert rl_step_parts._checkout(f"now={ROOT}") == ("now", ROOT)
 
 
 def test_shorter_answers_are_refused():

@@ -62,10 +62,14 @@ class Setting:
     options: tuple[str, ...] = ()  #: ours: words of the command line
     batch: int = 0  #: TRL: answers of a rank in a forward pass
     experts: str = "grouped_mm"  #: TRL: transformers' implementation of the experts
+    label: str = ""  #: ours: what tables call it; empty: by its layout
+    code: Path = ROOT  #: ours: the checkout whose code runs
 
     @property
     def name(self) -> str:
         """What tables call it."""
+        if self.label:
+            return self.label
         size = f"{self.ranks} x {self.threads} threads"
         if self.side == TRL:
             return f"TRL {size}, batch {self.batch}, {self.experts}"
@@ -220,7 +224,7 @@ def start(
             "steps": STEPS,
         }
         file.write_text(json.dumps(words))
-    environment = {"OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": str(ROOT)}
+    environment = {"OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": str(setting.code)}
     return Worker(setting.name, command, turns, arguments.steps, environment)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Mapping
 from megatron_rl.extend import Reward, Settings, logger
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))
+sys.path.insert(0, str(ROOT))  # the code that is measured may be another checkout's
 
 from tools.bench.common import Turns  # noqa: E402
 from tools.bench.rl_step_case import Case, odd_share  # noqa: E402
