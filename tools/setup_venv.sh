@@ -10,8 +10,7 @@ set -euo pipefail
 
 TORCH=2.13.0
 
-fail() { echo "setup_venv: $*" >&2; exit 2; }
-
+source "$(dirname "${BASH_SOURCE[0]}")/new_venv.sh"
 [ $# -ge 1 ] && [ $# -le 2 ] || fail "usage: tools/setup_venv.sh VENV [EXTRAS]"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$1
@@ -23,21 +22,7 @@ if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(<"$stamp")" = "$wanted" 
     exit 0
 fi
 
-usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
-
-if [ ! -x "$venv/bin/python" ]; then
-    python=${PYTHON:-}
-    if [ -n "$python" ]; then
-        usable "$python" || fail "PYTHON=$python is no Python 3.10 or newer"
-    else
-        for candidate in python3.11 python3; do
-            if usable "$candidate"; then python=$candidate; break; fi
-        done
-        [ -n "$python" ] || fail "no Python 3.10 or newer found; install one or set PYTHON=/path/to/python"
-    fi
-    echo "setup_venv: creating $venv with $("$python" --version)" >&2
-    "$python" -m venv "$venv" || fail "$python -m venv failed; is its venv module installed?"
-fi
+new_venv "$venv"
 
 pip() { "$venv/bin/python" -m pip "$@" --quiet --disable-pip-version-check; }
 has() { "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))' "$1"; }
@@ -45,9 +30,7 @@ has() { "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(not importli
 wanted_packages=(-e "$root${extras:+[$extras]}")
 has torch || wanted_packages+=("torch==$TORCH")
 echo "setup_venv: installing megatron_rl${extras:+[$extras]} into $venv" >&2
-# For tests nothing is compiled ahead: Python compiles a module when it is first imported, and most modules of the
-# libraries never are. (PIP_NO_COMPILE=1 would do the opposite: pip takes the 1 for "compile".)
-ahead=(--compile)
-case ",$extras," in *,test,*) ahead=(--no-compile) ;; esac
-pip install "${ahead[@]}" "${wanted_packages[@]}" || fail "pip could not install ${wanted_packages[*]}"
+# Nothing is compiled ahead: Python compiles a module when it is first imported, and most modules of the libraries never
+# are. (PIP_NO_COMPILE=1 would do the opposite: pip takes the 1 for "compile".)
+pip install --no-compile "${wanted_packages[@]}" || fail "pip could not install ${wanted_packages[*]}"
 printf '%s\n' "$wanted" >"$stamp"

