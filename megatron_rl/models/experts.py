@@ -12,8 +12,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
+from torch.autograd.function import once_differentiable
 
-from megatron_rl.models.gated import gated
+from megatron_rl.models.gated import gate_rows, gated, slope_of_rows
+
+#: From so many rows of an expert on, on average, a CPU takes one expert after the other.
+ROWS_OF_ITS_OWN = 16
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -94,10 +98,16 @@ class GroupedExperts(MegatronModule):
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
-        x = permuted_local_hidden_states
+        x, first, second = (
+            permuted_local_hidden_states,
+            self.linear_fc1.weight,
+            self.linear_fc2.weight,
+        )
+        if x.device.type == "cpu" and len(x) >= ROWS_OF_ITS_OWN * self.num_local_experts:
+            return _OneByOne.apply(x, first, second, permuted_probs, tokens_per_expert), None
         offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
-        inner = gated(grouped_mm(x, self.linear_fc1.weight, offsets), permuted_probs)
-        return grouped_mm(inner, self.linear_fc2.weight, offsets), None
+        inner = gated(grouped_mm(x, first, offsets), permuted_probs)
+        return grouped_mm(inner, second, offsets), None
 
     def sharded_state_dict(
         self,
@@ -120,6 +130,71 @@ class GroupedExperts(MegatronModule):
                 (2, self.tp_group.rank(), self.tp_group.size()),
             ),
         }
+
+
+class _OneByOne(torch.autograd.Function):
+    """All experts, one after the other: what one makes of its rows stays in the cache until its
+    second product, and is made again on the way back.
+
+    With x the rows of an expert, h = x A^T, u = silu(gate) * up of h, w the weights and g the
+    gradient of y = (w u) B^T:
+
+        d B = g^T (w u),    d (w u) = g B,    d A = (d h)^T x,    d x = (d h) A
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        probs: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> torch.Tensor:
+        """[N, D], [E, 2F, D], [E, D, F], [N], int [E] -> [N, D]."""
+        ctx.counts = counts.tolist()
+        both, output = x.new_empty(len(x), first.shape[1]), x.new_empty(len(x), second.shape[1])
+        spare = x.new_empty(max(ctx.counts), second.shape[2])
+        rows = (tensor.split(ctx.counts) for tensor in (x, both, output, probs[:, None]))
+        for number, (rows_of, h, y, weight) in enumerate(zip(*rows, strict=True)):
+            inner = spare[: len(y)]
+            torch.mm(rows_of, first[number].t(), out=h)
+            gate_rows(h, weight, inner)
+            torch.mm(inner, second[number].t(), out=y)
+        ctx.save_for_backward(x, first, second, probs, both)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, first, second, probs, both = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        results = [
+            tensor.new_empty(tensor.shape) if needed[number] else None
+            for number, tensor in enumerate((x, first, second, probs))
+        ]
+        most, width = max(ctx.counts), second.shape[2]
+        spare, spare_both = x.new_empty(most, width), x.new_empty(most, 2 * width)
+        to_x, to_first, to_second, to_probs = results
+        parts = [
+            [None] * len(first) if tensor is None else tensor.split(ctx.counts)
+            for tensor in (x, both, grad, to_x, probs[:, None], _column(to_probs))
+        ]
+        for number, (rows, h, g, to_rows, weight, to_weight) in enumerate(zip(*parts, strict=True)):
+            to_inner, to_h = spare[: len(g)], spare_both[: len(g)]
+            torch.mm(g, second[number], out=to_inner)
+            product = slope_of_rows(h, weight, to_inner, to_h, to_weight)
+            if to_second is not None:
+                torch.mm(g.t(), product.mul_(weight), out=to_second[number])
+            if to_first is not None:
+                torch.mm(to_h.t(), rows, out=to_first[number])
+            if to_rows is not None:
+                torch.mm(to_h, first[number], out=to_rows)
+        return *results, None
+
+
+def _column(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor[:, None]
 
 
 def _shard(
