@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.models.gated import gate_rows, gated, slope_of_rows
 
-#: From so many rows of an expert on, on average, a CPU takes one expert after the other.
+#: Where experts have so many rows on average, a CPU takes one expert after the other.
 ROWS_OF_ITS_OWN = 16
 
 
@@ -98,16 +98,9 @@ class GroupedExperts(MegatronModule):
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
-        x, first, second = (
-            permuted_local_hidden_states,
-            self.linear_fc1.weight,
-            self.linear_fc2.weight,
-        )
-        if x.device.type == "cpu" and len(x) >= ROWS_OF_ITS_OWN * self.num_local_experts:
-            return _OneByOne.apply(x, first, second, permuted_probs, tokens_per_expert), None
-        offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
-        inner = gated(grouped_mm(x, first, offsets), permuted_probs)
-        return grouped_mm(inner, second, offsets), None
+        x, counts = permuted_local_hidden_states, tokens_per_expert
+        up, down = self.linear_fc1.weight, self.linear_fc2.weight
+        return expert_outputs(x, up, down, counts, permuted_probs), None
 
     def sharded_state_dict(
         self,
@@ -132,9 +125,33 @@ class GroupedExperts(MegatronModule):
         }
 
 
+def expert_outputs(
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    counts: torch.Tensor,
+    probs: torch.Tensor,
+) -> torch.Tensor:
+    """What SwiGLU experts make of their rows: probs * down(silu(gate(x)) * up(x)).
+
+    Args:
+        x: [N, D], sorted by expert.
+        up: [E, 2F, D], gate before up. down: [E, D, F].
+        counts: int [E], rows of each expert.
+        probs: [N].
+
+    Returns:
+        [N, D].
+    """
+    if x.device.type == "cpu" and len(x) >= ROWS_OF_ITS_OWN * len(up):
+        return _OneByOne.apply(x, up, down, probs, counts.tolist())
+    offsets = counts.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
+    return grouped_mm(gated(grouped_mm(x, up, offsets), probs), down, offsets)
+
+
 class _OneByOne(torch.autograd.Function):
-    """All experts, one after the other: what one makes of its rows stays in the cache until its
-    second product, and is made again on the way back.
+    """One expert after the other: what is made of its rows stays in the cache until the second
+    product, and is made again on the way back.
 
     With x the rows of an expert, h = x A^T, u = silu(gate) * up of h, w the weights and g the
     gradient of y = (w u) B^T:
@@ -146,55 +163,49 @@ class _OneByOne(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        first: torch.Tensor,
-        second: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
         probs: torch.Tensor,
-        counts: torch.Tensor,
+        counts: list[int],
     ) -> torch.Tensor:
-        """[N, D], [E, 2F, D], [E, D, F], [N], int [E] -> [N, D]."""
-        ctx.counts = counts.tolist()
-        both, output = x.new_empty(len(x), first.shape[1]), x.new_empty(len(x), second.shape[1])
-        spare = x.new_empty(max(ctx.counts), second.shape[2])
-        rows = (tensor.split(ctx.counts) for tensor in (x, both, output, probs[:, None]))
-        for number, (rows_of, h, y, weight) in enumerate(zip(*rows, strict=True)):
+        both, output = x.new_empty(len(x), up.shape[1]), x.new_empty(len(x), down.shape[1])
+        spare = x.new_empty(max(counts), down.shape[2])
+        parts = [tensor.split(counts) for tensor in (x, both, output, probs[:, None])]
+        for number, (rows, h, y, weight) in enumerate(zip(*parts, strict=True)):
             inner = spare[: len(y)]
-            torch.mm(rows_of, first[number].t(), out=h)
+            torch.mm(rows, up[number].t(), out=h)
             gate_rows(h, weight, inner)
-            torch.mm(inner, second[number].t(), out=y)
-        ctx.save_for_backward(x, first, second, probs, both)
+            torch.mm(inner, down[number].t(), out=y)
+        ctx.save_for_backward(x, up, down, probs, both)
+        ctx.counts = counts
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, first, second, probs, both = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        results = [
-            tensor.new_empty(tensor.shape) if needed[number] else None
-            for number, tensor in enumerate((x, first, second, probs))
+        x, up, down, probs, both = ctx.saved_tensors
+        to_x, to_up, to_down, to_probs = results = [
+            tensor.new_empty(tensor.shape) if needed else None
+            for tensor, needed in zip((x, up, down, probs), ctx.needs_input_grad)
         ]
-        most, width = max(ctx.counts), second.shape[2]
+        most, width = max(ctx.counts), down.shape[2]
         spare, spare_both = x.new_empty(most, width), x.new_empty(most, 2 * width)
-        to_x, to_first, to_second, to_probs = results
+        columns = probs[:, None], None if to_probs is None else to_probs[:, None]
         parts = [
-            [None] * len(first) if tensor is None else tensor.split(ctx.counts)
-            for tensor in (x, both, grad, to_x, probs[:, None], _column(to_probs))
+            [None] * len(up) if tensor is None else tensor.split(ctx.counts)
+            for tensor in (x, both, grad, to_x, *columns)
         ]
         for number, (rows, h, g, to_rows, weight, to_weight) in enumerate(zip(*parts, strict=True)):
             to_inner, to_h = spare[: len(g)], spare_both[: len(g)]
-            torch.mm(g, second[number], out=to_inner)
+            torch.mm(g, down[number], out=to_inner)
             product = slope_of_rows(h, weight, to_inner, to_h, to_weight)
-            if to_second is not None:
-                torch.mm(g.t(), product.mul_(weight), out=to_second[number])
-            if to_first is not None:
-                torch.mm(to_h.t(), rows, out=to_first[number])
+            if to_down is not None:
+                torch.mm(g.t(), product.mul_(weight), out=to_down[number])
+            if to_up is not None:
+                torch.mm(to_h.t(), rows, out=to_up[number])
             if to_rows is not None:
-                torch.mm(to_h, first[number], out=to_rows)
+                torch.mm(to_h, up[number], out=to_rows)
         return *results, None
-
-
-def _column(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor[:, None]
 
 
 def _shard(

@@ -34,13 +34,13 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.epsilon = eps
+        self._eps = eps
         weight: Any = self.weight  # Megatron's marks are attributes
         weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> the same shape. CUDA has a kernel of torch's for this."""
-        return super().forward(x) if x.is_cuda else rms_norm(x, self.weight, self.epsilon)
+        return super().forward(x) if x.is_cuda else rms_norm(x, self.weight, self._eps)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -28,8 +28,9 @@ class RotarySelfAttention(SelfAttention):
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[T, 1, D] -> [T, 1, D], and a bias or None."""
-        if rotary_pos_emb is None or kwargs.get("inference_context") or not self._whole_heads():
+        """[T, 1, D] -> [T, 1, D], and a bias or None. CUDA's norms are a kernel of torch's."""
+        turns = isinstance(rotary_pos_emb, torch.Tensor) and not hidden_states.is_cuda
+        if not turns or kwargs.get("inference_context") or not self._whole_heads():
             return super().forward(
                 hidden_states,
                 attention_mask,

@@ -61,6 +61,36 @@ def test_values_are_megatrons(dtype):
     torch.testing.assert_close(found, expected, atol=rounding * 2, rtol=rounding)
 
 
+@pytest.mark.parametrize("rotated", [6, 4])
+@pytest.mark.parametrize("normed", [True, False])
+def test_heads_are_those_of_norm_and_turn_one_by_one(rotated, normed):
+    """2 groups of 3 queries: values and all gradients."""
+    from megatron_rl.models.rotary import heads_of, rotate
+
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.double)  # noqa: E731
+    mixed = draw(len(POSITIONS), 1, 2, 5, 6).requires_grad_()
+    weights = [draw(6).requires_grad_() for _ in range(2)] if normed else [None, None]
+    _, *turned = turn(rotated)
+    grads = [draw(len(POSITIONS), 1, heads, 6) for heads in (6, 2, 2)]
+
+    def norm(x, weight):
+        if weight is None:
+            return x
+        return x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+
+    def slow():
+        query, key, value = mixed[..., :3, :].flatten(2, 3), mixed[..., 3, :], mixed[..., 4, :]
+        return *(rotate(norm(x, w), *turned) for x, w in zip((query, key), weights)), value
+
+    found, expected = heads_of(mixed, *turned, *weights, 1e-3), slow()
+    leaves = [mixed, *(weight for weight in weights if weight is not None)]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves, grads), torch.autograd.grad(expected, leaves, grads)
+    )
+
+
 def test_sines_are_made_once_for_all_layers_and_once_more_for_another_type():
     from megatron_rl.models.rotary import _turn_of
 
