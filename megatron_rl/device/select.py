@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_rl.config.schema import DeviceConfig
 from megatron_rl.device import megatron_on_cpu
+from megatron_rl.device.allocator import keep_freed_memory
 from megatron_rl.device.heartbeat import Heartbeat
 from megatron_rl.device.launch import Launch
 from megatron_rl.device.quiet import silence
@@ -52,6 +53,7 @@ def select_device(config: DeviceConfig, launch: Launch) -> Device:
         torch.cuda.set_device(launch.local_rank)
         return Device("cuda", torch.device("cuda", launch.local_rank), "nccl")
     torch.set_num_threads(config.threads or launch.cores)
+    keep_freed_memory()
     silence("cpu")
     megatron_on_cpu.install()
     return Device("cpu", torch.device("cpu"), "gloo")

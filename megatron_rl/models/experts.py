@@ -12,8 +12,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
+from torch.autograd.function import once_differentiable
 
-from megatron_rl.models.gated import gated
+from megatron_rl.models.gated import gate_rows, gated, slope_of_rows
+
+#: Where experts have so many rows on average, a CPU takes one expert after the other.
+ROWS_OF_ITS_OWN = 16
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -94,10 +98,9 @@ class GroupedExperts(MegatronModule):
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
-        x = permuted_local_hidden_states
-        offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
-        inner = gated(grouped_mm(x, self.linear_fc1.weight, offsets), permuted_probs)
-        return grouped_mm(inner, self.linear_fc2.weight, offsets), None
+        x, counts = permuted_local_hidden_states, tokens_per_expert
+        up, down = self.linear_fc1.weight, self.linear_fc2.weight
+        return expert_outputs(x, up, down, counts, permuted_probs), None
 
     def sharded_state_dict(
         self,
@@ -120,6 +123,89 @@ class GroupedExperts(MegatronModule):
                 (2, self.tp_group.rank(), self.tp_group.size()),
             ),
         }
+
+
+def expert_outputs(
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    counts: torch.Tensor,
+    probs: torch.Tensor,
+) -> torch.Tensor:
+    """What SwiGLU experts make of their rows: probs * down(silu(gate(x)) * up(x)).
+
+    Args:
+        x: [N, D], sorted by expert.
+        up: [E, 2F, D], gate before up. down: [E, D, F].
+        counts: int [E], rows of each expert.
+        probs: [N].
+
+    Returns:
+        [N, D].
+    """
+    if x.device.type == "cpu" and len(x) >= ROWS_OF_ITS_OWN * len(up):
+        return _OneByOne.apply(x, up, down, probs, counts.tolist())
+    offsets = counts.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
+    return grouped_mm(gated(grouped_mm(x, up, offsets), probs), down, offsets)
+
+
+class _OneByOne(torch.autograd.Function):
+    """One expert after the other: what is made of its rows stays in the cache until the second
+    product, and is made again on the way back.
+
+    With x the rows of an expert, h = x A^T, u = silu(gate) * up of h, w the weights and g the
+    gradient of y = (w u) B^T:
+
+        d B = g^T (w u),    d (w u) = g B,    d A = (d h)^T x,    d x = (d h) A
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        probs: torch.Tensor,
+        counts: list[int],
+    ) -> torch.Tensor:
+        both, output = x.new_empty(len(x), up.shape[1]), x.new_empty(len(x), down.shape[1])
+        spare = x.new_empty(max(counts), down.shape[2])
+        parts = [tensor.split(counts) for tensor in (x, both, output, probs[:, None])]
+        for number, (rows, h, y, weight) in enumerate(zip(*parts, strict=True)):
+            inner = spare[: len(y)]
+            torch.mm(rows, up[number].t(), out=h)
+            gate_rows(h, weight, inner)
+            torch.mm(inner, down[number].t(), out=y)
+        ctx.save_for_backward(x, up, down, probs, both)
+        ctx.counts = counts
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, up, down, probs, both = ctx.saved_tensors
+        to_x, to_up, to_down, to_probs = results = [
+            tensor.new_empty(tensor.shape) if needed else None
+            for tensor, needed in zip((x, up, down, probs), ctx.needs_input_grad)
+        ]
+        most, width = max(ctx.counts), down.shape[2]
+        spare, spare_both = x.new_empty(most, width), x.new_empty(most, 2 * width)
+        columns = probs[:, None], None if to_probs is None else to_probs[:, None]
+        parts = [
+            [None] * len(up) if tensor is None else tensor.split(ctx.counts)
+            for tensor in (x, both, grad, to_x, *columns)
+        ]
+        for number, (rows, h, g, to_rows, weight, to_weight) in enumerate(zip(*parts, strict=True)):
+            to_inner, to_h = spare[: len(g)], spare_both[: len(g)]
+            torch.mm(g, down[number], out=to_inner)
+            product = slope_of_rows(h, weight, to_inner, to_h, to_weight)
+            if to_down is not None:
+                torch.mm(g.t(), product.mul_(weight), out=to_down[number])
+            if to_up is not None:
+                torch.mm(to_h.t(), rows, out=to_up[number])
+            if to_rows is not None:
+                torch.mm(to_h, up[number], out=to_rows)
+        return *results, None
 
 
 def _shard(

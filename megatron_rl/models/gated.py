@@ -32,20 +32,12 @@ def gated(both: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tens
 
 
 class _Gated(torch.autograd.Function):
-    """With s = silu(gate), w the weight and g the gradient:
-
-    d up = g w s,    d gate = g w up silu'(gate),    d w = sum of g s up
-    """
-
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(both, weights)
         result = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-        for rows, product, weight in _blocks(both, result, weights):
-            gate, up = rows.chunk(2, dim=-1)
-            _silu(gate, out=product).mul_(up)
-            if weight is not None:
-                product.mul_(weight)
+        for block in _blocks(both, weights, result):
+            gate_rows(*block)
         return result
 
     @staticmethod
@@ -55,17 +47,45 @@ class _Gated(torch.autograd.Function):
         to_both, sums = both.new_empty(both.shape), None
         if weights is not None and ctx.needs_input_grad[1]:
             sums = weights.new_empty(weights.shape)
-        for rows, result, of_rows, weight, total in _blocks(both, to_both, grad, weights, sums):
-            gate, up = rows.chunk(2, dim=-1)
-            to_gate, to_up = result.chunk(2, dim=-1)
-            opened = F.silu(gate)
-            weighted = of_rows if weight is None else (of_rows * weight).to(rows.dtype)
-            torch.mul(weighted, opened, out=to_up)
-            _silu_backward(weighted * up, gate, grad_input=to_gate)
-            if total is not None:
-                product = opened.mul_(up).mul_(of_rows)
-                torch.sum(product, -1, keepdim=True, dtype=total.dtype, out=total)
+        for block in _blocks(both, weights, grad, to_both, sums):
+            slope_of_rows(*block)
         return to_both, sums
+
+
+def gate_rows(both: torch.Tensor, weight: torch.Tensor | None, product: torch.Tensor) -> None:
+    """Rows [n, 2F] and weights [n, 1] -> silu(gate) * up * weight, into ``product`` [n, F]."""
+    gate, up = both.chunk(2, dim=-1)
+    _silu(gate, out=product).mul_(up)
+    if weight is not None:
+        product.mul_(weight)
+
+
+def slope_of_rows(
+    both: torch.Tensor,
+    weight: torch.Tensor | None,
+    grad: torch.Tensor,
+    to_both: torch.Tensor,
+    to_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """The way back of `gate_rows` for the gradient [n, F], into ``to_both`` and ``to_weight``.
+
+    With s = silu(gate), w the weight and g the gradient:
+
+        d up = g w s,    d gate = g w up silu'(gate),    d w = sum of g s up
+
+    Returns:
+        s up, [n, F].
+    """
+    gate, up = both.chunk(2, dim=-1)
+    to_gate, to_up = to_both.chunk(2, dim=-1)
+    opened = F.silu(gate)
+    weighted = grad if weight is None else (grad * weight).to(both.dtype)
+    torch.mul(weighted, opened, out=to_up)
+    _silu_backward(weighted * up, gate, grad_input=to_gate)
+    product = opened.mul_(up)
+    if to_weight is not None:
+        torch.sum(product * grad, -1, keepdim=True, dtype=to_weight.dtype, out=to_weight)
+    return product
 
 
 def _blocks(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:

@@ -51,35 +51,44 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With s = 1 / sqrt(mean(x^2) + eps) and g the gradient:
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        result, scale = scaled(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return *norm_gradients(grad, *ctx.saved_tensors), None
+
+
+def scaled(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` without its gradient, and s = 1 / sqrt(mean(x^2) + eps), fp32 [..., 1]."""
+    wide = _wide(x)
+    # Not by torch's vector_norm: it adds up the squares in one chain, and its root rounds.
+    result = wide.square()
+    scale = result.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(wide, scale, out=result).mul_(weight).to(x.dtype), scale
+
+
+def norm_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients in x and weight of `scaled`. With g the gradient of its result:
 
         dx = s w g - x s^3 mean(w g x),    dw = sum over rows of s g x
 
     The product g x serves both: its product with w, and with s, are matrix-vector products.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = _wide(x)
-        # Not by torch's vector_norm: it adds up the squares in one chain, and its root rounds.
-        result = wide.square()
-        scale = result.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return torch.mul(wide, scale, out=result).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        shape, width = x.shape, x.shape[-1]
-        wide, grad = _wide(x).reshape(-1, width), _wide(grad).reshape(-1, width)
-        scale, wide_weight = scale.reshape(-1), weight.to(grad.dtype)
-        product = grad * wide
-        to_weight = (scale @ product).to(weight.dtype)
-        back = (product @ wide_weight).mul_(scale.pow(3)).div_(-width)
-        torch.mul(grad, wide_weight, out=product).mul_(scale[:, None])
-        product.addcmul_(wide, back[:, None])
-        return product.view(shape).to(x.dtype), to_weight, None
+    width = x.shape[-1]
+    wide, grad, wide_weight = _wide(x), _wide(grad), _wide(weight)
+    product = grad * wide
+    rows = product.reshape(-1, width)
+    to_weight = (scale.reshape(-1) @ rows).to(weight.dtype)
+    back = (rows @ wide_weight).view(scale.shape).mul_(scale.pow(3)).div_(-width)
+    torch.mul(grad, wide_weight, out=product).mul_(scale)
+    return product.addcmul_(wide, back).to(x.dtype), to_weight
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

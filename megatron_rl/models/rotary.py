@@ -13,9 +13,54 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch.autograd.function import once_differentiable
 
+from megatron_rl.models.norm import RMSNorm, norm_gradients, scaled
+
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron's layer, which turns queries and keys by `rotate`."""
+    """Megatron's layer, which turns queries and keys by `rotate`, or makes them by `heads_of`."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[T, 1, D] -> [T, 1, D], and a bias or None. CUDA's norms are a kernel of torch's."""
+        turns = isinstance(rotary_pos_emb, torch.Tensor) and not hidden_states.is_cuda
+        if not turns or kwargs.get("inference_context") or not self._whole_heads():
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        mixed, _bias = self.linear_qkv(hidden_states)
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        norms = [getattr(norm, "weight", None) for norm in (self.q_layernorm, self.k_layernorm)]
+        heads = heads_of(
+            mixed.view(*mixed.shape[:-1], groups, -1, width),
+            *_turn_of(rotary_pos_emb, mixed.dtype),
+            *norms,
+            self.config.layernorm_epsilon,
+        )
+        return self.linear_proj(self.core_attention(*heads, packed_seq_params=packed_seq_params))
+
+    def _whole_heads(self) -> bool:
+        """Whether `heads_of` makes this rank's heads: without activations being recomputed, and
+        with none or both of the norms over a head.
+        """
+        norms = [type(norm) for norm in (self.q_layernorm, self.k_layernorm)]
+        plain = norms == [RMSNorm, RMSNorm] or not any(
+            hasattr(norm, "weight") for norm in (self.q_layernorm, self.k_layernorm)
+        )
+        groups: int = self.config.num_query_groups
+        recomputed = self.checkpoint_core_attention and self.training
+        return plain and groups >= self.world_size and not recomputed
 
     def _adjust_key_value_for_inference(
         self,
@@ -81,11 +126,88 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(
-    x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, direction: int
+    x: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    direction: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     width = cosines.shape[-1]
     if width < x.shape[-1]:
         head = _rotated(x[..., :width], cosines, sines, direction)
-        return torch.cat((head, x[..., width:]), dim=-1)
+        return torch.cat((head, x[..., width:]), dim=-1, out=out)
     exchanged = torch.cat((x[..., width // 2 :], x[..., : width // 2]), dim=-1)
-    return (x * cosines).addcmul_(exchanged, sines, value=direction)
+    return torch.addcmul(x * cosines, exchanged, sines, value=direction, out=out)
+
+
+def heads_of(
+    mixed: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The heads in the output of the first linear layer, normalised (`norm.rms_norm`) and turned
+    (`rotate`), as one autograd function.
+
+    Args:
+        mixed: [T, 1, G, n + 2, d], G groups of n queries, a key and a value.
+        cosines, sines: see `rotate`.
+        query_norm, key_norm: weights of the norms [d], or None.
+        eps: of the norms.
+
+    Returns:
+        Queries [T, 1, G n, d], keys and values [T, 1, G, d].
+    """
+    query, key, value = _Heads.apply(mixed, cosines, sines, query_norm, key_norm, eps)
+    return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mixed: torch.Tensor,
+        cosines: torch.Tensor,
+        sines: torch.Tensor,
+        query_norm: torch.Tensor | None,
+        key_norm: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, ...]:
+        """[T, 1, G, n + 2, d] -> [T, 1, G, n, d], and twice [T, 1, G, 1, d]."""
+        cosines, sines = cosines[:, :, None], sines[:, :, None]
+        *turning, value = _parts(mixed)
+        heads, scales = [], []
+        for part, weight in zip(turning, (query_norm, key_norm), strict=True):
+            if weight is not None:
+                part, scale = scaled(part, weight, eps)
+                scales.append(scale)
+            heads.append(_rotated(part, cosines, sines, 1))
+        ctx.save_for_backward(mixed, cosines, sines, query_norm, key_norm, *scales)
+        return *heads, value.contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        mixed, cosines, sines, *norms = ctx.saved_tensors
+        norms, scales = norms[:2], norms[2:]
+        to_mixed = mixed.new_empty(mixed.shape)
+        *turning, _value = _parts(mixed)
+        *places, to_value = _parts(to_mixed)
+        to_value.copy_(grads[2])
+        to_norms: list[torch.Tensor | None] = [None, None]
+        for number, (part, place) in enumerate(zip(turning, places, strict=True)):
+            weight, grad = norms[number], grads[number]
+            if weight is None:
+                _rotated(grad, cosines, sines, -1, out=place)
+                continue
+            grad = _rotated(grad, cosines, sines, -1)
+            to_part, to_norms[number] = norm_gradients(grad, part, weight, scales[number])
+            place.copy_(to_part)
+        return to_mixed, None, None, *to_norms, None
+
+
+def _parts(mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[..., n + 2, d] -> queries [..., n, d], key and value [..., 1, d]."""
+    return mixed.split([mixed.shape[-2] - 2, 1, 1], dim=-2)

@@ -239,7 +239,9 @@ def _chosen(routing_map: torch.Tensor, top_k: int) -> torch.Tensor:
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of softmax(logits) [T, E] -> [T]."""
-    logprobs = logits.float().log_softmax(dim=1)
+    logits = logits.float()
+    # on a CPU log_softmax is slow for rows of few numbers
+    logprobs = logits - logits.logsumexp(dim=1, keepdim=True)
     return -(logprobs.exp() * logprobs).sum(dim=1)
 
 

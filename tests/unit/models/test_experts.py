@@ -25,8 +25,16 @@ def slow_experts(fc1, fc2, x, counts, probs):
     return torch.stack(rows) if rows else x[:0]
 
 
+@pytest.fixture(params=["one by one", "grouped"])
+def way(request, monkeypatch):
+    """Both ways of a CPU, whatever the number of rows."""
+    from megatron_rl.models import experts
+
+    monkeypatch.setattr(experts, "ROWS_OF_ITS_OWN", 0 if request.param == "one by one" else 2**40)
+
+
 @pytest.mark.parametrize("counts", [[3, 4, 1, 2], [0, 5, 0, 2], [7, 0, 0, 0], [0, 0, 0, 0]])
-def test_values_and_gradients_are_those_of_a_loop(experts, counts):
+def test_values_and_gradients_are_those_of_a_loop(experts, counts, way):
     generator = torch.Generator().manual_seed(sum(counts))
     tokens = sum(counts)
     x = torch.randn(tokens, 32, generator=generator).requires_grad_()
@@ -45,6 +53,31 @@ def test_values_and_gradients_are_those_of_a_loop(experts, counts):
     for leaf, reference in zip(leaves, (wide_x, wide_probs, fc1, fc2)):
         wanted = torch.zeros_like(reference) if reference.grad is None else reference.grad
         torch.testing.assert_close(leaf.grad.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_only_what_is_trained_gets_a_gradient(experts, way):
+    """A frozen matrix has none, and the others' do not depend on it."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 32, generator=generator).requires_grad_()
+    probs, counts = torch.rand(9, generator=generator), torch.tensor([4, 0, 2, 3])
+    up, down = experts.linear_fc1.weight, experts.linear_fc2.weight
+    found = []
+    for frozen in ([], [up], [down], [up, down]):
+        for weight in (up, down):
+            weight.requires_grad_(not any(weight is one for one in frozen))
+            weight.grad = None
+        x.grad = None
+        experts(x, counts, probs)[0].square().sum().backward()
+        found.append([x.grad, up.grad, down.grad])
+    for weight in (up, down):
+        weight.requires_grad_(True)
+    whole = found[0]
+    assert [[grad is None for grad in grads[1:]] for grads in found[1:]] == [
+        [True, False], [False, True], [True, True]
+    ]  # fmt: skip
+    for grads in found[1:]:
+        for grad, expected in zip(grads, whole):
+            assert grad is None or torch.equal(grad, expected)
 
 
 def _shards(parallel):

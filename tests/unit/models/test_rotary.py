@@ -61,6 +61,36 @@ def test_values_are_megatrons(dtype):
     torch.testing.assert_close(found, expected, atol=rounding * 2, rtol=rounding)
 
 
+@pytest.mark.parametrize("rotated", [6, 4])
+@pytest.mark.parametrize("normed", [True, False])
+def test_heads_are_those_of_norm_and_turn_one_by_one(rotated, normed):
+    """2 groups of 3 queries: values and all gradients."""
+    from megatron_rl.models.rotary import heads_of, rotate
+
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.double)  # noqa: E731
+    mixed = draw(len(POSITIONS), 1, 2, 5, 6).requires_grad_()
+    weights = [draw(6).requires_grad_() for _ in range(2)] if normed else [None, None]
+    _, *turned = turn(rotated)
+    grads = [draw(len(POSITIONS), 1, heads, 6) for heads in (6, 2, 2)]
+
+    def norm(x, weight):
+        if weight is None:
+            return x
+        return x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+
+    def slow():
+        query, key, value = mixed[..., :3, :].flatten(2, 3), mixed[..., 3, :], mixed[..., 4, :]
+        return *(rotate(norm(x, w), *turned) for x, w in zip((query, key), weights)), value
+
+    found, expected = heads_of(mixed, *turned, *weights, 1e-3), slow()
+    leaves = [mixed, *(weight for weight in weights if weight is not None)]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves, grads), torch.autograd.grad(expected, leaves, grads)
+    )
+
+
 def test_sines_are_made_once_for_all_layers_and_once_more_for_another_type():
     from megatron_rl.models.rotary import _turn_of
 
@@ -70,8 +100,10 @@ def test_sines_are_made_once_for_all_layers_and_once_more_for_another_type():
     assert _turn_of(angles, torch.bfloat16)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_model_is_that_with_megatrons_turn(recompute, monkeypatch):
+@pytest.mark.parametrize(
+    ("recompute", "normed"), [("none", True), ("none", False), ("selective", True), ("full", True)]
+)
+def test_a_model_is_that_with_megatrons_turn(recompute, normed, monkeypatch):
     """Logits, and gradients of all weights."""
     from megatron.core.transformer.attention import SelfAttention
 
@@ -80,7 +112,7 @@ def test_a_model_is_that_with_megatrons_turn(recompute, monkeypatch):
     from megatron_rl.models.rotary import RotarySelfAttention
 
     def run():
-        config = tiny_config(model={"qk_norm": True}, parallel={"recompute": recompute})
+        config = tiny_config(model={"qk_norm": normed}, parallel={"recompute": recompute})
         _, _, (chunk,) = build_tiny(config)
         uneven_norms(chunk)
         tokens = torch.arange(11) * 5 % 64
@@ -90,8 +122,8 @@ def test_a_model_is_that_with_megatrons_turn(recompute, monkeypatch):
         return [logits.detach(), *(parameter.grad for parameter in chunk.parameters())]
 
     ours = run()
-    name = "_adjust_key_value_for_inference"
-    monkeypatch.setattr(RotarySelfAttention, name, getattr(SelfAttention, name))
+    for name in ("forward", "_adjust_key_value_for_inference"):
+        monkeypatch.setattr(RotarySelfAttention, name, getattr(SelfAttention, name))
     theirs = run()
     assert any(not torch.equal(a, b) for a, b in zip(ours, theirs))  # not the same code
     for a, b in zip(ours, theirs):
