@@ -1,7 +1,7 @@
 """Memory that the ranks of one machine share, and a place where they wait for each other.
 
-gloo sends tensors through sockets and its threads, also between two processes of one machine. Memory
-is several times faster, and a byte through a socket tells the other rank that it may read.
+gloo sends tensors through sockets and its threads, also between two processes of one machine.
+Memory is several times faster, and a byte through a socket tells the other rank that it may read.
 """
 
 from __future__ import annotations

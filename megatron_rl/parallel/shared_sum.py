@@ -47,7 +47,7 @@ def _add_up(part: Sequence[tuple[int, torch.Tensor]], memory: SharedMemory) -> N
 
 
 def _parts(tensors: Sequence[torch.Tensor], room: int) -> Iterator[list[tuple[int, torch.Tensor]]]:
-    """Pieces of the tensors, as many at once as ``room`` numbers hold, each with its place there."""
+    """Pieces of the tensors, as many at once as ``room`` numbers hold, each with its place."""
     part: list[tuple[int, torch.Tensor]] = []
     used = 0
     for tensor in tensors:

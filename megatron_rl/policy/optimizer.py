@@ -32,8 +32,8 @@ def wrap_data_parallel(
     device: Device,
     timeout_s: float,
 ) -> list[DataParallel]:
-    """Wrap each chunk: gradients are summed in fp32 over the data-parallel ranks, on a CPU in shared
-    memory where it can be. A collective.
+    """Wrap each chunk: gradients are summed in fp32 over the data-parallel ranks, on a CPU in
+    shared memory where there is some. A collective.
     """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
