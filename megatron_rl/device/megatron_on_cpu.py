@@ -183,7 +183,7 @@ def _patch_many_tensors() -> None:
 
     def scale(chunk: int, flag: torch.Tensor, lists: Any, factor: float) -> None:
         source, target = lists
-        if any(a is not b and a.data_ptr() != b.data_ptr() for a, b in zip(source, target)):
+        if source is not target:
             torch._foreach_copy_(target, source)
         torch._foreach_mul_(target, factor)
 
