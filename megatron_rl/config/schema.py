@@ -163,7 +163,8 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass runs."""
+    """Reduce gradients while the backward pass runs. On a CPU the ranks of one machine sum them in
+    shared memory faster than that; it can gain where they are on several."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, attention only, or whole layers."""
 

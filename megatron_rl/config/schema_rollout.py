@@ -73,7 +73,7 @@ class RolloutConfig(Section):
     scores: Literal["auto", "sampler", "pass"] = "auto"
     """Where the old policy's log-probabilities and router trace come from. pass: a scoring pass.
     sampler: the sampler has them, with engine builtin, an fp32 model, no environment and not
-    algorithm.routing_replay r3; a pass over a few packs of each step checks that, and where they
+    algorithm.routing_replay r3; the pass of each step's first update checks that, and where they
     differ a pass scores the step. auto: sampler where that is possible. The first mini-batch is
     scored by its own update in any case."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()

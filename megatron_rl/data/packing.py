@@ -6,19 +6,23 @@ Shapes: T tokens of a pack, S sequences of a pack, M tokens of one sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
 from megatron_rl.config.estimate import expert_id_bytes
 from megatron_rl.data.shared_prompts import (
     Tree,
+    num_rows,
     plan_trees,
     prompt_length,
     round_up,
     shared_row,
 )
 from megatron_rl.records import Pack, RoutedExperts, Sample
+
+#: More rows than any batch has.
+UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,47 @@ class Routing:
     num_logprobs: int = 0
 
 
-def plan_packs(
-    samples: Sequence[Sample],
-    pack_tokens: int,
-    *,
-    sequence_multiple: int = 1,
-    routing: Routing | None = None,
-    share_prompts: bool = False,
-) -> list[list[Tree]]:
-    """Assign samples to packs: first-fit decreasing, see `plan_trees`.
+class PackPlans:
+    """Which samples share a pack, for packs of any length: who shares a prompt is found once."""
 
-    Without shared prompts: the longest sequence first, ties by index, each into the first pack with
-    room. This needs at most 11/9 of the least number of packs, plus 6/9 (Dosa 2007). Every index
-    occurs once. ``UserError`` if a sequence is longer than a pack.
-    """
-    if share_prompts:
-        groups = groups_of(samples, routing)
-    else:
-        groups = [Tree((index,)) for index in range(len(samples))]
-    lengths = [len(sample.tokens) for sample in samples]
-    return plan_trees(lengths, groups, pack_tokens, sequence_multiple)
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        sequence_multiple: int = 1,
+        routing: Routing | None = None,
+        share_prompts: bool = False,
+    ) -> None:
+        """As `pack_samples`."""
+        if share_prompts:
+            self._groups = groups_of(samples, routing)
+        else:
+            self._groups = [Tree((index,)) for index in range(len(samples))]
+        self._lengths = [len(sample.tokens) for sample in samples]
+        self._multiple = sequence_multiple
+        self._whole = plan_trees(self._lengths, self._groups, UNBOUNDED, sequence_multiple)
+        #: of all trees together, in a pack without bounds: there every group is whole
+        self.rows = sum(
+            num_rows(tree, self._lengths, sequence_multiple) for of in self._whole for tree in of
+        )
+        #: of the longest sequence by itself
+        self.longest = max((round_up(n, sequence_multiple) for n in self._lengths), default=0)
+
+    def of(self, pack_tokens: int) -> list[list[Tree]]:
+        """Assign samples to packs: first-fit decreasing, see `plan_trees`.
+
+        Without shared prompts: the longest sequence first, ties by index, each into the first pack
+        with room. This needs at most 11/9 of the least number of packs, plus 6/9 (Dosa 2007). Every
+        index occurs once. ``UserError`` if a sequence is longer than a pack.
+        """
+        if self.rows <= pack_tokens:
+            return self._whole
+        return plan_trees(self._lengths, self._groups, pack_tokens, self._multiple)
+
+
+def plan_packs(samples: Sequence[Sample], pack_tokens: int, **options: Any) -> list[list[Tree]]:
+    """One plan: `PackPlans.of`, options as of `PackPlans`."""
+    return PackPlans(samples, **options).of(pack_tokens)
 
 
 def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list[Tree]:
@@ -90,6 +115,7 @@ def pack_samples(
     sequence_multiple: int = 1,
     routing: Routing | None = None,
     share_prompts: bool = False,
+    plans: PackPlans | None = None,
 ) -> list[Pack]:
     """Packs of T = ``pack_tokens`` tokens by the plan of ``plan_packs``, followed by empty packs up
     to ``num_packs``. Each sequence takes a multiple of ``sequence_multiple`` tokens, the last of
@@ -99,7 +125,8 @@ def pack_samples(
     padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs hold them;
     None: as the samples do (an empty list of samples cannot tell). ``routing``: the packs hold the
     sampler's experts of these layers. ``share_prompts``: the model runs on ``pack_tokens`` rows, in
-    which the sequences of a prompt share it. ValueError: more packs than ``num_packs``, or samples
+    which the sequences of a prompt share it. ``plans``: of these samples and options, if they are
+    there already. ValueError: more packs than ``num_packs``, or samples
     without the requested values.
     """
     if with_rollout_logprobs is None:
@@ -108,13 +135,14 @@ def pack_samples(
         _check_sample(index, sample, with_rollout_logprobs)
         if routing is not None:
             _check_routes(index, sample, routing)
-    plan = plan_packs(
-        samples,
-        pack_tokens,
-        sequence_multiple=sequence_multiple,
-        routing=routing,
-        share_prompts=share_prompts,
-    )
+    if plans is None:
+        plans = PackPlans(
+            samples,
+            sequence_multiple=sequence_multiple,
+            routing=routing,
+            share_prompts=share_prompts,
+        )
+    plan = list(plans.of(pack_tokens))
     if num_packs is not None:
         if len(plan) > num_packs:
             raise ValueError(f"{len(plan)} packs are needed, num_packs is {num_packs}")

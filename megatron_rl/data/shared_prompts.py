@@ -35,7 +35,9 @@ def round_up(n: int, multiple: int) -> int:
 
 def prompt_length(sample: Sample) -> int:
     """Number of tokens in front of the first trained one; 0 where none is trained."""
-    return int(sample.trained.argmax()) + 1 if sample.trained.any() else 0
+    trained = sample.trained
+    first = int(trained.argmax()) if len(trained) else 0
+    return first + 1 if trained[first : first + 1].any() else 0
 
 
 def num_rows(tree: Tree, lengths: Sequence[int], multiple: int) -> int:
@@ -92,12 +94,13 @@ def _parts(group: Tree, lengths: Sequence[int], pack_rows: int, multiple: int) -
             if size <= room:
                 chosen.append(index)
                 room -= size
-        apart = [Tree((index,)) for index in sorted(chosen or left)]
         together = Tree(tuple(sorted(chosen)), group.prompt)
-        least = sum(num_rows(each, lengths, multiple) for each in apart)
+        least = sum(round_up(lengths[index], multiple) for index in chosen)  # each by itself
         saved = least - num_rows(together, lengths, multiple)
-        gains = bool(group.prompt and chosen) and saved >= max(1, LEAST_GAIN * least)
-        parts.extend([together] if gains else apart)
+        if group.prompt and chosen and saved >= max(1, LEAST_GAIN * least):
+            parts.append(together)
+        else:
+            parts.extend(Tree((index,)) for index in sorted(chosen or left))
         left = [index for index in left if index not in chosen] if chosen else []
     for part in parts:
         _check_fits(part, lengths, pack_rows, multiple)

@@ -75,6 +75,7 @@ def install() -> None:
     _patch_factories()
     _patch_tensor_methods()
     _disable_jit_fuser()
+    _patch_many_tensors()
     _patch_megatron_random()
     _patch_router_gating()
     _patch_dispatcher()
@@ -167,6 +168,26 @@ def _leave_as_it_is(
 ) -> Callable[..., Any]:
     """A decorator, with or without options, that returns the function unchanged."""
     return _leave_as_it_is if function is None else function
+
+
+def _patch_many_tensors() -> None:
+    """Without Apex the norm and the clipping of gradients go over the tensors in Python, and
+    clipping makes a copy of each (0.16, 0.19); torch has functions for many tensors. Before
+    Megatron's optimizer is imported.
+    """
+    from megatron.core import utils
+
+    def norm(chunk: int, flag: torch.Tensor, lists: Any, each: bool, *args: Any) -> Any:
+        norms = torch.stack(torch._foreach_norm(list(lists[0])))
+        return torch.linalg.vector_norm(norms).float().view(1), None
+
+    def scale(chunk: int, flag: torch.Tensor, lists: Any, factor: float) -> None:
+        source, target = lists
+        if source is not target:
+            torch._foreach_copy_(target, source)
+        torch._foreach_mul_(target, factor)
+
+    utils.local_multi_tensor_l2_norm, utils.local_multi_tensor_scale = norm, scale
 
 
 def _patch_megatron_random() -> None:

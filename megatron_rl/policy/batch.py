@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_rl.algorithms.distance_rules import distance_rule
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
-from megatron_rl.data.packing import Routing, pack_samples, plan_packs
-from megatron_rl.data.shared_prompts import Tree, num_rows, round_up
+from megatron_rl.data.packing import PackPlans, Routing, pack_samples
+from megatron_rl.data.shared_prompts import round_up
 from megatron_rl.models.attention import Placement, packed_placement
 from megatron_rl.models.build import shares_prompts
 from megatron_rl.models.context_attention import context_placement
 from megatron_rl.models.shared_attention import shared_placement
-from megatron_rl.parallel.collectives import all_max
+from megatron_rl.parallel.collectives import all_max, all_reduce
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.sequence_shards import (
     SequenceShards,
@@ -33,9 +33,6 @@ from megatron_rl.policy.predicting import predicting
 from megatron_rl.policy.shared_rows import SharedRows, row_counts, shared_rows
 from megatron_rl.records import Pack, Sample
 from megatron_rl.router.trace import LayerTrace, RouterTrace
-
-#: More rows than any batch has.
-UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -187,16 +184,17 @@ def pack_mini_batches(
     interleaved schedule can deal its packs out evenly over the pipeline stages. ``with_traces``:
     the packs hold the sampler's router trace, which all samples have; not with R3.
     """
-    multiple = sequence_multiple(groups.context.size())
-    routing = replayed_routing(config, groups, with_traces=with_traces)
-    share = shares_prompts(config, device)
-    plan = functools.partial(
-        plan_packs, sequence_multiple=multiple, routing=routing, share_prompts=share
-    )
-    length, num_packs = _pack_size(mini_batches, plan, config, groups, device)
+    options: dict[str, Any] = {
+        "sequence_multiple": sequence_multiple(groups.context.size()),
+        "routing": replayed_routing(config, groups, with_traces=with_traces),
+        "share_prompts": shares_prompts(config, device),
+    }
+    plans = [PackPlans(batch, **options) for batch in mini_batches]
     # A rank without a sequence cannot see whether the others' packs hold these.
     found = any(s.rollout_logprobs is not None for batch in mini_batches for s in batch)
-    with_rollout_logprobs = bool(all_max(int(found), groups.data_context, device))
+    most = torch.tensor([max(plan.rows for plan in plans), int(found)], device=device)
+    rows, with_rollout_logprobs = all_reduce(most, groups.data_context, dist.ReduceOp.MAX).tolist()
+    length, num_packs = _pack_size(plans, rows, config, groups, device)
     return [
         [
             to_device(pack, device, groups.context, groups.tensor)
@@ -205,41 +203,37 @@ def pack_mini_batches(
                 length,
                 num_packs=num_packs,
                 vocab_size=config.model.vocab_size,
-                with_rollout_logprobs=with_rollout_logprobs,
-                sequence_multiple=multiple,
-                routing=routing,
-                share_prompts=share,
+                with_rollout_logprobs=bool(with_rollout_logprobs),
+                plans=plan,
+                **options,
             )
         ]
-        for batch in mini_batches
+        for batch, plan in zip(mini_batches, plans, strict=True)
     ]
 
 
 def _pack_size(
-    mini_batches: Sequence[Sequence[Sample]],
-    plan: Callable[[Sequence[Sample], int], list[list[Tree]]],
-    config: Config,
-    groups: Groups,
-    device: torch.device,
+    plans: Sequence[PackPlans], rows: int, config: Config, groups: Groups, device: torch.device
 ) -> tuple[int, int]:
     """Tokens of a pack, and packs of a mini-batch: the same on all ranks. A collective.
 
-    plan: packs of samples in packs of so many tokens.
+    Args:
+        plans: of this rank's mini-batches.
+        rows: of the largest mini-batch of any rank.
+        config, groups, device: as of `pack_mini_batches`.
     """
-    multiple = sequence_multiple(groups.context.size())
-    # In a pack without bounds every group is whole.
-    sizes = [_rows(plan(batch, UNBOUNDED), batch, multiple) for batch in mini_batches]
-    needed = all_max(max(sizes), groups.data_context, device)
-    length = min(round_up(needed, config.data.pack_multiple), config.data.pack_tokens)
-    counts = [len(plan(batch, length)) for batch in mini_batches]
-    num_packs = all_max(max(counts), groups.data_context, device)
+    length, num_packs = round_up(rows, config.data.pack_multiple), min(rows, 1)
+    if length > config.data.pack_tokens:
+        length = config.data.pack_tokens
+        counts = [len(plan.of(length)) for plan in plans]
+        num_packs = all_max(max(counts), groups.data_context, device)
     if groups.virtual_stages:
         num_packs = round_up(num_packs, groups.pipeline_stages)
     if num_packs > 1 and not config.model.aux_loss_coeff:
         length = shortest_length(
-            lambda length: max(len(plan(batch, length)) for batch in mini_batches),
-            longest=max((_longest(batch, multiple) for batch in mini_batches), default=0),
-            least=-(-needed // num_packs),
+            lambda length: max(len(plan.of(length)) for plan in plans),
+            longest=max(plan.longest for plan in plans),
+            least=-(-rows // num_packs),
             most=length,
             multiple=config.data.pack_multiple,
             num_packs=num_packs,
@@ -247,14 +241,3 @@ def _pack_size(
             device=device,
         )
     return length, num_packs
-
-
-def _rows(packs: list[list[Tree]], samples: Sequence[Sample], multiple: int) -> int:
-    """Rows of all trees together."""
-    lengths = [len(sample.tokens) for sample in samples]
-    return sum(num_rows(tree, lengths, multiple) for trees in packs for tree in trees)
-
-
-def _longest(samples: Sequence[Sample], multiple: int) -> int:
-    """Rows of the longest sequence by itself."""
-    return max((round_up(len(sample.tokens), multiple) for sample in samples), default=0)

@@ -10,7 +10,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_rl.models.parameters import parameter_views
-from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.collectives import all_max, gather_objects
 from megatron_rl.policy.policy import Policy
 from megatron_rl.rollout.collect import ScoredGroup
 
@@ -19,12 +19,14 @@ class NotFinite(FloatingPointError):
     """A log-probability, a gradient or a weight became NaN or infinite; raised on all ranks."""
 
 
-def raise_together(problem: str | None, world: ProcessGroup) -> None:
+def raise_together(problem: str | None, world: ProcessGroup, device: torch.device) -> None:
     """Raise `NotFinite` on every rank if any rank has a problem; the error names the first. A
-    collective.
+    collective: a number where there is none.
 
     A rank that raised alone would leave the others waiting in their next collective.
     """
+    if not all_max(int(problem is not None), world, device):
+        return
     problems = gather_objects(problem, world)
     found = [(rank, text) for rank, text in enumerate(problems) if text]
     if not found:
@@ -53,7 +55,7 @@ def check_step(policy: Policy, succeeded: bool, grad_norm: float | None) -> None
     problem = f"the gradient norm is {grad_norm}"
     if bad:
         problem += f": {len(bad)} gradients are not finite, first that of {bad[0]}"
-    raise_together(problem, policy.groups.world)
+    raise_together(problem, policy.groups.world, policy.device.torch_device)
 
 
 def _main_grad(parameter: Any) -> torch.Tensor:
@@ -69,10 +71,12 @@ def check_weights(policy: Policy) -> None:
         if not torch.isfinite(view.of(view.parameter.detach())).all()
     ]
     problem = f"{len(bad)} weights are not finite, first {bad[0]}" if bad else None
-    raise_together(problem, policy.groups.world)
+    raise_together(problem, policy.groups.world, policy.device.torch_device)
 
 
-def check_answers(answers: Sequence[ScoredGroup], world: ProcessGroup) -> None:
+def check_answers(
+    answers: Sequence[ScoredGroup], world: ProcessGroup, device: torch.device
+) -> None:
     """Raise `NotFinite` if the sampler's log-probability of a token is not finite. A collective."""
     bad = [
         scored.group.prompt.index
@@ -86,7 +90,7 @@ def check_answers(answers: Sequence[ScoredGroup], world: ProcessGroup) -> None:
             f"the sampler's log-probabilities are not finite in {len(bad)} answers, "
             f"first to problem {bad[0]} (from 0)"
         )
-    raise_together(problem, world)
+    raise_together(problem, world, device)
 
 
 def not_finite(

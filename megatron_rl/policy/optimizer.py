@@ -22,6 +22,7 @@ from megatron_rl.models.gpt.chunk import Chunk
 from megatron_rl.optimizers.members import members
 from megatron_rl.optimizers.replace import replace_optimizer
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.data_parallel import DataParallel, share_gradients
 
 
 def wrap_data_parallel(
@@ -29,8 +30,11 @@ def wrap_data_parallel(
     transformer: TransformerConfig,
     parallel: ParallelConfig,
     device: Device,
-) -> list[DistributedDataParallel]:
-    """Wrap each chunk: gradients are summed in fp32 over the data-parallel ranks."""
+    timeout_s: float,
+) -> list[DataParallel]:
+    """Wrap each chunk: gradients are summed in fp32 over the data-parallel ranks, on a CPU in
+    shared memory where there is some. A collective.
+    """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -40,9 +44,11 @@ def wrap_data_parallel(
     wrapped = [
         # Only the first chunk's gradients are worth overlapping early; Megatron disables buckets
         # elsewhere too.
-        DistributedDataParallel(transformer, settings, chunk, disable_bucketing=i > 0)
+        DataParallel(transformer, settings, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
+    if not (parallel.overlap_grad_reduce or parallel.distributed_optimizer):
+        share_gradients(wrapped, timeout_s)
     if parallel.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = hooks if len(hooks) > 1 else hooks[0]

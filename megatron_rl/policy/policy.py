@@ -73,7 +73,8 @@ def build_policy(
         routing_replay=config.algorithm.routing_replay != "none",
     )
     chunks = build_chunks(config.model, transformer, groups, device, config.seed)
-    wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device)
+    timeout_s = config.device.timeout_s
+    wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device, timeout_s)
     optimizer = build_optimizer(config, wrapped, transformer, groups)
     moe, shift = moe_layers(config.model), config.algorithm.router_shift
     held, routers = [layer_numbers(chunk) for chunk in chunks], routers_of(chunks)

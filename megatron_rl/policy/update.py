@@ -28,6 +28,7 @@ def update(
     sums: MetricSums,
     telemetry: RouterTelemetry,
     tokens: TokenValues | None = None,
+    before_step: Callable[[list[ScoredPack]], None] | None = None,
 ) -> list[ScoredPack]:
     """Forward, backward and one optimizer step over the packs of a mini-batch.
 
@@ -42,6 +43,8 @@ def update(
         sums: receives the loss's metrics.
         telemetry: receives the routers' sums, with any loss.
         tokens: receives ratio and gamma of the samples that it watches.
+        before_step: gets the packs, all of them scored, while the weights are still the old ones;
+            it may pass over the model.
 
     Returns:
         The packs, all of them scored.
@@ -63,8 +66,12 @@ def update(
 
     if _has_router_losses(policy):
         _scale_router_losses(policy, packs, plan.denominators)
-    _optimizer_step(policy, packs, forward_step, sums)
-    return [item.after_update() for item in scored]
+    _gradients(policy, packs, forward_step)
+    after = [item.after_update() for item in scored]
+    if before_step is not None:
+        before_step(after)
+    _optimizer_step(policy, sums)
+    return after
 
 
 def _counted_once(denominator: torch.Tensor, policy: Policy) -> torch.Tensor:
@@ -95,17 +102,17 @@ def _scale_router_losses(
     set_router_loss_scale(policy.chunks, (denominator / total.clamp(min=1.0)).float())
 
 
-def _optimizer_step(
-    policy: Policy, packs: Sequence[PackTensors], forward_step: ForwardStep, sums: MetricSums
-) -> None:
-    """Compute the packs' gradients, take one optimizer step with finite checks, advance the
-    learning rate.
-    """
+def _gradients(policy: Policy, packs: Sequence[PackTensors], forward_step: ForwardStep) -> None:
+    """Compute the packs' gradients, of all ranks and divided."""
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
     run_schedule(policy, packs, forward_step, forward_only=False)
     finish_pass(policy)
+
+
+def _optimizer_step(policy: Policy, sums: MetricSums) -> None:
+    """Take one optimizer step with finite checks, advance the learning rate."""
     policy.scheduler.step(increment=1)
     succeeded, grad_norm, _ = policy.optimizer.step()
     check_step(policy, succeeded, grad_norm)
@@ -132,4 +139,5 @@ def supervised_update(policy: Policy, packs: Sequence[PackTensors], sums: Metric
 
     if _has_router_losses(policy):
         _scale_router_losses(policy, packs, [pack.mask.sum() for pack in packs])
-    _optimizer_step(policy, packs, forward_step, sums)
+    _gradients(policy, packs, forward_step)
+    _optimizer_step(policy, sums)

@@ -42,7 +42,7 @@ def evaluate(
         session.console.phase("evaluate, greedy")
         answers = engine.generate(mine, _settings(session, samples=1, greedy=True))
         greedy = rewards.score(answers)
-        check_answers(greedy, session.groups.world)
+        check_answers(greedy, session.groups.world, session.device.torch_device)
         sampled = None
         if config.evaluate.samples:
             session.console.phase("evaluate, sampled")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from megatron_rl.tasks.task_session import TaskSession
 
 
 class OldScores:
-    """Scores packs. What the sampler gives is compared with a pass over a few packs of every step,
+    """Scores packs. What the sampler gives is compared with the pass of every step's first update,
     and not used in a step where the two differ.
     """
 
@@ -48,38 +49,51 @@ class OldScores:
     def of(
         self, mini_batches: Sequence[Sequence[PackTensors]], sums: MetricSums, *, given: bool
     ) -> list[ScoredPack]:
-        """Score the packs of some mini-batches, all with equally many. A collective.
+        """Score the packs of some mini-batches. A collective.
 
         Args:
             mini_batches: packs.
             sums: receives ``mismatch/`` metrics, of packs that a pass has scored.
-            given: the sampler has scored them, see `given`.
+            given: the sampler has scored them, see `given`; `checked` has to follow.
         """
         packs = [pack for mini_batch in mini_batches for pack in mini_batch]
-        groups = self._session.groups
-        # The interleaved schedule deals packs out evenly over the stages.
-        checked = groups.pipeline_stages if groups.virtual_stages else 1
-        if not given or len(packs) <= checked:
+        if not given:
             return self._pass(packs, sums)
-        first = len(packs) - len(mini_batches[-1])
-        sample = slice(first, first + checked)
         traces = keeps_trace(self._session.config.algorithm)
-        taken = take_scores(self._policy, packs, with_traces=traces)
-        scored = self._pass(packs[sample], sums)
-        agreement = compare_scores(self._policy, scored, taken[sample])
+        return take_scores(self._policy, packs, with_traces=traces)
+
+    def checked(
+        self, first: Sequence[ScoredPack], taken: Sequence[ScoredPack], sums: MetricSums
+    ) -> list[ScoredPack]:
+        """The packs that the sampler has scored, or the same scored by a pass if it differs from
+        what the first update's own pass has left. Before that update changes the weights. A
+        collective.
+
+        Args:
+            first: packs of the first update, after its pass.
+            taken: those of the others.
+            sums: receives ``mismatch/`` metrics.
+        """
+        traces = keeps_trace(self._session.config.algorithm)
+        theirs = take_scores(self._policy, [item.pack for item in first], with_traces=traces)
+        agreement = compare_scores(self._policy, first, theirs)
         _add_agreement(agreement, sums)
         if agreement.agrees:
-            return taken[:first] + scored + taken[sample.stop :]
+            return list(taken)
         self._warn(_disagreement(agreement))
-        others = self._pass(packs[:first] + packs[sample.stop :], sums)
-        return others[:first] + scored + others[first:]
+        scored = self._pass([item.pack for item in taken], sums)
+        return [
+            replace(item, old_logprobs=new.old_logprobs, traces=new.traces)
+            for item, new in zip(taken, scored, strict=True)
+        ]
 
     def _pass(self, packs: Sequence[PackTensors], sums: MetricSums) -> list[ScoredPack]:
         traces = keeps_trace(self._session.config.algorithm)
         scored = score(self._policy, packs, with_traces=traces)
         for item in scored:
             add_mismatch(item, sums)
-        raise_together(_bad_score(scored), self._session.groups.world)
+        session = self._session
+        raise_together(_bad_score(scored), session.groups.world, session.device.torch_device)
         return scored
 
     def _warn(self, reason: str) -> None:

@@ -85,7 +85,7 @@ class Reinforce:
         with session.timers("rollout"):
             session.console.phase("rollout")
             groups, sampled = self._roll_out(number, sums)
-            check_answers(sampled, session.groups.world)
+            check_answers(sampled, session.groups.world, session.device.torch_device)
         session.check_stop()
         sums.add_each(self._engine.metrics())
         sums.add_all(rollout_metrics(sampled))
@@ -102,10 +102,10 @@ class Reinforce:
         shown = ShownSamples(groups, config.observe.samples)
         with session.timers("score"):
             session.console.phase("score")
-            mini_batches = self._score(samples, sums, shown)
+            mini_batches, given = self._score(samples, sums, shown)
         session.check_stop()
         with session.timers("update"):
-            telemetry = self._update(mini_batches, sums, shown)
+            telemetry = self._update(mini_batches, sums, shown, given)
             self._engine.weights_changed()
             self._last = shown
             return telemetry.reduce(session.groups.world)
@@ -174,9 +174,10 @@ class Reinforce:
 
     def _score(
         self, samples: Sequence[Sample], sums: MetricSums, shown: ShownSamples
-    ) -> list[list[ScoredPack]]:
+    ) -> tuple[list[list[ScoredPack]], bool]:
         """Pack the mini-batches and score their packs with the policy as it is before the first
-        update, or as the sampler has (`OldScores`).
+        update, or as the sampler has (`OldScores`): then True, and the first update has to check
+        it.
 
         That update scores its own packs, except where its routers need the sampler's experts: not
         all of them may be known, and a pass with gradients cannot leave some to the routers (R3).
@@ -203,11 +204,16 @@ class Reinforce:
         if self._policy.reference is not None:
             scored = score_reference(self._policy, scored)
         count = len(packed[0])
-        return [scored[i : i + count] for i in range(0, len(scored), count)]
+        return [scored[i : i + count] for i in range(0, len(scored), count)], given
 
     def _update(
-        self, mini_batches: list[list[ScoredPack]], sums: MetricSums, shown: ShownSamples
+        self,
+        mini_batches: list[list[ScoredPack]],
+        sums: MetricSums,
+        shown: ShownSamples,
+        given: bool,
     ) -> RouterTelemetry:
+        """All optimizer steps. ``given``: the sampler has scored all but the first mini-batch."""
         model, algorithm = self._session.config.model, self._session.config.algorithm
         telemetry = RouterTelemetry(
             model.num_layers,
@@ -215,12 +221,26 @@ class Reinforce:
             self._session.device.torch_device,
             floor=algorithm.router_shift.floor if uses_router_shift(algorithm) else 0.0,
         )
+
+        def check(first: list[ScoredPack]) -> None:
+            later = [item for mini_batch in mini_batches[1:] for item in mini_batch]
+            later = self._old_scores.checked(first, later, sums)
+            size = len(first)
+            mini_batches[1:] = [later[i : i + size] for i in range(0, len(later), size)]
+
         total = algorithm.epochs * len(mini_batches)
         for done in range(total):
             self._session.console.phase("update", done, total)
             number = done % len(mini_batches)
             before = mini_batches[number]
-            mini_batches[number] = update(self._policy, before, sums, telemetry, shown.values)
+            mini_batches[number] = update(
+                self._policy,
+                before,
+                sums,
+                telemetry,
+                shown.values,
+                before_step=check if given and not done else None,
+            )
             for old, item in zip(before, mini_batches[number], strict=True):
                 if old.own is not None:
                     add_mismatch(item, sums)

@@ -72,6 +72,26 @@ def timed_out_after(seconds):
     return True
 
 
+def test_norm_and_clipping_of_many_gradients():
+    cpu_device()
+    from megatron.core.optimizer import clip_grads
+
+    parameters = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 4, 50)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+    before = [parameter.grad.clone() for parameter in parameters]
+    norm, _ = clip_grads.l2_norm_impl(0, None, [before], False)
+    expected = torch.cat([gradient.double().flatten() for gradient in before]).norm()
+    assert norm.shape == (1,) and float(norm) == pytest.approx(float(expected), rel=1e-6)
+    clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=0.5, total_norm=float(norm))
+    for parameter, gradient in zip(parameters, before, strict=True):
+        scaled = gradient * (0.5 / (float(norm) + 1e-6))
+        torch.testing.assert_close(parameter.grad, scaled)
+    copies = [torch.zeros_like(gradient) for gradient in before]
+    clip_grads.multi_tensor_scale_impl(0, None, [before, copies], 2.0)
+    torch.testing.assert_close(copies, [2 * gradient for gradient in before])
+
+
 def test_a_second_installation_changes_nothing():
     cpu_device()
     before = torch.zeros, torch.Tensor.type

@@ -88,12 +88,12 @@ def test_an_answer_with_a_logprob_that_is_not_finite_is_named(policy):
     good = Completion(np.array([1, 2]), np.zeros(2, dtype=np.float32), True, "x")
     bad = dataclasses.replace(good, logprobs=np.array([0.0, -np.inf], dtype=np.float32))
     prompts = [Prompt(index, np.array([1]), "p", {}) for index in (4, 9)]
-    world = policy.groups.world
+    world, device = policy.groups.world, policy.device.torch_device
     groups = [ScoredGroup(RolloutGroup(prompt, (good, good)), ()) for prompt in prompts]
-    check_answers(groups, world)
+    check_answers(groups, world, device)
     groups[1] = ScoredGroup(RolloutGroup(prompts[1], (good, bad)), ())
     with pytest.raises(NotFinite, match="not finite in 1 answers, first to problem 9"):
-        check_answers(groups, world)
+        check_answers(groups, world, device)
 
 
 def _raised(problems):
@@ -101,7 +101,7 @@ def _raised(problems):
     from megatron_rl.policy.finite_checks import NotFinite, raise_together
 
     try:
-        raise_together(problems[dist.get_rank()], dist.group.WORLD)
+        raise_together(problems[dist.get_rank()], dist.group.WORLD, torch.device("cpu"))
     except NotFinite as error:
         return str(error).split(";")[0]
     return None
@@ -119,9 +119,9 @@ def test_all_ranks_raise_together_and_name_the_first_problem(problems, message):
     assert run_on_ranks(2, _raised, problems) == [message, message]
 
 
-def test_a_study_knows_a_run_that_ended_so_by_its_message(policy, monkeypatch):
+def test_a_study_knows_a_run_that_ended_so_by_its_message(policy):
     from megatron_rl.policy import finite_checks
 
-    monkeypatch.setattr(finite_checks, "gather_objects", lambda problem, world: [problem])
+    world, device = policy.groups.world, policy.device.torch_device
     with pytest.raises(finite_checks.NotFinite, match=NOT_FINITE):
-        finite_checks.raise_together("a loss is nan", None)
+        finite_checks.raise_together("a loss is nan", world, device)

@@ -1,4 +1,4 @@
-"""A step whose packs the sampler has scored: few passes, the same training; and what is wrong in
+"""A step whose packs the sampler has scored: no pass, the same training; and what is wrong in
 the sampler's numbers is found.
 """
 
@@ -112,9 +112,9 @@ def by_pass():
     return steps("pass")
 
 
-def test_a_sampled_score_trains_as_a_pass_with_one_pack_scored(by_pass):
+def test_a_sampled_score_trains_as_a_pass_without_one(by_pass):
     metrics, weights, warned, passes = steps("sampler")
-    assert not warned and passes == [1, 1]
+    assert not warned and passes == [0, 0]
     assert min(by_pass[3]) >= 6  # two packs or more of each of the last three mini-batches
     for found, expected in zip(metrics, by_pass[0], strict=True):
         assert found["mismatch/router_logprob_max"] < 2e-5 and found["mismatch/router_flips"] == 0
@@ -126,7 +126,7 @@ def test_a_sampled_score_trains_as_a_pass_with_one_pack_scored(by_pass):
 
 def test_auto_is_the_sampler_and_repeats_itself_bit_for_bit():
     first, second = steps("auto"), steps("sampler")
-    assert first[3] == second[3] == [1, 1]
+    assert first[3] == second[3] == [0, 0]
     assert all(np.array_equal(second[1][name], value) for name, value in first[1].items())
     assert [row["loss"] for row in first[0]] == [row["loss"] for row in second[0]]
 
@@ -147,7 +147,7 @@ def test_without_router_shift_the_sampler_gives_no_trace():
 
     expected, weights, _, all_scored = steps("pass", name="grpo", number=1)
     metrics, found, warned, passes = steps("auto", refuses, name="grpo", number=1)
-    assert not warned and passes == [1] and all_scored[0] >= 6
+    assert not warned and passes == [0] and all_scored[0] >= 6
     assert metrics[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5, abs=1e-6)
     assert max(relative(found[name], value) for name, value in weights.items()) < 1e-5
 
