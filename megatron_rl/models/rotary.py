@@ -41,11 +41,13 @@ class RotarySelfAttention(SelfAttention):
             )
         mixed, _bias = self.linear_qkv(hidden_states)
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        norms = [getattr(norm, "weight", None) for norm in (self.q_layernorm, self.k_layernorm)]
+        cosines, sines = _turn_of(rotary_pos_emb, mixed.dtype)
         heads = heads_of(
             mixed.view(*mixed.shape[:-1], groups, -1, width),
-            *_turn_of(rotary_pos_emb, mixed.dtype),
-            *norms,
+            cosines,
+            sines,
+            getattr(self.q_layernorm, "weight", None),
+            getattr(self.k_layernorm, "weight", None),
             self.config.layernorm_epsilon,
         )
         return self.linear_proj(self.core_attention(*heads, packed_seq_params=packed_seq_params))
