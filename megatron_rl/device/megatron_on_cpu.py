@@ -172,10 +172,9 @@ def _leave_as_it_is(
 
 def _patch_many_tensors() -> None:
     """Without Apex the norm and the clipping of gradients go over the tensors in Python, and
-    clipping makes a copy of each (0.16, 0.19); torch has functions for many tensors. Before
-    Megatron's optimizer is imported.
+    clipping makes a copy of each (0.16, 0.19); torch has functions for many tensors.
     """
-    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
 
     def norm(chunk: int, flag: torch.Tensor, lists: Any, each: bool, *args: Any) -> Any:
         norms = torch.stack(torch._foreach_norm(list(lists[0])))
@@ -187,7 +186,7 @@ def _patch_many_tensors() -> None:
             torch._foreach_copy_(target, source)
         torch._foreach_mul_(target, factor)
 
-    utils.local_multi_tensor_l2_norm, utils.local_multi_tensor_scale = norm, scale
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
 
 
 def _patch_megatron_random() -> None:

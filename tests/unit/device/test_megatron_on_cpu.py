@@ -72,9 +72,11 @@ def timed_out_after(seconds):
     return True
 
 
-def test_norm_and_clipping_of_many_gradients():
+def test_norm_and_clipping_of_many_gradients_are_not_one_by_one(monkeypatch):
     cpu_device()
     from megatron.core.optimizer import clip_grads
+
+    monkeypatch.setattr(torch, "norm", None)  # which Megatron would call for each
 
     parameters = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 4, 50)]
     for parameter in parameters:

@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_rl.config.schema import Config
@@ -60,6 +61,7 @@ def evaluation(verifier, records, world, samples=0, console=None):
         config=Config(reward={"name": "countdown"}, evaluate={"samples": samples}),
         groups=SimpleNamespace(world=world, data=world, model=ALONE, context=ALONE),
         launch=SimpleNamespace(cores=1),
+        device=SimpleNamespace(torch_device=torch.device("cpu")),
         stop=SimpleNamespace(heard=lambda: False),
         timers=lambda phase: contextlib.nullcontext(),
         console=console or Listener(),
