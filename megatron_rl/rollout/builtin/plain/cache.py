@@ -6,7 +6,7 @@ head, C positions of the cache.
 
 from __future__ import annotations
 
-from typing import Protocol, Sequence
+from typing import Callable, Protocol, Sequence
 
 import torch
 
@@ -147,7 +147,7 @@ class Decoding:
         groups = cache.keys[0].shape[1]
         columns = torch.arange(max(length for _, length in parts), device=positions.device)
         mask = (columns <= positions[:, None])[:, None, None]
-        self._attention = dot_product_attention
+        self._attention: Callable[..., torch.Tensor] = dot_product_attention
         if cache.keys[0].dtype == torch.float32 and not value_width:
             # What is added to the scores. Latent attention would be 1.5e-5 from the scoring pass.
             self._attention = _products
