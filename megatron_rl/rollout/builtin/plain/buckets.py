@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 #: Finished rows leave when at most this share of the rows still generates (not captured).
 COMPACT_BELOW = 0.9
 
@@ -34,12 +36,29 @@ class Buckets:
         """The positions that are read where ``count`` are in use. CUDA kernels want multiples of 8;
         captured, there are at most four lengths between two powers of two, from 64 on.
         """
-        unit = max(64, 1 << max(count.bit_length() - 3, 0)) if self.captured else 16
+        unit = max(64, 1 << max(count.bit_length() - 3, 0)) if self.captured else 8
         return min(_up(count, unit), _up(most, 8))
 
-    def parts(self, rows: int) -> int:
-        """Parts of the rows, each of which reads the cache up to its own longest row."""
-        return 1 if self.captured else min(max(rows // PART_ROWS, 1), 4)
+    def parts(self, counts: np.ndarray, most: int) -> list[tuple[slice, int]]:
+        """Consecutive rows, each part of which reads the cache up to its own longest row.
+
+        Args:
+            counts: int64 [R], positions in use.
+            most: of them in the end, see `length`.
+
+        Returns:
+            Rows, and the positions that are read of them; those of neighbours differ.
+        """
+        rows = len(counts)
+        number = 1 if self.captured else min(max(rows // PART_ROWS, 1), 4)
+        parts: list[tuple[slice, int]] = []
+        for part in range(number):
+            first, end = rows * part // number, rows * (part + 1) // number
+            length = self.length(int(counts[first:end].max()), most)
+            if parts and parts[-1][1] == length:
+                first = parts.pop()[0].start
+            parts.append((slice(first, end), length))
+        return parts
 
     def capacity(self, count: int, most: int) -> int:
         """The positions that a cache should have where ``count`` are in use: half as many again or

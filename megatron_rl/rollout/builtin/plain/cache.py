@@ -6,7 +6,7 @@ head, C positions of the cache.
 
 from __future__ import annotations
 
-from typing import Protocol, Sequence
+from typing import Callable, Protocol, Sequence
 
 import torch
 
@@ -139,14 +139,21 @@ class Decoding:
             rotations: cos and sin of these positions.
             parts: consecutive rows, and how many positions of the cache are read of them: above all
                 of theirs.
-            value_width: columns of a key that are its value, where the cache has no values.
+            value_width: columns of a key that are its value, where the cache has no values; 0: no
+                latent attention.
         """
         self.cos, self.sin = rotations
         self._cache, self._value_width = cache, value_width
+        groups = cache.keys[0].shape[1]
         columns = torch.arange(max(length for _, length in parts), device=positions.device)
         mask = (columns <= positions[:, None])[:, None, None]
+        self._attention: Callable[..., torch.Tensor] = dot_product_attention
+        if cache.keys[0].dtype == torch.float32 and not value_width:
+            # What is added to the scores. Latent attention would be 1.5e-5 from the scoring pass.
+            self._attention = _products
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+            mask = mask.expand(-1, groups, -1, -1)
         self._parts = [(rows, length, mask[rows, :, :, :length]) for rows, length in parts]
-        groups = cache.keys[0].shape[1]
         pairs = torch.arange(len(positions) * groups, device=positions.device).view(-1, groups)
         self._index = (pairs * cache.capacity + positions[:, None]).flatten()
 
@@ -164,9 +171,26 @@ class Decoding:
         if not values.shape[-1]:
             values = keys[..., : self._value_width]
         outputs = [
-            dot_product_attention(
+            self._attention(
                 query[rows], keys[rows, :, :length], values[rows, :, :length], scale, mask=mask
             )
             for rows, length, mask in self._parts
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _products(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """`dot_product_attention` in fp32 as two batched products: faster on a CPU for one new token
+    of each row. ``mask``: fp32 [R, G, 1, L], 0 or -inf.
+    """
+    scores = torch.baddbmm(
+        mask.flatten(0, 1), query.flatten(0, 1), keys.flatten(0, 1).mT, alpha=scale
+    )
+    output = torch.bmm(scores.softmax(-1), values.flatten(0, 1))
+    return output.view(*query.shape[:3], -1)

@@ -102,7 +102,11 @@ def mixture(x: torch.Tensor, weights: Mixture, routing: Routing) -> tuple[torch.
     """
     logits = F.linear(x.float(), weights.router.float())
     ids, probs = choose(logits, weights.bias, routing)
-    output = _experts(x, ids, probs, weights)
+    longest = longest_if_padded(ids, weights)
+    if longest is None:
+        output = _sorted(x, ids, probs, weights)
+    else:
+        output = _padded(x, ids, probs, weights, longest)
     if weights.shared is not None:
         shared = swiglu(x, weights.shared)
         if weights.shared_gate is not None:
@@ -111,7 +115,44 @@ def mixture(x: torch.Tensor, weights: Mixture, routing: Routing) -> tuple[torch.
     return output, Chosen(ids, logits)
 
 
-def _experts(
+#: Pairs of an expert, on average, from which one product for each expert keeps two threads busy.
+MANY_PAIRS = 96
+#: A batch of all experts' tokens may be this many times as large as the tokens are.
+PADDED = 2.0
+
+
+def longest_if_padded(ids: torch.Tensor, weights: Mixture) -> int | None:
+    """The most tokens of an expert, where the experts should multiply as one padded batch: small
+    products, each of which several threads of a CPU would have to share. None: they should not.
+    """
+    experts = len(weights.router)
+    if ids.device.type != "cpu" or torch.get_num_threads() == 1:
+        return None
+    if len(weights.up) < experts or not 0 < ids.numel() < MANY_PAIRS * experts:
+        return None
+    longest = int(torch.bincount(ids.flatten(), minlength=experts).max())
+    # Few pairs cost the reading of the weights, which padding does not change.
+    return longest if longest * experts <= max(PADDED * ids.numel(), 8 * experts) else None
+
+
+def _padded(
+    x: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor, weights: Mixture, longest: int
+) -> torch.Tensor:
+    """Each expert on its tokens: two batched products over [E, longest] places, some empty."""
+    experts, top_k = len(weights.up), ids.shape[1]
+    of_tokens = x.new_zeros(len(x), experts, dtype=torch.int64).scatter_(1, ids, 1)
+    places = of_tokens.cumsum(0).gather(1, ids).add_(ids * longest - 1)
+    inputs = x.new_zeros(experts * longest, x.shape[1])
+    copies = x[:, None].expand(-1, top_k, -1).reshape(-1, x.shape[1])
+    inputs.index_copy_(0, places.flatten(), copies)
+    scale = probs.new_zeros(experts * longest).index_copy_(0, places.flatten(), probs.flatten())
+    gate, up = torch.bmm(inputs.view(experts, longest, -1), weights.up.mT).chunk(2, dim=-1)
+    inner = F.silu(gate).mul_(up).mul(scale.view(experts, longest, 1)).to(x.dtype)
+    outputs = torch.bmm(inner, weights.down.mT).flatten(0, 1)
+    return F.embedding_bag(places, outputs, mode="sum")
+
+
+def _sorted(
     x: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor, weights: Mixture
 ) -> torch.Tensor:
     """Each expert held here on its tokens: two grouped products over the pairs of a token and an

@@ -88,24 +88,12 @@ class PlainDecoder:
             return
         self._reached += 1
         rows = self._buckets.rows(self._num_rows, len(self._numbers))
-        parts = self._parts(rows)
+        parts = self._buckets.parts(self._reached[:rows] + 1, self._most)
         length = max(length for _, length in parts)
         if length > self._cache.capacity:
             self._cache.grow(self._buckets.capacity(length, self._most))
             self._steps.forget()
         self._steps.run((rows, length), lambda: self._advance(rows, parts))
-
-    def _parts(self, rows: int) -> list[tuple[slice, int]]:
-        """Consecutive rows, and how many positions of the cache are read of them."""
-        count = self._buckets.parts(rows)
-        bounds = [rows * part // count for part in range(count + 1)]
-        longest = [
-            int(self._reached[first:end].max()) + 1 for first, end in zip(bounds, bounds[1:])
-        ]
-        return [
-            (slice(first, end), self._buckets.length(most, self._most))
-            for first, end, most in zip(bounds, bounds[1:], longest)
-        ]
 
     @torch.inference_mode()
     def unfinished(self) -> tuple[int, int]:  # noqa: D102

@@ -93,6 +93,31 @@ def test_latent_attention_with_and_without_compressed_cache(absorbed):
             torch.testing.assert_close(output[row], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_new_tokens_attend_to_their_rows(dtype):
+    """Two key/value groups of three heads, rows of different lengths in parts: head by head."""
+    from megatron_rl.rollout.builtin.plain.cache import Cache, Decoding
+
+    generator = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
+    cache = Cache([(2, 4, 4), (2, 4, 4)], 6, 9, torch.empty(0, dtype=dtype))
+    for store in (*cache.keys, *cache.values):
+        store.copy_(make(*store.shape))  # what stands behind a row's end does not count
+    positions = torch.tensor([6, 4, 2, 1, 0])
+    none = (torch.empty(0), torch.empty(0))
+    place = Decoding(cache, positions, none, [(slice(0, 2), 8), (slice(2, 5), 3)], 0)
+    query, key, value = make(5, 2, 3, 4), make(5, 2, 4), make(5, 2, 4)
+    place.store(1, key, value)
+    output = place.attend(1, query, key, value, 0.3)
+    for row, end in enumerate((positions + 1).tolist()):
+        assert torch.equal(cache.keys[1][row, :, end - 1], key[row])
+        for group in range(2):
+            for head in range(3):
+                scores = cache.keys[1][row, group, :end] @ query[row, group, head] * 0.3
+                expected = scores.softmax(0) @ cache.values[1][row, group, :end]
+                torch.testing.assert_close(output[row, group, head], expected, rtol=0, atol=1e-6)
+
+
 def test_rotation_by_hand():
     from megatron_rl.rollout.builtin.plain.attention import rotated
 

@@ -75,8 +75,10 @@ def slow_mixture(x, router, up, down, shared, gate, top_k):
 
 @pytest.mark.parametrize("bounds", [(0, 8), (0, 3, 8), (0, 1, 2, 8)])
 @pytest.mark.parametrize("tokens", [1, TOKENS])
-def test_parts_of_the_experts_add_up_to_a_loop_over_tokens(bounds, tokens):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_of_the_experts_add_up_to_a_loop_over_tokens(bounds, tokens, threads, monkeypatch):
     """Also where no token goes to an expert, and where none goes to those held."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     from megatron_rl.rollout.builtin.plain.experts import Routing, mixture
     from megatron_rl.rollout.builtin.plain.weights import Dense, Mixture
 
@@ -96,3 +98,27 @@ def test_parts_of_the_experts_add_up_to_a_loop_over_tokens(bounds, tokens):
         assert torch.equal(ids, (x @ router.T).topk(2).indices)
     expected = slow_mixture(x, router, up, down, shared, gate, 2)
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("threads", "ids", "held", "expected"),
+    [
+        (2, [[0, 1], [0, 2], [3, 0]], 4, 3),
+        (1, [[0, 1], [0, 2], [3, 0]], 4, None),  # one thread shares no product
+        (2, [[0, 1], [0, 2], [3, 0]], 3, None),  # others hold the rest
+        (2, [[0, 1]] * 16, 4, 16),  # 64 places, twice the pairs
+        (2, [[0, 1]] * 16, 5, None),  # 80
+        (2, [[0, 1]] * 192, 4, None),  # 96 pairs of an expert
+        (2, [], 4, None),
+    ],
+)
+def test_when_experts_multiply_as_one_padded_batch(threads, ids, held, expected, monkeypatch):
+    from megatron_rl.rollout.builtin.plain.experts import longest_if_padded
+    from megatron_rl.rollout.builtin.plain.weights import Mixture
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    router = torch.zeros(max(held, 4), WIDTH)
+    up, down = torch.zeros(held, 2 * INNER, WIDTH), torch.zeros(held, WIDTH, INNER)
+    weights = Mixture(router, None, up, down, 0, None, None)
+    chosen = torch.tensor(ids, dtype=torch.int64).view(-1, 2)
+    assert longest_if_padded(chosen, weights) == expected
