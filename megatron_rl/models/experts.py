@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
 from megatron_rl.models.gated import gated
+
+#: Gives the matrices of all experts, [E, 2F, D] and [E, D, F].
+AllExperts = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -57,6 +60,8 @@ class GroupedExperts(MegatronModule):
     checkpoints use the keys of its other expert modules, so that they are interchangeable.
     """
 
+    all_experts: AllExperts | None = None  #: in place of this rank's (`expert_weights`)
+
     def __init__(
         self,
         num_local_experts: int,
@@ -93,11 +98,16 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
+        """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias. E where
+        there are copies of all experts.
+        """
         x = permuted_local_hidden_states
+        up, down = self.linear_fc1.weight, self.linear_fc2.weight
+        if self.all_experts is not None:
+            up, down = self.all_experts()
         offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
-        inner = gated(grouped_mm(x, self.linear_fc1.weight, offsets), permuted_probs)
-        return grouped_mm(inner, self.linear_fc2.weight, offsets), None
+        inner = gated(grouped_mm(x, up, offsets), permuted_probs)
+        return grouped_mm(inner, down, offsets), None
 
     def sharded_state_dict(
         self,
