@@ -55,6 +55,7 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
     """
 
     tokens_stay: bool = False  #: this rank has copies of all experts
+    tokens_per_expert: Any
     _copies: Copies | None = None
 
     def dispatch_preprocess(

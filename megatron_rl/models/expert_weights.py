@@ -10,6 +10,7 @@ Weights, gradients and optimizer states are held as before.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Iterator, Sequence
 
 import torch
@@ -135,6 +136,10 @@ class _Matrix:
         self.drop()
 
 
+def _whole(up: _Matrix, down: _Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    return up.whole(), down.whole()
+
+
 class ExpertWeights:
     """The experts of this rank's chunks."""
 
@@ -164,8 +169,8 @@ class ExpertWeights:
         for pair in self._matrices:
             for matrix in pair:
                 matrix.gather(backwards)
-        for layer, (up, down) in zip(self._layers, self._matrices):
-            layer.compute_with(lambda up=up, down=down: (up.whole(), down.whole()))
+        for layer, pair in zip(self._layers, self._matrices):
+            layer.compute_with(functools.partial(_whole, *pair))
         try:
             yield
         finally:

@@ -102,12 +102,13 @@ class GroupedExperts(MegatronModule):
         there are copies of all experts.
         """
         x = permuted_local_hidden_states
-        up, down = self.linear_fc1.weight, self.linear_fc2.weight
-        if self.all_experts is not None:
-            up, down = self.all_experts()
+        up, down = (self.all_experts or self._own_experts)()
         offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
         inner = gated(grouped_mm(x, up, offsets), permuted_probs)
         return grouped_mm(inner, down, offsets), None
+
+    def _own_experts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear_fc1.weight, self.linear_fc2.weight
 
     def sharded_state_dict(
         self,
