@@ -92,6 +92,16 @@ def flex_dispatcher_needs_cuda(config: Config) -> None:
         )
 
 
+def weights_travel_for_the_alltoall_dispatcher(config: Config) -> None:
+    """Where weights travel the dispatcher leaves tokens in place, which only that one knows."""
+    parallel = config.parallel
+    if parallel.expert_exchange == "weights" and parallel.dispatcher != "alltoall":
+        raise UserError(
+            f"found parallel.expert_exchange weights with parallel.dispatcher "
+            f"{parallel.dispatcher}; expected alltoall; change one of them"
+        )
+
+
 def layout_fits_world(config: Config, world_size: int) -> None:
     """Ranks divide by tensor x pipeline x context and by pipeline x expert x expert_tensor."""
     p = config.parallel
@@ -160,6 +170,7 @@ LAYOUT_RULES: tuple[Callable[[Config], None], ...] = (
     virtual_pipeline_needs_pipeline,
     layers_spread_evenly,
     flex_dispatcher_needs_cuda,
+    weights_travel_for_the_alltoall_dispatcher,
     packs_hold_a_sequence,
     pack_length_divides,
 )

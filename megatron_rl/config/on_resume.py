@@ -44,6 +44,7 @@ ON_RESUME: dict[str, Kind] = {
     **{f"model.{name}": "refused" for name in _ARCHITECTURE},
     **{f"model.{name}": "said" for name in _TRAINING_OF_THE_MODEL},
     "parallel": "said",
+    "parallel.expert_exchange": "silent",
     "device": "silent",
     # Another file, tokenizer or key does no harm if it gives the same problems: the checkpoint
     # identifies them by content (data/identity.py).

@@ -160,6 +160,12 @@ class ParallelConfig(Section):
     """Ranks the run is meant for, compared with those launched; null: any number that fits."""
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """Megatron's token dispatcher; flex needs CUDA and DeepEP."""
+    expert_exchange: Literal["auto", "tokens", "weights"] = "auto"
+    """What travels between expert-parallel ranks in scoring and update.
+
+    tokens: each token to the ranks of its experts and back, in every layer. weights: those of all
+    experts to every rank, once a mini-batch, and their gradients back; needs memory for them. auto:
+    on a CPU weights, where a mini-batch is large enough and they fit; on CUDA tokens."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False

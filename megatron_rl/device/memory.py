@@ -1,12 +1,15 @@
-"""Free memory of a rank."""
+"""Free memory of a rank, and its share for copies of experts."""
 
 from __future__ import annotations
 
 import psutil
 import torch
 
-from megatron_rl.device.launch import Launch
+from megatron_rl.device.launch import Launch, read_launch
 from megatron_rl.device.select import Device
+
+#: Share of the free memory that copies of experts may take.
+SPARE = 0.25
 
 
 def available_bytes(device: Device, launch: Launch, *, host: bool) -> int:
@@ -16,3 +19,8 @@ def available_bytes(device: Device, launch: Launch, *, host: bool) -> int:
     if device.kind == "cuda" and not host:
         return torch.cuda.mem_get_info(device.torch_device)[0]
     return psutil.virtual_memory().available // launch.local_world_size
+
+
+def spare_bytes() -> float:
+    """Bytes of host memory that this rank can spare for copies of experts."""
+    return SPARE * psutil.virtual_memory().available / read_launch().local_world_size

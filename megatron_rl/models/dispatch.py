@@ -1,6 +1,9 @@
 """Tokens on their way to the experts and back: each token's row is copied to each of its K experts,
 and the K outputs are added.
 
+The rows go to the ranks of their experts and back, or stay where the layer has copies of all
+experts (`expert_weights`).
+
 Megatron adds them with a scatter into zeros, and lays rows that arrive in chunks side by side even
 where they have come from nowhere else. Both directions are a gather here: the backward pass of one
 is the other. No row is added twice at once, so the sums have one order on every device.
@@ -17,6 +20,8 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
+
+from megatron_rl.models.experts import AllExperts
 
 
 class PackMoELayer(MoELayer):
@@ -35,12 +40,22 @@ class PackMoELayer(MoELayer):
                 pg_collection=pg_collection,
             )
 
+    def compute_with(self, experts: AllExperts | None) -> None:
+        """From now on all tokens of this rank stay on it and are computed with these experts; None:
+        they go to the ranks of their experts. Both parts have to be ours: `GroupedExperts` and
+        `GatheringDispatcher`.
+        """
+        self.experts.all_experts = experts
+        self.token_dispatcher.tokens_stay = experts is not None
+
 
 class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's exchange between copies and sums that are gathers; with one expert-parallel rank
     nothing but them. Every token goes to exactly K experts.
     """
 
+    tokens_stay: bool = False  #: this rank has copies of all experts
+    tokens_per_expert: Any
     _copies: Copies | None = None
 
     def dispatch_preprocess(
@@ -53,10 +68,29 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
         self.probs, self.routing_map = probs, routing_map
         tokens = hidden_states.view(-1, self.hidden_shape[-1])
         self.hidden_shape_before_permute = tokens.shape
-        counts = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
+        if self.tokens_stay:
+            self.tokens_per_expert = routing_map.sum(0)
+        else:
+            counts = self.preprocess(routing_map)
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+                "before_permutation_1", counts
+            )
         self._copies = Copies(routing_map, self.config.moe_router_topk)
         return self._copies.spread(tokens), self._copies.weights(probs)
+
+    def token_dispatch(
+        self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [T K, D] and weights [T K] -> those for this rank's experts, [N, D] and [N]."""
+        if self.tokens_stay:
+            return permutated_local_input_tokens, permuted_probs
+        return super().token_dispatch(permutated_local_input_tokens, permuted_probs)
+
+    def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The way back."""
+        if self.tokens_stay:
+            return hidden_states
+        return super().token_combine(hidden_states, *args, **kwargs)
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -64,8 +98,11 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
         """Rows [N, D] and weights [N] from all ranks -> rows sorted by local expert, number of rows
         of each, weights.
         """
-        if self.ep_size * self.tp_size > 1:
+        if self._exchanges:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
+        if self.tokens_stay:
+            counts, self.tokens_per_expert = self.tokens_per_expert, None
+            return global_input_tokens, counts, global_probs
         counts = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
         counts = self._maybe_dtoh_and_synchronize("before_finish", counts)
         self.tokens_per_expert = None
@@ -73,9 +110,13 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Rows [N, D] sorted by local expert -> in the order they came in."""
-        if self.ep_size * self.tp_size > 1:
+        if self._exchanges:
             return super().combine_preprocess(hidden_states)
         return hidden_states
+
+    @property
+    def _exchanges(self) -> bool:
+        return self.ep_size * self.tp_size > 1 and not self.tokens_stay
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         """Rows [T K, D] -> each token's sum, [T, 1, D]."""

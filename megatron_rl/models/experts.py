@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from megatron_rl.models.gated import gate_rows, gated, slope_of_rows
 
 #: Where experts have so many rows on average, a CPU takes one expert after the other.
 ROWS_OF_ITS_OWN = 16
+
+#: Gives the matrices of all experts, [E, 2F, D] and [E, D, F].
+AllExperts = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -61,6 +64,8 @@ class GroupedExperts(MegatronModule):
     checkpoints use the keys of its other expert modules, so that they are interchangeable.
     """
 
+    all_experts: AllExperts | None = None  #: in place of this rank's (`expert_weights`)
+
     def __init__(
         self,
         num_local_experts: int,
@@ -97,10 +102,15 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias."""
-        x, counts = permuted_local_hidden_states, tokens_per_expert
-        up, down = self.linear_fc1.weight, self.linear_fc2.weight
-        return expert_outputs(x, up, down, counts, permuted_probs), None
+        """[N, D] sorted by local expert, int [E_local], weights [N] -> [N, D] and no bias. E where
+        there are copies of all experts.
+        """
+        up, down = (self.all_experts or self._own_experts)()
+        x = permuted_local_hidden_states
+        return expert_outputs(x, up, down, tokens_per_expert, permuted_probs), None
+
+    def _own_experts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear_fc1.weight, self.linear_fc2.weight
 
     def sharded_state_dict(
         self,

@@ -26,6 +26,7 @@ class Groups:
     model: ProcessGroup  #: tensor x pipeline: ranks that hold one replica of the dense weights
     expert: ProcessGroup
     expert_tensor: ProcessGroup
+    experts: ProcessGroup  #: expert x expert tensor: ranks that together hold each expert once
     expert_data: ProcessGroup  #: ranks that hold the same expert shard
     pipeline_stages: int
     virtual_stages: int | None
@@ -68,6 +69,7 @@ def build_groups(config: ParallelConfig) -> Groups:
         model=parallel_state.get_model_parallel_group(),
         expert=parallel_state.get_expert_model_parallel_group(),
         expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
+        experts=parallel_state.get_expert_tensor_and_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
         pipeline_stages=config.pipeline,
         virtual_stages=config.virtual_pipeline,

@@ -7,7 +7,6 @@ from typing import Any, Mapping, Sequence
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -87,7 +86,6 @@ def build_optimizer(
         chunks = [chunk.module for chunk in wrapped]
         replace_optimizer(optimizer, row, own, chunks, groups, config.model)
     transformer.grad_scale_func = optimizer.scale_loss
-    transformer.finalize_model_grads_func = finalize_model_grads
     return optimizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,10 +14,12 @@ from megatron_rl.algorithms.distance_rules import distance_rule
 from megatron_rl.algorithms.layer_rules import layer_rule
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config
+from megatron_rl.device.memory import spare_bytes
 from megatron_rl.device.select import Device
 from megatron_rl.models.build import build_chunks, shares_prompts, transformer_config
 from megatron_rl.models.gpt.chunk import Chunk, layer_numbers, routers_of
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.expert_exchange import ExpertExchange, exchange_plan
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_rl.policy.reference import ReferenceWeights
 from megatron_rl.router.capture import RouterCapture
@@ -39,6 +41,7 @@ class Policy:
     scheduler: OptimizerParamScheduler
     capture: RouterCapture
     relay: DistanceRelay
+    exchange: ExpertExchange
     replay: RouteReplay | None  #: None: every router chooses for itself
     num_moe_layers: int  #: L, over all pipeline stages
     reference: ReferenceWeights | None = None  #: None: no reference policy is scored
@@ -76,6 +79,9 @@ def build_policy(
     timeout_s = config.device.timeout_s
     wrapped = wrap_data_parallel(chunks, transformer, config.parallel, device, timeout_s)
     optimizer = build_optimizer(config, wrapped, transformer, groups)
+    plan = exchange_plan(config, groups, device.torch_device, spare_bytes())
+    exchange = ExpertExchange(plan, chunks, wrapped, groups)
+    transformer.finalize_model_grads_func = exchange.before(finalize_model_grads)
     moe, shift = moe_layers(config.model), config.algorithm.router_shift
     held, routers = [layer_numbers(chunk) for chunk in chunks], routers_of(chunks)
     return Policy(
@@ -99,6 +105,7 @@ def build_policy(
             layer_rule(shift.layers, shift.quantile),
             [sum(moe[: layers[0] - 1]) for layers in held],
         ),
+        exchange=exchange,
         num_moe_layers=sum(moe),
         reference=ReferenceWeights(chunks) if with_reference else None,
     )

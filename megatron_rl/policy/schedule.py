@@ -28,12 +28,14 @@ def run_schedule(
 
     iterators = [iter(range(len(packs))) for _ in policy.wrapped]
     single = len(policy.wrapped) == 1
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators[0] if single else iterators,
-        model=policy.wrapped[0] if single else list(policy.wrapped),
-        num_microbatches=len(packs),
-        seq_length=len(packs[0].row),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    length = len(packs[0].row)
+    with policy.exchange.in_pass(len(packs), length, forward_only=forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators[0] if single else iterators,
+            model=policy.wrapped[0] if single else list(policy.wrapped),
+            num_microbatches=len(packs),
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )

@@ -31,7 +31,13 @@ from megatron_rl.rollout.engine import Engine, sampling_settings
 from megatron_rl.run.checkpoints import load_newest
 from megatron_rl.run.continuation import check_continuation, run_identity
 from megatron_rl.run.loop import run_loop
-from megatron_rl.run.run_summary import decoding_facts, run_facts, sft_facts, train_facts
+from megatron_rl.run.run_summary import (
+    decoding_facts,
+    exchange_facts,
+    run_facts,
+    sft_facts,
+    train_facts,
+)
 from megatron_rl.run.session import Session, open_session
 from megatron_rl.run.trace_memory import check_trace_fits, longest_sequence
 from megatron_rl.tasks.answers import answer, check_output
@@ -86,7 +92,12 @@ def _run(
 ) -> None:
     with open_session(config, verb, config.train.steps, data.tokenizer) as session:
         session.console.run_summary(
-            {**run_facts(session, data.machine), **decoding_facts(session), **facts}
+            {
+                **run_facts(session, data.machine),
+                **decoding_facts(session),
+                **exchange_facts(session),
+                **facts,
+            }
         )
         policy = build_policy(
             config,

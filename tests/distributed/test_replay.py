@@ -28,6 +28,7 @@ from tests.support.layout_cases import (
     TOLERANCE,
     TP2,
     VPP2,
+    WEIGHTS,
     Case,
 )
 from tests.support.layouts import References, Run, compare, single_process
@@ -59,6 +60,7 @@ CASES = (
     Case("PP2, R2", 2, PP2, algorithm=R2),
     Case("TP2, R2", 2, TP2, algorithm=R2),
     Case("EP2, 260 experts, R3", 2, EP2, MANY_EXPERTS, algorithm=R3),
+    Case("EP2 recompute, R3, weights", 2, {**EP2, **FULL, **WEIGHTS}, algorithm=R3),
     Case("ETP2, R3", 2, ETP2, algorithm=R3),
     Case("DP2, R3", 2, {}, algorithm=R3),
     Case("PP4 recompute, R3", 4, {**PP4, **FULL}, algorithm=R3),

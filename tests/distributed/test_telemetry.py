@@ -49,6 +49,7 @@ def single(name: str) -> dict:
     [
         (2, {"tensor": 2}),
         (2, {"expert": 2}),
+        (2, {"expert": 2, "expert_exchange": "weights"}),
         (2, {"context": 2}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
         pytest.param(2, {"expert_tensor": 2}, marks=pytest.mark.slow),
@@ -56,7 +57,17 @@ def single(name: str) -> dict:
         pytest.param(4, {"tensor": 2, "context": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"recompute": "full"}, marks=pytest.mark.slow),
     ],
-    ids=["TP2", "EP2", "CP2", "PP2 VPP2", "ETP2", "TP2 PP2 EP2", "TP2 CP2", "DP2 recompute"],
+    ids=[
+        "TP2",
+        "EP2",
+        "EP2, weights",
+        "CP2",
+        "PP2 VPP2",
+        "ETP2",
+        "TP2 PP2 EP2",
+        "TP2 CP2",
+        "DP2 recompute",
+    ],
 )
 def test_the_numbers_are_those_of_a_single_process(ranks, parallel, algorithm):
     expected = single(algorithm["name"])

@@ -70,7 +70,7 @@ def test_the_step_0_evaluation_is_that_of_the_weights_it_starts_from(folder, rl_
 def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
     assert rl_run.err == ""  # no warning, no log line of a library
     lines = rl_run.out.splitlines()
-    header = dict(line.split("  ", 1) for line in lines[:12])
+    header = dict(line.split("  ", 1) for line in lines[:13])
     assert {name: text.strip() for name, text in header.items()} == {
         "run": "runs/rl",
         "model": "35,296 parameters, 23,008 active for a token: 2 layers (2 MoE), 4 experts, top-2",
@@ -78,6 +78,7 @@ def test_the_console_says_what_runs_and_nothing_else(folder, rl_run):
         "device": "cpu, fp32",
         "answers end": "with token 3 (tokenizer)",
         "decoding": "by each rank alone, with copies of all experts",
+        "experts": "weights travel between ranks, tokens stay",
         "data": "24 problems (data/train.jsonl), 16 held-out (data/eval.jsonl), reward countdown",
         "prompts": "text as it stands (data.chat auto)",
         "step": "8 problems x 4 answers of 12 tokens at most, 2 mini-batches x 1 epoch",

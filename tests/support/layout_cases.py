@@ -55,12 +55,14 @@ MANY_EXPERTS = {"num_experts": 260, "moe_top_k": 4, "moe_ffn_hidden_size": 8}
 ODD = {"vocab_size": 127}  # tensor parallelism pads it
 AUX = {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.01}
 BF16 = {"dtype": "bf16"}
+MUON = {"name": "muon"}
 TP2, PP2, EP2, CP2 = {"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}
 ETP2, EP4, CP4, PP4 = {"expert_tensor": 2}, {"expert": 4}, {"context": 4}, {"pipeline": 4}
 VPP2 = {**PP2, "virtual_pipeline": 2}
 ALLGATHER = {"dispatcher": "allgather"}
 SHARDED = {"distributed_optimizer": True}
 OVERLAPPED = {"overlap_grad_reduce": True}
+WEIGHTS = {"expert_exchange": "weights"}  # `layouts.layout_config` has tokens travel otherwise
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 
 LAYOUTS = (
@@ -124,6 +126,26 @@ OPTIMIZERS = (
     Case("PP2 EP2 sharded, stage of dense", 4, {**PP2, **EP2, **SHARDED}, DENSE_STAGE),
     Case("EP2 sharded, overlapped", 4, {**EP2, **SHARDED, **OVERLAPPED}),
     Case("PP2 VPP2 EP2 sharded, overlapped", 4, {**VPP2, **EP2, **SHARDED, **OVERLAPPED}),
+)
+WEIGHTS_TRAVEL = (
+    Case("EP2, weights", 2, {**EP2, **WEIGHTS}),
+    Case("EP4, weights", 4, {**EP4, **WEIGHTS}, MANY_EXPERTS),
+    Case("ETP2, weights", 2, {**ETP2, **WEIGHTS}),
+    Case("TP2 EP2 ETP2, weights", 4, {**TP2, **EP2, **ETP2, **WEIGHTS}, GATED),
+    Case("CP2 TP2 EP4, weights", 4, {**CP2, **TP2, **EP4, **WEIGHTS}, SIGMOID),
+    Case("PP2 VPP2 EP2, weights", 4, {**VPP2, **EP2, **WEIGHTS}, {**SIGMOID, "moe_layer_freq": 2}),
+    Case("TP2 PP2 EP2 DP2, weights", 8, {**TP2, **PP2, **EP2, **WEIGHTS}),
+    Case("TP2 PP2 EP2, full, weights", 4, {**TP2, **PP2, **EP2, **FULL, **WEIGHTS}),
+    Case("EP2 selective, weights", 2, {**EP2, **SELECTIVE, **WEIGHTS}),
+    Case("EP2 overlapped, weights", 4, {**EP2, **OVERLAPPED, **WEIGHTS}),
+    Case("EP2 sharded, weights", 4, {**EP2, **SHARDED, **WEIGHTS}),
+    Case(
+        "PP2 VPP2 EP2 sharded, overlapped, weights",
+        4,
+        {**VPP2, **EP2, **SHARDED, **OVERLAPPED, **WEIGHTS},
+    ),
+    Case("EP2, aux and z loss, weights", 2, {**EP2, **WEIGHTS}, AUX, one_per_pack=True),
+    Case("EP2, muon, weights", 2, {**EP2, **WEIGHTS}, optimizer=MUON),
 )
 MODELS = (
     Case("PP2, dense first layer", 2, PP2, DENSE_FIRST),
@@ -193,7 +215,6 @@ ROUTER_LOSSES = (
     Case("CP2, aux and z loss", 2, CP2, AUX, one_per_pack=True),
     Case("CP2 TP2, aux and z loss", 4, {**CP2, **TP2}, AUX, one_per_pack=True),
 )
-MUON = {"name": "muon"}
 #: Of torch, element by element. Its default, since `layout_config` gives Adam another epsilon.
 SGD = {"name": "torch.optim:SGD", "lr": 1.0, "epsilon": 1e-8}
 OTHER_OPTIMIZERS = (
@@ -214,6 +235,7 @@ CASES = (
     *LAYOUTS,
     *DISPATCHERS_AND_RECOMPUTATION,
     *OPTIMIZERS,
+    *WEIGHTS_TRAVEL,
     *MODELS,
     *ATTENTION,
     *DENSE_MODELS,
@@ -246,6 +268,7 @@ BF16_CASES = tuple(
     for name, ranks, parallel, model in (
         ("TP2", 2, TP2, {}),
         ("EP2", 2, EP2, {}),
+        ("EP2, weights", 2, {**EP2, **WEIGHTS}, {}),
         ("EP4", 4, EP4, {}),
         ("ETP2", 2, ETP2, {}),
         ("PP2 VPP2", 2, VPP2, {}),

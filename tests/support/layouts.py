@@ -87,7 +87,7 @@ def layout_config(case: Case) -> Config:
     return Config(
         seed=1 + case.seed,
         model={**MODEL, **case.model},
-        parallel=dict(case.parallel),
+        parallel={"expert_exchange": "tokens", **case.parallel},
         device={"kind": case.device, "threads": 1},
         data={
             "pack_tokens": case.pack_tokens or (24 if case.one_per_pack else 48),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.device.memory import spare_bytes
 from megatron_rl.errors import Stopped, UserError
 from megatron_rl.parallel.collectives import all_max, gather_objects
 from megatron_rl.parallel.groups import Groups
@@ -30,7 +31,6 @@ from megatron_rl.rollout.builtin.plain.model import plain_model
 from megatron_rl.rollout.builtin.plain.plan import (
     Plan,
     plan_of,
-    spare_bytes,
     unknown_module,
     unknown_weight,
 )

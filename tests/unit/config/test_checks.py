@@ -213,6 +213,13 @@ def test_top_1_passes_with_softmax_over_all_experts():
             2,
             "model.kv_lora_rank + qk_rope_head_dim 13 is no multiple of parallel.tensor 2",
         ),
+        (
+            {"expert": 2, "expert_exchange": "weights", "dispatcher": "allgather"},
+            {},
+            2,
+            "found parallel.expert_exchange weights with parallel.dispatcher allgather; expected "
+            "alltoall; change one of them",
+        ),
         ({"expert": 3}, {}, 3, "model.num_experts 8 is no multiple of parallel.expert 3"),
         (
             {"virtual_pipeline": 2},

@@ -7,7 +7,7 @@ from typing import Callable
 
 from torch.distributed import ProcessGroup
 
-from megatron_rl.parallel.collectives import gather_first_dim
+from megatron_rl.models.expert_weights import GatheredMatrix
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.builtin.plain.weights import ChunkWeights, Mixture
 
@@ -35,15 +35,11 @@ def _with_mixtures(chunk: ChunkWeights, change: Callable[[Mixture], Mixture]) ->
 
 
 def _gathered(mixture: Mixture, groups: Groups) -> Mixture:
-    slices = groups.expert_tensor
-    up, down = mixture.up, mixture.down
-    if slices.size() > 1:
-        # Each rank's rows are a part of the gates above the same part of the ups.
-        halves = up.unflatten(1, (2, -1)).permute(2, 0, 1, 3)  # [F, E, 2, D]
-        up = gather_first_dim(halves, slices).permute(1, 2, 0, 3).flatten(1, 2)
-        down = gather_first_dim(down.permute(2, 0, 1), slices).permute(1, 2, 0)
-    up, down = (gather_first_dim(x.contiguous(), groups.expert) for x in (up, down))
-    return dataclasses.replace(mixture, up=up, down=down, first=0)
+    up, down = (
+        GatheredMatrix(weight, groups, gated=gated)
+        for weight, gated in ((mixture.up, True), (mixture.down, False))
+    )
+    return dataclasses.replace(mixture, up=up.whole(), down=down.whole(), first=0)
 
 
 def _share(mixture: Mixture, group: ProcessGroup) -> Mixture:

@@ -11,22 +11,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Collection, Mapping, Sequence
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
-from megatron_rl.device.launch import read_launch
 from megatron_rl.models.gpt.chunk import Chunk
 from megatron_rl.models.router import count_tokens
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.builtin.plain.weights import UnknownWeight, chunk_weights
-
-#: Share of the free memory that copies of experts may take.
-SPARE = 0.25
 
 #: Options of Megatron's that `forward`, `attention` and `experts` read, or that are in the weights.
 COMPUTED = frozenset(
@@ -195,11 +190,6 @@ def unknown_weight(chunks: Sequence[Chunk]) -> str | None:
     except UnknownWeight as error:
         return str(error)
     return None
-
-
-def spare_bytes() -> float:
-    """Bytes of host memory that this rank can spare for copies of experts."""
-    return SPARE * psutil.virtual_memory().available / read_launch().local_world_size
 
 
 def shared_by_tensor_ranks(groups: Groups) -> bool:
