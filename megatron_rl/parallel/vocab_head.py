@@ -145,7 +145,8 @@ def head_gradients(
         grad = slope.of(tiles.logits(part, words), *tiles.targets_in(words))
         rounded = tiles.rounded(grad)
         if grad_weight is not None:
-            grad_weight[tiles.places(words)] = rounded.t() @ signed
+            of_words = (rounded.t() @ signed).to(grad_weight.dtype)
+            grad_weight[tiles.places(words)] = of_words
         _add_product(grad_rows, rounded, grad, part)
     return grad_rows.mul_(factor), grad_weight
 

@@ -79,11 +79,10 @@ def use_tiles(size, put):
     put(vocab_tiles, "TILE", {"cpu": size, "cuda": size})
 
 
-@pytest.mark.parametrize("tile", [1, 40, 1 << 20])
-def test_values_and_gradients_are_those_of_masked_logits(tile, monkeypatch):
-    use_tiles(tile, monkeypatch.setattr)
+def test_values_and_gradients_are_those_of_masked_logits(monkeypatch):
     narrow = 0
     for seed in range(200):
+        use_tiles((1, 40, 1 << 20)[seed // 3 % 3], monkeypatch.setattr)
         rows, weight, targets, kept, temperature, losses = drawn(seed)
         batch = (rows.float(), weight.float(), targets, kept, temperature, losses)
         found, expected = tiled(*batch), dense(*batch)
@@ -142,7 +141,7 @@ def halves(seed):
 
 def of_halves():
     use_tiles(24, setattr)
-    return [halves(seed) for seed in range(60)]
+    return [halves(seed) for seed in range(12)]
 
 
 def test_ranks_with_half_of_the_words_agree():
