@@ -37,7 +37,7 @@ class KeptLog:
         """Take a step's sets. numbers: int64 [R], of the rows in the batch; others are nobody's."""
         mask = self._mask[: len(numbers)]
         self._sets.append(kept_sets(mask, most=mask.shape[1]))
-        self._numbers.append(numbers.cpu().numpy())
+        self._numbers.append(numbers.cpu().numpy().copy())  # rows change places
 
     def take(self, lengths: Sequence[int]) -> list[KeptTokens]:
         """The sets of every row of the batch, of answers of these lengths."""

@@ -10,7 +10,7 @@ from megatron_rl.errors import UserError
 from tests.support.runs import ROOT
 
 TOOL = f"{ROOT / 'examples' / 'extend' / 'my_environment.py'}:ask_again"
-OWN = f"{ROOT / 'examples' / 'extend' / 'my_engine.py'}:my_engine"
+OWN = f"{ROOT / 'examples' / 'extend' / 'my_engine.py'}:MyEngine"
 URLS = ["http://one:8000", "https://two"]
 
 
