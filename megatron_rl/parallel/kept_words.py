@@ -16,16 +16,14 @@ from megatron_rl.records import KeptTokens
 @dataclass(frozen=True)
 class KeptWords:
     """Pairs by word, and the words that occur: the head computes logits of no others. Where a token
-    may take all words, all occur. In host memory, but for the pairs' copy on the device.
+    may take all words, all occur.
     """
 
-    truncated: torch.Tensor  #: bool [T], on the device; the others may take every word
-    tokens: torch.Tensor  #: int64 [n], on the device, of the pairs
-    columns: (
-        torch.Tensor
-    )  #: int64 [n], on the device, ascending: places of their words in ``words``
-    words: torch.Tensor | None  #: int64 [U], on the device, ascending; None: all, columns are words
-    host_columns: np.ndarray
+    truncated: torch.Tensor  #: bool [T]; the others may take every word
+    tokens: torch.Tensor  #: int64 [n], of the pairs
+    columns: torch.Tensor  #: int64 [n], ascending: places of the pairs' words in ``words``
+    words: torch.Tensor | None  #: int64 [U], ascending; None: all, and a column is a word
+    host_columns: np.ndarray  #: ``columns`` in host memory: looking up bounds waits for no device
     host_words: np.ndarray | None
 
     @classmethod
@@ -35,7 +33,8 @@ class KeptWords:
         order = np.argsort(kept.ids, kind="stable")
         columns, words = kept.ids[order].astype(np.int64), None
         if truncated.all():
-            words, columns = np.unique(columns, return_inverse=True)
+            first = np.diff(columns, prepend=-1) > 0
+            words, columns = columns[first], np.cumsum(first) - 1
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device)

@@ -10,8 +10,12 @@ from megatron_rl.errors import UserError
 from tests.support.runs import ROOT
 
 TOOL = f"{ROOT / 'examples' / 'extend' / 'my_environment.py'}:ask_again"
-OWN = f"{ROOT / 'examples' / 'extend' / 'my_engine.py'}:MyEngine"
+OWN = f"{__file__}:own_engine"
 URLS = ["http://one:8000", "https://two"]
+
+
+def own_engine(parts):
+    """Makes an engine that declares no traits."""
 
 
 def make(engine="vllm", temperature=1.0, top_p=1.0, top_k=0, **servers):
@@ -20,7 +24,7 @@ def make(engine="vllm", temperature=1.0, top_p=1.0, top_k=0, **servers):
 
 
 def keeping(engine="builtin", **rollout):
-    servers = {} if engine == "builtin" else {"servers": {"urls": URLS}}
+    servers = {"servers": {"urls": URLS}} if engine in ("vllm", "sglang") else {}
     return Config(rollout={"engine": engine, "keep_sampling_mask": True, **servers, **rollout})
 
 
