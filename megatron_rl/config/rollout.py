@@ -35,15 +35,17 @@ def truncation_text(rollout: RolloutConfig) -> str | None:
     """What truncated sampling means for the trainer's log-probabilities; None: it is off."""
     if not truncates(rollout):
         return None
-    cut = f"top_p {rollout.top_p:g} and top_k {rollout.top_k}"
+    on = [f"top_p {rollout.top_p:g}"] * (rollout.top_p < 1.0)
+    on += [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)
+    cut = f"{' and '.join(on)} {'keep' if len(on) > 1 else 'keeps'}"
     if not rollout.keep_sampling_mask:
         return (
-            f"answers are drawn from what rollout.{cut} keep, log-probabilities are over the whole "
+            f"answers are drawn from what rollout.{cut}, log-probabilities are over the whole "
             "vocabulary, so policy gradient and ratios are biased; "
             "set rollout.keep_sampling_mask"
         )
     most = f", about {rollout.top_k:,} at most" if rollout.top_k else ""
-    return f"log-probabilities are over the tokens that {cut} keep: 4 bytes each{most}"
+    return f"log-probabilities are over the tokens that {cut}: 4 bytes each{most}"
 
 
 def environment_of(rollout: RolloutConfig) -> EnvironmentEntry | None:

@@ -191,9 +191,13 @@ def test_the_sampler_scores_where_it_computes_what_the_trainer_does(config, take
 def test_truncated_sampling_is_explained():
     assert truncation_text(Config().rollout) is None
     biased = truncation_text(make("builtin", top_p=0.9).rollout)
-    assert "top_p 0.9 and top_k 0" in biased and biased.endswith("set rollout.keep_sampling_mask")
+    assert "what rollout.top_p 0.9 keeps, log-" in biased and biased.endswith(
+        "set rollout.keep_sampling_mask"
+    )
     kept = truncation_text(keeping(top_k=50).rollout)
     assert kept == (
-        "log-probabilities are over the tokens that top_p 1 and top_k 50 keep: "
-        "4 bytes each, about 50 at most"
+        "log-probabilities are over the tokens that top_k 50 keeps: 4 bytes each, about 50 at most"
+    )
+    assert "that top_p 0.9 and top_k 50 keep: 4" in truncation_text(
+        keeping(top_k=50, top_p=0.9).rollout
     )
