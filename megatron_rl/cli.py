@@ -38,6 +38,7 @@ from megatron_rl.config.estimate import (
 )
 from megatron_rl.config.layout import layout_text, ranks_wanted
 from megatron_rl.config.load import load_config
+from megatron_rl.config.rollout import truncation_text
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.device.descriptors import allow_descriptors
 from megatron_rl.device.launch import read_launch
@@ -308,6 +309,8 @@ def _show_check(config: Config, world_size: int | None, purpose: str) -> None:
         config = config.model_copy(update={"parallel": parallel})
     check_config(config, None, purpose, files=False)
     rows = check_rows(config) + data_rows(config, purpose) + machine_rows(config, purpose)
+    sampling = truncation_text(config.rollout) if purpose == "train" else None
+    rows += [] if sampling is None else [("truncated sampling", sampling)]
 
     from rich.console import Console
     from rich.table import Table

@@ -11,7 +11,7 @@ pack.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -63,15 +63,52 @@ class KeptTokens:
     """The vocabulary that a sampler's top-p and top-k left to each token, ragged.
 
     The set of token t is ``ids[offsets[t]:offsets[t + 1]]``; an empty one stands for the whole
-    vocabulary. vLLM's sampling masks have the same form.
+    vocabulary.
     """
 
-    ids: np.ndarray  #: int32 [n], ascending in a set
+    ids: np.ndarray  #: int32 [n], different in a set
     offsets: np.ndarray  #: int64 [N + 1], from 0 to n
+
+    @classmethod
+    def of_sizes(cls, ids: np.ndarray, sizes: np.ndarray) -> KeptTokens:
+        """Sets of these sizes, int [N], one behind the other in ``ids``."""
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        return cls(ids.astype(np.int32), offsets.astype(np.int64))
+
+    @classmethod
+    def empty(cls, count: int) -> KeptTokens:
+        """``count`` empty sets."""
+        return cls.of_sizes(np.zeros(0), np.zeros(count))
+
+    @classmethod
+    def join(cls, parts: Sequence[KeptTokens]) -> KeptTokens:
+        """The sets of all parts, in order."""
+        parts = [cls.empty(0), *parts]
+        ids, sizes = ([getattr(part, name) for part in parts] for name in ("ids", "sizes"))
+        return cls.of_sizes(np.concatenate(ids), np.concatenate(sizes))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of ids of each token, int64 [N]."""
+        return np.diff(self.offsets)
 
     def rows(self) -> np.ndarray:
         """The token that each of ``ids`` belongs to, int64 [n]."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        return np.repeat(np.arange(len(self.offsets) - 1), self.sizes)
+
+    def select(self, tokens: np.ndarray) -> KeptTokens:
+        """The sets of these tokens, int64, in their order; of a token -1 an empty one."""
+        sizes = np.append(self.sizes, 0)[tokens]
+        ends = np.cumsum(sizes)
+        shift = np.append(self.offsets[:-1], 0)[tokens] - (ends - sizes)
+        places = np.arange(sizes.sum()) + np.repeat(shift, sizes)
+        return KeptTokens.of_sizes(self.ids[places], sizes)
+
+    def missing(self, tokens: np.ndarray) -> np.ndarray:
+        """bool [N]: which of the tokens, int64 [N], are outside of their sets, if not empty."""
+        rows = self.rows()
+        found = np.bincount(rows[self.ids == tokens[rows]], minlength=len(tokens)) > 0
+        return ~found & (self.sizes > 0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +118,8 @@ class Completion:
     """
 
     tokens: np.ndarray  #: int64 [N], N >= 1, with the stop token when ``finished``
-    #: float32 [N], log-probability of each written token under the sampler at its temperature
+    #: float32 [N], log-probability of each written token under the sampler at its temperature; with
+    #: ``kept`` over the token's set
     logprobs: np.ndarray
     finished: bool  #: True: it ended with a stop token; False: cut at the length limit
     text: str  #: decoded, without special tokens and the stop token
@@ -95,6 +133,8 @@ class Completion:
     written: np.ndarray | None = None
     #: with several turns, the policy's text in the last; None: one turn, see ``text``
     last_text: str | None = None
+    #: N sets, what top-p and top-k kept; None: not requested, or of no use to this pipeline stage
+    kept: KeptTokens | None = None
 
     @property
     def judged_text(self) -> str:
@@ -149,6 +189,8 @@ class Sample:
     routed_experts: RoutedExperts | None = (
         None  #: the sampler's experts of the first tokens, at most M
     )
+    #: M sets, over which the log-probabilities of the policy are taken; None: the whole vocabulary
+    kept: KeptTokens | None = None
 
     @classmethod
     def of(
@@ -160,9 +202,11 @@ class Sample:
         routed_experts: RoutedExperts | None = None,
         *,
         written: np.ndarray | None = None,
+        kept: KeptTokens | None = None,
     ) -> Sample:
         """A prompt (int64 [P]) and what follows it (int64 [N]), with the sampler's ``logprobs``
-        (float32 [N]); ``written``: bool [N], None: the policy wrote all of it.
+        (float32 [N]) and ``kept`` tokens (N sets); ``written``: bool [N], None: the policy wrote
+        all of it.
         """
         wrote = np.ones(len(answer), dtype=bool) if written is None else written
         if logprobs is not None:
@@ -174,6 +218,7 @@ class Sample:
             advantage,
             logprobs,
             routed_experts,
+            None if kept is None else KeptTokens.join([KeptTokens.empty(len(prompt)), kept]),
         )
 
     @property
@@ -225,6 +270,8 @@ class Pack:
     routed_experts: RoutedExperts | None = None
     shared: SharedRow | None = None  #: None: the model runs on ``tokens``
     members: tuple[int, ...] = ()  #: S places of the sequences in the list that was packed
+    #: T sets, of the targets; empty outside the mask; None: no target has one
+    kept: KeptTokens | None = None
 
     @property
     def num_rows(self) -> int:

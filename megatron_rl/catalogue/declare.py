@@ -94,6 +94,7 @@ def engine(
     *,
     beside_training: bool = False,
     routes: bool = False,
+    kept_tokens: bool = False,
     settings: type[Settings] | None = None,
     paper: str = "",
 ) -> Callable[[Thing], Thing]:
@@ -101,7 +102,9 @@ def engine(
     that makes one. For the traits see `EngineEntry`. An engine without settings and traits needs no
     decorator.
     """
-    traits = {"beside_training": beside_training, "routes": routes}
+    traits = {
+        "beside_training": beside_training, "routes": routes, "kept_tokens": kept_tokens
+    }  # fmt: skip
     return lambda thing: _attach(thing, EngineEntry, settings, paper=paper, **traits)
 
 

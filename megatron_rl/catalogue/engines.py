@@ -10,6 +10,7 @@ ENGINES: tuple[EngineEntry, ...] = (
         summary="the training model itself, on the ranks that train it",
         code="megatron_rl.rollout.builtin.generate:builtin_engine",
         routes=True,
+        kept_tokens=True,
     ),
     EngineEntry(
         name="vllm",
@@ -18,6 +19,7 @@ ENGINES: tuple[EngineEntry, ...] = (
         servers=True,
         beside_training=True,
         routes=True,
+        kept_tokens=True,
         broadcast=True,
         tempered_cuts=False,
     ),
@@ -28,5 +30,6 @@ ENGINES: tuple[EngineEntry, ...] = (
         servers=True,
         beside_training=True,
         routes=True,
+        kept_tokens=True,
     ),
 )

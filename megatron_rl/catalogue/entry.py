@@ -68,6 +68,9 @@ class EngineEntry(Entry):
         False  #: it can answer while the model trains, which ``rollout.lag`` needs
     )
     routes: bool = False  #: its completions can hold the experts of their tokens
+    #: its completions can hold the tokens that top-p and top-k kept, with log-probabilities over
+    #: these, which ``rollout.keep_sampling_mask`` needs
+    kept_tokens: bool = False
     broadcast: bool = False  #: running servers can receive weights through a process group
     #: its log-probabilities are exact with top-p or top-k at other temperatures than 1
     tempered_cuts: bool = True

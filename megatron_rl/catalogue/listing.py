@@ -46,7 +46,8 @@ def _traits(row: Entry) -> list[str]:
         return [f"needs in every record: {', '.join(row.needs)}"]
     if isinstance(row, EngineEntry):
         beside = "beside training" if row.beside_training else "in turns with training"
-        return [f"{beside}, {'with' if row.routes else 'without'} the experts of its tokens"]
+        traits = [f"{beside}, {'with' if row.routes else 'without'} the experts of its tokens"]
+        return traits + ["with the tokens that top-p and top-k kept"] * row.kept_tokens
     if isinstance(row, OptimizerEntry):
         layouts = "any layout" if row.split_weights else "without tensor and expert parallelism"
         sharded = "with" if row.of_megatron else "without"

@@ -12,6 +12,7 @@ from megatron_rl.config.rollout import (
     engine_settings,
     engines_with,
     environment_settings,
+    truncates,
 )
 from megatron_rl.config.schema import Config
 from megatron_rl.config.schema_rollout import ServersConfig
@@ -97,12 +98,40 @@ def servers_give_exact_logprobs(config: Config) -> None:
     top-p or top-k at another temperature neither is what the loss needs.
     """
     rollout = config.rollout
-    cut = rollout.top_p < 1.0 or rollout.top_k > 0
-    if cut and rollout.temperature != 1.0 and not engine_of(rollout).tempered_cuts:
+    if rollout.keep_sampling_mask or engine_of(rollout).tempered_cuts:
+        return  # with masks they are those after all settings, as the trainer's are
+    if truncates(rollout) and rollout.temperature != 1.0:
         raise UserError(
             f"rollout.temperature {rollout.temperature:g} with top_p {rollout.top_p:g} and top_k "
             f"{rollout.top_k} and rollout.engine {rollout.engine}; expected top_p 1 and top_k 0, "
             "or temperature 1: a server gives no log-probabilities for both; change one"
+        )
+
+
+def kept_tokens_are_returned(config: Config) -> None:
+    """``rollout.keep_sampling_mask`` needs truncated sampling and an engine that says what it kept.
+    Servers bound the sets by ``top_k``.
+    """
+    rollout = config.rollout
+    if not rollout.keep_sampling_mask:
+        return
+    if not truncates(rollout):
+        raise UserError(
+            "rollout.keep_sampling_mask is true with top_p 1 and top_k 0, which keep every token; "
+            "expected truncated sampling; set rollout.top_p or top_k, or keep_sampling_mask false"
+        )
+    engine = engine_of(rollout)
+    if not engine.kept_tokens:
+        raise UserError(
+            f"rollout.keep_sampling_mask is true with rollout.engine {rollout.engine}, which does "
+            f"not return the tokens it kept; expected {engines_with('kept_tokens')}; set "
+            "rollout.engine, or keep_sampling_mask false"
+        )
+    if engine.servers and not rollout.top_k:
+        raise UserError(
+            f"rollout.keep_sampling_mask is true with rollout.engine {rollout.engine} and top_k 0; "
+            "expected a top_k, without which the server returns no sets; set rollout.top_k, "
+            "such as 512"
         )
 
 
@@ -158,6 +187,7 @@ ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     broadcasts_reach_servers_of_others,
     urls_are_urls,
     servers_give_exact_logprobs,
+    kept_tokens_are_returned,
     lag_is_corrected,
     environment_is_known,
     sampler_computes_what_the_trainer_computes,

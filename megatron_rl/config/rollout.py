@@ -26,6 +26,28 @@ def engines_with(trait: str) -> str:
     return " or ".join(row.name for row in ENGINES.rows if getattr(row, trait))
 
 
+def truncates(rollout: RolloutConfig) -> bool:
+    """Whether answers are drawn from fewer tokens than the vocabulary has."""
+    return rollout.top_p < 1.0 or rollout.top_k > 0
+
+
+def truncation_text(rollout: RolloutConfig) -> str | None:
+    """What truncated sampling means for the trainer's log-probabilities; None: it is off."""
+    if not truncates(rollout):
+        return None
+    on = [f"top_p {rollout.top_p:g}"] * (rollout.top_p < 1.0)
+    on += [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)
+    cut = f"{' and '.join(on)} {'keep' if len(on) > 1 else 'keeps'}"
+    if not rollout.keep_sampling_mask:
+        return (
+            f"answers are drawn from what rollout.{cut}, log-probabilities are over the whole "
+            "vocabulary, so policy gradient and ratios are biased; "
+            "set rollout.keep_sampling_mask"
+        )
+    most = f", about {rollout.top_k:,} at most" if rollout.top_k else ""
+    return f"log-probabilities are over the tokens that {cut}: 4 bytes each{most}"
+
+
 def environment_of(rollout: RolloutConfig) -> EnvironmentEntry | None:
     """The environment; None: there is none, each answer stands alone. UserError: unknown name."""
     if rollout.environment is None:

@@ -70,6 +70,10 @@ class RolloutConfig(Section):
     """Nucleus sampling: the smallest set of tokens with this much probability; 1: off."""
     top_k: int = Field(0, ge=0)
     """Sample among the k likeliest tokens; 0: off."""
+    keep_sampling_mask: bool = False
+    """With top_p or top_k: an answer carries the tokens that they kept for each of its tokens. All
+    log-probabilities are over these, the trainer's too, and so its ratio to the sampler is exact.
+    """
     scores: Literal["auto", "sampler", "pass"] = "auto"
     """Where the old policy's log-probabilities and router trace come from. pass: a scoring pass.
     sampler: the sampler has them, with engine builtin, an fp32 model, no environment and not

@@ -11,6 +11,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from megatron_rl.config.estimate import expert_id_bytes
+from megatron_rl.data.packed_kept import check_kept, kept_of_targets
 from megatron_rl.data.shared_prompts import (
     Tree,
     num_rows,
@@ -115,6 +116,7 @@ def pack_samples(
     sequence_multiple: int = 1,
     routing: Routing | None = None,
     share_prompts: bool = False,
+    with_kept: bool = True,
     plans: PackPlans | None = None,
 ) -> list[Pack]:
     """Packs of T = ``pack_tokens`` tokens by the plan of ``plan_packs``, followed by empty packs up
@@ -125,14 +127,17 @@ def pack_samples(
     padding of an MoE model to the same experts. ``with_rollout_logprobs``: whether packs hold them;
     None: as the samples do (an empty list of samples cannot tell). ``routing``: the packs hold the
     sampler's experts of these layers. ``share_prompts``: the model runs on ``pack_tokens`` rows, in
-    which the sequences of a prompt share it. ``plans``: of these samples and options, if they are
-    there already. ValueError: more packs than ``num_packs``, or samples
-    without the requested values.
+    which the sequences of a prompt share it. ``with_kept``: packs hold the samples' kept tokens, if
+    they have them. ``plans``: of these samples and options, if they are there already. ValueError:
+    more packs than ``num_packs``, or samples without the requested values.
     """
     if with_rollout_logprobs is None:
         with_rollout_logprobs = any(sample.rollout_logprobs is not None for sample in samples)
+    with_kept = with_kept and any(sample.kept is not None for sample in samples)
     for index, sample in enumerate(samples):
         _check_sample(index, sample, with_rollout_logprobs)
+        if with_kept:
+            check_kept(index, sample)
         if routing is not None:
             _check_routes(index, sample, routing)
     if plans is None:
@@ -147,7 +152,9 @@ def pack_samples(
         if len(plan) > num_packs:
             raise ValueError(f"{len(plan)} packs are needed, num_packs is {num_packs}")
         plan += [[] for _ in range(num_packs - len(plan))]
-    layout = _Layout(pack_tokens, vocab_size, with_rollout_logprobs, sequence_multiple, routing)
+    layout = _Layout(
+        pack_tokens, vocab_size, with_rollout_logprobs, sequence_multiple, routing, with_kept
+    )
     return [
         _shared_pack(samples, trees, layout)
         if any(tree.prompt for tree in trees)
@@ -169,6 +176,7 @@ class _Layout:
     with_rollout_logprobs: bool
     sequence_multiple: int
     routing: Routing | None
+    with_kept: bool
 
 
 def _shared_pack(samples: Sequence[Sample], trees: Sequence[Tree], layout: _Layout) -> Pack:
@@ -245,6 +253,7 @@ def _build_pack(everything: Sequence[Sample], members: Sequence[int], layout: _L
         sequence_multiple,
         _build_routes(samples, layout),
         members=tuple(members),
+        kept=kept_of_targets(samples, mask) if layout.with_kept else None,
     )
 
 

@@ -58,6 +58,15 @@ def scatter_objects(values: list[Any] | None, group: ProcessGroup) -> Any:
     return received[0]
 
 
+def broadcast_object(value: Any, group: ProcessGroup) -> Any:
+    """The picklable value of the group's rank 0, on every rank."""
+    if group.size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
+    return values[0]
+
+
 class _GatherFirstDim(torch.autograd.Function):
     @staticmethod
     def forward(

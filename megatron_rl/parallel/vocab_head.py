@@ -16,6 +16,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.collectives import gather_first_dim
+from megatron_rl.parallel.kept_words import KeptWords
 from megatron_rl.parallel.vocab_tiles import NEVER, Slope, SoftmaxSums, Tiles
 
 #: none: not computed; detached: a metric; differentiable: part of a loss.
@@ -66,6 +67,7 @@ def head_values(
     temperature: float,
     *,
     entropy: Entropy = "none",
+    kept: KeptWords | None = None,
 ) -> HeadValues:
     """log softmax(rows @ weight^T / temperature) at the targets, and more. A collective.
 
@@ -74,8 +76,12 @@ def head_values(
             words only (see `VocabHead.gather`). head: the output layer. targets: int64 [T], ids
             of the whole vocabulary. temperature: divides the logits; > 0.
         entropy: of softmax(logits / temperature).
+        kept: the words that each token may take, its target among them: the softmax is over these
+            (arXiv 2512.02556, section 3.1), so all values are of the renormalised distribution.
+            Only words that occur are multiplied. None: every word.
     """
-    return HeadValues(*_Head.apply(rows, head.weight, head, targets, 1.0 / temperature, entropy))
+    inverse = 1.0 / temperature
+    return HeadValues(*_Head.apply(rows, head.weight, head, targets, inverse, entropy, kept))
 
 
 class _Head(torch.autograd.Function):
@@ -88,39 +94,40 @@ class _Head(torch.autograd.Function):
         targets: torch.Tensor,
         inverse: float,
         entropy: Entropy,
+        kept: KeptWords | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        tiles = _tiles(rows, weight, head, targets)
+        tiles = _tiles(rows, weight, head, targets, kept)
         sums = SoftmaxSums(len(rows), inverse, entropy != "none", rows.device)
         for words in tiles.words:
-            sums.add(tiles.logits(tiles.weight(words)), *tiles.targets_in(words))
+            sums.add(tiles.logits(tiles.weight(words), words), *tiles.targets_in(words))
         sums.reduce(head.group)
         log_total = sums.total.log()
         logprobs = (sums.picked - sums.peak) * inverse - log_total
         found = None if entropy == "none" else log_total - sums.weighted / sums.total
         hits = sums.picked >= sums.peak
-        kept = [rows, weight, targets, sums.peak * inverse + log_total]
+        saved = [rows, weight, targets, sums.peak * inverse + log_total]
         if entropy == "differentiable":
-            ctx.save_for_backward(*kept, found)
+            ctx.save_for_backward(*saved, found)
             ctx.mark_non_differentiable(hits)
         else:
-            ctx.save_for_backward(*kept)
+            ctx.save_for_backward(*saved)
             ctx.mark_non_differentiable(hits, *([] if found is None else [found]))
-        ctx.head, ctx.inverse = head, inverse
+        ctx.head, ctx.inverse, ctx.kept = head, inverse, kept
         return logprobs, found, hits
 
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor | None, _: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None, None]:
         rows, weight, targets, normaliser, *entropy = ctx.saved_tensors
         slope = Slope(ctx.inverse, normaliser, grad_logprobs)
         if entropy:
             assert grad_entropy is not None, "it is an output"
             slope.add_entropy(entropy[0], grad_entropy)
         trained = ctx.needs_input_grad[1]
-        tiles = _tiles(rows, weight, ctx.head, targets)
+        tiles = _tiles(rows, weight, ctx.head, targets, ctx.kept)
         grad_rows, grad_weight = head_gradients(tiles, slope, weight if trained else None)
-        return grad_rows.to(rows.dtype), grad_weight, None, None, None, None
+        return grad_rows.to(rows.dtype), grad_weight, None, None, None, None, None
 
 
 def head_gradients(
@@ -135,10 +142,11 @@ def head_gradients(
     grad_weight = None if weight is None else torch.zeros_like(weight)
     for words in tiles.words:
         part = tiles.weight(words)
-        grad = slope.of(tiles.logits(part), *tiles.targets_in(words))
+        grad = slope.of(tiles.logits(part, words), *tiles.targets_in(words))
         rounded = tiles.rounded(grad)
         if grad_weight is not None:
-            grad_weight[words] = rounded.t() @ signed
+            of_words = (rounded.t() @ signed).to(grad_weight.dtype)
+            grad_weight[tiles.places(words)] = of_words
         _add_product(grad_rows, rounded, grad, part)
     return grad_rows.mul_(factor), grad_weight
 
@@ -157,7 +165,14 @@ def _add_product(
 
 
 def _tiles(
-    rows: torch.Tensor, weight: torch.Tensor, head: VocabHead, targets: torch.Tensor
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    head: VocabHead,
+    targets: torch.Tensor,
+    kept: KeptWords | None,
 ) -> Tiles:
     first = head.group.rank() * len(weight)
-    return Tiles(rows, weight[: head.words], targets - first, fp32=head.fp32)
+    if kept is None:
+        return Tiles(rows, weight[: head.words], targets - first, fp32=head.fp32)
+    mine, targets = kept.of_rank(first, head.words), kept.places(targets, first)
+    return Tiles(rows, weight[: head.words], targets, fp32=head.fp32, kept=mine)

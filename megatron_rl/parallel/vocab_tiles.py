@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.collectives import all_reduce
+from megatron_rl.parallel.kept_words import RankWords
 
-#: Logit of a row of padding. Finite, because 0 * inf would spoil entropies; far below any logit at
-#: any temperature.
+#: Logit of a row of padding, and of a word that a token may not take. Finite,
+#: because 0 * inf would spoil entropies; far below any logit at any temperature.
 NEVER = -1e9
 
 #: Logits of a tile, tokens x words. On a CPU (measured) what works on it stays in the caches; on
@@ -26,17 +27,25 @@ class Tiles:
     """The logits of T tokens and this rank's words, some words at a time, in memory of one tile."""
 
     def __init__(
-        self, rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, fp32: bool
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        fp32: bool,
+        kept: RankWords | None = None,
     ) -> None:
         """
         Args:
             rows: hidden states [T, D]. weight: [V, D] of this rank's words. targets: int64 [T],
                 relative to the first of them; those of other ranks are outside.
             fp32: multiply in fp32, whatever the types are.
+            kept: the words that each token may take: the tiles are of those that occur, among which
+                ``targets`` are places. None: every word.
         """
         self.rows = rows.float() if fp32 else rows
-        self._weight, self._targets, self._fp32 = weight, targets, fp32
-        tokens, words = len(rows), len(weight)
+        self._weight, self._targets, self._fp32, self._kept = weight, targets, fp32, kept
+        tokens, words = len(rows), len(weight) if kept is None else kept.count
         step = max(LEAST_WORDS, TILE.get(rows.device.type, TILE["cuda"]) // max(tokens, 1))
         starts = range(0, words if tokens else 0, step)
         self.words = [slice(start, min(start + step, words)) for start in starts]
@@ -45,14 +54,29 @@ class Tiles:
         self._narrow = self._wide
         if self.rows.dtype != torch.float32:
             self._narrow = torch.empty(size, dtype=self.rows.dtype, device=rows.device)
+        self._outside = torch.empty(
+            0 if kept is None else size, dtype=torch.bool, device=rows.device
+        )
+
+    def places(self, words: slice) -> slice | torch.Tensor:
+        """Where the words of a tile are in the weight."""
+        return words if self._kept is None or self._kept.words is None else self._kept.words[words]
 
     def weight(self, words: slice) -> torch.Tensor:
         """[n, D] in the type of the products."""
-        weight = self._weight[words]
+        weight = self._weight[self.places(words)]
         return weight.float() if self._fp32 else weight
 
-    def logits(self, weight: torch.Tensor) -> torch.Tensor:
-        """fp32 [T, n], rounded to the type of the products; the next call overwrites them."""
+    def logits(self, weight: torch.Tensor, words: slice) -> torch.Tensor:
+        """fp32 [T, n], rounded to the type of the products, of these words and their weight;
+        `NEVER` for words that a token may not take. The next call overwrites them.
+        """
+        logits = self._products(weight)
+        if self._kept is not None:
+            logits.masked_fill_(self._kept.outside(words, self._outside), NEVER)
+        return logits
+
+    def _products(self, weight: torch.Tensor) -> torch.Tensor:
         shape = (len(self.rows), len(weight))
         count = shape[0] * shape[1]
         product = torch.mm(self.rows, weight.t(), out=self._narrow[:count].view(shape))

@@ -21,6 +21,7 @@ from megatron_rl.models.context_attention import context_placement
 from megatron_rl.models.shared_attention import shared_placement
 from megatron_rl.parallel.collectives import all_max, all_reduce
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.kept_words import KeptWords
 from megatron_rl.parallel.sequence_shards import (
     SequenceShards,
     padded_spans,
@@ -29,7 +30,7 @@ from megatron_rl.parallel.sequence_shards import (
     tensor_slice,
 )
 from megatron_rl.policy.pack_length import shortest_length
-from megatron_rl.policy.predicting import predicting
+from megatron_rl.policy.predicting import kept_words, predicting
 from megatron_rl.policy.shared_rows import SharedRows, row_counts, shared_rows
 from megatron_rl.records import Pack, Sample
 from megatron_rl.router.trace import LayerTrace, RouterTrace
@@ -63,6 +64,7 @@ class PackTensors:
     #: trained, ascending; None: nearly all, or not known
     predicting: torch.Tensor | None = None
     shared: SharedRows | None = None  #: None: no prompt is shared, the model runs on ``tokens``
+    kept: KeptWords | None = None  #: of the predictions ``predicting``; None: every token
 
     @property
     def row(self) -> torch.Tensor:
@@ -102,6 +104,7 @@ def to_device(
 
     routes, known, trace = _local_routes(pack, shards, tensor_group)
     shared = shared_rows(pack, shards, device)
+    trained = predicting(pack, shards, shared)
     return PackTensors(
         tokens=tensor(pack.tokens),
         targets=tensor(pack.targets),
@@ -116,8 +119,9 @@ def to_device(
         routes=routes,
         routes_known=known,
         trace=trace,
-        predicting=predicting(pack, shards, shared, device),
+        predicting=None if trained is None else tensor(np.flatnonzero(trained >= 0)),
         shared=shared,
+        kept=None if trained is None else kept_words(pack, trained, device),
     )
 
 
@@ -190,6 +194,7 @@ def pack_mini_batches(
         "share_prompts": shares_prompts(config, device),
     }
     plans = [PackPlans(batch, **options) for batch in mini_batches]
+    last_stage = groups.pipeline.rank() == groups.pipeline.size() - 1  # the others have no head
     # A rank without a sequence cannot see whether the others' packs hold these.
     found = any(s.rollout_logprobs is not None for batch in mini_batches for s in batch)
     most = torch.tensor([max(plan.rows for plan in plans), int(found)], device=device)
@@ -205,6 +210,7 @@ def pack_mini_batches(
                 vocab_size=config.model.vocab_size,
                 with_rollout_logprobs=bool(with_rollout_logprobs),
                 plans=plan,
+                with_kept=last_stage,
                 **options,
             )
         ]

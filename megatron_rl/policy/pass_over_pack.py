@@ -31,7 +31,8 @@ def pack_values(
     entropy: Entropy = "none",
 ) -> HeadValues:
     """Log-probabilities of the pack's targets, entropies, and whether each target is the model's
-    likeliest token; see `head_values`. A collective on the last stage.
+    likeliest token; see `head_values`. Where the sampler kept only some tokens, all of these are of
+    the distribution over them. A collective on the last stage.
 
     Args:
         policy: the policy.
@@ -50,7 +51,7 @@ def pack_values(
     else:  # a row may predict several tokens: its own, then the extra ones
         targets = torch.cat([shards.local(shared.targets), shared.extra_targets])
         rows = torch.cat([rows, rows.index_select(0, shared.extra_rows)])
-    local = _trained_values(rows, head, targets, temperature, entropy, pack.predicting)
+    local = _trained_values(rows, head, targets, temperature, entropy, pack)
     if shared is None and shards.group.size() == 1:
         return local
     spread = local.logprobs.detach() if local.entropy is None else local.entropy
@@ -72,15 +73,16 @@ def _trained_values(
     targets: torch.Tensor,
     temperature: float,
     entropy: Entropy,
-    places: torch.Tensor | None,
+    pack: PackTensors,
 ) -> HeadValues:
-    """As `head_values`, but of rows [N, D] and targets [N] only those at ``places``; others are 0.
-    None: of all.
+    """As `head_values`, but of rows [N, D] and targets [N] only those that the pack trains, if it
+    names them; others are 0.
     """
+    places = pack.predicting
     if places is None:
         return head_values(rows, head, targets, temperature, entropy=entropy)
     rows, targets, count = rows.index_select(0, places), targets.index_select(0, places), len(rows)
-    found = head_values(rows, head, targets, temperature, entropy=entropy)
+    found = head_values(rows, head, targets, temperature, entropy=entropy, kept=pack.kept)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(count).index_copy(0, places, values)

@@ -24,7 +24,7 @@ class SharedRows:
     for ``extra_rows``.
 
     The row makes R predictions, each row its own, and E extra ones, of rows that predict another
-    target as well.
+    target as well, or the same one among other kept tokens.
     """
 
     tokens: torch.Tensor  #: int64 [R]
@@ -52,11 +52,12 @@ def shared_rows(pack: Pack, shards: SequenceShards, device: torch.device) -> Sha
         return None
     places, num_rows = pack.shared.places, pack.num_rows
     here = pack.sequence_ids < pack.num_sequences
-    targets = np.zeros(num_rows, dtype=np.int64)
-    targets[places[here][::-1]] = pack.targets[here][::-1]  # of its first token, the last written
-    other = here & (pack.targets != targets[places])
-    (rows, extra_targets), number = np.unique(
-        np.stack([places[other], pack.targets[other]]), axis=1, return_inverse=True
+    own = np.zeros((2, num_rows), dtype=np.int64)
+    wanted = np.stack([pack.targets, _kinds_of_sets(pack)])
+    own[:, places[here][::-1]] = wanted[:, here][:, ::-1]  # of its first token, the last written
+    targets, other = own[0], here & (wanted != own[:, places]).any(axis=0)
+    (rows, extra_targets, _), number = np.unique(
+        np.concatenate([places[None, other], wanted[:, other]]), axis=1, return_inverse=True
     )
     local, size = num_rows // shards.group.size(), len(rows)
     at = shards.places.cpu().numpy()
@@ -76,6 +77,23 @@ def shared_rows(pack: Pack, shards: SequenceShards, device: torch.device) -> Sha
         extra_targets=tensor(extra_targets),
         reads=tensor(reads),
     )
+
+
+def _kinds_of_sets(pack: Pack) -> np.ndarray:
+    """int64 [T], equal for trained tokens of one row if they have the same kept tokens; 0 for all
+    that have their row for themselves. Two answers' first tokens may have been sampled in different
+    batches, whose rounding may differ.
+    """
+    kinds = np.zeros(pack.num_tokens, dtype=np.int64)
+    if pack.kept is None or pack.shared is None:
+        return kinds
+    places = pack.shared.places
+    shared = np.bincount(places[pack.mask], minlength=pack.num_rows) > 1
+    found: dict[bytes, int] = {}
+    for token in np.flatnonzero(pack.mask & shared[places]):
+        ids = pack.kept.ids[slice(*pack.kept.offsets[token : token + 2])]
+        kinds[token] = found.setdefault(np.sort(ids).tobytes(), len(found))
+    return kinds
 
 
 def row_counts(pack: Pack, shards: SequenceShards, device: torch.device) -> torch.Tensor | None:

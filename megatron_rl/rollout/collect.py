@@ -82,6 +82,7 @@ def to_samples(
                     completion.logprobs,
                     completion.routed_experts,
                     written=completion.written,
+                    kept=completion.kept,
                 )
             )
     return samples

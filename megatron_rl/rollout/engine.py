@@ -30,6 +30,13 @@ class SamplingSettings:
     seed: int = 0
     routes: bool = False  #: completions carry the experts of their tokens
     router_logprobs: bool = False  #: with the routers' log-probabilities, where an engine has them
+    #: completions carry the tokens that top-p and top-k kept, and log-probabilities over these
+    kept: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether answers have kept tokens: greedy ones have none."""
+        return self.kept and not self.greedy
 
 
 def sampling_settings(
@@ -40,13 +47,14 @@ def sampling_settings(
     seed: int,
     routes: bool = False,
     router_logprobs: bool = False,
+    kept: bool = False,
 ) -> SamplingSettings:
     """The configuration's settings.
 
     Args:
         rollout: section ``rollout`` of the configuration.
         samples: answers to each prompt.
-        greedy, seed, routes, router_logprobs: see `SamplingSettings`.
+        greedy, seed, routes, router_logprobs, kept: see `SamplingSettings`.
     """
     return SamplingSettings(
         samples=samples,
@@ -58,6 +66,7 @@ def sampling_settings(
         seed=seed,
         routes=routes,
         router_logprobs=router_logprobs,
+        kept=kept,
     )
 
 

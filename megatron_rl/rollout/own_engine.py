@@ -14,7 +14,7 @@ from megatron_rl.catalogue.entry import EngineEntry
 from megatron_rl.catalogue.kinds import ENGINES
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.collective_try import collective_try
-from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
+from megatron_rl.records import Completion, KeptTokens, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rollout.engine import Engine, EngineParts, SamplingSettings
 from megatron_rl.rollout.servers.answer_checks import check_answers
 from megatron_rl.rollout.servers.api import Answer, BadAnswer
@@ -164,10 +164,14 @@ def _as_answer(completion: Completion) -> Answer:
     routes = completion.routed_experts
     if routes is not None and not isinstance(routes, RoutedExperts):
         raise BadAnswer(f"routed_experts of {type(routes).__name__}; expected RoutedExperts")
+    kept = completion.kept
+    if kept is not None and not isinstance(kept, KeptTokens):
+        raise BadAnswer(f"kept of {type(kept).__name__}; expected KeptTokens")
     return Answer(
         tokens=completion.tokens,
         logprobs=completion.logprobs,
         stopped=completion.finished,
         versions=(_ANY,),
         routed_experts=None if routes is None else routes.ids,
+        kept=kept,
     )

@@ -6,7 +6,7 @@ from typing import Sequence
 
 import numpy as np
 
-from megatron_rl.records import Completion, RoutedExperts
+from megatron_rl.records import Completion, KeptTokens, RoutedExperts
 
 
 def join_turns(
@@ -25,7 +25,7 @@ def join_turns(
 
     Returns:
         A completion whose ``text`` joins all texts, and whose ``last_text`` is that of the last
-        answer. It has no experts if an answer has none.
+        answer. It has no experts, and no kept tokens, if an answer has none.
 
     Raises:
         ValueError: the numbers of answers, replies and texts do not fit together.
@@ -54,7 +54,21 @@ def join_turns(
         last_version=version,
         written=np.concatenate([np.full(len(tokens), ours) for tokens, _, ours in parts]),
         last_text=last.text,
+        kept=_join_kept(answers, [len(tokens) for tokens, _, ours in parts if not ours]),
     )
+
+
+def _join_kept(answers: Sequence[Completion], replies: Sequence[int]) -> KeptTokens | None:
+    """The kept tokens of all turns, with empty sets for the replies, of these lengths; None if an
+    answer has none.
+    """
+    sets: list[KeptTokens] = []
+    for place, answer in enumerate(answers):
+        if answer.kept is None:
+            return None
+        sets.append(answer.kept)
+        sets.extend(KeptTokens.empty(count) for count in replies[place : place + 1])
+    return KeptTokens.join(sets)
 
 
 def _join_routes(answers: Sequence[Completion]) -> RoutedExperts | None:

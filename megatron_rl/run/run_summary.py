@@ -10,7 +10,7 @@ from megatron_rl.config.estimate import count_parameters
 from megatron_rl.config.layout import layout_text, moe_layers
 from megatron_rl.config.optimizer import optimizer_text
 from megatron_rl.config.reward import reward_text
-from megatron_rl.config.rollout import engine_of
+from megatron_rl.config.rollout import engine_of, truncation_text
 from megatron_rl.config.schema import (
     AlgorithmConfig,
     Config,
@@ -105,6 +105,8 @@ def train_facts(config: Config, data: RunData, world_size: int) -> dict[str, str
         "algorithm": _algorithm(algorithm),
         "optimizer": _optimizer(config.optimizer),
     }
+    if rollout.keep_sampling_mask:
+        facts["truncated sampling"] = str(truncation_text(rollout))
     if keeps_trace(algorithm):
         longest = longest_sequence(config, problems)
         facts["router trace"] = trace_fact(config, world_size, longest)

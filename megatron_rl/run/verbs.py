@@ -16,6 +16,7 @@ from megatron_rl.checkpoint.restore import load_weights
 from megatron_rl.config.algorithm import keeps_trace, updates_per_step
 from megatron_rl.config.data import data_text
 from megatron_rl.config.reward import reward_text
+from megatron_rl.config.rollout import truncation_text
 from megatron_rl.config.schema import Config
 from megatron_rl.data.run_data import RunData
 from megatron_rl.device.launch import read_launch
@@ -61,6 +62,9 @@ def train(config: Config, data: RunData) -> None:
     def make_task(session: Session, policy: Policy, engine: Engine) -> Task:
         if keeps_trace(config.algorithm):
             check_trace_fits(session, longest_sequence(config, problems))
+        biased = None if config.rollout.keep_sampling_mask else truncation_text(config.rollout)
+        if biased is not None:
+            session.console.warn(biased)
         return Reinforce(session, policy, engine, problems, held_out, identity, parts)
 
     updates = config.train.steps * updates_per_step(config.algorithm)

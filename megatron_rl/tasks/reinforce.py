@@ -161,6 +161,7 @@ class Reinforce:
             seed=(config.seed << 32) + (attempt << 24) + number,
             routes=config.algorithm.routing_replay == "r3" or self._old_scores.wants_traces,
             router_logprobs=self._old_scores.wants_traces,
+            kept=config.rollout.keep_sampling_mask,
         )
 
     def _rewarded(self, answers: Sequence[RolloutGroup]) -> list[ScoredGroup]:

@@ -45,6 +45,7 @@ QUICK = (
     "TP2, muon",
     "TP2 EP2 ETP2, muon",
     "TP2 EP2, bf16",
+    "TP2, shared prompts, kept tokens",
 )
 
 

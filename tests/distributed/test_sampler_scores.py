@@ -25,10 +25,17 @@ CASES = (
     Case("R2", 1, {}, algorithm={"routing_replay": "r2"}),
     Case("latent attention, whole prompts", 1, {}, LATENT, share_prompts="off"),
 )
-QUICK = ("one process", "TP2", "PP2 VPP2", "CP2", "union", "R2")
+KEPT = tuple(
+    Case(f"{name}, kept tokens", ranks, parallel, kept=True)
+    for name, ranks, parallel in (
+        ("one process", 1, {}), ("TP2", 2, TP2), ("PP2", 2, PP2), ("CP2", 2, CP2), ("EP2", 2, EP2),
+        ("DP2", 2, {}), ("TP2 PP2", 4, {**TP2, **PP2}),
+    )
+)  # fmt: skip
+QUICK = ("one process", "TP2", "PP2 VPP2", "CP2", "union", "R2", "TP2, kept tokens")
 
 
-@pytest.mark.parametrize("case", parameters(CASES, QUICK))
+@pytest.mark.parametrize("case", parameters((*CASES, *KEPT), QUICK))
 def test_updates_are_those_after_a_scoring_pass(case: Case):
     for results in run_on_ranks(case.ranks, both_ways, case, timeout_s=300.0):
         agreement = results["agreement"]

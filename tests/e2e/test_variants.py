@@ -1,4 +1,6 @@
-"""A run with reference, regularisers, sampler weights and dynamic sampling, whole and resumed."""
+"""A run with reference, regularisers, sampler weights, dynamic sampling and kept tokens, whole and
+resumed.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ WORDS = """
 --algorithm.router_shift.mode negative_only --algorithm.router_shift.normalise batch_mean
 --algorithm.router_shift.layers max --algorithm.mismatch icepop --algorithm.kl_coef 0.05
 --algorithm.reference initial --algorithm.entropy_coef 0.01 --rollout.dynamic_sampling true
---rollout.max_rounds 3 --reward.overlong_buffer 4 --evaluate.every 0
+--rollout.max_rounds 3 --rollout.top_p 0.9 --rollout.keep_sampling_mask true
+--reward.overlong_buffer 4 --evaluate.every 0
 """.split()
 
 
@@ -36,6 +39,7 @@ def test_every_step_reports_the_parts(whole):
     for row in records(whole / "metrics.jsonl")[1:]:
         assert row["mismatch/weight_mean"] == pytest.approx(1.0, abs=1e-3)
         assert row["mismatch/clipped_fraction"] == 0
+        assert row["mismatch/logprob_max"] < 1e-4  # both over the tokens that the sampler kept
         assert 1 <= row["groups/rounds"] <= 3
         assert row["groups/drawn"] >= 8
         assert row["entropy"] > 0

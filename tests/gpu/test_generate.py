@@ -48,3 +48,18 @@ def test_answers_are_those_of_the_cpu(model, with_te, greedy):
     assert [t.tolist() for t, _ in found] == [t.tolist() for t, _ in expected]
     for (_, logprobs), (_, reference) in zip(found, expected):
         np.testing.assert_allclose(logprobs, reference, atol=1e-4)
+
+
+def sets(kind):
+    """On a rank: [(tokens, offsets and ids of the kept tokens)] of all answers."""
+    config = tiny_config(device={"kind": kind})
+    engine = tiny_engine(config, *build_tiny(config), max_batch=8)
+    settings = dataclasses.replace(SETTINGS, top_p=0.8, top_k=9, kept=True)
+    answers = [a for g in engine.generate(random_prompts(LENGTHS), settings) for a in g.completions]
+    return [[a.tokens.tolist(), a.kept.offsets.tolist(), a.kept.ids.tolist()] for a in answers]
+
+
+def test_kept_tokens_of_captured_steps_are_those_of_the_cpu():
+    (expected,) = run_on_ranks(1, sets, "cpu")
+    (found,) = run_on_ranks(1, sets, "cuda", kind="cuda")
+    assert found == expected

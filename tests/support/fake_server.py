@@ -114,6 +114,7 @@ class FakeServer:
         self.version, self.loaded = "default", []
         self.asked: list[dict[str, Any]] = []  #: bodies of the requests, answered or not
         self.experts: tuple[int, int] | None = None  #: (L, K): answers carry experts
+        self.masks = False  #: it was started with --return-sampling-mask
         self.done: list[dict[str, Any]] = []  #: bodies of the requests answered
         #: called before a request is answered; and before a pause, with its number
         self.before_answer: Callable[[], None] = lambda: None
@@ -244,7 +245,7 @@ class FakeServer:
     ) -> dict[str, Any]:
         settings = body["sampling_params"]
         random = np.random.default_rng(settings["seed"] + index)
-        tokens, content, reason = list(body["token_ids"]), [], "length"
+        tokens, content, reason, masks = list(body["token_ids"]), [], "length", []
         version = "0" if self.fault == "stale" else version
         for place in range(settings["max_tokens"]):
             self._wait_to_be_paused(place)
@@ -253,9 +254,12 @@ class FakeServer:
                 self.broken_off += 1
                 break
             logprobs = model(tokens)
+            if self.masks:
+                logprobs, kept = _truncated(logprobs, settings)
+                masks.append(kept)
             token = int(logprobs.argmax())
             if settings["temperature"] > 0:
-                logits = logprobs / settings["temperature"]
+                logits = logprobs / (1.0 if self.masks else settings["temperature"])
                 token = int((logits + random.gumbel(size=len(logits))).argmax())
             tokens.append(token)
             content.append({"token_id": token, "logprob": float(logprobs[token])})
@@ -271,9 +275,22 @@ class FakeServer:
             "finish_reason": reason,
             "token_ids": made,
             "routed_experts": self._experts(len(tokens) - 1),
+            "sampling_mask": masks if self.masks else None,
             "weight_versions": [{"version": version, "start": 0, "end": len(made)}],
             "logprobs": {"content": content},
         }
+
+
+def _truncated(logprobs: np.ndarray, settings: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
+    """vLLM's processed log-probabilities [V] and the ids that it keeps."""
+    assert settings["temperature"] > 0 and settings["top_k"] > 0, "vLLM refuses these with masks"
+    scaled = logprobs / settings["temperature"]
+    order = np.argsort(-scaled)[: settings["top_k"]]
+    probs = np.exp(scaled[order] - np.logaddexp.reduce(scaled[order]))
+    kept = order[probs.cumsum() - probs < settings["top_p"]]
+    processed = np.full(len(scaled), -np.inf)
+    processed[kept] = scaled[kept] - np.logaddexp.reduce(scaled[kept])
+    return processed, kept.tolist()
 
 
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:

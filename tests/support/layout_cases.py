@@ -30,6 +30,7 @@ class Case:
     scored: bool = True  #: the first mini-batch, by a pass of its own
     share_prompts: str = "auto"  #: data.share_prompts
     pack_tokens: int = 0  #: other than the usual
+    kept: bool = False  #: the sampler has kept some tokens of the vocabulary
 
 
 SIGMOID = {"router_score": "sigmoid", "router_expert_bias": True, "expert_bias_update_rate": 0.01}
@@ -230,6 +231,22 @@ OTHER_OPTIMIZERS = (
     Case("TP2, muon, latent attention", 2, TP2, LATENT, optimizer=MUON),
     Case("TP2, muon, dense model", 2, TP2, DENSE, algorithm=GMPO, optimizer=MUON),
 )
+TRUNCATED_SAMPLING = tuple(
+    Case(f"{name}, kept tokens", ranks, parallel, kept=True, group=group, **options)
+    for name, ranks, parallel, group, options in (
+        ("TP2", 2, TP2, 1, {}),
+        ("TP2, shared prompts", 2, TP2, 4, {}),
+        ("PP2", 2, PP2, 4, {}),
+        ("CP2", 2, CP2, 4, {}),
+        ("CP2, unshared", 2, CP2, 4, {"share_prompts": "off"}),
+        ("EP2", 2, EP2, 4, {}),
+        ("DP2", 2, {}, 4, {}),
+        ("CP2 TP2", 4, {**CP2, **TP2}, 4, {"algorithm": {"entropy_coef": 0.05}}),
+        ("TP2 PP2, in turns", 4, {**TP2, **PP2}, 1, {"turns": True}),
+        ("TP2, odd vocabulary", 2, TP2, 4, {"model": ODD}),
+        ("TP2, reference", 2, TP2, 4, {"algorithm": {"kl_coef": 0.1, "reference": "initial"}}),
+    )
+)
 #: In fp32, everything within `TOLERANCE` of a single process.
 CASES = (
     *LAYOUTS,
@@ -241,6 +258,7 @@ CASES = (
     *DENSE_MODELS,
     *ROUTER_LOSSES,
     *OTHER_OPTIMIZERS,
+    *TRUNCATED_SAMPLING,
 )
 #: A difference above this is an error: fp32 rounding gives about 1e-6.
 TOLERANCE = 1e-5

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from megatron_rl.records import Sample
+from megatron_rl.records import KeptTokens, Sample
 
 
 def in_turns(number: int, sample: Sample) -> Sample:
@@ -24,6 +24,20 @@ def in_turns(number: int, sample: Sample) -> Sample:
     return dataclasses.replace(
         sample, written=written, rollout_logprobs=logprobs.astype(np.float32)
     )
+
+
+def with_kept(number: int, sample: Sample, vocab_size: int) -> Sample:
+    """The sample with a set of up to 20 tokens for each written one. In every eighth sample some
+    have none, which stands for the whole vocabulary.
+    """
+    rng = np.random.default_rng(300 + number)
+    sets: list[np.ndarray] = []
+    for token, written in zip(sample.tokens, sample.written):
+        ids = np.append(rng.integers(0, vocab_size, int(rng.integers(20))), token)
+        whole = number % 8 == 5 and rng.random() < 0.4
+        sets.append(np.unique(ids) if written and not whole else ids[:0])
+    sizes = np.array([len(ids) for ids in sets])
+    return dataclasses.replace(sample, kept=KeptTokens.of_sizes(np.concatenate(sets), sizes))
 
 
 def with_prompt(sample: Sample, other: Sample) -> Sample:

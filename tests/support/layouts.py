@@ -21,7 +21,7 @@ import numpy as np
 from megatron_rl.config.schema import Config
 from megatron_rl.records import Sample
 from tests.support.layout_cases import BF16_SEEDS, BF16_SIGMAS, BF16_SPREAD, Case
-from tests.support.layout_samples import in_turns, with_prompt
+from tests.support.layout_samples import in_turns, with_kept, with_prompt
 from tests.support.ranks import forget_models, run_on_ranks
 
 #: Weights large enough that attention and routers are far from uniform.
@@ -131,7 +131,10 @@ def rollout_batch(case: Case) -> list[Sample]:
             )
         )
     samples = [in_turns(n, sample) for n, sample in enumerate(samples)] if case.turns else samples
-    return [with_prompt(s, samples[n - n % case.group]) for n, s in enumerate(samples)]
+    samples = [with_prompt(s, samples[n - n % case.group]) for n, s in enumerate(samples)]
+    if not case.kept:
+        return samples
+    return [with_kept(number, sample, vocab_size) for number, sample in enumerate(samples)]
 
 
 def run_case(case: Case) -> Run:

@@ -43,6 +43,8 @@ def sampled(policy: Any, case: Case) -> list[list[Sample]]:
     settings = SamplingSettings(
         SAMPLES, 14, policy.config.rollout.temperature, seed=5, routes=True, router_logprobs=True
     )
+    if case.kept:
+        settings = dataclasses.replace(settings, top_p=0.9, top_k=40, kept=True)
     samples = [
         Sample.of(
             group.prompt.tokens,
@@ -50,6 +52,7 @@ def sampled(policy: Any, case: Case) -> list[list[Sample]]:
             (group.prompt.index * 7 + number * 3) % 5 - 1.7,
             answer.logprobs,
             answer.routed_experts,
+            kept=answer.kept,
         )
         for group in engine.generate(mine, settings)
         for number, answer in enumerate(group.completions)

@@ -70,7 +70,7 @@ def build_on(
 
     decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
     parts = EngineParts(config, chunks, groups, stop_ids, decode, warn=told.append)
-    api = VllmApi(method)
+    api = VllmApi(method, masks=config.rollout.keep_sampling_mask)
     return ServerEngine(parts, api, command, broadcast=api)
 
 

@@ -23,6 +23,7 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.records import Completion, Prompt, RolloutGroup
 from megatron_rl.rollout.builtin.batches import Batch, split_into_batches
 from megatron_rl.rollout.builtin.decoder import BatchPlan, Decoder
+from megatron_rl.rollout.builtin.kept import KeptLog, log_of, shared_sets
 from megatron_rl.rollout.builtin.modules import ModuleDecoder
 from megatron_rl.rollout.builtin.plain.buckets import Buckets
 from megatron_rl.rollout.builtin.plain.forward import PlainModel
@@ -167,7 +168,8 @@ class BuiltinEngine(WholeAnswers):
     ) -> list[Completion]:
         """Generate a batch. An empty batch only takes part in the other ranks' collectives."""
         plan = BatchPlan.of(batch, settings, self._max_sequence_length, self._stop_ids)
-        decoder = self._decoder(plan, model)
+        kept = log_of(self._groups) if settings.keeps else None
+        decoder = self._decoder(plan, model, kept)
         # On CUDA the host runs ahead of the device, and waits for it to count.
         count_every = LOOK_EVERY if model is not None and self._device.type == "cuda" else 1
         self._look(0)
@@ -180,7 +182,7 @@ class BuiltinEngine(WholeAnswers):
                 decoder.compact(here)
             self._decode(decoder)
             self._look(step)
-        return self._completions(plan, decoder)
+        return self._completions(plan, decoder, kept)
 
     def _decode(self, decoder: Decoder) -> None:
         """One step."""
@@ -190,7 +192,7 @@ class BuiltinEngine(WholeAnswers):
         if self._stop is not None and step % LOOK_EVERY == 0 and self._ranks.any(self._stop()):
             raise Stopped
 
-    def _decoder(self, plan: BatchPlan, model: PlainModel | None) -> Decoder:
+    def _decoder(self, plan: BatchPlan, model: PlainModel | None, kept: KeptLog | None) -> Decoder:
         shape = (len(plan.lengths), plan.settings.max_new_tokens)
         routes, capture = None, self._capture
         if plan.settings.routes:
@@ -205,13 +207,15 @@ class BuiltinEngine(WholeAnswers):
             alone = self._groups.model.size() == 1
             captured = self._device.type == "cuda" and alone
             steps = CapturedSteps() if captured else Steps()
-            return PlainDecoder(model, plan, routes, Buckets(captured), steps)
+            return PlainDecoder(model, plan, routes, Buckets(captured), steps, kept)
         log = None
         if routes is not None and capture is not None:
             log = RouteLog(self._chunks, self._groups, capture, routes)
-        return ModuleDecoder(self._chunks, self._groups, self._ranks, plan, log)
+        return ModuleDecoder(self._chunks, self._groups, self._ranks, plan, log, kept)
 
-    def _completions(self, plan: BatchPlan, decoder: Decoder) -> list[Completion]:
+    def _completions(
+        self, plan: BatchPlan, decoder: Decoder, kept: KeptLog | None
+    ) -> list[Completion]:
         tokens, logprobs = decoder.tokens_out.cpu().numpy(), decoder.logprobs_out.cpu().numpy()
         stopped = np.isin(tokens, self._stop_ids.cpu().numpy())
         completions = []
@@ -227,9 +231,14 @@ class BuiltinEngine(WholeAnswers):
                     text=self._decode_text(ids[: length - (len(ends) > 0)].tolist()),
                 )
             )
+        lengths = [len(answer.tokens) for answer in completions]
+        sets = shared_sets(kept, lengths, self._groups) if plan.settings.keeps else None
+        if sets is not None:
+            pairs = zip(completions, sets, strict=True)
+            completions = [replace(answer, kept=each) for answer, each in pairs]
         if not plan.settings.routes:
             return completions
-        routes = decoder.routes([len(answer.tokens) for answer in completions])
+        routes = decoder.routes(lengths)
         return [
             replace(answer, routed_experts=routed)
             for answer, routed in zip(completions, routes, strict=True)

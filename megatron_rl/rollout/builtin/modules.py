@@ -16,6 +16,7 @@ from megatron_rl.records import Prompt, RoutedExperts
 from megatron_rl.rollout.builtin import decoder
 from megatron_rl.rollout.builtin.batches import split_by_tokens
 from megatron_rl.rollout.builtin.decoder import BatchPlan
+from megatron_rl.rollout.builtin.kept import KeptLog
 from megatron_rl.rollout.builtin.kv_cache import KVCache, PrefillPlacement, decode_placement
 from megatron_rl.rollout.builtin.rank_sync import RankSync
 from megatron_rl.rollout.builtin.routes import RouteLog
@@ -61,6 +62,7 @@ class ModuleDecoder:
         ranks: RankSync,
         plan: BatchPlan,
         log: RouteLog | None,
+        kept: KeptLog | None = None,
     ) -> None:
         """
         Args:
@@ -69,10 +71,11 @@ class ModuleDecoder:
             ranks: what ranks agree on.
             plan: of the batch; an empty one only takes part in the other ranks' collectives.
             log: records the experts; None: they are not wanted.
+            kept: records the kept tokens; None: they are not wanted here.
         """
         self._chunks, self._groups, self._ranks, self._plan = chunks, groups, ranks, plan
         self._device = plan.stop_ids.device
-        self._log = log
+        self._log, self._kept = log, kept
         shape = (len(plan.lengths), plan.settings.max_new_tokens)
         self.tokens_out = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self.logprobs_out = torch.zeros(shape, dtype=torch.float32, device=self._device)
@@ -117,7 +120,10 @@ class ModuleDecoder:
         if logits is not None and len(rows.tokens):
             logits = gather_first_dim(logits.T, self._groups.tensor).T
         uniform = None if settings.greedy else rows.uniforms[:, self._step]
-        rows.tokens, logprobs = draw(logits, uniform, rows.tokens, settings, self._groups)
+        mask = None if self._kept is None or logits is None else self._kept.mask(logits)
+        rows.tokens, logprobs = draw(logits, uniform, rows.tokens, settings, self._groups, mask)
+        if self._kept is not None:
+            self._kept.add(rows.numbers)
         self.tokens_out[rows.numbers, self._step] = rows.tokens
         self.logprobs_out[rows.numbers, self._step] = logprobs
         rows.finished |= self._plan.ends(rows.tokens) | (rows.limits <= self._step + 1)

@@ -41,23 +41,26 @@ def draw(
     like: torch.Tensor,
     settings: SamplingSettings,
     groups: Groups,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sample`, with the same tokens on all ranks of a replica: those of the last pipeline stage.
 
     Args:
         logits: [R, V] on the last stage; None on the others.
-        uniform, settings: see `sample`.
+        uniform, settings, kept: see `sample`. The results are those of the rank with logits that
+            is the first of its tensor-parallel group, so ``kept`` is needed there only.
         like: int64 [R], on the device.
         groups: process groups.
     """
     alone = groups.tensor.size() == groups.pipeline.size() == 1
     if alone and len(like):
         assert logits is not None, "on the last stage"
-        return sample(logits, uniform, settings)
+        return sample(logits, uniform, settings, kept)
     drawn = torch.zeros(2, len(like), dtype=torch.float64, device=like.device)
     if len(like):
         if logits is not None:
-            drawn = torch.stack([part.double() for part in sample(logits, uniform, settings)])
+            found = sample(logits, uniform, settings, kept)
+            drawn = torch.stack([part.double() for part in found])
             broadcast(drawn, groups.tensor)
         broadcast(drawn, groups.pipeline, groups.pipeline.size() - 1)
     tokens, logprobs = drawn
@@ -65,7 +68,10 @@ def draw(
 
 
 def sample(
-    logits: torch.Tensor, uniform: torch.Tensor | None, settings: SamplingSettings
+    logits: torch.Tensor,
+    uniform: torch.Tensor | None,
+    settings: SamplingSettings,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token for each row.
 
@@ -73,23 +79,29 @@ def sample(
         logits: [R, V] in any floating type.
         uniform: float64 [R] in [0, 1); None under greedy.
         settings: temperature, top_k, top_p, greedy.
+        kept: bool [R, V], set to the tokens that top-k and top-p keep; not with greedy.
 
     Returns:
         Tokens int64 [R], and their log-probabilities fp32 [R] under softmax(logits / temperature)
-        over the whole vocabulary, also with top-k, top-p or greedy.
+        over the whole vocabulary, also with top-k, top-p or greedy; with ``kept`` over the tokens
+        kept, which is what they are drawn from.
     """
     rows = max(1, CHUNK_ELEMENTS // logits.shape[1])
     parts = []
     for first in range(0, max(len(logits), 1), rows):
         chunk = slice(first, first + rows)
         part = None if uniform is None else uniform[chunk]
-        parts.append(_sample_chunk(logits[chunk], part, settings))
+        mask = None if kept is None else kept[chunk]
+        parts.append(_sample_chunk(logits[chunk], part, settings, mask))
     tokens, logprobs = zip(*parts)
     return torch.cat(tokens), torch.cat(logprobs)
 
 
 def _sample_chunk(
-    logits: torch.Tensor, uniform: torch.Tensor | None, settings: SamplingSettings
+    logits: torch.Tensor,
+    uniform: torch.Tensor | None,
+    settings: SamplingSettings,
+    kept: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logprobs = torch.log_softmax(logits.float() / settings.temperature, dim=-1)
     if settings.greedy:
@@ -98,7 +110,12 @@ def _sample_chunk(
         assert uniform is not None, "only greedy sampling needs none"
         probs = truncated(logprobs, settings.top_k, settings.top_p)
         tokens = invert_cdf(probs, uniform)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    drawn = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    if kept is not None:
+        assert not settings.greedy, "greedy answers have no kept tokens"
+        torch.gt(probs, 0.0, out=kept)
+        drawn = (drawn - probs.sum(1, dtype=torch.float64).log()).float()
+    return tokens, drawn
 
 
 def truncated(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:

@@ -71,8 +71,8 @@ def check_answers(
         may_be_aborted: whether an answer may be aborted, and then be of any length.
 
     Raises:
-        BadAnswer: the number or length of the answers, a token, a log-probability, a version or
-            the experts are not what was asked for.
+        BadAnswer: the number or length of the answers, a token, a log-probability, a version, the
+            experts or the kept tokens are not what was asked for.
     """
     if len(answers) != settings.samples:
         raise BadAnswer(f"{len(answers)} answers; expected {settings.samples}")
@@ -88,6 +88,8 @@ def check_answers(
         _check_logprobs(answer)
         _check_end(answer, settings.max_new_tokens, sorted(stop_ids))
         _check_versions(answer, list(versions))
+        if settings.keeps and count:
+            _check_kept(answer, vocab_size)
         routes, tokens = answer.routed_experts, len(prompt.tokens) + count - 1
         if settings.routes and count and (routes is None or len(routes) != tokens):
             raise BadAnswer(
@@ -106,6 +108,27 @@ def _check_logprobs(answer: Answer) -> None:
         raise BadAnswer(
             f"log-probability {answer.logprobs[~inside][0]}; expected finite, at most 0, and at "
             f"least {LEAST_LOGPROB:g}, below which float32 has no probability"
+        )
+
+
+def _check_kept(answer: Answer, vocab_size: int) -> None:
+    """Each token is in the set of tokens that top-p and top-k kept for it."""
+    kept, count = answer.kept, len(answer.tokens)
+    if kept is None or len(kept.sizes) != count:
+        found = "no" if kept is None else len(kept.sizes)
+        raise BadAnswer(
+            f"{found} sets of kept tokens for {count} tokens, which rollout.keep_sampling_mask "
+            "needs; expected an engine that returns them (vLLM with --return-sampling-mask)"
+        )
+    if kept.ids.size and not 0 <= int(kept.ids.min()) <= int(kept.ids.max()) < vocab_size:
+        raise BadAnswer(
+            f"kept tokens from {kept.ids.min()} to {kept.ids.max()}; expected ids below "
+            f"{vocab_size}"
+        )
+    missing = kept.missing(answer.tokens)
+    if missing.any():
+        raise BadAnswer(
+            f"token {answer.tokens[missing][0]} outside of the kept tokens that it was drawn from"
         )
 
 

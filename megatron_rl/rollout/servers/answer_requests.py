@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import ModelConfig
-from megatron_rl.records import Prompt
+from megatron_rl.records import KeptTokens, Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.answer_checks import ExpertShape, check_answers
 from megatron_rl.rollout.servers.api import CONTROL_BYTES, Answer, ServerApi
@@ -111,13 +111,18 @@ class AnswerRequests:
         return min(settings.max_new_tokens, room)
 
     def _with_experts(self, answer: Answer, prompt: Prompt, settings: SamplingSettings) -> Answer:
-        """The answer with the experts of the MoE layers, or without any if it needs none."""
+        """The answer with the experts of the MoE layers and the kept tokens, or without them if it
+        needs none.
+        """
         routes, count = answer.routed_experts, len(answer.tokens)
         if not (settings.routes and count):
             routes = None
         if routes is not None:  # `check_answers` has refused an answer that lacks them
             routes = self._experts.of_moe_layers(routes, len(prompt.tokens) + count - 1)
-        return replace(answer, routed_experts=routes)
+        kept = None
+        if settings.keeps:
+            kept = answer.kept if count else KeptTokens.empty(0)
+        return replace(answer, routed_experts=routes, kept=kept)
 
 
 def most_bytes(prompt: Prompt, settings: SamplingSettings, experts: ExpertShape) -> int:
@@ -126,6 +131,8 @@ def most_bytes(prompt: Prompt, settings: SamplingSettings, experts: ExpertShape)
     answer = _TOKEN_BYTES * settings.max_new_tokens
     if settings.routes:
         answer += 6 * length * experts.layers * experts.top_k  # 4 bytes each, in base64
+    if settings.keeps:  # ties may keep more than top_k; 12 bytes: ten digits, comma and space
+        answer += 24 * settings.max_new_tokens * settings.top_k
     return CONTROL_BYTES + settings.samples * answer
 
 

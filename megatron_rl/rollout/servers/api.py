@@ -8,7 +8,7 @@ from typing import Any, Protocol, Sequence, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_rl.records import Prompt
+from megatron_rl.records import KeptTokens, Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 
 #: Largest response to a call that asks for no answers, bytes.
@@ -61,6 +61,7 @@ class Answer:
     versions: tuple[str, ...]
     routed_experts: np.ndarray | None = None  #: integers [P + N - 1, L, K], of every MoE layer
     aborted: bool = False  #: the server was paused in the middle of it; it is to be continued
+    kept: KeptTokens | None = None  #: N sets; None: the server gave none
 
     def continued(self, rest: Answer, prompt_length: int) -> Answer:
         """This aborted answer, joined with its continuation ``rest``."""
@@ -77,7 +78,18 @@ class Answer:
             self.versions + rest.versions,
             routes,
             rest.aborted,
+            _joined(self.kept, rest.kept),
         )
+
+
+def _joined(first: KeptTokens | None, rest: KeptTokens | None) -> KeptTokens | None:
+    return None if first is None or rest is None else KeptTokens.join([first, rest])
+
+
+def kept_tokens(sets: Sequence[Sequence[int]]) -> KeptTokens:
+    """The record of the sets that a server sent, one for each token."""
+    ids = np.array([number for each in sets for number in each], dtype=np.int32)
+    return KeptTokens.of_sizes(ids, np.array([len(each) for each in sets], dtype=np.int64))
 
 
 def logprob_array(values: Sequence[float]) -> np.ndarray:

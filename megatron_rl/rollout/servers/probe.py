@@ -7,7 +7,7 @@ few fixed prompts, and the trainer computes the log-probabilities of the same to
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Sequence
 
 import numpy as np
@@ -22,8 +22,9 @@ from megatron_rl.models.gpt.chunk import head_of
 from megatron_rl.parallel.collective_try import by_first
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.kept_words import KeptWords
 from megatron_rl.parallel.vocab_head import head_values
-from megatron_rl.records import Prompt
+from megatron_rl.records import KeptTokens, Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.answer_requests import AnswerRequests
 from megatron_rl.rollout.servers.api import Answer, BadAnswer
@@ -61,8 +62,12 @@ class ServerProbe:
         """
         self._chunks, self._groups, self._requests = chunks, groups, requests
         self._tolerance = config.rollout.servers.probe_tolerance
-        temperature = config.rollout.temperature
-        self._settings = SamplingSettings(1, ANSWER_TOKENS, temperature=temperature, seed=5)
+        rollout, every = config.rollout, SamplingSettings(1, ANSWER_TOKENS, seed=5)
+        self._settings = replace(every, temperature=rollout.temperature)
+        if rollout.keep_sampling_mask:  # the servers' log-probabilities are over what they keep
+            self._settings = replace(
+                self._settings, top_p=rollout.top_p, top_k=rollout.top_k, kept=True
+            )
         self._prompts = probe_prompts(config.model.vocab_size, config.model.max_sequence_length)
 
     def run(self, pool: ServerPool, urls: Sequence[str], version: int) -> ProbeResult:
@@ -106,7 +111,12 @@ class ServerProbe:
         """
         tokens = np.concatenate([prompt.tokens, answer.tokens])
         expected = trainer_logprobs(
-            self._chunks, self._groups, tokens, len(answer.tokens), self._settings.temperature
+            self._chunks,
+            self._groups,
+            tokens,
+            len(answer.tokens),
+            self._settings.temperature,
+            answer.kept,
         )
         return float(np.abs(answer.logprobs - expected).max())
 
@@ -133,6 +143,7 @@ def trainer_logprobs(
     tokens: np.ndarray,
     answer_length: int,
     temperature: float,
+    kept: KeptTokens | None = None,
 ) -> np.ndarray:
     """Log-probabilities fp32 [N] of the last N tokens of a sequence. A collective over all ranks.
 
@@ -144,6 +155,7 @@ def trainer_logprobs(
         tokens: int64 [P + N], the sequence.
         answer_length: N.
         temperature: divides the logits.
+        kept: N sets, which the log-probabilities are over; None: the whole vocabulary.
     """
     device = next(chunks[0].parameters()).device
     count = round_up(len(tokens), groups.tensor.size())
@@ -159,7 +171,10 @@ def trainer_logprobs(
     found = None
     if hidden is not None:
         head = head_of(chunks[-1])
-        logprobs = head_values(head.gather(hidden), head, row.roll(-1), temperature).logprobs
-        found = logprobs[len(tokens) - answer_length - 1 : len(tokens) - 1].float().cpu().numpy()
+        answer = slice(len(tokens) - answer_length - 1, len(tokens) - 1)
+        words = None if kept is None else KeptWords.of(kept, device)
+        rows, targets = head.gather(hidden)[answer], row.roll(-1)[answer]
+        values = head_values(rows, head, targets, temperature, kept=words)
+        found = values.logprobs.float().cpu().numpy()
     stages = gather_objects(found, groups.pipeline)
     return next(values for values in stages if values is not None)

@@ -199,6 +199,7 @@ class ServerEngine:
             routed_experts=routes,
             version=int(answer.versions[0]) if answer.versions else version,
             last_version=int(answer.versions[-1]) if answer.versions else version,
+            kept=answer.kept,
         )
 
     def _shared(self, found: list[list[RolloutGroup]]) -> list[RolloutGroup]:

@@ -23,6 +23,7 @@ from megatron_rl.rollout.servers.api import (
     BadAnswer,
     Call,
     Message,
+    kept_tokens,
     logprob_array,
     parse_message,
 )
@@ -42,6 +43,9 @@ class _Meta(Message):
     output_token_logprobs: Annotated[list[_Token], FailFast()]
     weight_version: Annotated[str, Field(pattern=r"^[!-~]{1,64}$")] | int | None = None
     routed_experts: str | None = None
+    #: over the kept tokens, which are the next
+    output_token_sampling_logprobs: Annotated[list[float] | None, FailFast()] = None
+    output_token_sampling_mask: Annotated[list[list[_TokenId]] | None, FailFast()] = None
 
 
 class _Sample(Message):
@@ -64,7 +68,8 @@ class SglangApi:
     def generate_call(
         self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
-        """See `ServerApi`. Log-probabilities are those at the temperature, before top-p and top-k.
+        """See `ServerApi`. Log-probabilities are those at the temperature, before top-p and top-k;
+        with kept tokens (``return_sampling_mask``) those over these.
         The server also stops at end-of-sequence tokens of its own files: ``ignore_eos`` would make
         it ignore ``stop_token_ids`` too.
         """
@@ -82,7 +87,11 @@ class SglangApi:
             "sampling_params": sampling,
             "return_logprob": True,
         }
-        return Call(_ROUTE, body | ({"return_routed_experts": True} if settings.routes else {}))
+        if settings.routes:
+            body["return_routed_experts"] = True
+        if settings.keeps:
+            body["return_sampling_mask"] = True
+        return Call(_ROUTE, body)
 
     def read_answers(self, payload: Any) -> list[Answer]:
         """See `ServerApi`. One sample comes as an object, several as a list of objects in order."""
@@ -108,14 +117,18 @@ class SglangApi:
         if sample.output_ids not in (None, tokens):
             raise BadAnswer(f"not a response of {_ROUTE} (other tokens in output_ids)")
         version, reason = meta.weight_version, meta.finish_reason.type
-        encoded = meta.routed_experts
+        encoded, sets = meta.routed_experts, meta.output_token_sampling_mask
+        logprobs = [logprob for logprob, *_ in meta.output_token_logprobs]
+        if sets is not None:
+            logprobs = meta.output_token_sampling_logprobs or []
         return Answer(
             tokens=np.array(tokens, dtype=np.int64),
-            logprobs=logprob_array([logprob for logprob, *_ in meta.output_token_logprobs]),
+            logprobs=logprob_array(logprobs),
             stopped=reason == "stop",
             versions=() if version is None else (str(version),),
             routed_experts=None if encoded is None else self._experts(encoded),
             aborted=reason == "abort",
+            kept=None if sets is None else kept_tokens(sets),
         )
 
     def _experts(self, encoded: str) -> np.ndarray:

@@ -23,6 +23,7 @@ from megatron_rl.rollout.servers.api import (
     BadAnswer,
     Call,
     Message,
+    kept_tokens,
     logprob_array,
     parse_message,
 )
@@ -36,6 +37,9 @@ _NPY = re.compile(
     rb"'shape': \((\d{1,9}), (\d{1,9}), (\d{1,9})\), \} *\n",
     re.DOTALL,
 )
+
+
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Token(Message):
@@ -58,10 +62,11 @@ class _Span(Message):
 class _Choice(Message):
     index: int
     finish_reason: Literal["stop", "length", "abort"]
-    token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
+    token_ids: Annotated[list[_TokenId], FailFast()]
     logprobs: _Logprobs
     weight_versions: list[_Span] | None = Field(None, max_length=_SPANS)
     routed_experts: str | None = None
+    sampling_mask: Annotated[list[list[_TokenId]] | None, FailFast()] = None
 
 
 class _Response(Message):
@@ -79,23 +84,28 @@ class _WorldSize(Message):
 class VllmApi:
     """`BroadcastApi` of vLLM."""
 
-    def __init__(self, reload_method: str) -> None:
-        """reload_method: the workers' method that loads a directory; see `reload.py`."""
-        self._reload_method = reload_method
+    def __init__(self, reload_method: str, *, masks: bool = False) -> None:
+        """
+        Args:
+            reload_method: the workers' method that loads a directory; see `reload.py`.
+            masks: the servers run with ``--return-sampling-mask``, and refuse temperature 0.
+        """
+        self._reload_method, self._masks = reload_method, masks
 
     def generate_call(
         self, prompt: Prompt, settings: SamplingSettings, seed: int, stop_ids: Sequence[int]
     ) -> Call:
         """See `ServerApi`. Temperature 0 is vLLM's greedy decoding; its log-probabilities are those
-        of temperature 1. ``ignore_eos`` makes the server ignore the end-of-sequence tokens of its
-        own files.
+        of temperature 1. With sampling masks it is top-k 1, with log-probabilities of 0.
+        ``ignore_eos`` makes the server ignore the end-of-sequence tokens of its own files.
         """
+        zero, one = (1.0, 1) if self._masks else (0.0, 0)
         sampling = {
             "n": settings.samples,
             "max_tokens": settings.max_new_tokens,
-            "temperature": 0.0 if settings.greedy else settings.temperature,
+            "temperature": zero if settings.greedy else settings.temperature,
             "top_p": 1.0 if settings.greedy else settings.top_p,
-            "top_k": 0 if settings.greedy else settings.top_k,
+            "top_k": one if settings.greedy else settings.top_k,
             "seed": seed,
             "stop_token_ids": sorted(stop_ids),
             "ignore_eos": True,
@@ -178,6 +188,7 @@ def _answer(choice: _Choice) -> Answer:
         versions=_versions(choice.weight_versions or (), len(tokens)),
         routed_experts=None if choice.routed_experts is None else _experts(choice.routed_experts),
         aborted=choice.finish_reason == "abort",
+        kept=None if choice.sampling_mask is None else kept_tokens(choice.sampling_mask),
     )
 
 

@@ -25,7 +25,8 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 def vllm_engine(parts: EngineParts) -> ServerEngine:
     """The engine ``vllm`` of a run."""
     config = parts.config
-    api = VllmApi(config.rollout.servers.reload_method)
+    masks = config.rollout.keep_sampling_mask
+    api = VllmApi(config.rollout.servers.reload_method, masks=masks)
     command = partial(vllm_command, config, parts.device.type == "cpu")
     return ServerEngine(parts, api, command, broadcast=api)
 
@@ -41,12 +42,16 @@ def vllm_command(
     """
     servers = config.rollout.servers
     assert servers.python is not None, "the configuration was checked"
-    mode = "raw_logprobs" if config.rollout.temperature == 1.0 else "processed_logprobs"
+    kept = config.rollout.keep_sampling_mask
+    raw = config.rollout.temperature == 1.0 and not kept
     argv = [*_serve(servers.python, directory), "--served-model-name", "policy"]
     argv += ["--host", host, "--port", str(port)]
     argv += ["--dtype", _DTYPES[config.model.dtype]]
     argv += ["--max-model-len", str(config.model.max_sequence_length)]
-    argv += ["--logprobs-mode", mode, "--max-logprobs", "1"]
+    argv += ["--logprobs-mode", "raw_logprobs" if raw else "processed_logprobs"]
+    argv += ["--max-logprobs", "1"]
+    if kept:
+        argv += ["--return-sampling-mask"]
     argv += ["--skip-tokenizer-init", "--enable-scale-out"]
     if on_cpu:
         argv += ["--enforce-eager"]  # compiling takes longer than it saves
@@ -67,6 +72,8 @@ def vllm_command(
         "VLLM_API_KEY": "",  # vLLM would ask for it on some routes, in place of our key
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }
+    if kept:
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the other has no sampling masks
     return [*argv, *servers.options], environment
 
 

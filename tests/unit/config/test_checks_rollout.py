@@ -3,18 +3,29 @@
 import pytest
 
 from megatron_rl.config.checks import check_config
+from megatron_rl.config.rollout import truncation_text
 from megatron_rl.config.schema import Config
 from megatron_rl.config.scores import takes_sampler_scores, takes_sampler_traces
 from megatron_rl.errors import UserError
 from tests.support.runs import ROOT
 
 TOOL = f"{ROOT / 'examples' / 'extend' / 'my_environment.py'}:ask_again"
+OWN = f"{__file__}:own_engine"
 URLS = ["http://one:8000", "https://two"]
+
+
+def own_engine(parts):
+    """Makes an engine that declares no traits."""
 
 
 def make(engine="vllm", temperature=1.0, top_p=1.0, top_k=0, **servers):
     rollout = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     return Config(rollout={"engine": engine, "servers": servers, **rollout})
+
+
+def keeping(engine="builtin", **rollout):
+    servers = {"servers": {"urls": URLS}} if engine in ("vllm", "sglang") else {}
+    return Config(rollout={"engine": engine, "keep_sampling_mask": True, **servers, **rollout})
 
 
 def lagging(engine="vllm", mismatch="tis", loss="rspo", **rollout):
@@ -50,6 +61,9 @@ def scored_by(scores, model=None, algorithm=None, **rollout):
         make(urls=URLS, top_p=0.9, top_k=8),
         make("builtin", temperature=0.7, top_p=0.9),
         make("sglang", urls=URLS, temperature=0.7, top_p=0.9),
+        keeping(top_p=0.9),
+        keeping("vllm", top_k=512, temperature=0.7),
+        keeping("sglang", top_k=512, top_p=0.9),
         make(urls=URLS, sync="broadcast"),
         lagging(lag=3),
         lagging(mismatch="none", loss="dppo_tv"),
@@ -123,6 +137,19 @@ def test_good_ones_pass(config):
             scored_by("sampler", environment=TOOL),
             "rollout.scores is sampler with rollout.environment; expected the engine builtin, an",
         ),
+        (
+            keeping(),
+            "rollout.keep_sampling_mask is true with top_p 1 and top_k 0, which keep every",
+        ),
+        (
+            keeping("vllm", top_p=0.9),
+            "rollout.keep_sampling_mask is true with rollout.engine vllm and top_k 0; expected a",
+        ),
+        (
+            keeping(OWN, top_p=0.9),
+            f"rollout.keep_sampling_mask is true with rollout.engine {OWN}, which does not return "
+            "the tokens it kept; expected builtin or vllm or sglang; set rollout.engine, or",
+        ),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),
         (
             make(urls=URLS, temperature=0.7, top_p=0.9),
@@ -159,3 +186,18 @@ def test_bad_ones_are_refused(config, message):
 def test_the_sampler_scores_where_it_computes_what_the_trainer_does(config, takes, with_traces):
     assert takes_sampler_scores(config) == takes
     assert takes_sampler_traces(config) == with_traces
+
+
+def test_truncated_sampling_is_explained():
+    assert truncation_text(Config().rollout) is None
+    biased = truncation_text(make("builtin", top_p=0.9).rollout)
+    assert "what rollout.top_p 0.9 keeps, log-" in biased and biased.endswith(
+        "set rollout.keep_sampling_mask"
+    )
+    kept = truncation_text(keeping(top_k=50).rollout)
+    assert kept == (
+        "log-probabilities are over the tokens that top_k 50 keeps: 4 bytes each, about 50 at most"
+    )
+    assert "that top_p 0.9 and top_k 50 keep: 4" in truncation_text(
+        keeping(top_k=50, top_p=0.9).rollout
+    )

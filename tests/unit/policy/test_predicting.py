@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.records import Sample
+from megatron_rl.records import KeptTokens, Sample
 from tests.support.layout_cases import Case
 from tests.support.layouts import layout_config, policy_of
 
@@ -84,3 +84,45 @@ def test_values_and_gradients_are_those_of_all_rows(share, entropy):
         for ours, whole in zip(*found, strict=True):
             torch.testing.assert_close(ours, whole, atol=2e-6, rtol=2e-6)
         assert all(whole.abs().max() > 0 for whole in found[1][:-1])
+
+
+def kept_of(sets):
+    ids = np.array([number for each in sets for number in each])
+    return KeptTokens.of_sizes(ids, np.array([len(each) for each in sets], dtype=int))
+
+
+@pytest.mark.parametrize("share", ["off", "auto"])
+def test_every_token_has_its_own_set_also_where_rows_are_shared(share):
+    """Answers that begin alike, of the same prompt, in sets of their own: one of them twice."""
+    config = config_of(share)
+    with policy_of(config) as policy:
+        from megatron_rl.policy.batch import pack_mini_batches
+        from megatron_rl.policy.pass_over_pack import forward_pack, pack_values
+
+        logprobs, prompt = np.full(2, -0.5, dtype=np.float32), np.arange(9)
+        answers = [
+            ([7, 8], [[7, 1], [8, 2, 3]]), ([7, 8], [[1, 7], [8]]), ([7, 9], [[7], [9, 4]]),
+            ([6, 9], [[7, 6], [9, 5]]), ([7, 5], [[], [5, 4]]),
+        ]  # fmt: skip
+        samples = [
+            Sample.of(prompt, np.array(tokens), 1.0, logprobs, kept=kept_of(sets))
+            for tokens, sets in answers
+        ]
+        ((pack,),) = pack_mini_batches([samples], config, policy.groups, CPU)
+        assert (pack.shared is not None) == (share == "auto")
+        hidden = forward_pack(policy.chunks[0], pack)
+        found = pack_values(policy, hidden, pack, 0.7, entropy="detached")
+        weight, rows = policy.chunks[0].output_layer.weight, hidden.squeeze(1)
+        rows = rows if pack.shared is None else rows[pack.shared.places]
+        logits = (rows @ weight.t() / 0.7)[pack.mask].double()
+        for place, (token, ids) in enumerate(
+            (token, ids) for tokens, sets in answers for token, ids in zip(tokens, sets)
+        ):
+            over = logits[place, ids or slice(None)].log_softmax(0)
+            expected = over[ids.index(token) if ids else token]
+            assert found.logprobs[pack.mask][place].item() == pytest.approx(
+                expected.item(), abs=2e-5
+            )
+            entropy = -(over.exp() * over).sum().item()
+            assert found.entropy[pack.mask][place].item() == pytest.approx(entropy, abs=2e-5)
+        assert not found.logprobs[~pack.mask].any()

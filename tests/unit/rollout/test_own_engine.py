@@ -13,7 +13,7 @@ from megatron_rl.config.rollout import engine_of, engine_settings
 from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.errors import Stopped, UserError
 from megatron_rl.extend import Settings, engine
-from megatron_rl.records import Completion, Prompt, RolloutGroup
+from megatron_rl.records import Completion, KeptTokens, Prompt, RolloutGroup
 from megatron_rl.rollout.engine import EngineParts, SamplingSettings, WholeAnswers
 from megatron_rl.rollout.own_engine import own_engine
 
@@ -168,6 +168,17 @@ def test_experts_that_are_asked_for_have_to_be_there(monkeypatch):
     made = built("Fixed", monkeypatch)
     with pytest.raises(UserError, match="no experts of its tokens, which algorithm.routing_replay"):
         made.generate(PROMPTS, replace(SETTINGS, routes=True))
+
+
+def test_kept_tokens_that_are_asked_for_have_to_be_there(monkeypatch):
+    wanted = replace(SETTINGS, top_k=4, kept=True)
+    sets = KeptTokens.of_sizes(np.array([5, 9, 6, 1]), np.array([2, 1, 1]))
+    made = built("Fixed", monkeypatch, answer=replace(GOOD, kept=sets))
+    assert made.generate(PROMPTS, wanted)[0].completions[0].kept is sets
+    for kept, words in ((None, "no sets of kept tokens"), ([[5]], "kept of list; expected Kept")):
+        made = built("Fixed", monkeypatch, answer=replace(GOOD, kept=kept))
+        with pytest.raises(UserError, match=words):
+            made.generate(PROMPTS, wanted)
 
 
 def test_a_run_that_is_to_stop_is_no_mistake_of_the_engine(monkeypatch):

@@ -131,3 +131,21 @@ def test_uniforms_belong_to_the_sequence():
     for other in others:
         assert len(np.intersect1d(other, both[0])) == 0
     assert (both >= 0).all() and (both < 1).all()
+
+
+@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (0, 0.7), (7, 0.6), (1, 1.0), (0, 1.0)])
+def test_kept_tokens_are_those_that_are_drawn_from_and_log_probabilities_are_over_them(
+    top_k, top_p, monkeypatch
+):
+    monkeypatch.setattr(sampler, "CHUNK_ELEMENTS", 30 * 64)  # in several chunks
+    generator = np.random.default_rng(4)
+    logits = generator.normal(size=(200, 30)).astype(np.float32) * 2
+    uniform = torch.tensor(generator.random(200))
+    wanted = settings(temperature=0.8, top_k=top_k, top_p=top_p)
+    kept = torch.zeros(200, 30, dtype=torch.bool)
+    tokens, logprobs = sample(torch.tensor(logits), uniform, wanted, kept)
+    assert torch.equal(tokens, sample(torch.tensor(logits), uniform, wanted)[0])
+    for row in range(200):
+        probs, _ = slow_distribution(logits[row].astype(float), 0.8, top_k, top_p)
+        assert kept[row].tolist() == (probs > 0).tolist()
+        assert logprobs[row].item() == pytest.approx(np.log(probs[tokens[row]]), abs=2e-6)

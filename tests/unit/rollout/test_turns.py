@@ -1,10 +1,12 @@
 """Turns joined by hand, and conversations with an environment on the built-in engine."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from megatron_rl.errors import RunFailed, UserError
-from megatron_rl.records import Completion, Prompt, RolloutGroup, RoutedExperts
+from megatron_rl.records import Completion, KeptTokens, Prompt, RolloutGroup, RoutedExperts
 from megatron_rl.rewards.base import Reward
 from megatron_rl.rollout.collect import (
     ScoredGroup,
@@ -52,6 +54,17 @@ def test_a_last_reply_is_no_turn_of_the_policy():
     assert found.routed_experts.ids[:, 0, 0].tolist() == [1, 2, 3]  # of 6 tokens, 3 are not known
     (sample,) = to_samples([scored(found)], np.array([[2.0]]))
     assert sample.written.tolist() == [False, False, True, True, False, False]
+
+
+def test_kept_tokens_are_joined_with_none_for_replies():
+    sets = [KeptTokens.of_sizes(np.array(ids), np.array([2, 1])) for ids in ([5, 9, 6], [7, 8, 4])]
+    answers = [answer([5, 6], [-1, -2], "a"), answer([7, 4], [-3, -4], "b")]
+    kept = [dataclasses.replace(one, kept=each) for one, each in zip(answers, sets, strict=True)]
+    found = join_turns(kept, [np.array([8, 8])], ["a", "t", "b"]).kept
+    assert found.sizes.tolist() == [2, 1, 0, 0, 2, 1] and found.ids.tolist() == [5, 9, 6, 7, 8, 4]
+    (sample,) = to_samples([scored(join_turns(kept, [[8]], ["a", "t", "b"]))], np.array([[2.0]]))
+    assert sample.kept.sizes.tolist() == [0, 0, 2, 1, 0, 2, 1][-len(sample.tokens) :]
+    assert join_turns([kept[0], answers[1]], [[8]], ["a", "t", "b"]).kept is None
 
 
 def test_without_experts_of_one_answer_there_are_none():

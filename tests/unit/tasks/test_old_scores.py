@@ -67,14 +67,15 @@ def no_numbers(answer):
     return dataclasses.replace(answer, routed_experts=routed)
 
 
-def steps(scores, spoil=None, plan=None, number=2, **algorithm):
+def steps(scores, spoil=None, plan=None, number=2, rollout=None, **algorithm):
     """(metrics of each step, weights, warnings, packs that each step scored by a pass)."""
     from megatron_rl.policy import score
     from megatron_rl.tasks import reinforce
 
     config = tiny_config(
         rollout={
-            "prompts_per_step": 8, "samples_per_prompt": 2, "max_new_tokens": 10, "scores": scores
+            "prompts_per_step": 8, "samples_per_prompt": 2, "max_new_tokens": 10, "scores": scores,
+            **(rollout or {}),
         },
         algorithm={"name": "rspo", "mini_batches": 4, **algorithm},
         data={"pack_tokens": 24, "pack_multiple": 8},
@@ -138,6 +139,38 @@ def test_wrong_numbers_are_found_and_the_step_is_scored_by_a_pass(spoil, by_pass
     assert passes == by_pass[3]
     assert all(np.array_equal(weights[name], value) for name, value in by_pass[1].items())
     assert [row["loss"] for row in metrics] == [row["loss"] for row in by_pass[0]]
+
+
+KEPT = {"top_p": 0.9, "temperature": 0.8, "keep_sampling_mask": True}
+
+
+def test_over_kept_tokens_the_ratio_to_the_sampler_is_one():
+    """By a pass, and by the sampler; and the sets are a part of the vocabulary."""
+    sizes = []
+
+    def counted(answer):
+        sizes.extend(answer.kept.sizes)
+        return answer
+
+    by_pass, weights, _, _ = steps("pass", counted, number=1, rollout=KEPT)
+    metrics, found, warned, passes = steps("sampler", number=1, rollout=KEPT)
+    assert not warned and passes == [1]
+    assert by_pass[0]["mismatch/logprob_max"] < 2e-5
+    assert (
+        by_pass[0]["entropy"]
+        < steps("pass", number=1, rollout={"temperature": 0.8})[0][0]["entropy"]
+    )
+    assert len(set(sizes)) > 5 and 1 <= min(sizes) and max(sizes) < 40
+    assert metrics[0]["loss"] == pytest.approx(by_pass[0]["loss"], rel=1e-5, abs=1e-6)
+    assert max(relative(found[name], value) for name, value in weights.items()) < 1e-5
+
+
+def test_without_the_sets_the_same_answers_are_further_off():
+    def without(answer):
+        return dataclasses.replace(answer, kept=None)
+
+    metrics, *_ = steps("pass", without, number=1, rollout=KEPT)
+    assert metrics[0]["mismatch/logprob_max"] > 0.05
 
 
 def test_without_router_shift_the_sampler_gives_no_trace():

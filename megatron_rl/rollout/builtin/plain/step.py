@@ -16,6 +16,7 @@ from megatron_rl.records import Prompt, RoutedExperts
 from megatron_rl.rollout.builtin import decoder
 from megatron_rl.rollout.builtin.batches import split_by_tokens
 from megatron_rl.rollout.builtin.decoder import BatchPlan
+from megatron_rl.rollout.builtin.kept import KeptLog
 from megatron_rl.rollout.builtin.plain.buckets import Buckets
 from megatron_rl.rollout.builtin.plain.cache import Cache, Decoding, Prefill
 from megatron_rl.rollout.builtin.plain.forward import PlainModel
@@ -36,6 +37,7 @@ class PlainDecoder:
         routes: Routes | None,
         buckets: Buckets,
         steps: Steps,
+        kept: KeptLog | None = None,
     ) -> None:
         """
         Args:
@@ -44,8 +46,9 @@ class PlainDecoder:
             routes: keeps the experts; None: they are not wanted.
             buckets: the numbers of rows and the lengths that occur.
             steps: runs a step, captured or not.
+            kept: records the kept tokens; None: they are not wanted here.
         """
-        self._model, self._routes = model, routes
+        self._model, self._routes, self._kept = model, routes, kept
         self._buckets, self._steps = buckets, steps
         self._settings, self._ends = plan.settings, plan.ends
         self._prompts = _Sorted(plan.batch.prompts, plan.batch.prompt_of)
@@ -81,6 +84,7 @@ class PlainDecoder:
     def begin(self) -> None:  # noqa: D102
         if self._num_rows:
             self._draw(self._prefill())
+            self._keep(self._num_rows)
 
     @torch.inference_mode()
     def advance(self) -> None:  # noqa: D102
@@ -94,6 +98,7 @@ class PlainDecoder:
             self._cache.grow(self._buckets.capacity(length, self._most))
             self._steps.forget()
         self._steps.run((rows, length), lambda: self._advance(rows, parts))
+        self._keep(rows)
 
     @torch.inference_mode()
     def unfinished(self) -> tuple[int, int]:  # noqa: D102
@@ -156,13 +161,19 @@ class PlainDecoder:
         uniform = None
         if not self._settings.greedy:
             uniform = self._uniforms[:rows].index_select(1, self._step.view(1)).squeeze(1)
-        drawn, logprobs = draw(logits, uniform, tokens, self._settings, self._model.groups)
+        mask = None if self._kept is None or logits is None else self._kept.mask(logits)
+        drawn, logprobs = draw(logits, uniform, tokens, self._settings, self._model.groups, mask)
         tokens.copy_(drawn)
         places = self._numbers[:rows] * self._settings.max_new_tokens + self._step
         self._tokens_out.view(-1).index_copy_(0, places, drawn)
         self._logprobs_out.view(-1).index_copy_(0, places, logprobs)
         finished.logical_or_(self._ends(drawn))
         finished.logical_or_(self._limits[:rows] <= self._step + 1)
+
+    def _keep(self, rows: int) -> None:
+        """Take the kept tokens of a step: outside of it, since that waits for the device."""
+        if self._kept is not None:
+            self._kept.add(self._numbers[:rows])
 
     def _prefill(self) -> torch.Tensor | None:
         """Fill the rows' cache; the logits at their prompts' last tokens [R, V], or None before the

@@ -11,7 +11,7 @@ from megatron_rl.records import Prompt
 from megatron_rl.rollout.engine import SamplingSettings
 from megatron_rl.rollout.servers.answer_checks import LEAST_LOGPROB, ExpertShape, check_answers
 from megatron_rl.rollout.servers.answer_requests import answer_seed, most_bytes
-from megatron_rl.rollout.servers.api import Answer, BadAnswer
+from megatron_rl.rollout.servers.api import Answer, BadAnswer, kept_tokens
 
 PROMPT = Prompt(3, np.array([5, 6, 7]), "", {})
 SETTINGS = SamplingSettings(samples=2, max_new_tokens=3)
@@ -186,3 +186,39 @@ def test_prompts_and_steps_have_seeds_of_their_own():
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**31 - 2**11 for seed in seeds)
     assert answer_seed(1, 2) == answer_seed(1, 2)
+
+
+def sets_of(*sets):
+    return kept_tokens(sets)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (None, "no sets of kept tokens for 2 tokens, which rollout.keep_sampling_mask needs; expe"),
+        (sets_of([4]), "1 sets of kept tokens for 2 tokens"),
+        (sets_of([4], [1, 8]), "kept tokens from 1 to 8; expected ids below 8"),
+        (sets_of([4], [2, 3]), "token 1 outside of the kept tokens that it was drawn from"),
+    ],
+)
+def test_kept_tokens_have_to_hold_the_tokens(kept, message):
+    wanted = dataclasses.replace(SETTINGS, samples=1, top_k=2, kept=True)
+    check(dataclasses.replace(ENDED, kept=sets_of([4, 2], [1])), settings=wanted)
+    check(dataclasses.replace(ENDED, kept=sets_of([], [1])), settings=wanted)  # all tokens
+    with pytest.raises(BadAnswer, match=message):
+        check(dataclasses.replace(ENDED, kept=kept), settings=wanted)
+    check(dataclasses.replace(ENDED, kept=kept), settings=dataclasses.replace(wanted, greedy=True))
+
+
+def test_kept_tokens_of_a_rest_follow_those_of_the_first_part():
+    first = dataclasses.replace(ENDED, kept=sets_of([4, 2], [1]))
+    rest = dataclasses.replace(CUT, kept=sets_of([4], [2, 0], [1]))
+    whole = first.continued(rest, 3).kept
+    assert whole.sizes.tolist() == [2, 1, 1, 2, 1] and whole.ids.tolist() == [4, 2, 1, 4, 2, 0, 1]
+
+
+def test_a_response_can_be_as_large_as_kept_tokens_are():
+    plain = SamplingSettings(samples=8, max_new_tokens=100, top_k=500)
+    kept = dataclasses.replace(plain, kept=True)
+    room = most_bytes(PROMPT, kept, SHAPE) - most_bytes(PROMPT, plain, SHAPE)
+    assert room >= 2 * len(json.dumps([[2**31 - 1] * 500] * 100)) * 8 * 0.9

@@ -163,6 +163,50 @@ def test_answers_begun_before_the_weights_change_are_by_the_old_ones(built, serv
     assert engine.metrics()["servers/failures"] == 0
 
 
+def masked(directory, tmp_path, servers, told, **rollout):
+    """(engine, chunks) of a run with sampling masks, on servers that return them."""
+    for server in servers:
+        server.masks = True
+    config = config_of(directory, tmp_path / "run", [s.url for s in servers])
+    truncated = {"top_k": 6, "top_p": 0.9, "temperature": 0.8, "keep_sampling_mask": True}
+    changed = config.rollout.model_copy(update={**truncated, **rollout})
+    return build(config.model_copy(update={"rollout": changed}), told)[:2]
+
+
+TRUNCATED = SamplingSettings(3, 8, seed=4, top_k=6, top_p=0.9, temperature=0.8, kept=True)
+
+
+def test_kept_tokens_come_with_the_answers_and_the_probe_is_over_them(
+    directory, tmp_path, servers, told
+):
+    engine, _ = masked(directory, tmp_path, servers, told)
+    groups = engine.generate(PROMPTS, TRUNCATED)
+    assert told == [] and 0 < engine.metrics()["servers/probe_difference"] < 1e-4
+    model = hugging_face.load(tmp_path / "run" / "servers" / "weights" / "version_0")
+    sizes = set()
+    for group in groups:
+        for answer in group.completions:
+            tokens = torch.tensor([*group.prompt.tokens, *answer.tokens])
+            with torch.no_grad():
+                logits = model(tokens[None], use_cache=False).logits[0].double() / 0.8
+            logits = logits[len(group.prompt.tokens) - 1 : -1]
+            for place, ids in enumerate(np.split(answer.kept.ids, answer.kept.offsets[1:-1])):
+                assert set(ids) <= set(logits[place].topk(6).indices.tolist())
+                over = logits[place, answer.tokens[place]] - logits[place, ids].logsumexp(0)
+                assert answer.logprobs[place] == pytest.approx(over.item(), abs=1e-4)
+                sizes.add(len(ids))
+    assert len(sizes) > 2
+    greedy = engine.generate(PROMPTS, dataclasses.replace(TRUNCATED, samples=1, greedy=True))
+    assert all(group.completions[0].kept is None for group in greedy)
+
+
+def test_servers_without_masks_are_left_out(directory, tmp_path, servers, told):
+    engine, _ = masked(directory, tmp_path, servers, told)
+    servers[0].masks = False
+    engine.generate(PROMPTS, TRUNCATED)
+    assert len(told) == 1 and "no sets of kept tokens for 12 tokens" in told[0]
+
+
 LONG = SamplingSettings(3, 40, seed=4)
 
 

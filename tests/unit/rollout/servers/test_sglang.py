@@ -50,6 +50,18 @@ def test_several_samples_are_a_list_and_one_is_none():
     check_answers([one, other], PROMPT, settings, stop_ids=[1], vocab_size=128, versions=["7"])
 
 
+def test_kept_tokens_come_with_log_probabilities_over_them():
+    fields = {
+        "output_token_sampling_mask": [[3, 9], [4]],
+        "output_token_sampling_logprobs": [-0.25, 0.0],
+    }
+    (answer,) = API.read_answers(response([3, 4], [-1.0, -2.0], **fields))
+    assert answer.logprobs.tolist() == [-0.25, 0.0]
+    assert answer.kept.ids.tolist() == [3, 9, 4] and answer.kept.sizes.tolist() == [2, 1]
+    settings = SamplingSettings(1, 2, top_k=4, kept=True)
+    assert API.generate_call(PROMPT, settings, 3, (1,)).body["return_sampling_mask"] is True
+
+
 def test_an_answer_that_was_broken_off():
     (answer,) = API.read_answers(response([3, 4], [-1.0, -2.0], "abort"))
     assert answer.aborted and not answer.stopped

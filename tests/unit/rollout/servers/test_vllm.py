@@ -48,6 +48,24 @@ def test_answers_come_in_the_order_of_the_samples():
     assert other.versions == ("7",) and other.routed_experts is None
 
 
+def test_sampling_masks_are_the_kept_tokens():
+    sent = {**choice(0, [3, 4], [-1.0, -0.5]), "sampling_mask": [[9, 3], [4]]}
+    (answer,) = API.read_answers({"choices": [sent]})
+    assert answer.kept.ids.tolist() == [9, 3, 4] and answer.kept.sizes.tolist() == [2, 1]
+    with pytest.raises(BadAnswer, match="sampling_mask"):
+        API.read_answers({"choices": [{**sent, "sampling_mask": [[9, -3], [4]]}]})
+    (without,) = API.read_answers({"choices": [choice(0, [3], [-1.0])]})
+    assert without.kept is None
+
+
+def test_with_masks_greedy_is_top_k_of_one():
+    """vLLM refuses temperature 0 and top_k 0 where it returns masks."""
+    greedy = SamplingSettings(1, 4, greedy=True, top_k=9, top_p=0.5)
+    for api, temperature, top_k in ((API, 0.0, 0), (VllmApi("load", masks=True), 1.0, 1)):
+        sent = api.generate_call(PROMPT, greedy, 3, (1,)).body["sampling_params"]
+        assert (sent["temperature"], sent["top_k"], sent["top_p"]) == (temperature, top_k, 1.0)
+
+
 def test_experts_are_unpacked():
     experts = np.arange(30, dtype=np.uint8).reshape(5, 3, 2)
     file = io.BytesIO()

@@ -36,6 +36,16 @@ def test_vllm_serve_is_started(command):
     assert environment["VLLM_API_KEY"] == ""  # else vLLM asks for another key on some routes
 
 
+def test_sampling_masks_are_asked_for(command):
+    words = ["--rollout.keep_sampling_mask=true", "--rollout.top_k=50"]
+    argv, environment = command("vllm", argv=words)
+    assert "--return-sampling-mask" in argv and environment["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    assert argv[argv.index("--logprobs-mode") + 1] == "processed_logprobs"
+    argv, environment = command(argv=["--rollout.top_k=50"])
+    assert "--return-sampling-mask" not in argv and "VLLM_USE_V2_MODEL_RUNNER" not in environment
+    assert argv[argv.index("--logprobs-mode") + 1] == "raw_logprobs"
+
+
 def test_an_interpreter_that_does_not_answer_is_refused(command, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_rl.rollout.servers.vllm_command._ASK_S", 0.3)
     slow = tmp_path / "python"
