@@ -10,8 +10,8 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from megatron_rl.config.estimate import expert_id_bytes
 from megatron_rl.data.packed_kept import check_kept, kept_of_targets
+from megatron_rl.data.packed_routes import Routes, Routing, check_routes, sample_routes
 from megatron_rl.data.shared_prompts import (
     Tree,
     num_rows,
@@ -24,17 +24,6 @@ from megatron_rl.records import Pack, RoutedExperts, Sample
 
 #: More rows than any batch has.
 UNBOUNDED = 1 << 62
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which of the sampler's experts the packs hold."""
-
-    layers: tuple[int, ...]  #: global numbers (from 1) of this rank's MoE layers
-    top_k: int  #: K
-    num_experts: int  #: E
-    #: log-probabilities of a token and layer that the packs hold as well; 0: none
-    num_logprobs: int = 0
 
 
 class PackPlans:
@@ -89,7 +78,7 @@ def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list
     groups: dict[object, list[int]] = {}
     for index, sample in enumerate(samples):
         if routing is not None:
-            _check_routes(index, sample, routing)
+            check_routes(index, sample, routing)
         prompt = prompt_length(sample)
         key: object = index  # of its own
         if prompt:
@@ -101,7 +90,7 @@ def groups_of(samples: Sequence[Sample], routing: Routing | None = None) -> list
 def _prompt_routes(sample: Sample, prompt: int, routing: Routing | None) -> bytes:
     if routing is None or routing.num_logprobs:
         return b""
-    routed, known = _sample_routes(sample, routing)
+    routed, known = sample_routes(sample, routing)
     ids, known = routed.ids[:prompt], known[:prompt]
     return known.tobytes() + ids[known].tobytes()
 
@@ -139,7 +128,7 @@ def pack_samples(
         if with_kept:
             check_kept(index, sample)
         if routing is not None:
-            _check_routes(index, sample, routing)
+            check_routes(index, sample, routing)
     if plans is None:
         plans = PackPlans(
             samples,
@@ -187,11 +176,11 @@ def _shared_pack(samples: Sequence[Sample], trees: Sequence[Tree], layout: _Layo
     pack = _build_pack(samples, _members(trees), whole)
     routes = None
     if layout.routing is not None:
-        routes = _Routes(rows, layout.routing)
+        routes = Routes(rows, layout.routing)
         start = 0
         for tree in trees:
             for number, index in enumerate(tree.members):
-                routed, known = _sample_routes(samples[index], layout.routing)
+                routed, known = sample_routes(samples[index], layout.routing)
                 cut = 0 if number == 0 else tree.prompt
                 for part in _split(cut, tree.prompt, len(known)):
                     routes.lay(start, routed, known, part)
@@ -261,80 +250,11 @@ def _build_routes(samples: Sequence[Sample], layout: _Layout) -> RoutedExperts |
     """The sampler's experts in the row of a pack of whole sequences."""
     if layout.routing is None:
         return None
-    routes, start = _Routes(layout.pack_tokens, layout.routing), 0
+    routes, start = Routes(layout.pack_tokens, layout.routing), 0
     for sample in samples:
-        routes.lay(start, *_sample_routes(sample, layout.routing))
+        routes.lay(start, *sample_routes(sample, layout.routing))
         start = round_up(start + len(sample.tokens), layout.sequence_multiple)
     return routes.record()
-
-
-class _Routes:
-    """The sampler's experts in a row.
-
-    Padding at place t takes the experts t K, t K + 1... mod E: they differ, as Megatron's
-    dispatchers need, and cover all experts. A token that is not ``known`` has them as well, and its
-    routers choose for themselves.
-    """
-
-    def __init__(self, num_rows: int, routing: Routing) -> None:
-        first = np.arange(num_rows)[:, None] * routing.top_k + np.arange(routing.top_k)
-        filler = (first % routing.num_experts).astype(id_type(routing.num_experts))
-        self._layers = routing.layers
-        self._ids = np.repeat(filler[:, None], len(routing.layers), axis=1)
-        self._known = np.ones(num_rows, dtype=bool)
-        shape = (num_rows, len(routing.layers), routing.num_logprobs)
-        self._logprobs = np.zeros(shape, dtype=np.float32) if routing.num_logprobs else None
-
-    def lay(
-        self, start: int, routed: RoutedExperts, known: np.ndarray, part: slice = slice(None)
-    ) -> None:
-        """Put the tokens ``part`` of a sequence at the rows from ``start`` on; known: bool [M]."""
-        known = known[part]
-        rows = slice(start, start + len(known))
-        self._ids[rows][known] = routed.ids[part][known]
-        self._known[rows] = known
-        if self._logprobs is not None:
-            assert routed.logprobs is not None, "all samples of these packs have them"
-            self._logprobs[rows][known] = routed.logprobs[part][known]
-
-    def record(self) -> RoutedExperts:
-        """The row's experts."""
-        known = None if self._known.all() else self._known
-        return RoutedExperts(self._ids, self._layers, known, self._logprobs)
-
-
-def _sample_routes(sample: Sample, routing: Routing) -> tuple[RoutedExperts, np.ndarray]:
-    """The sampler's experts of all M tokens of a sequence, in the packs' layers, and which are
-    known, bool [M].
-
-    The sampler gives no experts for the last token of a sequence, so it takes those of the token
-    before it: it predicts nothing, and the load that the expert bias follows is the same in any
-    pack. Any other token without experts of the sampler is not known.
-    """
-    routed, length = sample.routed_experts, len(sample.tokens)
-    assert routed is not None, "all samples of a pack with routes have them"
-    columns = [routed.layers.index(layer) for layer in routing.layers]
-    known = _known(routed, length)
-
-    def whole(given: np.ndarray) -> np.ndarray:
-        array = np.zeros((length, len(columns), given.shape[2]), dtype=given.dtype)
-        array[: len(given)] = given[:, columns]
-        if copies:
-            array[-1] = array[-2]
-        return array
-
-    copies = length > 1 and bool(known[-2]) and not known[-1]
-    known[-1] |= copies
-    scored = routed.logprobs if routing.num_logprobs else None
-    logprobs = None if scored is None else whole(scored)
-    return RoutedExperts(whole(routed.ids), routing.layers, logprobs=logprobs), known
-
-
-def _known(routed: RoutedExperts, length: int) -> np.ndarray:
-    """Whether the sampler gives the experts of each token of a sequence, bool [length]."""
-    known = np.zeros(length, dtype=bool)
-    known[: len(routed.ids)] = True if routed.known is None else routed.known
-    return known
 
 
 def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> None:
@@ -358,48 +278,3 @@ def _check_sample(index: int, sample: Sample, with_rollout_logprobs: bool) -> No
             raise ValueError(
                 f"sample {index}: no rollout log-probability of a token that the policy wrote"
             )
-
-
-def _check_routes(index: int, sample: Sample, routing: Routing) -> None:
-    """Check the sampler's experts: of the first tokens, for all requested layers, K different ones
-    below E.
-    """
-    routed = sample.routed_experts
-    if routed is None:
-        raise ValueError(f"sample {index} has no experts of the sampler")
-    missing = sorted(set(routing.layers) - set(routed.layers))
-    if missing:
-        raise ValueError(f"sample {index} has no experts of the sampler in layers {missing}")
-    length, expected = len(sample.tokens), (len(routed.layers), routing.top_k)
-    if routed.ids.shape[1:] != expected or len(routed.ids) > length:
-        raise ValueError(
-            f"sample {index}: the sampler's experts have shape {routed.ids.shape}; expected "
-            f"{(length - 1, *expected)}: at most {length} tokens, layers, experts a token"
-        )
-    if routed.known is None:
-        if len(routed.ids) < length - 1:
-            raise ValueError(
-                f"sample {index}: the sampler's experts are of {len(routed.ids)} tokens; expected "
-                f"{length - 1}, or a mask of the known ones"
-            )
-    elif routed.known.shape != routed.ids.shape[:1] or routed.known.dtype != np.bool_:
-        raise ValueError(
-            f"sample {index}: the known experts are {routed.known.dtype} of shape "
-            f"{routed.known.shape}; expected bool of {len(routed.ids)} tokens"
-        )
-    ordered = np.sort(routed.ids[_known(routed, length)[: len(routed.ids)]], axis=-1).astype(
-        np.int64
-    )
-    if ordered.size and (ordered.min() < 0 or ordered.max() >= routing.num_experts):
-        raise ValueError(
-            f"sample {index}: the sampler's experts are {ordered.min()} to {ordered.max()}; "
-            f"expected 0 to {routing.num_experts - 1}"
-        )
-    if (np.diff(ordered, axis=-1) == 0).any():
-        raise ValueError(f"sample {index}: the sampler sent a token to one expert twice")
-
-
-def id_type(num_experts: int) -> type[np.integer]:
-    """NumPy's name of the smallest integer type that holds the ids 0..num_experts-1."""
-    types: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int16, 4: np.int32}
-    return types[expert_id_bytes(num_experts)]

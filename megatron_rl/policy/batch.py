@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from megatron_rl.algorithms.distance_rules import distance_rule
 from megatron_rl.config.layout import moe_layers, stage_layers
 from megatron_rl.config.schema import Config
-from megatron_rl.data.packing import PackPlans, Routing, pack_samples
+from megatron_rl.data.packed_routes import Routing
+from megatron_rl.data.packing import PackPlans, pack_samples
 from megatron_rl.data.shared_prompts import round_up
 from megatron_rl.models.attention import Placement, packed_placement
 from megatron_rl.models.build import shares_prompts

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Callable, Sequence
 
 from megatron_rl.config.layout import moe_layers, stage_layers
-from megatron_rl.data.packing import id_type
+from megatron_rl.data.packed_routes import id_type
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.collective_try import collective_try
 from megatron_rl.parallel.collectives import gather_objects, scatter_objects

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data.packing import Routing, pack_samples
+from megatron_rl.data.packed_routes import Routing
+from megatron_rl.data.packing import pack_samples
 from megatron_rl.data.shared_prompts import Tree, plan_trees, round_up
 from megatron_rl.errors import UserError
 from megatron_rl.records import RoutedExperts, Sample

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data.packing import Routing, groups_of, pack_samples, plan_packs
+from megatron_rl.data.packed_routes import Routing
+from megatron_rl.data.packing import groups_of, pack_samples, plan_packs
 from megatron_rl.data.shared_prompts import Tree, num_rows, plan_trees
 from megatron_rl.errors import UserError
 from megatron_rl.records import RoutedExperts, Sample
