@@ -125,6 +125,9 @@ class Study(Settings):
     """Runs side by side; null: as many as there are cores (or ``gpus``) for."""
     threads: int = Field(1, ge=1)
     """CPU threads of a rank, where the configuration does not say (device.threads)."""
+    fork: bool = True
+    """true: a run of one process on a CPU is copied from a process that has imported what it needs;
+    false: each is started anew. The numbers are the same."""
     gpus: int | None = Field(None, ge=1)
     """GPUs of this machine, which are shared out: each rank of each run gets its own; null: the
     ranks of all runs see all."""

@@ -85,12 +85,12 @@ def test_a_killed_study_ends_with_every_run_done(runs, study):
 
 
 def test_a_run_of_it_is_the_run_that_its_configuration_gives(runs, folder):
-    """The command line, given the file that the study left, without a study or a kill."""
+    """The command line in a new process, given the file that the study left, without a study or a
+    kill: the study's run, a copy of a process that had imported everything, has the same numbers.
+    """
     planned = runs[2]
     again = run(
-        *("train", str(planned.run_dir / "planned.yaml"), "--run_dir", "runs/alone"),
-        cwd=folder,
-        warm=True,
+        *("train", str(planned.run_dir / "planned.yaml"), "--run_dir", "runs/alone"), cwd=folder
     )
     assert again.code == 0, again.err
     assert reproducible(folder / "runs/alone") == reproducible(planned.run_dir)

@@ -1,0 +1,37 @@
+"""Imports all that a run needs, for a process that is copied (fork) for each run.
+
+A process of its own takes seconds for them (torch, Megatron-Core, transformers), on which nothing
+of a run depends.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatron_rl.device import megatron_on_cpu
+from megatron_rl.device.quiet import silence
+
+
+def import_for_cpu() -> bool:
+    """Import what the verbs need on a CPU, and start nothing: no thread, no device.
+
+    Returns:
+        Whether torch sees a GPU, on which a run with device.kind auto is no run of a CPU.
+    """
+    silence("cpu")
+    megatron_on_cpu.install()
+    import numpy.random
+    import rich.console
+    import sentencepiece
+    import torch._dynamo  # the first optimizer imports it
+    from transformers import AutoTokenizer
+
+    import megatron_rl.cli
+    import megatron_rl.rollout.builtin.generate
+    import megatron_rl.run.verbs
+    import megatron_rl.tasks.supervised  # noqa: F401
+
+    # transformers imports what a name needs when it is first asked for.
+    assert AutoTokenizer and numpy and rich and sentencepiece and torch
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts the devices and opens none
+    return torch.cuda.is_available()
