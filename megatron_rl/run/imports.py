@@ -6,10 +6,24 @@ of a run depends.
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 from megatron_rl.device import megatron_on_cpu
 from megatron_rl.device.quiet import silence
+
+_MODULES = (
+    "numpy.random",
+    "rich.console",
+    "sentencepiece",
+    "torch._dynamo",  # the first optimizer imports it
+    "transformers",
+    "megatron_rl.cli",
+    "megatron_rl.rollout.builtin.generate",
+    "megatron_rl.run.verbs",
+    "megatron_rl.tasks.supervised",
+)
 
 
 def import_for_cpu() -> bool:
@@ -20,18 +34,11 @@ def import_for_cpu() -> bool:
     """
     silence("cpu")
     megatron_on_cpu.install()
-    import numpy.random
-    import rich.console
-    import sentencepiece
-    import torch._dynamo  # the first optimizer imports it
-    from transformers import AutoTokenizer
-
-    import megatron_rl.cli
-    import megatron_rl.rollout.builtin.generate
-    import megatron_rl.run.verbs
-    import megatron_rl.tasks.supervised  # noqa: F401
-
+    for name in _MODULES:
+        importlib.import_module(name)
     # transformers imports what a name needs when it is first asked for.
-    assert AutoTokenizer and numpy and rich and sentencepiece and torch
+    getattr(sys.modules["transformers"], "AutoTokenizer")  # noqa: B009
+    import torch
+
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts the devices and opens none
     return torch.cuda.is_available()
