@@ -68,6 +68,9 @@ class Collapse(Settings):
     """The entropy of a step is below this, nat; null: off."""
     grad_norm_above: float | None = Field(None, gt=0.0)
     """The gradient norm of a step is above this; null: off."""
+    grad_norm_spikes: int | None = Field(None, ge=0)
+    """More steps than this have a gradient norm above 3 x the median of the 20 steps before; null:
+    off."""
 
 
 class Budget(Settings):
