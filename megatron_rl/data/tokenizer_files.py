@@ -22,6 +22,8 @@ _JSON = (
     "config.json",
 )
 _OTHERS = ("chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+#: What a Hugging Face tokenizer may read beside its tokenizer.json.
+BESIDE = (*_JSON, *_OTHERS)
 _REMEDY = "expected the files of a Hugging Face tokenizer; correct data.tokenizer.path"
 
 
@@ -29,7 +31,7 @@ def check_tokenizer_files(folder: Path, tokenizer_json: Path) -> None:
     """Raise ``UserError`` if a file is no regular file, or does not hold what its name promises;
     see also `read_json_object`.
     """
-    for name in (*_JSON, *_OTHERS):
+    for name in BESIDE:
         path = folder / name
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise UserError(f"{path} is no regular file; {_REMEDY}")

@@ -32,10 +32,6 @@ def update(
 ) -> list[ScoredPack]:
     """Forward, backward and one optimizer step over the packs of a mini-batch.
 
-    Each router measures its distance to the old policy in this forward pass; each stage adds its
-    layers to a running sum, which reaches the loss with its micro-batch. The loss returns a sum and
-    a denominator; Megatron adds both over packs and data-parallel ranks and divides once.
-
     Args:
         policy: the policy.
         scored: this rank's packs of the mini-batch, with old log-probabilities and traces, or not
@@ -48,6 +44,29 @@ def update(
 
     Returns:
         The packs, all of them scored.
+    """
+    accumulate_gradients(policy, scored, sums, telemetry, tokens)
+    after = [item.after_update() for item in scored]
+    if before_step is not None:
+        before_step(after)
+    _optimizer_step(policy, sums)
+    return after
+
+
+def accumulate_gradients(
+    policy: Policy,
+    scored: Sequence[ScoredPack],
+    sums: MetricSums,
+    telemetry: RouterTelemetry,
+    tokens: TokenValues | None = None,
+) -> None:
+    """The gradient of a mini-batch's loss, in ``main_grad`` of each parameter; weights stay.
+
+    Each router measures its distance to the old policy in this forward pass; each stage adds its
+    layers to a running sum, which reaches the loss with its micro-batch. The loss returns a sum and
+    a denominator; Megatron adds both over packs and data-parallel ranks and divides once.
+
+    The arguments are those of `update`.
     """
     packs = [item.pack for item in scored]
     plan = plan_loss(policy, scored)
@@ -66,12 +85,7 @@ def update(
 
     if _has_router_losses(policy):
         _scale_router_losses(policy, packs, plan.denominators)
-    _gradients(policy, packs, forward_step)
-    after = [item.after_update() for item in scored]
-    if before_step is not None:
-        before_step(after)
-    _optimizer_step(policy, sums)
-    return after
+    _run_backward(policy, packs, forward_step)
 
 
 def _counted_once(denominator: torch.Tensor, policy: Policy) -> torch.Tensor:
@@ -102,8 +116,8 @@ def _scale_router_losses(
     set_router_loss_scale(policy.chunks, (denominator / total.clamp(min=1.0)).float())
 
 
-def _gradients(policy: Policy, packs: Sequence[PackTensors], forward_step: ForwardStep) -> None:
-    """Compute the packs' gradients, of all ranks and divided."""
+def _run_backward(policy: Policy, packs: Sequence[PackTensors], forward_step: ForwardStep) -> None:
+    """Compute the packs' gradients, of all ranks and divided, from nothing."""
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
@@ -112,7 +126,7 @@ def _gradients(policy: Policy, packs: Sequence[PackTensors], forward_step: Forwa
 
 
 def _optimizer_step(policy: Policy, sums: MetricSums) -> None:
-    """Take one optimizer step with finite checks, advance the learning rate."""
+    """Take one optimizer step with finite checks, and advance the learning rate."""
     policy.scheduler.step(increment=1)
     succeeded, grad_norm, _ = policy.optimizer.step()
     check_step(policy, succeeded, grad_norm)
@@ -139,5 +153,5 @@ def supervised_update(policy: Policy, packs: Sequence[PackTensors], sums: Metric
 
     if _has_router_losses(policy):
         _scale_router_losses(policy, packs, [pack.mask.sum() for pack in packs])
-    _gradients(policy, packs, forward_step)
+    _run_backward(policy, packs, forward_step)
     _optimizer_step(policy, sums)

@@ -11,17 +11,12 @@ import hashlib
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from megatron_rl.catalogue.find import code_digest, find
-from megatron_rl.catalogue.kinds import FAMILIES
 from megatron_rl.checkpoint.directory import find_checkpoint, newest_checkpoint
 from megatron_rl.checkpoint.identity import architecture_of, check_architecture
 from megatron_rl.checkpoint.manifest import MANIFEST, Damaged, read_manifest, read_state
-from megatron_rl.config.algorithm import advantages_of, correction_of, loss_of
-from megatron_rl.config.data import data_text, own_sources
+from megatron_rl.config.data import data_text
 from megatron_rl.config.on_resume import Change, kind_of, shown
-from megatron_rl.config.optimizer import optimizer_of
-from megatron_rl.config.reward import chosen_verifiers
-from megatron_rl.config.rollout import engine_of, environment_of
+from megatron_rl.config.own_code import own_code
 from megatron_rl.config.schema import Config
 from megatron_rl.data.identity import difference, identity_of
 from megatron_rl.data.prompts import DataPart
@@ -52,21 +47,6 @@ def run_identity(
     if verb == "train" and config.algorithm.reference == "initial":
         identity["reference"] = _initial_weights(config)
     return identity
-
-
-def own_code(config: Config, verb: str) -> dict[str, str]:
-    """SHA-256 of the files of a user's own that the configuration names, by reference."""
-    rows: list[Any] = [one.row for one in chosen_verifiers(config.reward)]
-    rows += [engine_of(config.rollout), environment_of(config.rollout)]
-    rows.append(optimizer_of(config.optimizer))
-    rows += own_sources(config.data)
-    if verb == "train":
-        algorithm = config.algorithm
-        rows += [loss_of(algorithm), advantages_of(algorithm), correction_of(algorithm)]
-    if config.model.family is not None:
-        rows.append(find(FAMILIES, config.model.family))
-    digests = {row.name: code_digest(row) for row in rows if row is not None}
-    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def check_continuation(config: Config, identity: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ _NUMBERS: dict[str, Callable[[Summary], float]] = {
     "final": lambda numbers: numbers.final,
     "best": lambda numbers: numbers.best,
     "area": lambda numbers: numbers.area,
+    "spikes": lambda numbers: float(numbers.spikes),
 }
 
 
@@ -29,7 +30,7 @@ class ArmRow:
     """An arm in one metric, over its finished runs."""
 
     arm: str
-    estimates: Mapping[str, Estimate | None]  #: of final, best and area
+    estimates: Mapping[str, Estimate | None]  #: of final, best, area and spikes
     differences: Mapping[str, Estimate | None]  #: to the arm that is compared with, seed by seed
 
 

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from megatron_rl.study import with_parent
+from megatron_rl.study.forked import ForkServer
 from megatron_rl.study.plan import PlannedRun
 from megatron_rl.study.state import LOG_FILE, PLANNED_FILE, lay_out
 
@@ -46,12 +48,14 @@ class Child:
         slot: int,
         make_command: MakeCommand = command_of,
         gpus: Sequence[int] = (),
+        forks: ForkServer | None = None,
     ) -> None:
         """Start it. Its output goes to its log.
 
         Args:
             slot: its place among the runs side by side.
             gpus: the devices that it alone sees; empty: those that the study sees.
+            forks: makes it a copy of a process that has imported what it needs, if it can.
 
         Raises:
             OSError: its directory or log cannot be written.
@@ -65,14 +69,11 @@ class Child:
             log.write(f"== {' '.join(command)}\n".encode())
             log.flush()
             self._start = log.tell()
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", with_parent.__file__, str(os.getpid()), *command],
-                env=_environment(run, gpus),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C comes to the study alone, which hands it on
-            )
+            environment = _environment(run, gpus)
+            forked = None
+            if forks is not None and not gpus:
+                forked = forks.start(run, command, environment, log)
+            self._process = forked or _fresh(command, environment, log)
 
     @property
     def log(self) -> Path:
@@ -99,6 +100,19 @@ class Child:
             if self._process.poll() is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _fresh(
+    command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", with_parent.__file__, str(os.getpid()), *command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # Ctrl-C comes to the study alone, which hands it on
+    )
 
 
 def _environment(run: PlannedRun, gpus: Sequence[int]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_rl.study.results import Curves
 from megatron_rl.study.schema import Collapse
 from megatron_rl.study.state import State
-from megatron_rl.study.statistics import summary
+from megatron_rl.study.statistics import spikes, summary
 
 #: Metrics whose missing number means that it was not finite.
 _FINITE = ("loss", "grad_norm")
@@ -46,4 +46,11 @@ def collapse_of(curves: Curves, state: State, rules: Collapse, window: int) -> l
         if beyond:
             step, value = beyond[0]
             found.append(f"{name} {value:.3g} at step {step} is {word} {limit:g}")
+    steps, norms = curves.series("grad_norm")
+    places, most = spikes(norms), rules.grad_norm_spikes
+    if most is not None and len(places) > most:
+        found.append(
+            f"grad_norm has {len(places)} spikes, more than {most}, the first at step "
+            f"{steps[places[0]]}"
+        )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_rl.run.run_lock import RunLock
 from megatron_rl.study import slurm
 from megatron_rl.study.analysis import Analysis, analyse, write_files
 from megatron_rl.study.child import MakeCommand, command_of
+from megatron_rl.study.forked import ForkServer
 from megatron_rl.study.page import write_study_page
 from megatron_rl.study.plan import Plan, make_plan
 from megatron_rl.study.runner import Runner, raise_if_failed, slots_of
@@ -20,6 +22,7 @@ from megatron_rl.study.schema import read_study
 from megatron_rl.study.state import state_of
 from megatron_rl.study.table import Display, progress_lines, result_lines, time_left
 
+MakeForks = Callable[[Callable[[str], None]], ForkServer]
 #: More lines than a study has runs.
 _ALL = 1 << 30
 #: Seconds between two writings of the results while runs go on.
@@ -36,6 +39,7 @@ def run_study(
     launch: str | None = None,
     at_once: int | None = None,
     make_command: MakeCommand = command_of,
+    make_forks: MakeForks = ForkServer,
 ) -> None:
     """Run a study, or say how far it is.
 
@@ -48,6 +52,7 @@ def run_study(
         launch: local or slurm, in place of the file's.
         at_once: runs side by side, in place of the file's.
         make_command: a run's command.
+        make_forks: what saves runs their imports (``fork``).
 
     Raises:
         UserError: a mistake in the file, a configuration or a flag. RunFailed: runs have failed.
@@ -71,7 +76,7 @@ def run_study(
         with written_for_the_user("the batch file", "make room, or set study_dir"):
             print("\n".join(slurm.submit(plan, words, at_once)))
     else:
-        _run_all(plan, slots, make_command)
+        _run_all(plan, slots, make_command, make_forks)
 
 
 def _modes(status: bool, report: bool, only: int | None) -> dict[str, bool]:
@@ -91,13 +96,15 @@ def _run_one(plan: Plan, index: int, make_command: MakeCommand) -> None:
     raise_if_failed(runner)
 
 
-def _run_all(plan: Plan, slots: int, make_command: MakeCommand) -> None:
+def _run_all(plan: Plan, slots: int, make_command: MakeCommand, make_forks: MakeForks) -> None:
     """Run what is left, one study at a time in its directory; then the table and the page."""
     lock = RunLock(plan.folder, _print, "study_dir")
     lock.acquire()
     try:
-        with Display(plan, slots) as display:
+        with contextlib.ExitStack() as stack:
+            display = stack.enter_context(Display(plan, slots))
             display.note(_begin(plan, slots))
+            forks = stack.enter_context(make_forks(display.note)) if plan.study.fork else None
             runner = Runner(
                 plan,
                 plan.runs,
@@ -107,6 +114,7 @@ def _run_all(plan: Plan, slots: int, make_command: MakeCommand) -> None:
                 show=display.show,
                 confirm=lock.confirm,
                 settled=_Writer(plan, display.note).now_and_then,
+                forks=forks,
             )
             runner.run()
         if runner.stopped:

@@ -26,6 +26,7 @@ from megatron_rl.config.on_resume import kind_of
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError, shown
 from megatron_rl.paths import as_written
+from megatron_rl.study.contents import contents_of
 from megatron_rl.study.schema import Overrides, Stage, Study
 from megatron_rl.study.sweep import NAME, sweep_arms
 
@@ -122,15 +123,17 @@ def flat(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def digest_of(verb: str, config: Config, start: PlannedRun | None) -> str:
-    """SHA-256 of a verb and of every key that changes what is trained or measured: all but the
-    "silent" ones of ``config/on_resume.py``. A prepared run counts by its digest, not by its path.
+    """SHA-256 of a verb and of what changes what is trained or measured: every key but the "silent"
+    ones of ``config/on_resume.py``, and the content of what the run reads. A prepared run counts by
+    its digest, not by its path. UserError: a file that cannot be read.
     """
     values = {
         key: value for key, value in leaf_values(written_values(config)) if kind_of(key) != "silent"
     }
     if start is not None and config.checkpoint.init_from == start.run_dir:
         values["checkpoint.init_from"] = {"prepared": start.digest}
-    text = json.dumps([verb, values], sort_keys=True)
+    made = None if start is None else start.run_dir
+    text = json.dumps([verb, values, contents_of(config, verb, made)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ from megatron_rl.errors import RunFailed
 from megatron_rl.observe.run_files import METRICS_FILE
 from megatron_rl.run.run_lock import owner_in
 from megatron_rl.study.child import Child, MakeCommand, command_of
+from megatron_rl.study.forked import ForkServer
 from megatron_rl.study.plan import Plan, PlannedRun
 from megatron_rl.study.results import hours_of
 from megatron_rl.study.state import (
@@ -66,6 +67,7 @@ class Runner:
         show: Callable[[], None] = lambda: None,
         confirm: Callable[[], None] = lambda: None,
         settled: Callable[[], None] = lambda: None,
+        forks: ForkServer | None = None,
     ) -> None:
         """
         Args:
@@ -76,10 +78,11 @@ class Runner:
             show: called about every second.
             confirm: called before a run is started; raises if the study is another process's now.
             settled: called after a run has ended for good.
+            forks: saves runs their imports; None: each is a process of its own.
         """
         self._plan, self._slots = plan, slots
         self._make_command, self._note, self._show = make_command, note, show
-        self._confirm, self._settled = confirm, settled
+        self._confirm, self._settled, self._forks = confirm, settled, forks
         self._waiting = deque(run for run in runs if not state_of(run).finished)
         self._held: dict[int, float] = {}  #: index -> when it is tried again
         self._children: list[Child] = []
@@ -139,7 +142,8 @@ class Runner:
             slot = min(set(range(self._slots)) - {child.slot for child in self._children})
             self._steps_at_start[run.index] = _last_step(run)
             begun = "goes on" if self._steps_at_start[run.index] > 0 else "starts"
-            child = Child(run, slot, self._make_command, self._gpus(run, slot))
+            gpus = self._gpus(run, slot)
+            child = Child(run, slot, self._make_command, gpus, self._forks)
             self._children.append(child)
             if self.stopped:  # the signal came while it was started
                 child.stop()

@@ -68,6 +68,9 @@ class Collapse(Settings):
     """The entropy of a step is below this, nat; null: off."""
     grad_norm_above: float | None = Field(None, gt=0.0)
     """The gradient norm of a step is above this; null: off."""
+    grad_norm_spikes: int | None = Field(None, ge=0)
+    """More steps than this have a gradient norm above 3 x the median of the 20 steps before; null:
+    off."""
 
 
 class Budget(Settings):
@@ -125,6 +128,9 @@ class Study(Settings):
     """Runs side by side; null: as many as there are cores (or ``gpus``) for."""
     threads: int = Field(1, ge=1)
     """CPU threads of a rank, where the configuration does not say (device.threads)."""
+    fork: bool = True
+    """true: a run of one process on a CPU is copied from a process that has imported what it needs;
+    false: each is started anew. The numbers are the same."""
     gpus: int | None = Field(None, ge=1)
     """GPUs of this machine, which are shared out: each rank of each run gets its own; null: the
     ranks of all runs see all."""

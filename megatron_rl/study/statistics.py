@@ -7,6 +7,7 @@ seed each time, so the same values always give the same interval.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+#: A spike: above so many times the median of so many values before it, and of no less than so many.
+SPIKE, MEDIAN_OVER, MEDIAN_FROM = 3.0, 20, 3
 _SEED = 0
 _LOW, _HIGH = 2.5, 97.5
 Array = NDArray[np.float64]
@@ -36,6 +39,7 @@ class Summary:
     final: float  #: mean over the last steps
     best: float  #: largest mean over as many steps
     area: float  #: area under the curve / its length: the mean over the run
+    spikes: int  #: see `spikes`
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
@@ -103,4 +107,16 @@ def summary(steps: Sequence[int], values: Sequence[float], window: int) -> Summa
         widths = np.diff(np.asarray(steps, np.float64))
         heights = np.asarray(values, np.float64)
         area = float((widths * (heights[1:] + heights[:-1]) / 2).sum() / length)
-    return Summary(means[-1], max(means), area)
+    return Summary(means[-1], max(means), area, len(spikes(values)))
+
+
+def spikes(values: Sequence[float]) -> list[int]:
+    """The places of values above `SPIKE` x the running median: that of the `MEDIAN_OVER` values
+    before, or of as many as there are, at least `MEDIAN_FROM`.
+    """
+    found = []
+    for place in range(MEDIAN_FROM, len(values)):
+        before = values[max(0, place - MEDIAN_OVER) : place]
+        if values[place] > SPIKE * statistics.median(before):
+            found.append(place)
+    return found

@@ -15,12 +15,19 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    """Ask the kernel for the signal (it stays with the process over exec), then become PROGRAM."""
-    parent, command = int(sys.argv[1]), sys.argv[2:]
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+def end_with(parent: int, number: int) -> None:
+    """Ask the kernel for a signal when the parent dies; it stays with the process over exec, and
+    not over fork. Exits if ``parent`` is the parent no more.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number))
     if os.getppid() != parent:  # it died before it could be heard of
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + number)
+
+
+def main() -> None:
+    """Ask for the signal, then become PROGRAM."""
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    end_with(parent, signal.SIGTERM)
     os.execv(command[0], command)
 
 

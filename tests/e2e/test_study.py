@@ -4,6 +4,7 @@ like one that was not disturbed.
 
 import csv
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from megatron_rl.study.plan import make_plan
 from megatron_rl.study.schema import read_study
 from megatron_rl.study.state import state_of
 from tests.support.recipe import make_recipe
-from tests.support.runs import reproducible, run, started
+from tests.support.runs import TIMEOUT_S, reproducible, run, started
+from tests.support.warm import start_warm
 
 STEPS = 3
 STUDY = f"""\
@@ -85,12 +87,12 @@ def test_a_killed_study_ends_with_every_run_done(runs, study):
 
 
 def test_a_run_of_it_is_the_run_that_its_configuration_gives(runs, folder):
-    """The command line, given the file that the study left, without a study or a kill."""
+    """The command line in a new process, given the file that the study left, without a study or a
+    kill: the study's run, a copy of a process that had imported everything, has the same numbers.
+    """
     planned = runs[2]
     again = run(
-        *("train", str(planned.run_dir / "planned.yaml"), "--run_dir", "runs/alone"),
-        cwd=folder,
-        warm=True,
+        *("train", str(planned.run_dir / "planned.yaml"), "--run_dir", "runs/alone"), cwd=folder
     )
     assert again.code == 0, again.err
     assert reproducible(folder / "runs/alone") == reproducible(planned.run_dir)
@@ -118,3 +120,36 @@ def test_the_results_hold_every_runs_numbers(runs):
     assert [(row["arm"], row["runs"], row["pairs"]) for row in solved] == [
         *(("gmpo", "2", "0"), ("rspo", "2", "2")),
     ]
+
+
+def test_the_gradients_of_its_arms(runs, folder, tmp_path):
+    """The example's script, from the warmed-up weights: each arm on the same mini-batches."""
+    out = tmp_path / "gradients.json"
+    words = ["study.yaml", "--drift", "2", "--mini-batches", "4", "--out", str(out)]
+    with open(tmp_path / "log", "w") as log, open(os.devnull) as nothing:
+        process = start_warm(
+            "examples.router_shift_study.gradients:main",
+            [words],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            files=[nothing.fileno(), log.fileno(), log.fileno()],
+        )
+        code = process.wait(TIMEOUT_S)
+        process.kill()
+    assert code == 0, (tmp_path / "log").read_text()
+    found = json.loads(out.read_text())
+    assert found["weights"].startswith(str(runs[0].run_dir))
+    assert found["drift"]["steps"] == 2 and found["arms"].keys() == {"gmpo", "rspo"}
+    for arm in found["arms"].values():
+        assert arm["mini_batches"] == 4
+        n, trace, signal = 4, arm["trace"], arm["signal"]
+        assert arm["mean_square"] == pytest.approx(signal + trace)  # E|g|^2 = |E g|^2 + tr Cov
+        assert arm["square_of_mean"] == pytest.approx(signal + trace / n)
+        assert trace > 0
+    shifted = [
+        name for name in found["arms"] if "router/raw_gamma_mean" in found["arms"][name]["metrics"]
+    ]
+    assert shifted == ["rspo"]
+    assert -1 <= found["cosines"]["gmpo"]["rspo"] <= 1 + 1e-9
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["gmpo", "rspo"]

@@ -1,6 +1,7 @@
 """A study whose runs are stand-ins: processes that write a run's files without a model.
 
     python tests/support/stand_in_study.py STUDY.yaml [--quick ...]      # as ``megatron-rl study``
+    python tests/support/stand_in_study.py serve DESCRIPTOR              # is copied for stand-ins
 
 A stand-in holds the run's lock, adds a record to metrics.jsonl every few milliseconds, resumes
 after its last one, and stops after a step when SIGTERM comes, as runs do. Each step is also noted
@@ -16,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,6 +54,20 @@ def command(run: Any) -> list[str]:
     """A stand-in's command, for a run of a plan."""
     about = [str(run.run_dir), run.arm, str(run.seed or 0), str(run.steps)]
     return [sys.executable, __file__, "stand-in", *about]
+
+
+def fork_server(note: Callable[[str], None]) -> Any:
+    """A study's fork server, whose copies are stand-ins."""
+    from megatron_rl.study.forked import ForkServer
+
+    program = [sys.executable, __file__]
+    return ForkServer(note, program, [*program, "serve"])
+
+
+def _main(words: Sequence[str]) -> int:
+    """A stand-in, from its arguments."""
+    _stand_in(Path(words[1]), words[2], int(words[3]), int(words[4]))
+    return 0
 
 
 def _stand_in(run_dir: Path, arm: str, seed: int, steps: int) -> None:
@@ -111,7 +126,7 @@ def study(words: list[str]) -> int:
     from megatron_rl.cli import main
     from megatron_rl.study import command as verb
 
-    with_stand_ins = functools.partial(verb.run_study, make_command=command)
+    with_stand_ins = functools.partial(verb.run_study, make_command=command, make_forks=fork_server)
     with mock.patch.object(verb, "run_study", with_stand_ins):
         return main(["study", *words])
 
@@ -119,6 +134,10 @@ def study(words: list[str]) -> int:
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     if sys.argv[1] == "stand-in":
-        _stand_in(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        _main(sys.argv[1:])
+    elif sys.argv[1] == "serve":
+        from megatron_rl.study.fork_server import serve
+
+        serve(int(sys.argv[2]), lambda: False, _main)
     else:
         sys.exit(study(sys.argv[1:]))

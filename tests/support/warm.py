@@ -172,7 +172,9 @@ def _serve(descriptor: int) -> None:
     """Answer requests until the other side closes the connection."""
     _end_with_parent()
     sys.path[0] = str(ROOT)
-    _import()
+    from megatron_rl.run.imports import import_for_cpu
+
+    import_for_cpu()
     gc.collect()
     gc.freeze()
     connection = socket.socket(fileno=descriptor)
@@ -197,25 +199,6 @@ def _serve(descriptor: int) -> None:
         else:
             answer = _wait(codes, request["pid"], request["timeout_s"])
         connection.send(json.dumps(answer).encode())
-
-
-def _import() -> None:
-    """What commands and ranks need."""
-    from megatron_rl.device import megatron_on_cpu
-
-    megatron_on_cpu.install()
-    import numpy.random
-    import rich.console
-    import sentencepiece
-    import torch._dynamo  # the first optimizer imports it
-    from transformers import AutoTokenizer
-
-    import megatron_rl.rollout.builtin.generate
-    import megatron_rl.run.verbs
-    import megatron_rl.tasks.supervised  # noqa: F401
-
-    # transformers imports what a name needs when it is first asked for.
-    assert AutoTokenizer and numpy and rich and sentencepiece and torch
 
 
 def _become(request: Mapping[str, Any], files: Sequence[int]) -> NoReturn:

@@ -276,7 +276,7 @@ def test_changed_code_of_ones_own_is_said_and_not_refused(config, tmp_path):
 
 def test_code_of_ones_own_is_found_without_listing_a_data_set_again(tmp_path):
     """Reading has listed it already; by then its files may even be gone."""
-    from megatron_rl.run.continuation import own_code
+    from megatron_rl.config.own_code import own_code
 
     source = tmp_path / "mine.py"
     source.write_text("def records():\n    return [{'prompt': 'a'}]\n")

@@ -13,11 +13,13 @@ import pandas
 import pytest
 
 from megatron_rl.study.analysis import analyse, write_files
+from megatron_rl.study.collapse import collapse_of
 from megatron_rl.study.page import write_study_page
 from megatron_rl.study.plan import make_plan
-from megatron_rl.study.schema import read_study
+from megatron_rl.study.results import Curves
+from megatron_rl.study.schema import Collapse, read_study
+from megatron_rl.study.state import State, mark_done, mark_failed
 from megatron_rl.study.state import lay_out as lay_out_run
-from megatron_rl.study.state import mark_done, mark_failed
 from megatron_rl.study.table import Display, progress_lines, result_lines, time_left
 from tests.support.stand_in_study import lay_out
 
@@ -164,6 +166,17 @@ def test_collapses_by_each_rule(plan):
     assert found == [
         "a number was not finite after step 4",
         "entropy 0.05 at step 2 is below 0.1",
+    ]
+
+
+def test_more_spikes_than_allowed_are_a_collapse(plan):
+    norms = ([1, 2, 3, 4, 5, 6], [1.0, 1.0, 1.0, 4.0, 1.0, 5.0])
+    curves, rules = Curves({"grad_norm": norms}), {"metric": "none"}
+    state = State("done", 6)
+    assert collapse_of(curves, state, Collapse(grad_norm_spikes=2, **rules), 10) == []
+    assert collapse_of(curves, state, Collapse(**rules), 10) == []
+    assert collapse_of(curves, state, Collapse(grad_norm_spikes=1, **rules), 10) == [
+        "grad_norm has 2 spikes, more than 1, the first at step 4"
     ]
 
 

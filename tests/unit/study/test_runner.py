@@ -22,6 +22,8 @@ from tests.support.stand_in_study import ROOT, journal, lay_out, overlaps
 SCRIPT = str(ROOT / "tests/support/stand_in_study.py")
 LIMIT_S = 120.0
 TWO_ARMS = "arms: {a: {optimizer.lr: 0.1}, b: {optimizer.lr: 0.2}}\nseeds: 2\nat_once: 2\n"
+#: Runs that are copies of one process, and runs that start anew.
+FORK = ["fork: true\n", "fork: false\n"]
 ERROR = "the disk is odd; expected an even one"
 
 
@@ -109,12 +111,16 @@ def test_so_many_run_at_once(folder):
     assert most == 2
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
-def test_killed_at_any_moment_the_same_command_goes_on(folder, seed):
+SLOW = [pytest.param(n, fork, marks=pytest.mark.slow) for n in (1, 2) for fork in FORK]
+
+
+@pytest.mark.parametrize("seed, fork", [(0, FORK[0]), (0, FORK[1]), *SLOW])
+def test_killed_at_any_moment_the_same_command_goes_on(folder, seed, fork):
     """Kills of the study, while it starts and while runs are at work: each run is whole, no step
     was written twice, and no two processes were at work in one run.
     """
-    lay_out(folder, TWO_ARMS.replace("seeds: 2", "seeds: 3") + "overrides: {train.steps: 25}\n")
+    arms = TWO_ARMS.replace("seeds: 2", "seeds: 3")
+    lay_out(folder, f"{arms}overrides: {{train.steps: 25}}\n{fork}")
     moments = random.Random(seed)
     for kill in range(6):
         process, before = start(folder), len(journal(folder))
@@ -137,19 +143,24 @@ def test_killed_at_any_moment_the_same_command_goes_on(folder, seed):
     assert len({pid for _, pid, _ in journal(folder)}) > 6  # some were at work when it was killed
 
 
-def test_children_end_with_a_killed_study(folder):
-    lay_out(folder, "arms: {slow: {}}\nseeds: 2\nat_once: 2\noverrides: {train.steps: 1000}\n")
+@pytest.mark.parametrize("fork", FORK)
+def test_children_end_with_a_killed_study(folder, fork):
+    runs = "arms: {slow: {}}\nseeds: 2\nat_once: 2\noverrides: {train.steps: 1000}\n"
+    lay_out(folder, runs + fork)
     process = start(folder)
     wait_until(lambda: len({pid for _, pid, _ in journal(folder)}) == 2, process)
+    others = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    assert len(others) == (2 if "false" in fork else 3)  # with the process that is copied
     process.kill()
     process.communicate()
-    children = {pid for _, pid, _ in journal(folder)}
+    children = {pid for _, pid, _ in journal(folder)} | others
     wait_until(lambda: not any(map(psutil.pid_exists, children)))
     assert set(kinds().values()) <= {"stopped", "waiting"}
 
 
-def test_a_signal_lets_the_runs_end_their_step(folder):
-    lay_out(folder, TWO_ARMS + "overrides: {train.steps: 500}\n")
+@pytest.mark.parametrize("fork", FORK)
+def test_a_signal_lets_the_runs_end_their_step(folder, fork):
+    lay_out(folder, f"{TWO_ARMS}overrides: {{train.steps: 500}}\n{fork}")
     process = start(folder)
     wait_until(lambda: len(journal(folder)) > 10, process)
     process.send_signal(signal.SIGTERM)
@@ -160,8 +171,10 @@ def test_a_signal_lets_the_runs_end_their_step(folder):
     assert not list(folder.rglob(DONE_FILE)) and not list(folder.rglob("run.lock"))
 
 
-def test_a_failure_is_named_and_the_others_go_on(folder):
-    lay_out(folder, "arms: {fails: {optimizer.lr: 0.1}, b: {optimizer.lr: 0.2}}\nseeds: 2\n")
+@pytest.mark.parametrize("fork", FORK)
+def test_a_failure_is_named_and_the_others_go_on(folder, fork):
+    arms = "arms: {fails: {optimizer.lr: 0.1}, b: {optimizer.lr: 0.2}}\nseeds: 2\n"
+    lay_out(folder, arms + fork)
     code, out = run(folder)
     assert code == 1
     last = out.splitlines()[-1]

@@ -12,6 +12,7 @@ from megatron_rl.study.statistics import (
     band,
     estimate,
     paired_difference,
+    spikes,
     summary,
     trailing_means,
 )
@@ -69,9 +70,9 @@ def test_trailing_means_count_steps_not_values():
 def test_a_curve_in_numbers():
     """Trapezoids: 2 steps of mean 1.5, one of 3, 2 of 3: 3 + 3 + 6 over 5 steps."""
     steps, values = [1, 3, 4, 6], [1.0, 2.0, 4.0, 2.0]
-    assert summary(steps, values, 1) == Summary(final=2.0, best=4.0, area=12 / 5)
-    assert summary(steps, values, 3) == Summary(final=3.0, best=3.0, area=12 / 5)
-    assert summary([4], [0.25], 10) == Summary(0.25, 0.25, 0.25)
+    assert summary(steps, values, 1) == Summary(final=2.0, best=4.0, area=12 / 5, spikes=0)
+    assert summary(steps, values, 3) == Summary(final=3.0, best=3.0, area=12 / 5, spikes=0)
+    assert summary([4], [0.25], 10) == Summary(0.25, 0.25, 0.25, 0)
     assert summary([], [], 10) is None
 
 
@@ -95,3 +96,12 @@ def test_a_wide_band_agrees_with_the_interval_of_each_step():
         width = found.high - found.low
         assert math.isclose(low[step], found.low, abs_tol=0.1 * width)
         assert math.isclose(high[step], found.high, abs_tol=0.1 * width)
+
+
+def test_spikes_stand_out_of_the_steps_before_them():
+    assert spikes([1.0, 1.0, 9.0, 9.0]) == [3]  # three values are before it, their median is 1
+    assert spikes([1.0, 2.0, 3.0, 6.0, 6.1, 7.51]) == []  # medians 2, 2.5, 3
+    assert spikes([1.0, 2.0, 3.0, 6.01, 7.6, 0.1]) == [3, 4]
+    level = [1.0] * 20 + [10.0] * 20  # from its eleventh on the median is not 1 any more
+    assert spikes([*level, 31.0]) == [*range(20, 30), 40]
+    assert spikes([5.0, 50.0]) == []
