@@ -50,6 +50,8 @@ def scored_by(scores, model=None, algorithm=None, **rollout):
         make(urls=URLS, top_p=0.9, top_k=8),
         make("builtin", temperature=0.7, top_p=0.9),
         make("sglang", urls=URLS, temperature=0.7, top_p=0.9),
+        scored_by("auto", round_weights="bf16"),
+        scored_by("pass", round_weights="fp8", model={"dtype": "bf16"}),
         make(urls=URLS, sync="broadcast"),
         lagging(lag=3),
         lagging(mismatch="none", loss="dppo_tv"),
@@ -123,6 +125,18 @@ def test_good_ones_pass(config):
             scored_by("sampler", environment=TOOL),
             "rollout.scores is sampler with rollout.environment; expected the engine builtin, an",
         ),
+        (
+            scored_by("sampler", round_weights="fp8"),
+            "rollout.scores is sampler with rollout.round_weights fp8; expected the engine builtin",
+        ),
+        (
+            scored_by("pass", engine="vllm", round_weights="fp8"),
+            "rollout.round_weights is fp8 with rollout.engine vllm; expected engine builtin; set",
+        ),
+        (
+            scored_by("pass", model={"dtype": "bf16"}, round_weights="bf16"),
+            "rollout.round_weights is bf16 with model.dtype bf16, whose weights are rounded",
+        ),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),
         (
             make(urls=URLS, temperature=0.7, top_p=0.9),
@@ -146,6 +160,7 @@ def test_bad_ones_are_refused(config, message):
         (scored_by("auto"), True, True),
         (scored_by("sampler"), True, True),
         (scored_by("pass"), False, False),
+        (scored_by("auto", round_weights="bf16"), False, False),
         (scored_by("auto", algorithm={"name": "grpo"}), True, False),
         (scored_by("auto", algorithm={"name": "grpo", "routing_replay": "r2"}), True, True),
         (scored_by("auto", algorithm={"mini_batches": 1}), False, False),  # its update scores it
