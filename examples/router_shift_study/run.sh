@@ -17,7 +17,7 @@ if [ "${1:-}" = --quick ]; then
     shift
 fi
 if [ $# = 0 ]; then
-    set -- countdown_small sort_small countdown_deep sort_deep mismatch
+    set -- sort_small countdown_small sort_deep countdown_deep mismatch
 fi
 
 bash tools/setup_venv.sh .venv
@@ -26,11 +26,11 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 if [ ! -f $here/data/countdown/train.jsonl ]; then
     python tools/data/make_countdown.py --out $here/data/countdown \
-        --sft 30000 --train 20000 --eval 512 --numbers 3 --max-number 50 --ops='+-'
+        --sft 8000 --train 8000 --eval 512 --numbers 3 --max-number 30 --ops='+-'
 fi
 if [ ! -f $here/data/sort/train.jsonl ]; then
     python tools/data/make_topological_sort.py --out $here/data/sort \
-        --sft 30000 --train 20000 --eval 512 --items 7 --pairs 8
+        --sft 20000 --train 8000 --eval 512 --items 6 --pairs 7
 fi
 if [ ! -f $here/data/tokenizer.model ]; then
     python tools/data/train_tokenizer.py $here/data/*/sft.jsonl --kind char --vocab-size 64 --out $here/data/tokenizer.model
