@@ -277,8 +277,8 @@ def _arms(study: Study, quick: bool) -> dict[str, Overrides]:
                 f"{key} is {shown(found)}{did_you_mean(found, known)}; expected one of "
                 f"{', '.join(known) or 'prepare, which is empty'}"
             )
-    for key, found in (("quick.arms", study.quick.arms), ("seeds_of", study.seeds_of)):
-        _refuse_others(key, found or (), arms)
+    _refuse_others("seeds_of", study.seeds_of, arms)
+    _refuse_others("quick.arms", study.quick.arms or (), arms)
     if not quick or study.quick.arms is None:
         return arms
     if study.compare_to not in (None, *study.quick.arms):
