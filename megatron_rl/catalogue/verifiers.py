@@ -15,6 +15,13 @@ class CountdownSettings(Settings):
     """Reward of a well-formed expression that is wrong; a right one has 1."""
 
 
+class TopologicalSortSettings(Settings):
+    """Settings of the verifier topological_sort."""
+
+    well_formed: float = Field(0.1, ge=0.0, le=1.0)
+    """Reward of an order of all items that breaks a pair; a right one has 1."""
+
+
 VERIFIERS: tuple[VerifierEntry, ...] = (
     VerifierEntry(
         name="countdown",
@@ -37,5 +44,13 @@ VERIFIERS: tuple[VerifierEntry, ...] = (
         code="megatron_rl.rewards.code:verify_code",
         check="megatron_rl.rewards:check_code_record",
         machine_check="megatron_rl.rewards:check_sandbox",
+    ),
+    VerifierEntry(
+        name="topological_sort",
+        summary="the record's items in an order that keeps each of its pairs (x before y)",
+        code="megatron_rl.rewards.topological_sort:verify_topological_sort",
+        settings=TopologicalSortSettings,
+        needs=("items", "before"),
+        check="megatron_rl.rewards:check_topological_sort_record",
     ),
 )

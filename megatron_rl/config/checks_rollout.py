@@ -177,7 +177,25 @@ def sampler_computes_what_the_trainer_computes(config: Config) -> None:
     if reason is not None:
         raise UserError(
             f"rollout.scores is sampler with {reason}; expected the engine builtin, an fp32 model, "
-            "no environment and not routing_replay r3; set scores to auto or pass"
+            "round_weights none, no environment and not routing_replay r3; set scores to auto or "
+            "pass"
+        )
+
+
+def rounding_is_the_built_in_engines(config: Config) -> None:
+    """``rollout.round_weights`` needs weights of the engine's own, of a higher precision."""
+    rounding, engine = config.rollout.round_weights, config.rollout.engine
+    if rounding == "none":
+        return
+    if engine_of(config.rollout).name != "builtin":
+        raise UserError(
+            f"rollout.round_weights is {rounding} with rollout.engine {engine}; expected engine "
+            "builtin; set it to none, and the precision of servers in rollout.servers.options"
+        )
+    if rounding == config.model.dtype:
+        raise UserError(
+            f"rollout.round_weights is {rounding} with model.dtype {config.model.dtype}, whose "
+            "weights are rounded already; expected a lower precision; set it to fp8 or none"
         )
 
 
@@ -191,4 +209,5 @@ ROLLOUT_RULES: tuple[Callable[[Config], None], ...] = (
     lag_is_corrected,
     environment_is_known,
     sampler_computes_what_the_trainer_computes,
+    rounding_is_the_built_in_engines,
 )

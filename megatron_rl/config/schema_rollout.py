@@ -76,10 +76,15 @@ class RolloutConfig(Section):
     """
     scores: Literal["auto", "sampler", "pass"] = "auto"
     """Where the old policy's log-probabilities and router trace come from. pass: a scoring pass.
-    sampler: the sampler has them, with engine builtin, an fp32 model, no environment and not
-    algorithm.routing_replay r3; the pass of each step's first update checks that, and where they
-    differ a pass scores the step. auto: sampler where that is possible. The first mini-batch is
-    scored by its own update in any case."""
+    sampler: the sampler has them, with engine builtin, an fp32 model, weights that are not rounded,
+    no environment and not algorithm.routing_replay r3; the pass of each step's first update checks
+    that, and where they differ a pass scores the step. auto: sampler where that is possible. The
+    first mini-batch is scored by its own update in any case."""
+    round_weights: Literal["none", "bf16", "fp8"] = "none"
+    """Engine builtin: answers, those of evaluations included, are sampled with weights of lower
+    precision than those that are trained, as from a server with quantized weights. bf16: rounded to
+    bf16; fp8: linear layers and experts to e4m3 with a scale for each output, the rest to bf16.
+    Activations are not rounded."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Ids of additional stop tokens.
 

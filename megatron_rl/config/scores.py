@@ -16,6 +16,8 @@ def why_scored(config: Config) -> str | None:
         return f"rollout.engine {rollout.engine}"
     if config.model.dtype != "fp32":
         return f"model.dtype {config.model.dtype}"
+    if rollout.round_weights != "none":
+        return f"rollout.round_weights {rollout.round_weights}"
     if rollout.environment is not None:
         return "rollout.environment"
     if config.algorithm.routing_replay == "r3":

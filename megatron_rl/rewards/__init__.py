@@ -11,6 +11,7 @@ from megatron_rl.rewards.code_record import check_code_record
 from megatron_rl.rewards.countdown import check_countdown_record
 from megatron_rl.rewards.math import check_math_record
 from megatron_rl.rewards.sandbox import Limits, check_confinement, check_limits
+from megatron_rl.rewards.topological_sort import check_topological_sort_record
 
 #: Every verifier of this package by its ``reward.name``, with default settings.
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
@@ -34,4 +35,5 @@ __all__ = [
     "check_countdown_record",
     "check_math_record",
     "check_sandbox",
+    "check_topological_sort_record",
 ]

@@ -130,8 +130,10 @@ def _begin(plan: Plan, slots: int) -> str:
     done = sum(state.finished for state in states.values())
     left = time_left(plan, states, slots)
     arms, seeds = len(plan.arms), len(plan.seeds)
-    prepared = len(plan.runs) - arms * seeds
-    text = f"{plan.folder}: {arms} arms x {seeds} seeds"
+    measured = sum(1 for _ in plan.of_arms())
+    prepared = len(plan.runs) - measured
+    most = "" if measured == arms * seeds else "up to "
+    text = f"{plan.folder}: {arms} arms x {most}{seeds} seeds"
     text += f" and {prepared} prepared" if prepared else ""
     text += f", {done} of {len(plan.runs)} runs done, {slots} at once"
     return text + ("" if left is None else f"; about {duration(left)} left")

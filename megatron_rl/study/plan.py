@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Plan:
 
     study: Study
     folder: Path  #: of everything that is written: study_dir, or its quick/
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  #: of all arms together
     arms: tuple[str, ...]
     runs: tuple[PlannedRun, ...]
 
@@ -94,8 +94,9 @@ def make_plan(study: Study, quick: bool = False) -> Plan:
         UserError: a mistake in the study or in a configuration; it names the arm. Two arms with the
             same configuration.
     """
-    arms = _arms(study)
-    seeds = _seeds(study)[: study.quick.seeds] if quick else _seeds(study)
+    arms = _arms(study, quick)
+    seeds_of = _seeds_of(study, arms, quick)
+    seeds = list(dict.fromkeys(seed for many in seeds_of.values() for seed in many))
     maker = _Maker(study, study.study_dir / "quick" if quick else study.study_dir, quick)
     starts: dict[int, PlannedRun | None] = dict.fromkeys(seeds)
     for name, stage in study.prepare.items():
@@ -105,7 +106,8 @@ def make_plan(study: Study, quick: bool = False) -> Plan:
                 starts.update(dict.fromkeys(seeds if seed is None else [seed], run))
     for seed in seeds:
         for arm, overrides in arms.items():
-            maker.of_arm(arm, overrides, seed, starts[seed])
+            if seed in seeds_of[arm]:
+                maker.of_arm(arm, overrides, seed, starts[seed])
     return Plan(study, maker.folder, tuple(seeds), tuple(arms), tuple(maker.runs))
 
 
@@ -253,8 +255,8 @@ def _files_exist(config: Config, start: PlannedRun | None) -> None:
             )
 
 
-def _arms(study: Study) -> dict[str, Overrides]:
-    """All arms, those of the sweep last; refuses names that are none."""
+def _arms(study: Study, quick: bool) -> dict[str, Overrides]:
+    """All arms, those of the sweep last, or those of --quick; refuses names that are none."""
     swept = {} if study.sweep is None else sweep_arms(study.sweep)
     arms = {**study.arms, **swept}
     if len(arms) < len(study.arms) + len(swept):
@@ -278,12 +280,34 @@ def _arms(study: Study) -> dict[str, Overrides]:
                 f"{key} is {shown(found)}{did_you_mean(found, known)}; expected one of "
                 f"{', '.join(known) or 'prepare, which is empty'}"
             )
-    return arms
+    _refuse_others("seeds_of", study.seeds_of, arms)
+    _refuse_others("quick.arms", study.quick.arms or (), arms)
+    if not quick or study.quick.arms is None:
+        return arms
+    if study.compare_to not in (None, *study.quick.arms):
+        raise UserError(
+            f"quick.arms lacks {study.compare_to}, the arm of compare_to; expected it; add it"
+        )
+    return {arm: arms[arm] for arm in arms if arm in study.quick.arms}
 
 
-def _seeds(study: Study) -> list[int]:
-    if isinstance(study.seeds, int):
-        return list(range(1, study.seeds + 1))
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        raise UserError(f"seeds is {study.seeds}; expected one or more, each once")
-    return study.seeds
+def _seeds_of(study: Study, arms: Iterable[str], quick: bool) -> dict[str, list[int]]:
+    """Arm -> its seeds."""
+    found = {}
+    for arm in arms:
+        own = arm in study.seeds_of
+        key, value = (f"seeds_of.{arm}", study.seeds_of[arm]) if own else ("seeds", study.seeds)
+        seeds = list(range(1, value + 1)) if isinstance(value, int) else value
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise UserError(f"{key} is {seeds}; expected one or more, each once")
+        found[arm] = seeds[: study.quick.seeds] if quick else seeds
+    return found
+
+
+def _refuse_others(key: str, names: Iterable[str], arms: Mapping[str, Overrides]) -> None:
+    for name in names:
+        if name not in arms:
+            raise UserError(
+                f"{key} names {shown(name)}{did_you_mean(name, arms)}; expected arms: "
+                f"{', '.join(arms)}"
+            )

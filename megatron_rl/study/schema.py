@@ -14,6 +14,8 @@ from megatron_rl.config.yaml_text import read_yaml
 #: Values of configuration keys, nested or dotted: ``{algorithm: {name: gmpo}}`` or
 #: ``{algorithm.name: gmpo}``.
 Overrides = dict[str, Any]
+#: A list of seeds, or n for 1 to n.
+Seeds = Annotated[int, Field(ge=1, le=10_000)] | list[Annotated[int, Field(ge=0, lt=2**32)]]
 
 
 class Stage(Settings):
@@ -87,7 +89,9 @@ class Quick(Settings):
     """The small form of the study: ``--quick``."""
 
     seeds: int = Field(2, ge=1)
-    """The first seeds that are used."""
+    """The first seeds of each arm that are used."""
+    arms: list[str] | None = Field(None, min_length=1)
+    """The arms that are run; null: all."""
     steps: float = Field(0.05, gt=0.0, le=1.0)
     """Factor on train.steps of every run, prepared ones included; at least one step is left."""
     overrides: Overrides = {}
@@ -120,8 +124,10 @@ class Study(Settings):
     """Name -> the keys in which this arm differs."""
     sweep: Sweep | None = None
     """More arms, made from values of keys; null: none."""
-    seeds: Annotated[int, Field(ge=1, le=10_000)] | list[Annotated[int, Field(ge=0, lt=2**32)]] = 3
+    seeds: Seeds = 3
     """The seeds of every arm: a list, or n for 1 to n."""
+    seeds_of: dict[str, Seeds] = {}
+    """Arm -> its seeds, in the place of ``seeds``, such as more for the arms that matter most."""
     compare_to: str | None = None
     """The arm that the others are compared with, seed by seed; null: no comparison."""
     at_once: int | None = Field(None, ge=1)

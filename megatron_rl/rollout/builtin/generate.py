@@ -35,6 +35,7 @@ from megatron_rl.rollout.builtin.plain.plan import (
     unknown_module,
     unknown_weight,
 )
+from megatron_rl.rollout.builtin.plain.rounding import Rounding
 from megatron_rl.rollout.builtin.plain.step import PlainDecoder
 from megatron_rl.rollout.builtin.rank_sync import RankSync
 from megatron_rl.rollout.builtin.routes import RouteLog, Routes
@@ -60,6 +61,7 @@ def builtin_engine(parts: EngineParts) -> BuiltinEngine:
         parts.config.model.max_sequence_length,
         parts.capture,
         parts.stop,
+        rounding=parts.config.rollout.round_weights,
     )
 
 
@@ -80,6 +82,7 @@ class BuiltinEngine(WholeAnswers):
         capture: RouterCapture | None = None,
         stop: Callable[[], bool] | None = None,
         plan: Plan | None = None,
+        rounding: Rounding = "none",
     ) -> None:
         """
         Args:
@@ -93,6 +96,10 @@ class BuiltinEngine(WholeAnswers):
             capture: of the chunks' routers; needed if completions are to carry their experts.
             stop: whether this rank has heard that the run is to stop; None: it is never asked.
             plan: how to decode; None: as `plan_of` says, which then is a collective of all ranks.
+            rounding: of the weights that decode, in copies made for each call of `generate`.
+
+        Raises:
+            UserError: ``rounding`` where Megatron's modules decode; on all ranks.
         """
         self._chunks = chunks
         self._groups = groups
@@ -104,6 +111,13 @@ class BuiltinEngine(WholeAnswers):
         self._capture = capture
         self._stop = stop
         self.plan = plan or plan_of(transformer_config, groups, self._device, spare_bytes(), chunks)
+        self._rounding = rounding
+        if rounding != "none" and not self.plan.is_plain:
+            raise UserError(
+                f"rollout.round_weights is {rounding}, and answers are decoded "
+                f"{self.plan.text()}; expected decoding by plain functions, which have copies of "
+                "the weights; set rollout.round_weights none"
+            )
         self._config = transformer_config
         alone = self.plan.is_plain  # ranks that share experts do not meet while they decode
         self._ranks = RankSync(groups, transformer_config, self._device, alone=alone)
@@ -143,7 +157,7 @@ class BuiltinEngine(WholeAnswers):
             model = None
             if self.plan.is_plain:
                 longest = self._max_sequence_length
-                model = plain_model(self._chunks, self._groups, self.plan, longest)
+                model = plain_model(self._chunks, self._groups, self.plan, longest, self._rounding)
             for number in range(self._ranks.most(len(batches))):
                 batch = batches[number] if number < len(batches) else Batch([], [], [])
                 completions += self._run(batch, settings, model)

@@ -39,21 +39,51 @@ def test_the_countdown_example_is_valid(name):
     check_config(config, 2, {"rspo": "train", "sft": "sft"}[name], files=False)
 
 
-@pytest.mark.parametrize("quick, seeds, steps", [(False, 3, (120, 100)), (True, 2, (4, 3))])
-def test_the_study_is_valid(tmp_path, monkeypatch, quick, seeds, steps):
+STUDY_FILES = sorted((ROOT / "examples" / "router_shift_study").glob("*.yaml"))
+STUDIES = [path.stem for path in STUDY_FILES if path.stem not in ("rl", "sft")]
+
+
+@pytest.fixture
+def study_folder(tmp_path, monkeypatch):
+    """The examples with empty data files."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    data = tmp_path / "examples" / "countdown" / "data"
-    data.mkdir(exist_ok=True)
-    for name in ("tokenizer.model", "sft.jsonl", "train.jsonl", "eval.jsonl"):
-        (data / name).touch()
+    data = tmp_path / "examples" / "router_shift_study" / "data"
+    for task in ("countdown", "sort"):
+        (data / task).mkdir(parents=True, exist_ok=True)
+        for name in ("sft", "train", "eval"):
+            (data / task / f"{name}.jsonl").touch()
+    (data / "tokenizer.model").touch()
     monkeypatch.chdir(tmp_path)
-    plan = make_plan(read_study(Path("examples/router_shift_study/study.yaml")), quick)
-    assert [run.name for run in plan.runs[:4]] == [
-        *("prepare sft", "gmpo seed 1", "rspo seed 1", "grpo seed 1"),
-    ]
-    assert (len(plan.seeds), {run.ranks for run in plan.runs}) == (seeds, {1})
-    assert (plan.runs[0].steps, plan.runs[1].steps) == steps
-    assert {run.config.checkpoint.init_from for run in plan.of_arms()} == {plan.runs[0].run_dir}
+
+
+def test_the_script_runs_every_study_but_the_search():
+    script = (ROOT / "examples" / "router_shift_study" / "run.sh").read_text()
+    named = re.search(r"set -- (.*)", script)[1].split()
+    assert sorted([*named, "search"]) == STUDIES
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_are_valid(study_folder, name, quick):
+    plan = make_plan(read_study(Path(f"examples/router_shift_study/{name}.yaml")), quick)
+    warm, *others = plan.runs
+    assert (warm.name, {run.ranks for run in plan.runs}) == ("prepare sft", {1})
+    assert {run.config.checkpoint.init_from for run in others} == {warm.run_dir}
+    for run in others:  # the same task and model
+        assert run.config.model == warm.config.model
+        assert (run.config.reward, run.config.data.eval) == (
+            warm.config.reward,
+            warm.config.data.eval,
+        )
+        assert run.config.data.train.parent == warm.config.data.train.parent
+    seeds = {arm: {run.seed for run in others if run.arm == arm} for arm in plan.arms}
+    if quick:
+        assert {len(many) for many in seeds.values()} == {1}
+    elif name == "search":  # on seeds that the studies do not use
+        assert all(min(many) >= 100 for many in seeds.values())
+    else:
+        assert all(len(many) >= 5 and max(many) < 100 for many in seeds.values())
+        assert all(len(seeds[arm]) == 10 for arm in ("gmpo", "rspo"))
 
 
 @pytest.mark.parametrize("name, ranks", [(n, r) for n, (_, many) in RECIPES.items() for r in many])

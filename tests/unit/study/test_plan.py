@@ -129,6 +129,24 @@ def test_a_sweep_adds_arms(folder):
     assert [run.config.optimizer.lr for run in plan.runs][1:] == [0.1, 0.2]
 
 
+def test_an_arm_has_seeds_of_its_own(folder):
+    own = ARMS.replace("seeds: 2", "seeds: [5, 6]\nseeds_of: {b: [6, 9, 5]}")
+    plan = planned(folder, own)
+    assert [(run.arm, run.seed) for run in plan.runs] == [
+        *(("a", 5), ("b", 5), ("a", 6), ("b", 6), ("b", 9)),
+    ]
+    assert plan.seeds == (5, 6, 9)
+    same = planned(folder, ARMS.replace("seeds: 2", "seeds: [5, 6, 9]"))
+    assert {run.digest for run in plan.runs} < {run.digest for run in same.runs}
+
+
+def test_quick_takes_some_arms_and_the_first_seeds_of_each(folder):
+    text = ARMS.replace("seeds: 2", "seeds: 3\nseeds_of: {b: [8, 1, 4]}")
+    plan = planned(folder, f"{text}quick: {{seeds: 2, arms: [b], steps: 1.0}}\n", quick=True)
+    assert [(run.arm, run.seed) for run in plan.runs] == [("b", 8), ("b", 1)]
+    assert plan.arms == ("b",)
+
+
 MISTAKES = {
     "no arms": ("seeds: 1\n", "the study has no arms; expected at least one"),
     "a name": ("arms: {'../x': {}}\n", "the name '../x' in arm is no folder's; expected up to 80"),
@@ -156,6 +174,18 @@ MISTAKES = {
         "arms a and b have the same configuration; expected arms that differ",
     ),
     "seeds twice": ("arms: {a: {}}\nseeds: [1, 1]\n", "seeds is [1, 1]; expected one or more"),
+    "an arm's seeds twice": (
+        "arms: {a: {}}\nseeds_of: {a: [2, 2]}\n",
+        "seeds_of.a is [2, 2]; expected one or more",
+    ),
+    "seeds of no arm": (
+        "arms: {rspo: {}}\nseeds_of: {rsp: 3}\n",
+        "seeds_of names 'rsp' (did you mean rspo?); expected arms: rspo",
+    ),
+    "a quick arm": (
+        "arms: {rspo: {}}\nquick: {arms: [gmpo]}\n",
+        "quick.arms names 'gmpo'; expected arms: rspo",
+    ),
     "no seeds": ("arms: {a: {}}\nseeds: []\n", "seeds is []; expected one or more"),
     "a missing file": (
         "arms: {a: {data.eval: none.jsonl}}\n",
@@ -177,6 +207,11 @@ MISTAKES = {
 def test_mistakes(folder, text, message):
     with pytest.raises(UserError, match=re.escape(message)):
         planned(folder, text)
+
+
+def test_quick_needs_the_arm_it_compares_with(folder):
+    with pytest.raises(UserError, match="quick.arms lacks a, the arm of compare_to"):
+        planned(folder, ARMS + "compare_to: a\nquick: {arms: [b]}\n", quick=True)
 
 
 def test_runs_must_be_able_to_resume(folder):

@@ -16,11 +16,18 @@ from megatron_rl.rollout.builtin.plain.experts import Routing
 from megatron_rl.rollout.builtin.plain.forward import PlainModel, angles_of
 from megatron_rl.rollout.builtin.plain.gather import with_all_experts, with_own_share
 from megatron_rl.rollout.builtin.plain.plan import Plan, shared_by_tensor_ranks
+from megatron_rl.rollout.builtin.plain.rounding import Rounding, rounded
 from megatron_rl.rollout.builtin.plain.weights import ChunkWeights, chunk_weights
 
 
 @torch.no_grad()
-def plain_model(chunks: Sequence[Chunk], groups: Groups, plan: Plan, longest: int) -> PlainModel:
+def plain_model(
+    chunks: Sequence[Chunk],
+    groups: Groups,
+    plan: Plan,
+    longest: int,
+    rounding: Rounding = "none",
+) -> PlainModel:
     """This rank's part of the model. A collective if the plan gathers experts.
 
     Args:
@@ -28,9 +35,10 @@ def plain_model(chunks: Sequence[Chunk], groups: Groups, plan: Plan, longest: in
         groups: process groups.
         plan: that says how.
         longest: tokens of a prompt and its answer together.
+        rounding: none: the weights are views; else rounded copies of what this rank holds.
     """
     config = chunks[0].config
-    weights = tuple(_weights(chunk, config, groups, plan) for chunk in chunks)
+    weights = tuple(_weights(chunk, config, groups, plan, rounding) for chunk in chunks)
     rotary = next(m for m in chunks[0].modules() if isinstance(m, PositionalRotaryEmbedding))
     dtype, device = config.params_dtype, next(chunks[0].parameters()).device
     return PlainModel(
@@ -46,12 +54,14 @@ def plain_model(chunks: Sequence[Chunk], groups: Groups, plan: Plan, longest: in
     )
 
 
-def _weights(chunk: Chunk, config: TransformerConfig, groups: Groups, plan: Plan) -> ChunkWeights:
+def _weights(
+    chunk: Chunk, config: TransformerConfig, groups: Groups, plan: Plan, rounding: Rounding
+) -> ChunkWeights:
     experts = config.num_moe_experts
     if not experts:
-        return chunk_weights(chunk, 0)
+        return rounded(chunk_weights(chunk, 0), rounding)
     first = experts // groups.expert.size() * groups.expert.rank()
-    weights = chunk_weights(chunk, first)
+    weights = rounded(chunk_weights(chunk, first), rounding)
     if plan.gathers:
         weights = with_all_experts(weights, groups)
     elif groups.expert.size() * groups.expert_tensor.size() > 1:
