@@ -1,6 +1,6 @@
 """How much the gradients of a study's arms vary over mini-batches, at the same weights.
 
-    python examples/router_shift_study/gradients.py examples/router_shift_study/study.yaml \
+    python examples/router_shift_study/gradients.py examples/router_shift_study/sort_small.yaml \
         --weights RUN_DIR --drift 4 --mini-batches 32 --out gradients.json
 
 The answers are sampled with the weights in RUN_DIR. Then the weights take ``--drift`` optimizer

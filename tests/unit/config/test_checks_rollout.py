@@ -61,14 +61,11 @@ def scored_by(scores, model=None, algorithm=None, **rollout):
         make(urls=URLS, top_p=0.9, top_k=8),
         make("builtin", temperature=0.7, top_p=0.9),
         make("sglang", urls=URLS, temperature=0.7, top_p=0.9),
-<<<<<<< HEAD
         keeping(top_p=0.9),
         keeping("vllm", top_k=512, temperature=0.7),
         keeping("sglang", top_k=512, top_p=0.9),
-=======
         scored_by("auto", round_weights="bf16"),
         scored_by("pass", round_weights="fp8", model={"dtype": "bf16"}),
->>>>>>> wt-scont
         make(urls=URLS, sync="broadcast"),
         lagging(lag=3),
         lagging(mismatch="none", loss="dppo_tv"),
@@ -143,7 +140,6 @@ def test_good_ones_pass(config):
             "rollout.scores is sampler with rollout.environment; expected the engine builtin, an",
         ),
         (
-<<<<<<< HEAD
             keeping(),
             "rollout.keep_sampling_mask is true with top_p 1 and top_k 0, which keep every",
         ),
@@ -155,7 +151,8 @@ def test_good_ones_pass(config):
             keeping(OWN, top_p=0.9),
             f"rollout.keep_sampling_mask is true with rollout.engine {OWN}, which does not return "
             "the tokens it kept; expected builtin or vllm or sglang; set rollout.engine, or",
-=======
+        ),
+        (
             scored_by("sampler", round_weights="fp8"),
             "rollout.scores is sampler with rollout.round_weights fp8; expected the engine builtin",
         ),
@@ -166,7 +163,6 @@ def test_good_ones_pass(config):
         (
             scored_by("pass", model={"dtype": "bf16"}, round_weights="bf16"),
             "rollout.round_weights is bf16 with model.dtype bf16, whose weights are rounded",
->>>>>>> wt-scont
         ),
         (lagging(dynamic_sampling=True), "rollout.lag is 1 with rollout.dynamic_sampling, which"),
         (
