@@ -189,8 +189,8 @@ def _products(
     """`dot_product_attention` in fp32 as two batched products: faster on a CPU for one new token
     of each row. ``mask``: fp32 [R, G, 1, L], 0 or -inf.
     """
-    scores = torch.baddbmm(
-        mask.flatten(0, 1), query.flatten(0, 1), keys.flatten(0, 1).mT, alpha=scale
-    )
-    output = torch.bmm(scores.softmax(-1), values.flatten(0, 1))
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT)
+    scores = scores.mul_(scale).add_(mask.flatten(0, 1))
+    shares = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    output = torch.bmm(shares, values.flatten(0, 1)).div_(shares.sum(-1, keepdim=True))
     return output.view(*query.shape[:3], -1)
