@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -103,9 +104,9 @@ def _say(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def _run(words: Sequence[str]) -> int:
-    from megatron_rl.cli import main
-
-    return main(words)
+    """``python -m megatron_rl``; the words are in sys.argv."""
+    runpy.run_module("megatron_rl", run_name="__main__", alter_sys=True)
+    return 0
 
 
 def _import() -> bool:

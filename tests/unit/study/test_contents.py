@@ -124,8 +124,12 @@ def test_a_prepared_run_that_is_there_counts_as_one_that_is_not_yet(folder):
 def test_a_file_that_cannot_be_read_is_one_line(folder, monkeypatch):
     lay_out(folder, ARMS)
 
+    opened = Path.open
+
     def refuse(self, *args, **more):
-        raise PermissionError(13, "Permission denied", str(self))
+        if self.name == "train.jsonl":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **more)
 
     replace(folder / "train.jsonl", "never read before")
     config = load_config(Path("base.yaml"))
