@@ -140,7 +140,7 @@ def when_computing(act):
                     if programs := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
                         pid = programs[0]  # the child is the judge
                     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                    if int(fields[11]) >= 0.2 * os.sysconf("SC_CLK_TCK"):
+                    if int(fields[11]) + int(fields[12]) >= 0.2 * os.sysconf("SC_CLK_TCK"):
                         return act(int(pid))
 
     thread = threading.Thread(target=watch)
