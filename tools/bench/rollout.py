@@ -7,16 +7,18 @@ server.
 One model of random weights (qwen3_moe: 4 layers, hidden 256, 16 experts, top-4, fp32; on CUDA 8
 layers, hidden 1024, 32 experts, bf16), the same prompts of 8 to 48 tokens for all, answers of a
 fixed length sampled at temperature 1. The three take turns, round by round, so that other load on
-the machine affects all; they have equally many threads. Without an interpreter with vLLM
-(tools/setup_vllm_venv.sh makes one) vLLM is left out. --modules also measures the built-in engine's
-other way, a step through Megatron's modules. --processor counts processor time, for machines that
-others use too; with one thread, since threads that wait for each other count.
+the machine affects all, odd rounds in the other order; they have equally many threads. The server
+is suspended while it is not its turn, since its threads wait by computing. Without an interpreter
+with vLLM (tools/setup_vllm_venv.sh makes one) vLLM is left out. --modules also measures the built-
+in engine's other way, a step through Megatron's modules. --processor counts processor time, for
+machines that others use too; with one thread, since threads that wait for each other count.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import sys
 import tempfile
 import time
@@ -102,6 +104,7 @@ def main() -> int:
                 now = clock if arguments.processor else time.perf_counter
                 _show(count, _take_turns(rounds, arguments.rounds, now))
         finally:
+            _signal(server, signal.SIGCONT)
             server.stop()
     return 0
 
@@ -128,12 +131,21 @@ def _processor_s(server: ServerProcess) -> float:
     return used
 
 
+def _signal(server: ServerProcess, number: int) -> None:
+    """Send a signal to the server's processes, if it runs."""
+    if server.pid is not None:
+        process = psutil.Process(server.pid)
+        for one in (process, *process.children(recursive=True)):
+            one.send_signal(number)
+
+
 def _take_turns(
     rounds: dict[str, Round], count: int, now: Callable[[], float]
 ) -> dict[str, list[float]]:
     speeds: dict[str, list[float]] = {name: [] for name in rounds}
     for number in range(count + 1):
-        for name, generate in rounds.items():
+        turns = list(rounds.items())
+        for name, generate in turns if number % 2 else turns[::-1]:
             began = now()
             made = generate()
             if number:  # the first is not counted
@@ -270,6 +282,7 @@ def _vllm(server: ServerProcess, directory: Path, arguments: argparse.Namespace)
     on_cpu = arguments.device == "cpu"
     server.start(*vllm_command(config, on_cpu, directory, "127.0.0.1", server.port))
     server.wait_until_ready(180.0)
+    _signal(server, signal.SIGSTOP)
 
     def of(prompts: list[np.ndarray]) -> Round:
         body = {
@@ -286,7 +299,9 @@ def _vllm(server: ServerProcess, directory: Path, arguments: argparse.Namespace)
         def generate() -> int:
             url = f"{server.url}/v1/completions"
             headers = {"Authorization": f"Bearer {server.key}"}
+            _signal(server, signal.SIGCONT)
             response = httpx.post(url, json=body, headers=headers, timeout=600.0, trust_env=False)
+            _signal(server, signal.SIGSTOP)
             choices = response.raise_for_status().json()["choices"]
             return sum(len(choice["token_ids"]) for choice in choices)
 
