@@ -1,6 +1,7 @@
 """Which experts count in the router distance d_l of a layer, and how much.
 
-    top_k          1/K sum_k |log r_new(e_k) - log r_old(e_k)|, e_k the old top-K: the paper's
+    top_k          1/K sum_k |log r_new(e_k) - log r_old(e_k)|, e_k the old top-K: the paper's;
+                   or the mean over those of them that the old router scored highest
     gate_weighted  sum_k g_k |...| / sum_k g_k, g_k = r_old(e_k): an expert counts as much as it did
     union          the mean over the old and the new top-K: experts that enter count as well
 
@@ -40,14 +41,20 @@ class DistanceRule(Protocol):
 
 @dataclass(frozen=True)
 class OldTopK:
-    """The mean over the old top-K (arXiv 2510.23027 v2, eq. 5)."""
+    """The mean over the old top-K (arXiv 2510.23027 v2, eq. 5), or over the highest of them."""
 
+    experts: int | None = None  #: how many count, of the highest old scores; None: all K
     every_expert: bool = False
 
     def distance(
         self, new: torch.Tensor, old: torch.Tensor, old_ids: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
-        """[T, K] -> [T]."""
+        """[T, K] -> [T]. ValueError: K is less than the experts that count."""
+        if self.experts is not None and self.experts != old.shape[1]:
+            if self.experts > old.shape[1]:
+                raise ValueError(f"found {old.shape[1]} experts; expected at least {self.experts}")
+            old, highest = old.topk(self.experts, dim=1)
+            new = new.gather(1, highest)
         return shift_distance(new[:, None], old[:, None])
 
 
@@ -84,10 +91,12 @@ def weighted_distance(new: torch.Tensor, old: torch.Tensor, weights: torch.Tenso
     return (weights * difference).sum(1) / weights.sum(1)
 
 
-def distance_rule(distance: str) -> DistanceRule:
-    """The rule of a name in `DISTANCES`. ValueError: none has that name."""
+def distance_rule(distance: str, experts: int | None = None) -> DistanceRule:
+    """The rule of a name in `DISTANCES`. ``experts``: of top_k, see `OldTopK`. ValueError: none has
+    that name.
+    """
     rules: dict[str, DistanceRule] = {
-        "top_k": OldTopK(),
+        "top_k": OldTopK(experts),
         "gate_weighted": GateWeighted(),
         "union": UnionOfTopK(),
     }

@@ -120,7 +120,7 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
     algorithm, shift = config.algorithm, config.algorithm.router_shift
     changed = [
         name
-        for name in ("mode", "normalise", "distance", "layers", "stop_gradient")
+        for name in ("mode", "normalise", "distance", "experts", "layers", "stop_gradient")
         if getattr(shift, name) != type(shift).model_fields[name].default
     ]
     if changed and not uses_router_shift(algorithm):
@@ -145,6 +145,16 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
         raise UserError(
             f"algorithm.router_shift.quantile is {shift.quantile:g} with layers {shift.layers}, "
             "which has none; expected algorithm.router_shift.layers quantile, or the default"
+        )
+    if shift.experts is not None and shift.distance != "top_k":
+        raise UserError(
+            f"algorithm.router_shift.experts is {shift.experts} with distance {shift.distance}, "
+            "which does not count them; expected distance top_k, or null"
+        )
+    if shift.experts is not None and shift.experts > config.model.moe_top_k:
+        raise UserError(
+            f"algorithm.router_shift.experts is {shift.experts} with model.moe_top_k "
+            f"{config.model.moe_top_k}; expected at most that many; lower it"
         )
 
 

@@ -213,6 +213,9 @@ class RouterShiftConfig(Section):
     top_k: those that the old policy chose, alike. gate_weighted: the same, as much as the old
     router's scores. union: those that the old or the new policy chose; the trace then holds all
     experts' log-probabilities."""
+    experts: int | None = Field(None, ge=1)
+    """distance top_k: how many of the experts count, those that the old router scored highest;
+    null: all K."""
     layers: Literal["mean", "max", "quantile", "last"] = "mean"
     """How the distances of the MoE layers are reduced to one; mean: the paper."""
     quantile: float = Field(0.9, gt=0.0, le=1.0)

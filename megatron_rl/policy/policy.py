@@ -96,7 +96,7 @@ def build_policy(
         capture=RouterCapture(
             routers,
             [[layer for layer in layers if moe[layer - 1]] for layers in held],
-            distance_rule(shift.distance),
+            distance_rule(shift.distance, shift.experts),
             attached=not shift.stop_gradient,
         ),
         replay=RouteReplay(routers) if config.algorithm.routing_replay != "none" else None,

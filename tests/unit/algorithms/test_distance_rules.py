@@ -24,6 +24,30 @@ def test_by_hand() -> None:
     )
     found = distance_rule("union").distance(new, old, ids, chosen)
     assert found.tolist() == pytest.approx([2 * log3 / 3])
+    # the highest old score is the second of the two: 0.5 -> 0.5, whatever their order
+    turned = (new[:, [1, 0]], old[:, [1, 0]], ids, chosen)
+    assert distance_rule("top_k", 1).distance(*turned).tolist() == pytest.approx([0.0])
+    assert distance_rule("top_k", 2).distance(*turned).tolist() == pytest.approx([log3 / 2])
+    with pytest.raises(ValueError, match="found 2 experts; expected at least 3"):
+        distance_rule("top_k", 3).distance(*turned)
+
+
+def test_the_highest_experts_on_200_random_routers() -> None:
+    for seed in range(200):
+        rng = torch.Generator().manual_seed(seed)
+        new, old = torch.randn(2, 7, 4, generator=rng, dtype=torch.float64)
+        new.requires_grad_()
+        count, ids = 1 + seed % 4, torch.zeros(7, 4, dtype=torch.int64)
+        found = distance_rule("top_k", count).distance(new, old, ids, ids.bool())
+        total = torch.zeros((), dtype=torch.float64)
+        for t in range(7):
+            highest = sorted(range(4), key=lambda k: -float(old[t, k]))[:count]
+            distance = sum(abs(new[t, k] - old[t, k]) for k in highest) / count
+            assert found[t].item() == pytest.approx(distance.item(), rel=1e-12)
+            total = total + distance
+        (gradient,) = torch.autograd.grad(found.sum(), new, retain_graph=True)
+        (expected,) = torch.autograd.grad(total, new)
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", DISTANCES)

@@ -40,6 +40,7 @@ ACCEPTED = [
     {"reference": "initial"},
     {"router_shift": {"layers": "quantile", "quantile": 0.5}},
     {"router_shift": {"layers": "quantile"}},
+    {"router_shift": {"experts": 1}},
     {"name": "grpo", "routing_replay": "r2"},
     {"routing_replay": "r3", "trace_store": "pinned"},
     {"mismatch": "icepop"},
@@ -116,6 +117,14 @@ REFUSED = [
     (
         {"mismatch": "icepop", "mismatch_low": 5.0},
         "low 5 (algorithm.mismatch_low) is not below high 5 (algorithm.mismatch_high); expected",
+    ),
+    (
+        {"router_shift": {"experts": 2, "distance": "union"}},
+        "algorithm.router_shift.experts is 2 with distance union, which does not count them",
+    ),
+    (
+        {"router_shift": {"experts": 9}},
+        "algorithm.router_shift.experts is 9 with model.moe_top_k ",
     ),
     (
         {"router_shift": {"quantile": 0.5}},
