@@ -122,7 +122,8 @@ def shared_row(
     """The row of a pack with these trees. Padding at row r holds the token id r mod
     ``vocab_size``.
 
-    The pack has what is read of the trees' sequences in order, then padding up to ``pack_rows`` tokens at least.
+    The pack has what is read of the trees' sequences in order, then padding up to ``pack_rows``
+    tokens at least.
     """
     tokens = np.arange(pack_rows, dtype=np.int64) % vocab_size
     lengths: list[int] = []
