@@ -226,6 +226,13 @@ class Sample:
         """bool [M - 1]: whether the token at place t + 1, which place t predicts, is trained on."""
         return self.written[1:]
 
+    @property
+    def num_read(self) -> int:
+        """Number of tokens that the model reads, from the first: all but the last, which predicts
+        nothing; of one token that one.
+        """
+        return max(1, len(self.tokens) - 1)
+
 
 @dataclass(frozen=True)
 class SharedRow:
@@ -233,7 +240,7 @@ class SharedRow:
 
     The rows are segments one behind the other, each padded to a multiple of the pack's
     ``sequence_multiple``, then padding. A segment is a whole sequence, a prompt, or an answer that
-    continues a prompt's segment.
+    continues a prompt's segment, all without last tokens; of an answer of one token none is left.
     """
 
     tokens: np.ndarray  #: int64 [R]
@@ -244,7 +251,8 @@ class SharedRow:
 
 @dataclass(frozen=True)
 class Pack:
-    """Several sequences concatenated in a row of T tokens: one micro-batch.
+    """Several sequences concatenated in a row of T tokens: one micro-batch. Their last tokens are
+    targets only, see `Sample.num_read`.
 
     Position t predicts ``targets[t]``, the next token of the same sequence; ``mask[t]`` is True
     where the policy wrote that target. Each sequence is padded to a multiple of
@@ -262,7 +270,7 @@ class Pack:
     positions: np.ndarray  #: int64 [T], position within the sequence, from 0
     mask: np.ndarray  #: bool [T]
     sequence_ids: np.ndarray  #: int64 [T], 0..S-1 in order; S on padding, between them too
-    lengths: tuple[int, ...]  #: S lengths, in order, without padding
+    lengths: tuple[int, ...]  #: S lengths of what is read, in order, without padding
     advantages: np.ndarray  #: float32 [T], the sequence's advantage at every position; 0 on padding
     rollout_logprobs: np.ndarray | None = None  #: float32 [T], 0 outside the mask
     sequence_multiple: int = 1  #: sequences begin at multiples of it

@@ -91,7 +91,7 @@ class DataConfig(Section):
     """Draw the problems of each epoch in a seeded random order."""
     pack_tokens: int = Field(4096, ge=8)
     """Most tokens of a pack (micro-batch); no sequence may be longer."""
-    pack_multiple: int = Field(64, ge=1)
+    pack_multiple: int = Field(32, ge=1)
     """Packs are as short as the batch allows, rounded up to this many tokens."""
     share_prompts: Literal["auto", "on", "off"] = "auto"
     """Sequences of a pack that begin with the same prompt share its tokens, where that saves 3% of

@@ -1,6 +1,7 @@
 """The sampler's experts in a pack: those of each token, in this rank's layers.
 
-Shapes: T tokens of a pack, M tokens of one sequence, K experts of a token, E of a layer.
+Shapes: T tokens of a pack, M tokens of one sequence, N of them read, K experts of a token, E of a
+layer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Routes:
     def lay(
         self, start: int, routed: RoutedExperts, known: np.ndarray, part: slice = slice(None)
     ) -> None:
-        """Put the tokens ``part`` of a sequence at the rows from ``start`` on; known: bool [M]."""
+        """Put the tokens ``part`` of a sequence at the rows from ``start`` on; known: bool [N]."""
         known = known[part]
         rows = slice(start, start + len(known))
         self._ids[rows][known] = routed.ids[part][known]
@@ -60,36 +61,30 @@ class Routes:
 
 
 def sample_routes(sample: Sample, routing: Routing) -> tuple[RoutedExperts, np.ndarray]:
-    """The sampler's experts of all M tokens of a sequence, in the packs' layers, and which are
-    known, bool [M].
-
-    The sampler gives no experts for the last token of a sequence, so it takes those of the token
-    before it: it predicts nothing, and the load that the expert bias follows is the same in any
-    pack. Any other token without experts of the sampler is not known.
+    """The sampler's experts of the N tokens of a sequence that are read (`Sample.num_read`), in the
+    packs' layers, and which are known, bool [N].
     """
-    routed, length = sample.routed_experts, len(sample.tokens)
+    routed, length = sample.routed_experts, sample.num_read
     assert routed is not None, "all samples of a pack with routes have them"
     columns = [routed.layers.index(layer) for layer in routing.layers]
     known = _known(routed, length)
 
     def whole(given: np.ndarray) -> np.ndarray:
         array = np.zeros((length, len(columns), given.shape[2]), dtype=given.dtype)
-        array[: len(given)] = given[:, columns]
-        if copies:
-            array[-1] = array[-2]
+        array[: len(given)] = given[:length, columns]
         return array
 
-    copies = length > 1 and bool(known[-2]) and not known[-1]
-    known[-1] |= copies
     scored = routed.logprobs if routing.num_logprobs else None
     logprobs = None if scored is None else whole(scored)
     return RoutedExperts(whole(routed.ids), routing.layers, logprobs=logprobs), known
 
 
 def _known(routed: RoutedExperts, length: int) -> np.ndarray:
-    """Whether the sampler gives the experts of each token of a sequence, bool [length]."""
+    """Whether the sampler gives the experts of each of the first ``length`` tokens of a sequence,
+    bool [length].
+    """
     known = np.zeros(length, dtype=bool)
-    known[: len(routed.ids)] = True if routed.known is None else routed.known
+    known[: len(routed.ids)] = True if routed.known is None else routed.known[:length]
     return known
 
 

@@ -1,5 +1,7 @@
 """Packing: sequences laid one behind the other into micro-batches of a fixed number of tokens.
 
+The last token of a sequence predicts nothing, so it is a target and takes no room.
+
 Shapes: T tokens of a pack, S sequences of a pack, M tokens of one sequence.
 """
 
@@ -42,7 +44,7 @@ class PackPlans:
             self._groups = groups_of(samples, routing)
         else:
             self._groups = [Tree((index,)) for index in range(len(samples))]
-        self._lengths = [len(sample.tokens) for sample in samples]
+        self._lengths = [sample.num_read for sample in samples]
         self._multiple = sequence_multiple
         self._whole = plan_trees(self._lengths, self._groups, UNBOUNDED, sequence_multiple)
         #: of all trees together, in a pack without bounds: there every group is whole
@@ -203,9 +205,7 @@ def _split(first: int, prompt: int, length: int) -> list[slice]:
 
 
 def _build_pack(everything: Sequence[Sample], members: Sequence[int], layout: _Layout) -> Pack:
-    """One pack of some samples. Position t of a sequence predicts its token t + 1; its last
-    position predicts nothing.
-    """
+    """One pack of some samples. Position t of a sequence predicts its token t + 1."""
     samples = [everything[index] for index in members]
     pack_tokens, sequence_multiple = layout.pack_tokens, layout.sequence_multiple
     tokens = np.arange(pack_tokens, dtype=np.int64) % layout.vocab_size
@@ -217,19 +217,19 @@ def _build_pack(everything: Sequence[Sample], members: Sequence[int], layout: _L
     logprobs = np.zeros(pack_tokens, dtype=np.float32) if layout.with_rollout_logprobs else None
     start = 0
     for number, sample in enumerate(samples):
-        stop = start + len(sample.tokens)
-        tokens[start:stop] = sample.tokens
-        targets[start : stop - 1] = sample.tokens[1:]
+        stop = start + sample.num_read
+        predicts = slice(start, start + len(sample.tokens) - 1)  # a single token predicts nothing
+        tokens[start:stop] = sample.tokens[: sample.num_read]
+        targets[predicts] = sample.tokens[1:]
         positions[start:stop] = np.arange(stop - start)
         sequence_ids[start:stop] = number
         advantages[start:stop] = sample.advantage
-        mask[start : stop - 1] = sample.trained
+        mask[predicts] = sample.trained
         if logprobs is not None:
             assert sample.rollout_logprobs is not None, "all samples have them, or none"
-            known = np.where(sample.trained, sample.rollout_logprobs[1:], 0.0)
-            logprobs[start : stop - 1] = known
+            logprobs[predicts] = np.where(sample.trained, sample.rollout_logprobs[1:], 0.0)
         start = round_up(stop, sequence_multiple)
-    lengths = tuple(len(sample.tokens) for sample in samples)
+    lengths = tuple(sample.num_read for sample in samples)
     return Pack(
         tokens,
         targets,
@@ -253,7 +253,7 @@ def _build_routes(samples: Sequence[Sample], layout: _Layout) -> RoutedExperts |
     routes, start = Routes(layout.pack_tokens, layout.routing), 0
     for sample in samples:
         routes.lay(start, *sample_routes(sample, layout.routing))
-        start = round_up(start + len(sample.tokens), layout.sequence_multiple)
+        start = round_up(start + sample.num_read, layout.sequence_multiple)
     return routes.record()
 
 

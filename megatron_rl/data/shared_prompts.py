@@ -60,7 +60,7 @@ def plan_trees(
     runs the prompt again. A group that sharing makes no shorter, by `LEAST_GAIN`, is taken apart.
 
     Args:
-        lengths: of all sequences.
+        lengths: of all sequences, what the model reads of them.
         groups: sequences with the same prompt; together they hold each index once.
         pack_rows: rows of a pack.
         multiple: what prompts and answers, or whole sequences, are padded to.
@@ -122,7 +122,8 @@ def shared_row(
     """The row of a pack with these trees. Padding at row r holds the token id r mod
     ``vocab_size``.
 
-    The pack has the trees' sequences in order, then padding up to ``pack_rows`` tokens at least.
+    The pack has what is read of the trees' sequences in order, then padding up to ``pack_rows``
+    tokens at least.
     """
     tokens = np.arange(pack_rows, dtype=np.int64) % vocab_size
     lengths: list[int] = []
@@ -133,6 +134,8 @@ def shared_row(
     def lay(segment: np.ndarray, parent: int) -> np.ndarray:
         nonlocal start
         rows = np.arange(start, start + len(segment))
+        if not len(rows):
+            return rows
         tokens[rows] = segment
         lengths.append(len(segment))
         parents.append(parent)
@@ -145,7 +148,8 @@ def shared_row(
             root = len(lengths)
             prompt = lay(samples[tree.members[0]].tokens[: tree.prompt], -1)
         for index in tree.members:
-            places.extend([prompt, lay(samples[index].tokens[tree.prompt :], root)])
+            own = samples[index].tokens[tree.prompt : samples[index].num_read]
+            places.extend([prompt, lay(own, root)])
     padding = max(0, pack_rows - sum(map(len, places)))
     places.append(np.zeros(padding, dtype=np.int64))
     return SharedRow(tokens, tuple(lengths), tuple(parents), np.concatenate(places))

@@ -1,5 +1,5 @@
 """Which predictions of a pack are trained: only for these does the head compute anything. Those of
-prompts, of last tokens and of padding are not.
+prompts and of padding are not.
 """
 
 from __future__ import annotations

@@ -282,9 +282,15 @@ def by_sequence(pack: Any, values: Any) -> dict[tuple, np.ndarray]:
     result = {}
     for sequence in range(pack.num_sequences):
         here = pack.sequence_ids == sequence
-        name = tuple(pack.tokens[here].tolist())
-        result[name] = values.detach()[here & pack.mask].cpu().numpy()
+        result[name_of(pack, here)] = values.detach()[here & pack.mask].cpu().numpy()
     return result
+
+
+def name_of(pack: Any, here: Any) -> tuple[int, ...]:
+    """The tokens of the sequence at the positions ``here``, bool [T]: what is read of it, and its
+    last target.
+    """
+    return (*pack.tokens[here].tolist(), int(pack.targets[here][-1]))
 
 
 def unshard_gradients(policy: Any) -> None:

@@ -334,7 +334,7 @@ def test_cuda_only_choices():
         (
             {"data": {"pack_tokens": 300}},
             1,
-            "data.pack_tokens 300 is no multiple of data.pack_multiple 64",
+            "data.pack_tokens 300 is no multiple of data.pack_multiple 32",
         ),
         (
             {"data": {"pack_multiple": 8, "pack_tokens": 256}, "parallel": {"context": 8}},

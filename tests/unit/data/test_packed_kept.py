@@ -43,8 +43,8 @@ def test_targets_have_the_sets_of_their_tokens():
         sample([3], [2, 4, 1], [[2, 9], [], [0, 1]], [True, False, True]),
     ]
     (pack,) = pack_samples(samples, 10, vocab_size=16)
-    assert pack.mask.tolist() == [False, True, True, False, True, False, True, False, False, False]
-    assert sets_of(pack.kept) == [[], [7], [1, 8], [], [2, 9], [], [0, 1], [], [], []]
+    assert pack.mask.tolist() == [False, True, True, True, False, True, *[False] * 4]
+    assert sets_of(pack.kept) == [[], [7], [1, 8], [2, 9], [], [0, 1], [], [], [], []]
     (padded,) = pack_samples(samples, 12, vocab_size=16, sequence_multiple=6)
     assert sets_of(padded.kept)[:3] == [[], [7], [1, 8]]
     assert sets_of(padded.kept)[6:] == [[2, 9], [], [0, 1], [], [], []]

@@ -11,7 +11,8 @@ from tests.support.tiny import cpu_device, tiny_config
 
 
 def sample(length, advantage=1.0):
-    tokens, logprobs = np.arange(length) % 64, np.full(length - 1, -0.5, dtype=np.float32)
+    """A sequence that takes this many rows: its last token is a target only."""
+    tokens, logprobs = np.arange(length + 1) % 64, np.full(length, -0.5, dtype=np.float32)
     return Sample.of(tokens[:1], tokens[1:], advantage, logprobs)
 
 
@@ -86,7 +87,7 @@ def test_tensors_hold_what_the_pack_holds():
     (pack,) = pack_samples([sample(3, 0.5), sample(2, -2.0)], 8, vocab_size=64)
     tensors = to_device(pack, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     assert tensors.tokens.tolist()[:5] == [0, 1, 2, 0, 1]
-    assert tensors.mask.tolist() == [True, True, False, True, False, False, False, False]
+    assert tensors.mask.tolist() == [True] * 5 + [False] * 3
     assert tensors.advantages.tolist()[:5] == [0.5, 0.5, 0.5, -2.0, -2.0]
     assert tensors.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert tensors.placement.positions.tolist()[:5] == [0, 1, 2, 0, 1]

@@ -28,7 +28,7 @@ class Second:
     weights: dict
 
 
-def second_update(rearrange=lambda packs: packs, *, pack_tokens=48, samples=SAMPLES, **fields):
+def second_update(rearrange=lambda packs: packs, *, pack_tokens=40, samples=SAMPLES, **fields):
     """Two updates on the packs of the samples, which ``rearrange`` may reorder and add to."""
     case = dataclasses.replace(CASE, **fields)
     base = layout_config(case)
@@ -94,8 +94,8 @@ def test_the_order_of_the_packs_does_not_matter(plain):
     "pack_tokens, samples, num_packs",
     [
         (160, SAMPLES, 1),
-        (24, SAMPLES, 5),
-        (48, SAMPLES[::-1], 3),
+        (24, SAMPLES, 4),
+        (40, SAMPLES[::-1], 3),
         (64, SAMPLES[3:] + SAMPLES[:3], 2),
     ],
 )

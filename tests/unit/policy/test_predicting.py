@@ -38,8 +38,9 @@ def config_of(share):
 def test_by_hand_without_shared_prompts():
     config = config_of("off")
     with policy_of(config) as policy:
-        # Tokens 0 1 2 | 3 4, of a prompt of 3: places 2 and 3 predict; then 5 6 | 7.
-        assert packed(policy, config, [(3, 2), (2, 1)]).predicting.tolist() == [2, 3, 6]
+        # A prompt of 3 tokens and one of the answer are read: places 2 and 3 predict; then a prompt
+        # at 4 and 5.
+        assert packed(policy, config, [(3, 2), (2, 1)]).predicting.tolist() == [2, 3, 5]
 
 
 def test_by_hand_with_shared_prompts():
@@ -47,8 +48,9 @@ def test_by_hand_with_shared_prompts():
     with policy_of(config) as policy:
         pack = packed(policy, config, [(6, 2), (6, 2)])
         assert pack.shared is not None
-        # Prompt 0..5, answers 6 7 and 8 9. Row 5 predicts 6, and 8 as an extra prediction, 10th.
-        assert pack.predicting.tolist() == [5, 6, 8, 10]
+        # Prompt 0..5, answers 6 and 7. Row 5 predicts 6, and 7 as an extra prediction, behind the 8
+        # of the rows.
+        assert pack.predicting.tolist() == [5, 6, 7, 8]
 
 
 def test_where_nearly_all_is_trained_nothing_is_left_out():

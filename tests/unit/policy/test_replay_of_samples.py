@@ -9,7 +9,14 @@ import torch
 from megatron_rl.rewards.base import Reward
 from megatron_rl.rollout.collect import ScoredGroup, to_samples
 from megatron_rl.rollout.engine import SamplingSettings
-from tests.support.layouts import Case, by_sequence, layout_config, observed_update, policy_of
+from tests.support.layouts import (
+    Case,
+    by_sequence,
+    layout_config,
+    name_of,
+    observed_update,
+    policy_of,
+)
 from tests.support.tiny import random_prompts, spell
 
 
@@ -68,7 +75,7 @@ def test_in_fp32_the_sampler_and_the_scoring_pass_choose_the_same_experts():
     real = 0
     for one, other in zip(free, replayed):
         assert one.pack.routes is None
-        inside = one.pack.mask  # the last token of a sequence has no experts of the sampler
+        inside = one.pack.mask
         real += int(inside.sum())
         torch.testing.assert_close(
             one.old_logprobs[inside], other.old_logprobs[inside], atol=1e-5, rtol=1e-5
@@ -100,10 +107,10 @@ def test_experts_that_are_changed_on_the_way_are_those_of_the_trace_and_of_the_u
     _, free, _, _ = run({})
     for item, one in zip(items, free):
         for number in range(item.pack.num_sequences):
-            rows = (item.pack.sequence_ids == number).nonzero().squeeze(1)
-            experts = routed[tuple(item.pack.tokens[rows].tolist())]
+            rows = item.pack.sequence_ids == number
+            experts = routed[name_of(item.pack, rows)]
             for column, layer in enumerate(experts.layers):
-                trace = item.traces[0][layer].expert_ids[rows[:-1]]
+                trace = item.traces[0][layer].expert_ids[rows]
                 assert trace.tolist() == np.sort(experts.ids[:, column]).tolist()
         here = one.pack.mask
         assert (item.old_logprobs - one.old_logprobs)[here].abs().max() > 0.1

@@ -10,6 +10,7 @@ import torch
 from tests.support.layouts import (
     Case,
     layout_config,
+    name_of,
     observed_update,
     policy_of,
     rollout_batch,
@@ -125,9 +126,7 @@ def test_the_loss_of_later_updates_is_the_equation_token_by_token(name):
     for item, inputs in zip(scored, seen):
         for sequence in range(item.pack.num_sequences):
             here = item.pack.sequence_ids == sequence
-            gammas[tuple(item.pack.tokens[here].tolist())] = inputs.router_shift[
-                here & item.pack.mask
-            ]
+            gammas[name_of(item.pack, here)] = inputs.router_shift[here & item.pack.mask]
     columns = [], [], [], [], []
     for number, sample in enumerate(SAMPLES[:8]):
         gamma = gammas[tuple(sample.tokens.tolist())]

@@ -66,7 +66,7 @@ def test_values_are_found_in_the_packs():
     shown.gather(GROUPS, lambda token: f"<{token}>")
     rows = {row["completion"]: row for row in shown.rows()}
     assert list(rows) == ["1-0", "2-0", "1-1", "2-1"]  # an answer of every prompt first
-    places = {"1-0": (0, [2, 3]), "1-1": (0, [7, 8, 9, 10]), "2-0": (1, [9, 10, 11])}
+    places = {"1-0": (0, [2, 3]), "1-1": (0, [6, 7, 8, 9]), "2-0": (1, [9, 10, 11])}
     places["2-1"] = (1.1, [9, 10])
     for name, (offset, positions) in places.items():
         values = rows[name]["by_token"]
