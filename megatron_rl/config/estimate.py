@@ -281,13 +281,13 @@ def _layer_elements(config: Config, is_moe: bool) -> int:
 
 def head_bytes(config: Config) -> float:
     """What the output layer works in: a tile of logits, rounded and in fp32 (8 bytes each, of at
-    most HEAD_TILE logits), hidden states of all tokens with an fp32 gradient, and the weight's
-    gradient before it is added to the fp32 one.
+    most HEAD_TILE logits; 4 more where one tile holds them all, which is kept), hidden states of
+    all tokens with an fp32 gradient, and the weight's gradient before it is added to the fp32 one.
 
     Tokens: pack_tokens / context. Words: V / tensor.
     """
     model, parallel = config.model, config.parallel
     width = DTYPE_BYTES[model.dtype]
     tokens, words = config.data.pack_tokens / parallel.context, model.vocab_size / parallel.tensor
-    tile = 8 * min(tokens * words, HEAD_TILE)
+    tile = 12 * tokens * words if tokens * words <= HEAD_TILE else 8 * HEAD_TILE
     return tile + (tokens * (width + 4) + words * width) * model.hidden_size

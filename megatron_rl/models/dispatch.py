@@ -158,7 +158,8 @@ def _sums(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """rows [N, D], places int64 [T, K] -> sum of the K rows of each token, [T, D]."""
     if places.shape[1] == 1:
         return rows.index_select(0, places[:, 0])
-    return F.embedding_bag(places, rows, mode="sum")
+    # detached: torch prepares for a backward pass of its own otherwise
+    return F.embedding_bag(places, rows.detach(), mode="sum")
 
 
 class _Spread(torch.autograd.Function):

@@ -19,6 +19,10 @@ from megatron_rl.models.gated import gate_rows, gated, slope_of_rows
 #: Where experts have so many rows on average, a CPU takes one expert after the other.
 ROWS_OF_ITS_OWN = 16
 
+#: A mark of parameters that Megatron's data-parallel wrapper holds: nothing reads a gradient of
+#: theirs but ``main_grad``, and nothing waits for it before the pass has ended.
+GRADIENT_IN_PLACE = "gradient_in_place"
+
 #: Gives the matrices of all experts, [E, 2F, D] and [E, D, F].
 AllExperts = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
@@ -167,6 +171,9 @@ class _OneByOne(torch.autograd.Function):
     gradient of y = (w u) B^T:
 
         d B = g^T (w u),    d (w u) = g B,    d A = (d h)^T x,    d x = (d h) A
+
+    Where a weight's gradient is only to be added to its ``main_grad`` (`GRADIENT_IN_PLACE`), the
+    products are added there and autograd gets none.
     """
 
     @staticmethod
@@ -194,10 +201,12 @@ class _OneByOne(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, up, down, probs, both = ctx.saved_tensors
+        sums = [_sum_of(tensor) for tensor in (x, up, down, probs)]
         to_x, to_up, to_down, to_probs = results = [
-            tensor.new_empty(tensor.shape) if needed else None
-            for tensor, needed in zip((x, up, down, probs), ctx.needs_input_grad)
+            (tensor.new_empty(tensor.shape) if added is None else added) if needed else None
+            for tensor, added, needed in zip((x, up, down, probs), sums, ctx.needs_input_grad)
         ]
+        keep_up, keep_down = (float(added is not None) for added in sums[1:3])
         most, width = max(ctx.counts), down.shape[2]
         spare, spare_both = x.new_empty(most, width), x.new_empty(most, 2 * width)
         columns = probs[:, None], None if to_probs is None else to_probs[:, None]
@@ -210,12 +219,20 @@ class _OneByOne(torch.autograd.Function):
             torch.mm(g, down[number], out=to_inner)
             product = slope_of_rows(h, weight, to_inner, to_h, to_weight)
             if to_down is not None:
-                torch.mm(g.t(), product.mul_(weight), out=to_down[number])
+                to_down[number].addmm_(g.t(), product.mul_(weight), beta=keep_down)
             if to_up is not None:
-                torch.mm(to_h.t(), rows, out=to_up[number])
+                to_up[number].addmm_(to_h.t(), rows, beta=keep_up)
             if to_rows is not None:
                 torch.mm(to_h, up[number], out=to_rows)
-        return *results, None
+        return *(g if s is None else None for g, s in zip(results, sums, strict=True)), None
+
+
+def _sum_of(weight: Any) -> torch.Tensor | None:
+    """What the gradient of a weight may be added to in the backward pass; None: nothing."""
+    main: torch.Tensor | None = getattr(weight, "main_grad", None)
+    if main is None or not getattr(weight, GRADIENT_IN_PLACE, False) or main.dtype != weight.dtype:
+        return None
+    return main
 
 
 def _shard(

@@ -2,7 +2,8 @@
 
 Logits exist for some words at a time. The forward pass keeps a running maximum and sums
 (the online softmax of Milakov and Gimelshein, arXiv 1805.02867); the backward pass computes each
-tile again from the saved normaliser [T]. What a bf16 output layer rounds is rounded here too.
+tile again from the saved normaliser [T], unless one tile holds all logits: that is kept. What a
+bf16 output layer rounds is rounded here too.
 
 Legend: T tokens, V words, D hidden.
 """
@@ -81,7 +82,10 @@ def head_values(
             Only words that occur are multiplied. None: every word.
     """
     inverse = 1.0 / temperature
-    return HeadValues(*_Head.apply(rows, head.weight, head, targets, inverse, entropy, kept))
+    trains = torch.is_grad_enabled()
+    return HeadValues(
+        *_Head.apply(rows, head.weight, head, targets, inverse, entropy, kept, trains)
+    )
 
 
 class _Head(torch.autograd.Function):
@@ -95,17 +99,21 @@ class _Head(torch.autograd.Function):
         inverse: float,
         entropy: Entropy,
         kept: KeptWords | None,
+        trains: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         tiles = _tiles(rows, weight, head, targets, kept)
-        sums = SoftmaxSums(len(rows), inverse, entropy != "none", rows.device)
+        one = trains and len(tiles.words) == 1
+        sums = SoftmaxSums(len(rows), inverse, entropy != "none", rows.device, keep=one)
+        logits = None
         for words in tiles.words:
-            sums.add(tiles.logits(tiles.weight(words), words), *tiles.targets_in(words))
+            logits = tiles.logits(tiles.weight(words), words)
+            sums.add(logits, *tiles.targets_in(words))
         sums.reduce(head.group)
         log_total = sums.total.log()
         logprobs = (sums.picked - sums.peak) * inverse - log_total
         found = None if entropy == "none" else log_total - sums.weighted / sums.total
         hits = sums.picked >= sums.peak
-        saved = [rows, weight, targets, sums.peak * inverse + log_total]
+        saved = [rows, weight, targets, sums.peak * inverse + log_total, logits if one else None]
         if entropy == "differentiable":
             ctx.save_for_backward(*saved, found)
             ctx.mark_non_differentiable(hits)
@@ -118,23 +126,24 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor | None, _: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None, None]:
-        rows, weight, targets, normaliser, *entropy = ctx.saved_tensors
+    ) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, targets, normaliser, logits, *entropy = ctx.saved_tensors
         slope = Slope(ctx.inverse, normaliser, grad_logprobs)
         if entropy:
             assert grad_entropy is not None, "it is an output"
             slope.add_entropy(entropy[0], grad_entropy)
         trained = ctx.needs_input_grad[1]
         tiles = _tiles(rows, weight, ctx.head, targets, ctx.kept)
-        grad_rows, grad_weight = head_gradients(tiles, slope, weight if trained else None)
-        return grad_rows.to(rows.dtype), grad_weight, None, None, None, None, None
+        grad_rows, grad_weight = head_gradients(tiles, slope, weight if trained else None, logits)
+        return grad_rows.to(rows.dtype), grad_weight, None, None, None, None, None, None
 
 
 def head_gradients(
-    tiles: Tiles, slope: Slope, weight: torch.Tensor | None
+    tiles: Tiles, slope: Slope, weight: torch.Tensor | None, kept: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradient of a loss in the hidden states, fp32 [T, D] of this rank's words, and in the
-    weight [V_padded / tp, D], in its type; None for a weight that is not trained.
+    weight [V_padded / tp, D], in its type; None for a weight that is not trained. ``kept``: the
+    logits of the only tile; None: they are made again.
     """
     factor = -slope.sign[:, None]
     signed = tiles.rows * factor.to(tiles.rows.dtype)
@@ -142,7 +151,8 @@ def head_gradients(
     grad_weight = None if weight is None else torch.zeros_like(weight)
     for words in tiles.words:
         part = tiles.weight(words)
-        grad = slope.of(tiles.logits(part, words), *tiles.targets_in(words))
+        logits = tiles.logits(part, words) if kept is None else kept
+        grad = slope.of(logits, *tiles.targets_in(words), out=tiles.room(logits))
         rounded = tiles.rounded(grad)
         if grad_weight is not None:
             of_words = (rounded.t() @ signed).to(grad_weight.dtype)

@@ -84,6 +84,10 @@ class Tiles:
             return product
         return self._wide[:count].view(shape).copy_(product)
 
+    def room(self, logits: torch.Tensor) -> torch.Tensor:
+        """Where the next call of `logits` writes, in the shape of a tile that was kept."""
+        return self._wide[: logits.numel()].view_as(logits)
+
     def rounded(self, tile: torch.Tensor) -> torch.Tensor:
         """The fp32 tile in the type of the products, by which it is replaced in fp32 too."""
         if self._narrow is self._wide:
@@ -103,23 +107,28 @@ class SoftmaxSums:
     """Sums [T] of a softmax over tiles of words, relative to the largest logit so far."""
 
     def __init__(
-        self, num_tokens: int, inverse: float, entropy: bool, device: torch.device
+        self, num_tokens: int, inverse: float, entropy: bool, device: torch.device, keep: bool
     ) -> None:
-        """``inverse``: 1 / temperature. ``entropy``: sum what it needs too."""
+        """``inverse``: 1 / temperature. ``entropy``: sum what it needs too. ``keep``: the tiles are
+        still needed.
+        """
         zeros = torch.zeros(num_tokens, device=device)
         self.peak = torch.full_like(zeros, NEVER)  #: largest logit
         self.picked = zeros  #: logit of the target
         self.total = zeros.clone()  #: sum of exp(x), x = (logit - peak) / temperature
         self.weighted = zeros.clone()  #: sum of exp(x) x
-        self._inverse, self._entropy = inverse, entropy
+        self._inverse, self._entropy, self._keep = inverse, entropy, keep
         self._spare = torch.empty(0, device=device)
 
     def add(self, logits: torch.Tensor, columns: torch.Tensor, here: torch.Tensor) -> None:
-        """Add a tile [T, n], which it overwrites; targets as of `Tiles.targets_in`."""
+        """Add a tile [T, n], which it overwrites unless it is to be kept; targets as of
+        `Tiles.targets_in`.
+        """
         self.picked += torch.where(here, logits.gather(1, columns).squeeze(1), 0.0)
         self._rebase(torch.maximum(self.peak, logits.amax(1)))
         base = self.peak[:, None] * -self._inverse
-        shifted = torch.add(base, logits, alpha=self._inverse, out=logits)
+        place = torch.empty_like(logits) if self._keep else logits
+        shifted = torch.add(base, logits, alpha=self._inverse, out=place)
         if not self._entropy:
             self.total += shifted.exp_().sum(1)
             return
@@ -174,9 +183,11 @@ class Slope:
         self._at_target = -self._scale
         self.sign = torch.ones_like(self.sign)
 
-    def of(self, logits: torch.Tensor, columns: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        """-sign * d loss / d logits [T, n], fp32; it overwrites the logits."""
-        grad = torch.add(self._base, logits, alpha=self._inverse, out=logits)
+    def of(
+        self, logits: torch.Tensor, columns: torch.Tensor, here: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """-sign * d loss / d logits [T, n], fp32, into ``out``, which may be the logits."""
+        grad = torch.add(self._base, logits, alpha=self._inverse, out=out)
         if self._factor is None:
             grad = grad.exp_()
         else:

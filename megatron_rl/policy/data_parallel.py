@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch.distributed import ProcessGroup
 
+from megatron_rl.models.experts import GRADIENT_IN_PLACE
 from megatron_rl.parallel.shared_memory import SharedMemory, share_memory
 from megatron_rl.parallel.shared_sum import add_up
 
@@ -23,6 +24,12 @@ class DataParallel(DistributedDataParallel):
 
     #: gradients, the ranks they are summed over, and the memory that these share
     shared: Sequence[tuple[list[torch.Tensor], ProcessGroup, SharedMemory | None]] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As Megatron's. With sums that overlap with the backward pass it wants every gradient."""
+        super().__init__(*args, **kwargs)
+        for parameter in self.module.parameters():
+            setattr(parameter, GRADIENT_IN_PLACE, not self.ddp_config.overlap_grad_reduce)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Sum the gradients of a mini-batch over the data-parallel ranks. A collective."""

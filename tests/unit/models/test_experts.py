@@ -80,6 +80,35 @@ def test_only_what_is_trained_gets_a_gradient(experts, way):
             assert grad is None or torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_added_where_megatron_keeps_them(dtype):
+    """Only of weights that are marked, of the type of the sum; else autograd gets them."""
+    from megatron_rl.models.experts import GRADIENT_IN_PLACE, _OneByOne
+
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
+    x, up, down, probs = draw(9, 4), draw(3, 6, 4), draw(3, 4, 3), draw(9)
+    passes = [([4, 0, 5], draw(9, 4)), ([1, 6, 2], draw(9, 4))]
+
+    def train(mark):
+        weights = [torch.nn.Parameter(weight.clone()) for weight in (up, down)]
+        for weight in weights:
+            weight.main_grad = torch.ones(weight.shape)
+            setattr(weight, GRADIENT_IN_PLACE, mark)
+        for counts, grad in passes:
+            _OneByOne.apply(x, *weights, probs, counts).backward(grad)
+        return weights
+
+    wanted = [weight.grad for weight in train(False)]
+    for weight, expected in zip(train(True), wanted):
+        if dtype == torch.float32:
+            assert weight.grad is None
+            torch.testing.assert_close(weight.main_grad - 1.0, expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert torch.equal(weight.grad, expected)
+            assert torch.equal(weight.main_grad, torch.ones(weight.shape))
+
+
 def _shards(parallel):
     """On a rank: (key, global shape, offset, size) of checkpoint shards, ours and Megatron's."""
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_rl.parallel import vocab_tiles
+from megatron_rl.parallel import vocab_head, vocab_tiles
 from megatron_rl.parallel.vocab_head import VocabHead, head_values
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import cpu_device
@@ -221,6 +221,39 @@ def test_logits_of_few_tokens():
         assert bool((logits[:, WORDS:].float() < -9e8).all())
         expected = (rows.double() @ weight.double().t())[:, :WORDS]
         check(logits[:, :WORDS], expected, 5e-6 if fp32 else 8e-3)
+
+
+@pytest.mark.parametrize("entropy", ENTROPIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tile_that_is_kept_gives_the_bits_of_one_made_again(monkeypatch, entropy, dtype):
+    """Also in a second backward pass: the first leaves it as it is."""
+    rows, weight, targets, losses = draw(dtype=dtype)
+    kept_tiles, gradients_of = [], vocab_head.head_gradients
+
+    def watched(tiles, slope, weight, kept):
+        kept_tiles.append(kept)
+        return gradients_of(tiles, slope, weight, kept if len(kept_tiles) < 3 else None)
+
+    monkeypatch.setattr(vocab_head, "head_gradients", watched)
+    found = []
+    for number in range(3):
+        if number != 1:
+            leaves = [x.clone().requires_grad_() for x in (rows, weight)]
+            values = head_values(
+                leaves[0],
+                VocabHead(leaves[1], WORDS, dist.group.WORLD),
+                targets,
+                0.7,
+                entropy=entropy,
+            )
+            loss = (values.logprobs * losses[0]).sum()
+            if entropy == "differentiable":
+                loss = loss + (values.entropy * losses[1]).sum()
+        found.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+    assert all(kept.shape == (TOKENS, WORDS) for kept in kept_tiles)
+    for gradients in found[:2]:
+        for gradient, expected in zip(gradients, found[2]):
+            assert expected.any() and torch.equal(gradient, expected)
 
 
 class Largest(TorchDispatchMode):
