@@ -114,13 +114,12 @@ class Routes:
         ids = ids.sort(dim=-1).values
         if not self.num_logprobs:
             return ids.to(self.type), no_logprobs
-        logprobs = []
-        for layer, (_, logits) in enumerate(chosen):
-            assert logits is not None, "log-probabilities are wanted"
-            logits = logits[:num_tokens]
-            scored = every_expert(logits) if self._every_expert else ids[:, layer]
-            logprobs.append(score_logprobs(logits, scored, self._score))
-        return ids.to(self.type), torch.stack(logprobs, dim=1)
+        kept = [of_layer.logits for of_layer in chosen if of_layer.logits is not None]
+        assert len(kept) == len(chosen), "log-probabilities are wanted"
+        logits = torch.stack([of_layer[:num_tokens] for of_layer in kept], dim=1).flatten(0, 1)
+        scored = every_expert(logits) if self._every_expert else ids.flatten(0, 1)
+        logprobs = score_logprobs(logits, scored, self._score)
+        return ids.to(self.type), logprobs.view(num_tokens, len(kept), -1)
 
 
 class RouteLog:

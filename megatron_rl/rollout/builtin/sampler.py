@@ -17,8 +17,10 @@ from megatron_rl.parallel.collectives import broadcast
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.engine import SamplingSettings
 
-#: Elements of the double-precision cumulative distribution held at a time (256 MiB).
+#: Elements of the distribution held in double precision at a time (256 MiB).
 CHUNK_ELEMENTS = 1 << 25
+#: Tokens whose probabilities are summed before the running sum: near the root of a vocabulary.
+BLOCK = 64
 
 
 def uniforms(seed: int, sequences: Sequence[tuple[int, int]], count: int) -> np.ndarray:
@@ -103,14 +105,21 @@ def _sample_chunk(
     settings: SamplingSettings,
     kept: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logprobs = torch.log_softmax(logits.float() / settings.temperature, dim=-1)
+    scaled = logits.float()
+    if settings.temperature != 1.0:
+        scaled = scaled / settings.temperature
+    whole = scaled.softmax(dim=-1)
+    probs = whole
     if settings.greedy:
         tokens = logits.argmax(dim=-1)
     else:
         assert uniform is not None, "only greedy sampling needs none"
-        probs = truncated(logprobs, settings.top_k, settings.top_p)
+        probs = truncated(whole, settings.top_k, settings.top_p)
         tokens = invert_cdf(probs, uniform)
-    drawn = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    # The likeliest token's probability is 1 / sum(exp(logit - largest)). The logarithm of the
+    # drawn token's own would have the error of its exponential.
+    below = scaled.gather(1, tokens[:, None]).squeeze(1) - scaled.amax(dim=-1)
+    drawn = below + whole.amax(dim=-1).log()
     if kept is not None:
         assert not settings.greedy, "greedy answers have no kept tokens"
         torch.gt(probs, 0.0, out=kept)
@@ -118,14 +127,14 @@ def _sample_chunk(
     return tokens, drawn
 
 
-def truncated(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Probabilities [R, V], not normalised: zero outside the top-k, then outside the nucleus.
+def truncated(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Probabilities [R, V], which may not be normalised, with zeros outside the top-k, then outside
+    the nucleus.
 
     The nucleus is the smallest set of the likeliest tokens whose share of the probability left by
     top-k reaches ``top_p`` (Holtzman et al., arXiv 1904.09751, eq. 2). Tokens as likely as the last
     one kept are kept too, so the result does not depend on how a sort breaks ties.
     """
-    probs = logprobs.exp()
     if 0 < top_k < probs.shape[1]:
         last = probs.topk(top_k, dim=-1).values[:, -1:]
         probs = probs.masked_fill(probs < last, 0.0)
@@ -142,13 +151,32 @@ def truncated(logprobs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 def invert_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The token [R] whose part of the distribution ``uniform`` [R] falls into; never a token with
     probability 0.
+
+    Sums in two levels: first the block of tokens is found, then the token in it. A running sum over
+    all tokens would cost more.
     """
-    cdf = probs.double().cumsum(-1)
-    total = cdf[:, -1]
-    # The smallest token with cdf > point has a positive probability. There is one if the point is
-    # below the total, and rounding may raise u * total to the total itself.
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    rows, vocabulary = probs.shape
+    whole = vocabulary // BLOCK * BLOCK
+    sums = probs[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    if whole < vocabulary:
+        sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], 1)
+    ends = sums.cumsum(-1)
+    point = uniform[:, None] * ends[:, -1:]
+    block = _first_above(ends, point)
+    point = (point - (ends.gather(1, block) - sums.gather(1, block))).clamp(min=0.0)
+    places = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(1, places.clamp(max=vocabulary - 1))
+    if whole < vocabulary:
+        inside = inside.masked_fill(places >= vocabulary, 0.0)
+    return (block * BLOCK + _first_above(inside.double().cumsum(-1), point)).squeeze(1)
+
+
+def _first_above(ends: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+    """The first place [R, 1] whose sum in ``ends`` [R, n] is above ``point`` [R, 1], 0 or more."""
+    # It adds something, so its probability is positive. There is one if the point is below the
+    # total, and rounding may raise it to the total or above.
+    total = ends[:, -1:]
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     # The clamp keeps a row of NaN from giving a token that does not exist. Its log-probability is
     # NaN, which the caller can report.
-    last = probs.shape[1] - 1
-    return torch.searchsorted(cdf, point[:, None], right=True).squeeze(1).clamp(max=last)
+    return torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[1] - 1)

@@ -31,13 +31,13 @@ def test_by_hand():
 
 
 def test_sets_of_the_sampler():
-    logprobs = torch.tensor([[0.5, 0.1, 0.25, 0.15], [0.25] * 4, [0.97, 0.01, 0.01, 0.01]]).log()
-    kept = kept_sets(truncated(logprobs, 0, 0.7), most=3)
+    probs = torch.tensor([[0.5, 0.1, 0.25, 0.15], [0.25] * 4, [0.97, 0.01, 0.01, 0.01]])
+    kept = kept_sets(truncated(probs, 0, 0.7), most=3)
     # the second keeps all four, which are as likely
     assert kept.ids.tolist() == [0, 2, 0] and kept.offsets.tolist() == [0, 2, 2, 3]
     assert kept.ids.dtype == np.int32 and kept.rows().tolist() == [0, 0, 2]
-    assert kept_sets(truncated(logprobs, 0, 0.7), most=1).offsets.tolist() == [0, 0, 0, 1]
-    two = kept_sets(truncated(logprobs, 2, 1.0), most=2)
+    assert kept_sets(truncated(probs, 0, 0.7), most=1).offsets.tolist() == [0, 0, 0, 1]
+    two = kept_sets(truncated(probs, 2, 1.0), most=2)
     assert two.ids.tolist() == [0, 2] and two.offsets.tolist() == [0, 2, 2, 2]  # the others tie
 
 
@@ -50,7 +50,7 @@ def test_200_ragged_batches_against_a_softmax_over_each_set():
         temperature = [1.0, 0.7][seed % 2]
         logits = 2 * torch.randn(tokens, vocab, generator=rng, dtype=torch.float64)
         logits.requires_grad_()
-        probs = truncated((logits / temperature).log_softmax(1).detach(), *truncations[seed % 4])
+        probs = truncated((logits / temperature).softmax(1).detach(), *truncations[seed % 4])
         kept = kept_sets(probs, most=5)
         targets = probs.multinomial(1, generator=rng).squeeze(1)
         found, entropy = kept_logprobs(logits, targets, kept, temperature)
@@ -77,7 +77,7 @@ def test_the_same_policy_has_a_ratio_of_one_only_over_the_kept_set():
     """What the mask is for: sampler and trainer agree, and the plain ratio is the kept mass."""
     logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logprobs = logits.log_softmax(1)
-    probs = truncated(logprobs, 0, 0.8)
+    probs = truncated(logprobs.exp(), 0, 0.8)
     mass = probs.sum(1)
     targets = probs.argmax(1)
     sampled = logprobs.gather(1, targets[:, None]).squeeze(1) - mass.log()

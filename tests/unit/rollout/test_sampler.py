@@ -72,8 +72,8 @@ def test_frequencies_are_the_probabilities():
 
 
 def test_truncated_by_hand():
-    logprobs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-    kept = lambda *arguments: (truncated(logprobs, *arguments)[0] > 0).tolist()  # noqa: E731
+    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    kept = lambda *arguments: (truncated(probs, *arguments)[0] > 0).tolist()  # noqa: E731
     assert kept(2, 1.0) == [False, True, False, True]
     assert kept(0, 0.65) == [False, True, False, True]  # 0.4 + 0.3 reaches 0.65
     assert kept(0, 0.75) == [False, True, True, True]
@@ -83,9 +83,9 @@ def test_truncated_by_hand():
 
 
 def test_tokens_as_likely_as_the_last_one_are_kept():
-    logprobs = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log()
-    assert (truncated(logprobs, 1, 1.0) > 0).all()
-    assert (truncated(logprobs, 0, 0.3) > 0).all()
+    probs = torch.tensor([[0.25, 0.25, 0.25, 0.25]])
+    assert (truncated(probs, 1, 1.0) > 0).all()
+    assert (truncated(probs, 0, 0.3) > 0).all()
 
 
 def test_greedy_takes_the_first_of_the_likeliest_and_its_log_probability_at_the_temperature():
@@ -101,6 +101,23 @@ def test_a_token_without_probability_is_never_drawn(uniform):
     probs = torch.tensor([[0.0, 0.1, 0.0, 0.2, 0.0], [0.0, 0.0, 0.0, 1.0, 0.0]])
     tokens = invert_cdf(probs, torch.tensor([uniform, uniform], dtype=torch.float64))
     assert tokens.tolist() == [1 if uniform < 0.33 else 3, 3]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 128, 1000])
+def test_sums_in_two_levels_find_the_token_of_one_running_sum(vocabulary):
+    """Also where whole blocks have no probability, and at the ends of blocks."""
+    generator = np.random.default_rng(vocabulary)
+    probs = generator.integers(0, 5, (300, vocabulary)).astype(float)  # sums are exact
+    probs[:, 64:256] *= generator.integers(0, 2, (300, 1))
+    probs[:, generator.integers(vocabulary)] = 1.0
+    ends = probs.cumsum(1)
+    point = np.floor(generator.random(300) * ends[:, -1])  # many are a token's end
+    found = invert_cdf(torch.tensor(probs).float(), torch.tensor(point / ends[:, -1]))
+    # what the division and the product round to
+    point = point / ends[:, -1] * ends[:, -1]
+    expected = [np.searchsorted(row, at, side="right") for row, at in zip(ends, point)]
+    assert found.tolist() == expected
+    assert (probs[np.arange(300), expected] > 0).all()
 
 
 def test_rounding_up_to_the_total_gives_the_last_token_with_probability():

@@ -153,7 +153,9 @@ class Decoding:
             self._attention = _products
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
             mask = mask.expand(-1, groups, -1, -1)
-        self._parts = [(rows, length, mask[rows, :, :, :length]) for rows, length in parts]
+        self._parts = [(rows, length, mask[rows, ..., :length]) for rows, length in parts]
+        if self._attention is _products:  # its two first dimensions in one, copied once a step
+            self._parts = [(rows, length, mask.flatten(0, 1)) for rows, length, mask in self._parts]
         pairs = torch.arange(len(positions) * groups, device=positions.device).view(-1, groups)
         self._index = (pairs * cache.capacity + positions[:, None]).flatten()
 
@@ -187,10 +189,9 @@ def _products(
     mask: torch.Tensor,
 ) -> torch.Tensor:
     """`dot_product_attention` in fp32 as two batched products: faster on a CPU for one new token
-    of each row. ``mask``: fp32 [R, G, 1, L], 0 or -inf.
+    of each row. ``mask``: fp32 [R G, 1, L], 0 or -inf.
     """
-    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT)
-    scores = scores.mul_(scale).add_(mask.flatten(0, 1))
+    scores = torch.baddbmm(mask, query.flatten(0, 1), keys.flatten(0, 1).mT, alpha=scale)
     shares = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
     output = torch.bmm(shares, values.flatten(0, 1)).div_(shares.sum(-1, keepdim=True))
     return output.view(*query.shape[:3], -1)

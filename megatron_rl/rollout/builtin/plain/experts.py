@@ -93,15 +93,26 @@ def _top_k(scores: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.
     return scores.topk(routing.top_k, dim=-1)
 
 
-def mixture(x: torch.Tensor, weights: Mixture, routing: Routing) -> tuple[torch.Tensor, Chosen]:
+def mixture(
+    x: torch.Tensor, weights: Mixture, routing: Routing, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Chosen]:
     """A MoE layer on [T, D].
 
+    Args:
+        x: tokens.
+        weights: of this rank.
+        routing: how the router chooses.
+        keep: int64 [T'], the tokens that the experts run on; None: all.
+
     Returns:
-        What the experts held here give, shared ones included: [T, D], this rank's part of a sum
-        where others hold the rest. And what the router chose.
+        What the experts held here give, shared ones included: [T or T', D], this rank's part of a
+        sum where others hold the rest. And what the router chose for all tokens.
     """
     logits = F.linear(x.float(), weights.router.float())
     ids, probs = choose(logits, weights.bias, routing)
+    chosen = Chosen(ids, logits)
+    if keep is not None:
+        x, ids, probs = x[keep], ids[keep], probs[keep]
     longest = longest_if_padded(ids, weights)
     if longest is None:
         output = _sorted(x, ids, probs, weights)
@@ -112,7 +123,7 @@ def mixture(x: torch.Tensor, weights: Mixture, routing: Routing) -> tuple[torch.
         if weights.shared_gate is not None:
             shared = shared * F.linear(x, weights.shared_gate).sigmoid()
         output = output + shared
-    return output, Chosen(ids, logits)
+    return output, chosen
 
 
 #: Pairs of an expert, on average, from which one product for each expert keeps two threads busy.

@@ -69,7 +69,7 @@ class PlainModel:
             tokens: int64 [T], the same on all ranks of the model.
             place: where they stand.
             last: int64 [n], the tokens whose logits are wanted; None: all.
-            all_ids: False: the last layer's experts may be those of ``last`` only.
+            all_ids: False: the last layer's router may choose for ``last`` only.
             keep_logits: the routers' logits are wanted too.
 
         Returns:
@@ -88,10 +88,10 @@ class PlainModel:
                 hidden = self._received(len(tokens))
             is_last = stage == stages - 1
             # Of the last layer only keys and values are wanted of the other tokens.
-            early = last if is_last and chunk.layers and not all_ids else None
+            early = last if is_last and chunk.layers else None
             for place_in_rank, layer in enumerate(chunk.layers, start=layers_before):
                 keep = early if layer is chunk.layers[-1] else None
-                hidden = self._layer(hidden, layer, place, place_in_rank, chosen, keep)
+                hidden = self._layer(hidden, layer, place, place_in_rank, chosen, keep, all_ids)
                 if chosen and not keep_logits:
                     chosen[-1] = Chosen(chosen[-1].ids, None)
             layers_before += len(chunk.layers)
@@ -122,9 +122,10 @@ class PlainModel:
         number: int,
         choices: list[Chosen],
         keep: torch.Tensor | None,
+        all_ids: bool,
     ) -> torch.Tensor:
         """A transformer layer, number ``number`` of this rank: [T, D] -> [T, D], or of the tokens
-        ``keep`` only. Appends what their router chose to ``choices``.
+        ``keep`` only. Appends what their router chose to ``choices``, with ``all_ids`` for all T.
         """
         inside = self._normalised(x, layer.attention_norm)
         if isinstance(layer.attention, GroupedAttention):
@@ -132,14 +133,16 @@ class PlainModel:
         else:
             attended = latent(inside, layer.attention, place, number, self.heads)
         x = x + self._summed(attended)
-        x = x if keep is None else x[keep]
-        inside = self._normalised(x, layer.mlp_norm)
+        kept = x if keep is None else x[keep]
         if isinstance(layer.feed_forward, Dense):
-            return x + self._summed(swiglu(inside, layer.feed_forward))
+            inside = self._normalised(kept, layer.mlp_norm)
+            return kept + self._summed(swiglu(inside, layer.feed_forward))
         assert self.routing is not None, "the model has experts"
-        output, chosen = mixture(inside, layer.feed_forward, self.routing)
+        routed, keep = (x, keep) if all_ids else (kept, None)
+        inside = self._normalised(routed, layer.mlp_norm)
+        output, chosen = mixture(inside, layer.feed_forward, self.routing, keep)
         choices.append(chosen)
-        return x + self._summed(output)
+        return kept + self._summed(output)
 
     def _normalised(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (self.hidden_size,), weight, self.heads.epsilon)

@@ -122,3 +122,22 @@ def test_when_experts_multiply_as_one_padded_batch(threads, ids, held, expected,
     weights = Mixture(router, None, up, down, 0, None, None)
     chosen = torch.tensor(ids, dtype=torch.int64).view(-1, 2)
     assert longest_if_padded(chosen, weights) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_experts_run_on_some_tokens_and_the_router_on_all(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    from megatron_rl.rollout.builtin.plain.experts import Routing, mixture
+    from megatron_rl.rollout.builtin.plain.weights import Dense, Mixture
+
+    generator = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x, router = make(TOKENS, WIDTH), make(EXPERTS, WIDTH)
+    up, down = make(EXPERTS, 2 * INNER, WIDTH), make(EXPERTS, WIDTH, INNER)
+    shared, gate = (make(2 * INNER, WIDTH), make(WIDTH, INNER)), make(1, WIDTH)
+    held = Mixture(router, None, up, down, 0, Dense(*shared), gate)
+    keep = torch.tensor([36, 4, 11])
+    found, (ids, _) = mixture(x, held, Routing(2, "softmax", False, None, None, None), keep)
+    assert torch.equal(ids, (x @ router.T).topk(2).indices)
+    expected = slow_mixture(x[keep], router, up, down, shared, gate, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
