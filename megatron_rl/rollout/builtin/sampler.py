@@ -168,7 +168,9 @@ def invert_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     inside = probs.gather(1, places.clamp(max=vocabulary - 1))
     if whole < vocabulary:
         inside = inside.masked_fill(places >= vocabulary, 0.0)
-    return (block * BLOCK + _first_above(inside.double().cumsum(-1), point)).squeeze(1)
+    found = block * BLOCK + _first_above(inside.double().cumsum(-1), point)
+    # Of a row of NaN the last: its log-probability is NaN, which the caller can report.
+    return found.squeeze(1).clamp(max=vocabulary - 1)
 
 
 def _first_above(ends: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
@@ -177,6 +179,4 @@ def _first_above(ends: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
     # total, and rounding may raise it to the total or above.
     total = ends[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    # The clamp keeps a row of NaN from giving a token that does not exist. Its log-probability is
-    # NaN, which the caller can report.
     return torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[1] - 1)

@@ -166,3 +166,11 @@ def test_kept_tokens_are_those_that_are_drawn_from_and_log_probabilities_are_ove
         probs, _ = slow_distribution(logits[row].astype(float), 0.8, top_k, top_p)
         assert kept[row].tolist() == (probs > 0).tolist()
         assert logprobs[row].item() == pytest.approx(np.log(probs[tokens[row]]), abs=2e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 40, 64, 100, 128])
+def test_numbers_that_are_not_finite_give_tokens_that_exist(vocabulary):
+    probs = torch.full((2, vocabulary), float("nan"))
+    probs[1] = 1.0
+    tokens = invert_cdf(probs, torch.full((2,), 0.5, dtype=torch.float64))
+    assert tokens.tolist() == [vocabulary - 1, vocabulary // 2]
