@@ -18,9 +18,14 @@ def available_bytes(device: Device, launch: Launch, *, host: bool) -> int:
     """
     if device.kind == "cuda" and not host:
         return torch.cuda.mem_get_info(device.torch_device)[0]
-    return psutil.virtual_memory().available // launch.local_world_size
+    return _host_bytes(launch)
 
 
 def spare_bytes() -> float:
     """Bytes of host memory that this rank can spare for copies of experts."""
-    return SPARE * psutil.virtual_memory().available / read_launch().local_world_size
+    return SPARE * _host_bytes(read_launch())
+
+
+def _host_bytes(launch: Launch) -> int:
+    """This rank's share of the machine's free memory."""
+    return psutil.virtual_memory().available // launch.local_world_size

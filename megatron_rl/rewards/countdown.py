@@ -18,7 +18,7 @@ from typing import Any, Mapping
 
 from megatron_rl.catalogue.verifiers import CountdownSettings
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.base import Reward, make_reward, require
+from megatron_rl.rewards.base import Reward, make_reward, require, shown_value
 
 #: Longest answer, characters; with the next two it bounds time, memory and recursion.
 MAX_CHARACTERS = 1024
@@ -191,20 +191,15 @@ def _problem(record: Mapping[str, Any]) -> tuple[list[int], int]:
     target = require(record, "target", "countdown")
     if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
         raise UserError(
-            f"numbers {_shown(numbers)}; the verifier 'countdown' expects a list of integers; "
+            f"numbers {shown_value(numbers)}; the verifier 'countdown' expects a list of integers; "
             "correct the data set"
         )
     if type(target) is not int:
         raise UserError(
-            f"target {_shown(target)}; the verifier 'countdown' expects an integer; correct the "
-            "data set"
+            f"target {shown_value(target)}; the verifier 'countdown' expects an integer; correct "
+            "the data set"
         )
     return list(numbers), target
-
-
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _listed(numbers: list[int]) -> str:
