@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -11,7 +11,8 @@ from urllib.parse import quote
 from megatron_rl.observe.metric_table import METRICS
 from megatron_rl.report.charts import Chart, Group, Series, chart
 from megatron_rl.report.page import write_page
-from megatron_rl.study.analysis import Analysis
+from megatron_rl.study.analysis import Analysis, ArmRow
+from megatron_rl.study.forest import Panel, forest
 from megatron_rl.study.statistics import band
 from megatron_rl.study.table import difference_texts, estimate_texts, is_fraction, summary_line
 
@@ -53,7 +54,7 @@ def _chart(analysis: Analysis, metric: str) -> Chart | None:
 
 def _tables(analysis: Analysis) -> str:
     study = analysis.plan.study
-    parts = []
+    parts = [_differences(analysis.rows, study.compare_to)] if study.compare_to else []
     for metric, rows in analysis.rows.items():
         head = ["Arm", "Runs", "Final"]
         unit = ", points" if is_fraction(metric) else ""
@@ -81,6 +82,24 @@ def _tables(analysis: Analysis) -> str:
         "seed. The curves are means over all runs so far, with the same interval.</p>"
     )
     return f"<section class='runs'><h2>Arms</h2>{note}{''.join(parts)}</section>"
+
+
+def _differences(table: Mapping[str, Sequence[ArmRow]], compare_to: str) -> str:
+    """A figure of the differences of all arms, a panel a metric with the same unit."""
+    figures = []
+    for fractions in (True, False):
+        panels = [
+            Panel(metric, {row.arm: row.differences["final"] for row in rows})
+            for metric, rows in table.items()
+            if is_fraction(metric) == fractions
+        ]
+        if any(value for panel in panels for value in panel.rows.values()):
+            axis = f"final, difference to {compare_to}{', points' if fractions else ''}"
+            if fractions:
+                figures.append(forest(panels, axis, scale=100))
+            else:  # of other units, each with an axis of its own
+                figures += [forest([panel], axis) for panel in panels]
+    return "".join(f"<div class='scroll'>{figure}</div>" for figure in figures)
 
 
 def _runs(analysis: Analysis) -> str:
