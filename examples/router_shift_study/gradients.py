@@ -1,11 +1,14 @@
 """How much the gradients of a study's arms vary over mini-batches, at the same weights.
 
     python examples/router_shift_study/gradients.py examples/router_shift_study/sort_small.yaml \
-        --weights RUN_DIR --drift 4 --mini-batches 32 --out gradients.json
+        --weights RUN_DIR [RUN_DIR ...] --drift 4 16 --mini-batches 32 --out gradients.json
 
 The answers are sampled with the weights in RUN_DIR. Then the weights take ``--drift`` optimizer
 steps on mini-batches of their own, by the loss of the study's first arm, and the routers move. At
 these weights each arm gives its gradient on each of ``--mini-batches`` others. One process.
+
+Of several weights and drifts a table for each drift follows: means over the weights, and the ratio
+to another arm, with its interval over the weights.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,7 +33,10 @@ from megatron_rl.errors import UserError
 from megatron_rl.files import write_whole
 from megatron_rl.study.plan import make_plan
 from megatron_rl.study.schema import read_study
+from megatron_rl.study.statistics import Estimate, estimate
+from megatron_rl.study.table import aligned
 
+_COMPARED = ("trace", "snr")
 COLUMNS = ("mean_square", "signal", "trace", "snr")
 SHOWN = ("clip_fraction", "router/raw_gamma_mean", "router/floor_fraction", "weights/ess_token")
 
@@ -37,15 +44,20 @@ SHOWN = ("clip_fraction", "router/raw_gamma_mean", "router/floor_fraction", "wei
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 with one line of a mistake."""
     asked = _arguments(argv)
+    found = []
     try:
-        configs = _arms(asked)
-        found = measured(configs, asked.drift, asked.mini_batches)
+        for weights in asked.weights or [None]:
+            for steps in asked.drift:
+                configs = _arms(asked, weights, steps)
+                found.append(measured(configs, steps, asked.mini_batches))
+                print("\n".join([*table(found[-1]), ""]), flush=True)
         if asked.out is not None:
             write_whole(asked.out, json.dumps(found, indent=1) + "\n")
+        if len(found) > 1:
+            print("\n".join(overview(found, asked.base)))
     except UserError as error:
         print(f"gradients.py: error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(table(found)))
     return 0
 
 
@@ -117,12 +129,49 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _arms(asked: argparse.Namespace) -> dict[str, Config]:
-    """The configuration of each arm at the first seed, started from the weights asked for."""
-    if asked.drift < 0 or asked.mini_batches < 2:
+def overview(found: Sequence[dict[str, Any]], base: str | None) -> list[str]:
+    """For each drift a table over all weights: means, and ratios to ``base``, or where None to the
+    first arm.
+    """
+    arms = list(found[0]["arms"])
+    base = base or arms[0]
+    head = ["arm", "trace", "snr", f"trace / {base}'s", f"snr / {base}'s"]
+    lines = []
+    for steps in dict.fromkeys(one["drift"]["steps"] for one in found):
+        own = [one["arms"] for one in found if one["drift"]["steps"] == steps]
+        rows = [head]
+        for arm in arms:
+            means = [f"{sum(one[arm][name] for one in own) / len(own):.4g}" for name in _COMPARED]
+            rows.append([arm, *means, *(_ratio_text(ratio(own, arm, base, n)) for n in _COMPARED)])
+        lines += [f"{steps} optimizer steps later, {len(own)} weights", *aligned(rows), ""]
+    return lines
+
+
+def ratio(arms: Sequence[dict[str, Any]], arm: str, base: str, number: str) -> Estimate | None:
+    """The geometric mean over weights of a number of ``arm`` over that of ``base``, with its 95%
+    bootstrap interval over the weights. None: a number is not above 0, and has no logarithm.
+    """
+    pairs = [(one[arm][number], one[base][number]) for one in arms]
+    if min(min(pair) for pair in pairs) <= 0:
+        return None
+    logs = estimate([math.log(ours / theirs) for ours, theirs in pairs])
+    assert logs is not None, "there are weights"
+    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    return Estimate(math.exp(logs.mean), low, high, logs.count)
+
+
+def _ratio_text(found: Estimate | None) -> str:
+    if found is None:
+        return ""
+    interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.mean:.3f}{interval}"
+
+
+def _arms(asked: argparse.Namespace, weights: Path | None, steps: int) -> dict[str, Config]:
+    """The configuration of each arm at the first seed, started from these weights."""
+    if steps < 0 or asked.mini_batches < 2:
         raise UserError(
-            f"--drift is {asked.drift} and --mini-batches {asked.mini_batches}; expected at least "
-            "0 and 2"
+            f"--drift is {steps} and --mini-batches {asked.mini_batches}; expected at least 0 and 2"
         )
     plan = make_plan(read_study(asked.study), asked.quick)
     found = {}
@@ -130,11 +179,11 @@ def _arms(asked: argparse.Namespace) -> dict[str, Config]:
         if run.seed != plan.seeds[0] or (asked.arms and run.arm not in asked.arms):
             continue
         config = run.config
-        if asked.weights is not None:
-            start = config.checkpoint.model_copy(update={"init_from": asked.weights})
+        if weights is not None:
+            start = config.checkpoint.model_copy(update={"init_from": weights})
             config = config.model_copy(update={"checkpoint": start})
         found[run.arm] = config
-    unknown = sorted(set(asked.arms or ()) - found.keys())
+    unknown = sorted({*(asked.arms or ()), *([asked.base] if asked.base else ())} - found.keys())
     if unknown:
         raise UserError(f"no arm is {unknown[0]}; expected some of {', '.join(plan.arms)}")
     check_config(next(iter(found.values())), 1, "train")
@@ -144,10 +193,13 @@ def _arms(asked: argparse.Namespace) -> dict[str, Config]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("study", type=Path, help="the study file whose arms are measured")
-    parser.add_argument("--weights", type=Path, help="a run or checkpoint; default: as the study")
-    parser.add_argument("--drift", type=int, default=4, help="optimizer steps; default: 4")
+    parser.add_argument(
+        "--weights", type=Path, nargs="+", help="runs or checkpoints; default: as the study"
+    )
+    parser.add_argument("--drift", type=int, nargs="+", default=[4], help="optimizer steps")
     parser.add_argument("--mini-batches", type=int, default=16, help="default: 16")
     parser.add_argument("--arms", nargs="+", help="default: all")
+    parser.add_argument("--base", help="the arm of the ratios; default: the first")
     parser.add_argument("--quick", action="store_true", help="as the study's --quick")
     parser.add_argument("--out", type=Path, help="a JSON file of all numbers")
     return parser.parse_args(argv)

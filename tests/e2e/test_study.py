@@ -125,7 +125,8 @@ def test_the_results_hold_every_runs_numbers(runs):
 def test_the_gradients_of_its_arms(runs, folder, tmp_path):
     """The example's script, from the warmed-up weights: each arm on the same mini-batches."""
     out = tmp_path / "gradients.json"
-    words = ["study.yaml", "--drift", "2", "--mini-batches", "4", "--out", str(out)]
+    words = ["study.yaml", "--drift", "2", "0", "--mini-batches", "4"]
+    words += ["--base", "gmpo", "--out", str(out)]
     with open(tmp_path / "log", "w") as log, open(os.devnull) as nothing:
         process = start_warm(
             "examples.router_shift_study.gradients:main",
@@ -137,7 +138,8 @@ def test_the_gradients_of_its_arms(runs, folder, tmp_path):
         code = process.wait(TIMEOUT_S)
         process.kill()
     assert code == 0, (tmp_path / "log").read_text()
-    found = json.loads(out.read_text())
+    found, undrifted = json.loads(out.read_text())
+    assert undrifted["arms"]["rspo"]["trace"] == undrifted["arms"]["gmpo"]["trace"]  # gamma is 1
     assert found["weights"].startswith(str(runs[0].run_dir))
     assert found["drift"]["steps"] == 2 and found["arms"].keys() == {"gmpo", "rspo"}
     for arm in found["arms"].values():
@@ -152,4 +154,4 @@ def test_the_gradients_of_its_arms(runs, folder, tmp_path):
     assert shifted == ["rspo"]
     assert -1 <= found["cosines"]["gmpo"]["rspo"] <= 1 + 1e-9
     lines = (tmp_path / "log").read_text().splitlines()
-    assert [line.split()[0] for line in lines[-2:]] == ["gmpo", "rspo"]
+    assert [line.split()[0] for line in lines[-3:-1]] == ["gmpo", "rspo"]  # of 0 steps

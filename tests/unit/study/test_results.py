@@ -293,6 +293,6 @@ def test_the_page_holds_table_curves_and_runs(plan):
     assert (rspo["name"], rspo["steps"]) == ("rspo", [1, 2, 3, 4])
     assert rspo["values"] == pytest.approx([0.2, 0.4, 0.6, 2 / 3], abs=1e-6)
     assert (rspo["low"][3], rspo["high"][3]) == (0.4, 0.9)  # three seeds: the least and the largest
-    assert text.count("<svg class=\"forest\"") == 1 and "final, difference to gmpo, points" in text
+    assert text.count('<svg class="forest"') == 1 and "final, difference to gmpo, points" in text
     for shown in ("+13.3 [+10.0 to +20.0]", "50.0% [30.0% to 80.0%]", "1 of 2", "stopped"):
         assert shown in reader.text

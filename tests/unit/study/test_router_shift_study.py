@@ -1,0 +1,101 @@
+"""The numbers of the example's scripts, worked out by hand; its data are not needed."""
+
+import csv
+import io
+import math
+
+import numpy as np
+import pytest
+
+from examples.router_shift_study import gradients, results
+
+
+def rows(values):
+    """study -> arm -> seed -> mean@4, as rows of runs."""
+    others = dict.fromkeys([*results.COLUMNS, "spikes"], 0.25)
+    return [
+        {"study": study, "arm": arm, "seed": seed, **others, "mean@4": value, "collapsed": 0}
+        for study, arms in values.items()
+        for arm, seeds in arms.items()
+        for seed, value in seeds.items()
+    ]
+
+
+TWO = rows(
+    {
+        "sort_deep": {"gmpo": {1: 0.2, 2: 0.4}, "rspo": {1: 0.3, 2: 0.4, 3: 0.9}},
+        "countdown_deep": {"gmpo": {1: 0.5, 2: 0.5}, "rspo": {1: 0.6, 2: 0.6}},
+    }
+)
+STUDIES = ("sort_deep", "countdown_deep")
+
+
+def test_a_difference_is_paired_by_seed():
+    found = results.differences(TWO, "sort_deep")
+    assert found["gmpo"] is None
+    assert found["rspo"].mean == pytest.approx(0.05) and found["rspo"].count == 2  # not seed 3
+    assert (found["rspo"].low, found["rspo"].high) == pytest.approx((0.0, 0.1))
+
+
+def test_pooled_differences_weigh_studies_alike():
+    """sort_deep: .1 and 0, so that a draw's mean is 0, .05 or .1 with masses 1/4, 1/2, 1/4;
+    countdown_deep: .1 always. Their mean is .05, .075 or .1.
+    """
+    found = results.pooled(TWO, "rspo", "gmpo", STUDIES)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.075, 0.05, 0.1))
+    assert found.count == 4
+    assert results.pooled(TWO, "grpo", "gmpo", STUDIES) is None
+
+
+def test_the_interval_of_many_pairs_is_near_the_normal_one():
+    values = np.random.default_rng(5).normal(0.02, 0.05, (2, 200))
+    many = rows(
+        {
+            study: {"gmpo": dict.fromkeys(range(200), 0.0), "rspo": dict(enumerate(own))}
+            for study, own in zip(STUDIES, values)
+        }
+    )
+    found = results.pooled(many, "rspo", "gmpo", STUDIES)
+    error = math.sqrt(sum(own.var() / 200 for own in values)) / 2
+    assert found.mean == pytest.approx(values.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+def test_the_tables_show_them():
+    text = results.tables(TWO)
+    line = next(line for line in text.splitlines() if line.startswith("| rspo |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:5] == ["rspo", "3", "53.3%", "+5.0 [+0.0, +10.0]", "1 of 2"]
+    assert results.figure(TWO).count("<circle") == 2
+
+
+def test_runs_are_compared_to_the_last_digit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    (tmp_path / "runs.csv").write_text(results.as_csv(TWO))
+    kept = list(csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text())))
+    assert float(kept[2]["mean@4"]) == 0.3 and "seconds" not in kept[2]
+    assert results.compare(TWO[1:]) == 0
+    assert capsys.readouterr().out == "8 of 8 runs are equal, 9 are kept\n"
+    changed = [dict(row) for row in TWO]
+    changed[3]["mean@4"] = math.nextafter(0.4, 1.0)
+    changed[4]["seconds"] = 99.0  # a time is no result
+    assert results.compare(changed) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "sort_deep rspo 2: mean@4 differ",
+        "8 of 9 runs are equal, 9 are kept",
+    ]
+
+
+def arms(**numbers):
+    return {arm: {"trace": trace, "snr": snr} for arm, (trace, snr) in numbers.items()}
+
+
+def test_ratios_of_gradient_noise():
+    """Ratios 2 and 8: geometric mean 4; the draws' means are 2, 4 and 8."""
+    found = [arms(gmpo=(1.0, 0.5), rspo=(2.0, 0.5)), arms(gmpo=(3.0, 0.1), rspo=(24.0, -0.1))]
+    trace = gradients.ratio(found, "rspo", "gmpo", "trace")
+    assert (trace.mean, trace.low, trace.high) == pytest.approx((4.0, 2.0, 8.0))
+    assert gradients.ratio(found, "rspo", "gmpo", "snr") is None  # -0.1 has no logarithm
+    lines = gradients.overview([{"drift": {"steps": 3}, "arms": one} for one in found], "gmpo")
+    assert lines[0] == "3 optimizer steps later, 2 weights"
+    assert lines[3].split() == ["rspo", "13", "0.2", "4.000", "[2.000,", "8.000]"]
