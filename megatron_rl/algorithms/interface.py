@@ -21,8 +21,8 @@ class LossInputs:
     """The tokens of whole sequences laid one behind the other, in any order.
 
     Raises ValueError if a tensor is not [T], or for an unknown ``shift_mode``. Everything but
-    ``logprobs`` and ``entropy`` is a constant: losses detach it (``router_shift`` is none with
-    ``shift_attached``).
+    ``logprobs``, ``entropy`` and ``distance`` is a constant: losses detach it (``router_shift`` is
+    none with ``shift_attached``).
     """
 
     logprobs: torch.Tensor  #: float [T], log pi_new(y_t), attached to the graph; nats
@@ -37,6 +37,7 @@ class LossInputs:
     shift_mode: str = "ratio"  #: one of ``SHIFT_MODES``: how ``router_shift`` enters
     sampler_weights: torch.Tensor | None = None  #: float [T], factors of the terms (``mismatch``)
     entropy: torch.Tensor | None = None  #: float [T], nats, attached; see ``regularisers``
+    distance: torch.Tensor | None = None  #: float [T], of the routers, nats, attached; likewise
     shift_attached: bool = False  #: the gradient goes through ``router_shift`` too: an ablation
 
     def __post_init__(self) -> None:

@@ -1,4 +1,6 @@
-"""Terms beside the policy loss: a KL penalty towards a reference policy, and an entropy bonus."""
+"""Terms beside the policy loss: a KL penalty towards a reference policy, an entropy bonus, and a
+penalty on routers that move away from the old policy's.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ class Regularisers:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
+    shift_coef: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kl_estimator not in ESTIMATORS:
@@ -35,7 +38,7 @@ class Regularisers:
     @property
     def active(self) -> bool:
         """Whether there is anything to add."""
-        return bool(self.kl_coef or self.entropy_coef)
+        return bool(self.kl_coef or self.entropy_coef or self.shift_coef)
 
 
 def add_regularisers(
@@ -44,11 +47,13 @@ def add_regularisers(
     settings: Regularisers,
     denominator_per_token: torch.Tensor | None = None,
 ) -> LossOutputs:
-    """loss + kl_coef mean_t kl_t - entropy_coef mean_t H_t, means over the trained tokens.
+    """loss + kl_coef mean_t kl_t - entropy_coef mean_t H_t + shift_coef mean_t Delta_t, means over
+    the trained tokens.
 
     kl_t estimates KL(pi_new || pi_ref) from log pi_new and log pi_ref of token t, nats; its
     gradient goes through log pi_new(y_t), without an importance ratio (as in GRPO, arXiv
-    2402.03300, eq. 3-4). H_t is ``inputs.entropy``.
+    2402.03300, eq. 3-4). H_t is ``inputs.entropy``. Delta_t is ``inputs.distance``, the exponent of
+    gamma_t = exp(-Delta_t) (``router_shift``); this penalty is our own.
 
     A loss's sum is divided once, by its own denominator D of all packs and ranks. So the sums over
     tokens are added with the factor D / N, N being the number of trained tokens of all packs and
@@ -73,15 +78,16 @@ def add_regularisers(
 
 
 def _terms(inputs: LossInputs, segments: Segments, settings: Regularisers) -> torch.Tensor:
-    """kl_coef sum_t kl_t - entropy_coef sum_t H_t, 0-d."""
+    """kl_coef sum_t kl_t - entropy_coef sum_t H_t + shift_coef sum_t Delta_t, 0-d."""
     total = inputs.logprobs.new_zeros(())
     if settings.kl_coef:
         total = total + settings.kl_coef * _kl_sum(inputs, segments, settings.kl_estimator)[0]
-    if settings.entropy_coef:
-        if inputs.entropy is None:
-            raise ValueError(_missing("entropy", "the entropy of every token", "entropy_coef"))
-        entropy = at_least_float32(inputs.entropy)
-        total = total - settings.entropy_coef * over_tokens(entropy, segments)[0]
+    for name, key, sign in (("entropy", "entropy_coef", -1), ("distance", "shift_coef", 1)):
+        coefficient, values = sign * getattr(settings, key), getattr(inputs, name)
+        if coefficient:
+            if values is None:
+                raise ValueError(_missing(name, f"the {name} of every token", key))
+            total = total + coefficient * over_tokens(at_least_float32(values), segments)[0]
     return total
 
 

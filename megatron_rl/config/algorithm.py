@@ -7,7 +7,7 @@ from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import ADVANTAGES, CORRECTIONS, LOSSES
 from megatron_rl.catalogue.read import read_settings, with_key
 from megatron_rl.catalogue.settings import Settings
-from megatron_rl.config.schema import AlgorithmConfig
+from megatron_rl.config.schema import AlgorithmConfig, RouterShiftConfig
 from megatron_rl.errors import UserError
 
 
@@ -77,6 +77,11 @@ def uses_router_shift(algorithm: AlgorithmConfig) -> bool:
     if algorithm.router_shift.enabled is not None:
         return algorithm.router_shift.enabled
     return loss_of(algorithm).router_shift == "needed"
+
+
+def has_gradient(shift: RouterShiftConfig) -> bool:
+    """Whether something in the loss has a gradient through the routers' distance."""
+    return not shift.stop_gradient or shift.penalty > 0
 
 
 def keeps_trace(algorithm: AlgorithmConfig) -> bool:

@@ -12,6 +12,7 @@ from megatron_rl.config.algorithm import (
     anchored_on_the_sampler,
     correction_of,
     correction_settings,
+    has_gradient,
     loss_of,
     loss_settings,
     uses_router_shift,
@@ -120,7 +121,15 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
     algorithm, shift = config.algorithm, config.algorithm.router_shift
     changed = [
         name
-        for name in ("mode", "normalise", "distance", "experts", "layers", "stop_gradient")
+        for name in (
+            "mode",
+            "normalise",
+            "distance",
+            "experts",
+            "layers",
+            "stop_gradient",
+            "penalty",
+        )
         if getattr(shift, name) != type(shift).model_fields[name].default
     ]
     if changed and not uses_router_shift(algorithm):
@@ -158,26 +167,27 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
         )
 
 
-def a_gradient_through_gamma_arrives(config: Config) -> None:
-    """Without the stop-gradient, gamma's gradient reaches the routers: on one stage whose forward
-    pass is recorded, and in a loss that does not detach its ratio.
+def gradients_of_the_distance_arrive(config: Config) -> None:
+    """The gradients of the penalty, and without the stop-gradient of gamma, reach the routers: on
+    one stage whose forward pass is recorded; gamma's in a loss that does not detach its ratio.
     """
-    algorithm, parallel = config.algorithm, config.parallel
-    if algorithm.router_shift.stop_gradient:
+    algorithm, parallel, shift = config.algorithm, config.parallel, config.algorithm.router_shift
+    if not has_gradient(shift):
         return
     found = None
     if parallel.pipeline > 1:
         found = f"parallel.pipeline {parallel.pipeline}, whose stages pass distances on without it"
     elif parallel.recompute == "full":
         found = "parallel.recompute full, whose forward pass records none"
-    else:
+    elif not shift.stop_gradient:
         arrives = load("megatron_rl.algorithms.trial:shift_has_a_gradient")
         if not arrives(loss_of(algorithm), loss_settings(algorithm)):
             found = f"the loss {algorithm.name}, whose ratio is a constant"
     if found is not None:
+        asked = f"penalty is {shift.penalty:g}" if shift.stop_gradient else "stop_gradient is false"
         raise UserError(
-            f"algorithm.router_shift.stop_gradient is false with {found}; expected a gradient that "
-            "arrives at the routers; change one of them"
+            f"algorithm.router_shift.{asked} with {found}; expected a gradient that arrives at the "
+            "routers; change one of them"
         )
 
 
@@ -226,7 +236,7 @@ ALGORITHM_RULES: tuple[Callable[[Config], None], ...] = (
     router_shift_losses_have_it,
     dense_models_have_no_routers,
     router_shift_variants_have_an_effect,
-    a_gradient_through_gamma_arrives,
+    gradients_of_the_distance_arrive,
     replayed_routes_are_returned,
     kl_penalty_has_a_reference,
     overlong_buffer_fits,

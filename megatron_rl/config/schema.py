@@ -223,6 +223,10 @@ class RouterShiftConfig(Section):
     stop_gradient: bool = True
     """false: the gradient goes through gamma as well, into the routers. An ablation: the paper
     reports that training collapses. Not with pipeline stages or full recomputation."""
+    penalty: float = Field(0.0, ge=0.0)
+    """Coefficient of the routers' distance from the old policy, nats, a mean over trained tokens
+    beside the loss; its gradient goes into the routers. With floor 1 it is all that is left of
+    router shift. Not with pipeline stages or full recomputation. Not in the paper."""
 
 
 class AlgorithmConfig(Section):

@@ -53,7 +53,12 @@ def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
     loss, correction = loss_of(algorithm), correction_of(algorithm)
     packs = [item.pack for item in scored]
     denominators = tuple(count_of(loss.denominator, _segments(pack)) for pack in packs)
-    beside = Regularisers(algorithm.kl_coef, algorithm.kl_estimator, algorithm.entropy_coef)
+    beside = Regularisers(
+        algorithm.kl_coef,
+        algorithm.kl_estimator,
+        algorithm.entropy_coef,
+        algorithm.router_shift.penalty,
+    )
     normalise = uses_router_shift(algorithm) and algorithm.router_shift.normalise == "batch_mean"
     return LossPlan(
         loss=LOSSES.bind(loss, loss_settings(algorithm)),
@@ -94,9 +99,10 @@ def policy_loss(
     kind: Entropy = "differentiable" if algorithm.entropy_coef > 0 else "detached"
     logprobs, entropy, _ = pack_values(policy, hidden, pack, temperature, entropy=kind)
     assert entropy is not None, "asked for"
-    gamma, shift = None, algorithm.router_shift
+    gamma, attached, shift = None, None, algorithm.router_shift
     if distance is not None:
-        gamma, mean_distance = gamma_of(policy, pack, distance)
+        gamma, attached = gamma_of(policy, pack, distance)
+        mean_distance = attached.detach()
         _add_shift(sums, mean_distance, shift.floor, pack.mask)
         if plan.gamma_mean is not None:
             gamma = normalise_shift(gamma, plan.gamma_mean)
@@ -112,6 +118,7 @@ def policy_loss(
         num_sequences=pack.num_sequences,
         shift_mode=shift.mode,
         entropy=entropy,
+        distance=attached,
         shift_attached=not shift.stop_gradient,
     )
     telemetry.weights += weight_sums(inputs)

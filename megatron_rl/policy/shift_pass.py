@@ -70,8 +70,8 @@ def finish_pass(policy: Policy) -> None:
 def gamma_of(
     policy: Policy, pack: PackTensors, distance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight gamma~ of a pack's tokens and the distance in its exponent, both [T]. A
-    collective.
+    """The weight gamma~ of a pack's tokens and the distance in its exponent, both [T], the latter
+    with its gradient if it has one. A collective.
 
     distance: [R_local], of all layers.
     """
@@ -80,7 +80,7 @@ def gamma_of(
     layers = policy.relay.rule.divisor(policy.num_moe_layers)
     shift = policy.config.algorithm.router_shift
     gamma = shift_weight(distance, layers, shift.floor, attached=not shift.stop_gradient)
-    return gamma, distance.detach() / layers
+    return gamma, distance / layers
 
 
 @torch.no_grad()

@@ -160,6 +160,8 @@ def _algorithm(algorithm: AlgorithmConfig) -> str:
         shift = algorithm.router_shift
         mode = "" if shift.mode == "ratio" else f" ({shift.mode})"
         parts.append(f"router shift{mode} with floor {shift.floor:g}")
+        if shift.penalty:
+            parts.append(f"penalty {shift.penalty:g} on the routers' distance")
     if algorithm.routing_replay != "none":
         parts.append(f"routing replay {algorithm.routing_replay.upper()}")
     if algorithm.mismatch != "none":

@@ -49,6 +49,7 @@ FOURTH = {
         "floor": 0.05,
         "distance": "gate_weighted",
         "stop_gradient": False,
+        "penalty": 0.4,
     },
     "mismatch": "kpop",
     "mismatch_settings": {"phi": 2.0},
@@ -117,6 +118,7 @@ def test_every_part_of_the_newer_rules_counts():
         ("third", {"router_shift": {**THIRD["router_shift"], "distance": "top_k"}}),
         ("fourth", {"router_shift": {**shift, "stop_gradient": True}}),
         ("fourth", {"router_shift": {**shift, "distance": "top_k"}}),
+        ("fourth", {"router_shift": {**shift, "penalty": 0.0}}),
         ("fourth", {"mismatch_settings": {"phi": 1e6}}),
     ]
     for label, change in changes:

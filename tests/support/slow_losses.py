@@ -225,8 +225,12 @@ def slow_regularisers(
     estimator: str,
     kl_coef: float,
     entropy_coef: float,
+    distance: torch.Tensor,
+    shift_coef: float,
 ) -> torch.Tensor:
-    """kl_coef * mean KL estimate - entropy_coef * mean entropy over the trained tokens."""
+    """kl_coef * mean KL estimate - entropy_coef * mean entropy + shift_coef * mean distance, over
+    the trained tokens.
+    """
     places = [t for t in range(len(mask)) if mask[t]]
     total = torch.zeros((), dtype=torch.float64)
     for t in places:
@@ -236,7 +240,7 @@ def slow_regularisers(
             "k2": log_r * log_r / 2,
             "k3": torch.exp(log_r) - 1 - log_r,
         }[estimator]
-        total = total + kl_coef * kl - entropy_coef * entropy[t]
+        total = total + kl_coef * kl - entropy_coef * entropy[t] + shift_coef * distance[t]
     return total / max(len(places), 1)
 
 

@@ -1,4 +1,4 @@
-"""KL penalty and entropy bonus: against loops, by hand, over packs."""
+"""KL penalty, entropy bonus, router penalty: against loops, by hand, over packs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ every_loss = pytest.mark.parametrize("name", NAMES)
 
 
 def drawn(seed, num_sequences=4, spread=0.5):
-    """A ragged batch with a reference and entropies; NaN outside the mask."""
+    """A ragged batch with a reference, entropies and distances; NaN outside the mask."""
     inputs = random_batch(seed, num_sequences, spread, shift=True)
     rng = torch.Generator().manual_seed(seed + 1)
     size = len(inputs.mask)
     noise = spread * torch.randn(size, generator=rng, dtype=torch.float64)
-    entropy = torch.rand(size, generator=rng, dtype=torch.float64)
+    entropy, distance = torch.rand(2, size, generator=rng, dtype=torch.float64)
     return dataclasses.replace(
         inputs,
         ref_logprobs=inputs.old_logprobs + noise,
         entropy=torch.where(inputs.mask, entropy, torch.nan).requires_grad_(),
+        distance=torch.where(inputs.mask, distance, torch.nan).requires_grad_(),
     )
 
 
@@ -44,27 +45,28 @@ def run(name, inputs):
     num_sequences=st.integers(1, 5),
     spread=st.sampled_from([1e-3, 0.3, 1.5]),
     estimator=st.sampled_from(sorted(ESTIMATORS)),
-    coefs=st.sampled_from([(0.1, 0.0), (0.0, 0.02), (0.3, 0.5)]),
+    coefs=st.sampled_from([(0.1, 0, 0), (0, 0.02, 0), (0, 0, 3), (0.3, 0.5, 0.7)]),
 )
 def test_matches_slow_reference(name, seed, num_sequences, spread, estimator, coefs):
     """loss_sum / denominator of the loss, plus the means over tokens of the loops."""
     inputs = drawn(seed, num_sequences, spread)
-    chosen = Regularisers(coefs[0], estimator, coefs[1])
+    chosen = Regularisers(coefs[0], estimator, *coefs[1:])
     base = run(name, inputs)
     outputs = add_regularisers(base, inputs, chosen)
     assert outputs.denominator is base.denominator
     added = (outputs.loss_sum - base.loss_sum) / base.denominator
     new = inputs.logprobs.detach().clone().requires_grad_()
     entropy = inputs.entropy.detach().clone().requires_grad_()
-    expected = slow_regularisers(
-        new, inputs.ref_logprobs.tolist(), entropy, inputs.mask.tolist(), estimator, *coefs
-    )
+    distance = inputs.distance.detach().clone().requires_grad_()
+    ref, mask = inputs.ref_logprobs.tolist(), inputs.mask.tolist()
+    expected = slow_regularisers(new, ref, entropy, mask, estimator, *coefs[:2], distance, coefs[2])
     torch.testing.assert_close(added.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
     if not inputs.mask.any():
         return
-    found = torch.autograd.grad(added, [inputs.logprobs, inputs.entropy], allow_unused=True)
-    wanted = torch.autograd.grad(expected, [new, entropy], allow_unused=True)
-    for got, want, like in zip(found, wanted, (new, entropy), strict=True):
+    given = [inputs.logprobs, inputs.entropy, inputs.distance]
+    found = torch.autograd.grad(added, given, allow_unused=True)
+    wanted = torch.autograd.grad(expected, [new, entropy, distance], allow_unused=True)
+    for got, want, like in zip(found, wanted, (new, entropy, distance), strict=True):
         got, want = (torch.zeros_like(like) if g is None else g for g in (got, want))
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -72,7 +74,7 @@ def test_matches_slow_reference(name, seed, num_sequences, spread, estimator, co
 @every_loss
 def test_packs_add_up_with_the_factor_of_all(name):
     """One pack a sequence, with D / N of the whole batch: the sums and kl_ref are the batch's."""
-    chosen = Regularisers(0.2, "k3", 0.1)
+    chosen = Regularisers(0.2, "k3", 0.1, 0.3)
     for seed in range(20):
         inputs = drawn(seed, 5)
         whole = add_regularisers(run(name, inputs), inputs, chosen)
@@ -97,14 +99,17 @@ def test_by_hand():
         batch_of([[0.0, 0.0], [0.0]], [0.0, 0.0]),
         ref_logprobs=torch.tensor([log2 - 1, -1.0, -log2 - 1], dtype=torch.float64),
         entropy=torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64),
+        distance=torch.tensor([0.5, 0.0, 0.25], dtype=torch.float64, requires_grad=True),
     )
     means = {"k1": 0.0, "k2": log2**2 / 3, "k3": 0.5 / 3}
     slopes = {"k1": [1, 1, 1], "k2": [-log2, 0, log2], "k3": [-1, 0, 0.5]}
     for estimator, mean in means.items():
-        outputs = add_regularisers(run("grpo", inputs), inputs, Regularisers(0.5, estimator, 0.1))
+        chosen = Regularisers(0.5, estimator, 0.1, 4.0)
+        outputs = add_regularisers(run("grpo", inputs), inputs, chosen)
         loss = outputs.loss_sum / outputs.denominator  # of 2 sequences
-        assert loss.item() == pytest.approx(0.5 * mean - 0.1 * 2.0)
-        (gradient,) = torch.autograd.grad(loss, inputs.logprobs)
+        assert loss.item() == pytest.approx(0.5 * mean - 0.1 * 2.0 + 4.0 * 0.25)
+        gradient, of_distance = torch.autograd.grad(loss, [inputs.logprobs, inputs.distance])
+        assert of_distance.tolist() == pytest.approx([4 / 3] * 3)
         assert gradient.tolist() == pytest.approx([0.5 * s / 3 for s in slopes[estimator]])
         total, count = outputs.metrics["kl_ref"]
         assert (total / count).item() == pytest.approx(0.5 / 3)
@@ -117,7 +122,7 @@ def test_coefficients_of_zero_change_nothing(name):
     outputs = add_regularisers(base, inputs, Regularisers())
     assert outputs.loss_sum is base.loss_sum and outputs.denominator is base.denominator
     assert set(outputs.metrics) - set(base.metrics) == {"kl_ref"}
-    bare = dataclasses.replace(inputs, ref_logprobs=None, entropy=None)
+    bare = dataclasses.replace(inputs, ref_logprobs=None, entropy=None, distance=None)
     assert (
         add_regularisers(run(name, bare), bare, Regularisers()).metrics == run(name, bare).metrics
     )
@@ -136,13 +141,16 @@ def test_nothing_trained_gives_an_attached_zero(name):
         rollout_logprobs=nan,
         ref_logprobs=nan,
         entropy=nan.clone().requires_grad_(),
+        distance=nan.clone().requires_grad_(),
     )
+    chosen = Regularisers(1.0, "k3", 1.0, 1.0)
     for factor in (None, torch.tensor(0.25, dtype=torch.float64)):
-        outputs = add_regularisers(run(name, inputs), inputs, Regularisers(1.0, "k3", 1.0), factor)
+        outputs = add_regularisers(run(name, inputs), inputs, chosen, factor)
         assert outputs.loss_sum.dtype == torch.float32
         outputs.loss_sum.backward()
         assert outputs.loss_sum.item() == 0.0
-        assert inputs.logprobs.grad.tolist() == inputs.entropy.grad.tolist() == [0.0] * 3
+        for leaf in (inputs.logprobs, inputs.entropy, inputs.distance):
+            assert leaf.grad.tolist() == [0.0] * 3
 
 
 def test_the_reference_gets_no_gradient():
@@ -159,5 +167,7 @@ def test_mistakes_are_refused():
         add_regularisers(outputs, inputs, Regularisers(kl_coef=0.1))
     with pytest.raises(ValueError, match="found no entropy"):
         add_regularisers(outputs, inputs, Regularisers(entropy_coef=0.1))
+    with pytest.raises(ValueError, match="found no distance .* set shift_coef to 0"):
+        add_regularisers(outputs, inputs, Regularisers(shift_coef=0.1))
     with pytest.raises(ValueError, match="unknown KL estimator 'k4'"):
         Regularisers(kl_estimator="k4")

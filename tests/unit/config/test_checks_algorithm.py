@@ -49,6 +49,8 @@ ACCEPTED = [
     {"router_shift": {"layers": "last", "distance": "union"}},
     {"router_shift": {"distance": "gate_weighted", "stop_gradient": False}},
     {"name": "drpo", "router_shift": {"enabled": True, "stop_gradient": False}},
+    {"name": "cispo", "router_shift": {"enabled": True, "penalty": 0.3}},
+    {"name": "gmpo", "router_shift": {"enabled": True, "floor": 1.0, "penalty": 0.3}},
     {"name": "dppo_tv"},
     {"name": "dppo_tv", "mismatch": "kpop", "mismatch_settings": {"weigh": False}},
     {"name": "dppo_kl", "mismatch": "off_policy_mask", "mismatch_settings": {"delta": 0.05}},
@@ -141,6 +143,10 @@ REFUSED = [
         "algorithm.router_shift.stop_gradient is false with the loss gmpo, which runs without",
     ),
     (
+        {"name": "gmpo", "router_shift": {"penalty": 0.3}},
+        "algorithm.router_shift.penalty is 0.3 with the loss gmpo, which runs without router",
+    ),
+    (
         {"name": "grpo", "router_shift": {"distance": "union"}},
         "algorithm.router_shift.distance is union with the loss grpo, which runs without router",
     ),
@@ -180,9 +186,16 @@ def test_refused(algorithm, message):
         ({"recompute": "full"}, "parallel.recompute"),
     ],
 )
-def test_a_gradient_through_gamma_needs_one_recorded_stage(parallel, words):
-    config = make(algorithm={"router_shift": {"stop_gradient": False}}, parallel=parallel)
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(
+    ("shift", "asked"),
+    [
+        ({"stop_gradient": False}, "stop_gradient is false"),
+        ({"penalty": 0.3}, "penalty is 0.3"),
+    ],
+)
+def test_a_gradient_of_the_distance_needs_one_recorded_stage(shift, asked, parallel, words):
+    config = make(algorithm={"router_shift": shift}, parallel=parallel)
+    with pytest.raises(UserError, match=f"{asked} with {words}"):
         check_config(config, None, "train", files=False)
 
 

@@ -108,7 +108,9 @@ def test_sampler_weights_penalty_and_bonus_are_the_equations():
     new, ref = joined(seen, "logprobs"), joined(seen, "ref_logprobs")
     entropy = joined(seen, "entropy")
     expected = loops(seen, "rspo", {"clip_low": 0.4, "clip_high": 0.4}, "ratio")
-    beside = slow_regularisers(new, ref.tolist(), entropy, mask.tolist(), "k2", 2.0, 0.1).item()
+    beside = slow_regularisers(
+        *(new, ref.tolist(), entropy, mask.tolist(), "k2", 2.0, 0.1, torch.zeros(len(new)), 0.0)
+    ).item()
     assert metrics["loss"] == pytest.approx(expected + beside, rel=1e-5)
     assert abs(beside) > 0.01 and abs(expected) > 1e-3
     log_r = (ref - new)[mask]
@@ -203,15 +205,22 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
     assert not math.isclose(smallest, 1.0, abs_tol=1e-3)
 
 
-def test_without_the_stop_gradient_the_gradient_is_that_of_the_loss():
-    """In a direction of all router weights, against differences of the loss."""
-    shift = {"floor": 0.0, "stop_gradient": False}
+@pytest.mark.parametrize(
+    ("shift", "without"),
+    [
+        ({"floor": 0.0, "stop_gradient": False}, {"stop_gradient": True}),
+        ({"floor": 1.0, "penalty": 0.5}, {"penalty": 0.0}),
+        ({"floor": 1.0, "layers": "max", "penalty": 0.5}, {"penalty": 0.0}),
+    ],
+)
+def test_the_gradient_through_the_distance_is_that_of_the_loss(shift, without):
+    """In a direction of all router weights, against differences of the loss. Replay keeps the
+    choice of experts: where it changes, the loss jumps.
+    """
     slopes = {}
     for attached in (True, False):
-        with scored(name="rspo", router_shift={**shift, "stop_gradient": not attached}) as (
-            policy,
-            batches,
-        ):
+        own = shift if attached else {**shift, **without}
+        with scored(name="rspo", routing_replay="r2", router_shift=own) as (policy, batches):
             one_update(policy, batches[0])
             one_update(policy, batches[0])
             routers = {
@@ -230,7 +239,7 @@ def slope_of(policy, items, routers, step, numeric):
     from unittest import mock
 
     losses, found = {}, None
-    sizes = (0.0, 1e-4, -1e-4) if numeric else (0.0,)  # larger steps change a choice
+    sizes = (0.0, 1e-4, -1e-4) if numeric else (0.0,)
     for size in sizes:
         with torch.no_grad():
             for name, weight in routers.items():
