@@ -100,6 +100,18 @@ def test_start_weights_count_by_the_manifest_of_the_newest_checkpoint(folder):
     assert digest(start) != before
 
 
+def test_start_weights_are_those_that_a_run_would_load(folder):
+    """After resuming from an older step: ``latest`` names it, and newer ones are still there."""
+    lay_out(folder, ARMS)
+    for step in (9, 10):
+        (folder / f"old/checkpoints/step_{step}").mkdir(parents=True)
+        (folder / f"old/checkpoints/step_{step}/manifest.json").write_text(f"{step}")
+    (folder / "old/checkpoints/latest").write_text("step_9\n")
+    found = contents_of(load_config(None, ["--checkpoint.init_from", "old"]), "train")
+    bytes_and_content = hashlib.sha256(b"1 9").hexdigest()
+    assert found["checkpoint.init_from"] == bytes_and_content
+
+
 def test_files_beside_a_tokenizer_json_count(folder):
     (folder / "tokenizer.json").write_text("{}")
     config = load_config(None, ["--data.tokenizer.path", "tokenizer.json"])
