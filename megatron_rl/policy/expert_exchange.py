@@ -123,7 +123,8 @@ class ExpertExchange:
         Raises:
             UserError: weights are to travel, and the experts are not ours.
         """
-        self._plan, self._wrapped, self._groups = plan, wrapped, groups
+        self.plan = plan
+        self._wrapped, self._groups = wrapped, groups
         self._with_gradients = False
         self._weights: ExpertWeights | None = None
         if not math.isinf(plan.update_rows):
@@ -141,7 +142,7 @@ class ExpertExchange:
         them. A collective, where weights travel.
         """
         rows = packs * length / (self._groups.context.size() * self._groups.tensor.size())
-        fewest = self._plan.score_rows if forward_only else self._plan.update_rows
+        fewest = self.plan.score_rows if forward_only else self.plan.update_rows
         if self._weights is None or rows < fewest:
             yield
             return
