@@ -8,6 +8,8 @@ import pytest
 from megatron_rl.errors import UserError
 from megatron_rl.study.plan import flat, make_plan
 from megatron_rl.study.schema import read_study
+from megatron_rl.study.state import lay_out as lay_out_run
+from megatron_rl.study.state import mark_done, mark_failed, state_of
 from tests.support.stand_in_study import lay_out
 
 ARMS = "arms: {a: {algorithm.name: gmpo}, b: {algorithm: {name: rspo}}}\nseeds: 2\n"
@@ -74,6 +76,27 @@ def test_the_identity_follows_what_is_trained_and_measured(folder):
         assert not set(digests(folder, f"{ARMS}overrides: {{{key}}}\n")) & set(base)
     more = digests(folder, ARMS.replace("seeds: 2", "seeds: 3"))
     assert more[:4] == base  # a study that gets more seeds keeps its runs
+
+
+def test_the_runs_of_a_renamed_arm_go_on_where_they_began(folder):
+    first = planned(folder, ARMS).runs
+    for run in first[:2]:  # of seed 1: a is done, b has failed
+        lay_out_run(run)
+    mark_done(first[0])
+    mark_failed(first[1], "the disk is odd")
+    swapped = ARMS.replace("a:", "x:").replace("b:", "a:").replace("x:", "b:")
+    for text, arms in (
+        (ARMS.replace("a:", "renamed:"), ["renamed", "b"]),
+        (swapped, ["b", "a"]),  # the other's name
+    ):
+        runs = planned(folder, text).runs
+        assert [run.arm for run in runs] == arms * 2
+        assert [run.run_dir for run in runs[:2]] == [run.run_dir for run in first[:2]]
+        assert [state_of(run).kind for run in runs] == ["done", "failed", "waiting", "waiting"]
+        # of seed 2 none has begun
+        assert runs[2].run_dir == Path(f"out/runs/{arms[0]}/seed_2-{first[2].digest[:8]}")
+    quick = planned(folder, ARMS.replace("a:", "renamed:"), quick=True).runs
+    assert {run.run_dir.parts[1] for run in quick} == {"quick"}
 
 
 def prepared(steps, more=""):
