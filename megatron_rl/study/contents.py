@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 from pathlib import Path
@@ -59,6 +60,8 @@ def contents_of(config: Config, verb: str, made: Path | None = None) -> dict[str
 
 def _of_path(path: Path) -> str:
     if not path.is_dir():
+        if not path.is_file():  # a device is read without end, and a pipe's content is lost
+            raise OSError(errno.EINVAL, "not a regular file")
         return _sha256(_key(path), whole=True)
     inside = sorted(one for one in path.rglob("*") if one.is_file())
     lines = [

@@ -304,7 +304,7 @@ def _seeds_of(study: Study, arms: Iterable[str], quick: bool) -> dict[str, list[
         key, value = (f"seeds_of.{arm}", study.seeds_of[arm]) if own else ("seeds", study.seeds)
         seeds = list(range(1, value + 1)) if isinstance(value, int) else value
         if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"{key} is {seeds}; expected one or more, each once")
+            raise UserError(f"{key} is {shown(seeds)}; expected one or more, each once")
         found[arm] = seeds[: study.quick.seeds] if quick else seeds
     return found
 

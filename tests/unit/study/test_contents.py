@@ -133,6 +133,13 @@ def test_a_prepared_run_that_is_there_counts_as_one_that_is_not_yet(folder):
     assert digest(prepared) != before
 
 
+def test_a_device_is_refused(folder):
+    """It would be read for ever."""
+    lay_out(folder, ARMS)
+    with pytest.raises(UserError, match=r"/dev/zero cannot be read \(not a regular file\); expect"):
+        digest("overrides: {data.tokenizer.path: /dev/zero}\n")
+
+
 def test_a_file_that_cannot_be_read_is_one_line(folder, monkeypatch):
     lay_out(folder, ARMS)
 

@@ -99,6 +99,20 @@ def test_the_runs_of_a_renamed_arm_go_on_where_they_began(folder):
     assert {run.run_dir.parts[1] for run in quick} == {"quick"}
 
 
+def test_paths_of_the_study_are_read_as_those_of_a_configuration(folder, monkeypatch):
+    monkeypatch.setenv("PLACE", str(folder))
+    lay_out(folder, ARMS + "prepare: {warm: {config: '${PLACE}/base.yaml'}}\n")
+    text = Path("study.yaml").read_text()
+    Path("study.yaml").write_text(text.replace("out", "$PLACE/out").replace(": base", ": ~/base"))
+    monkeypatch.setenv("HOME", str(folder))
+    study = read_study(Path("study.yaml"))
+    assert (study.study_dir, study.base) == (folder / "out", folder / "base.yaml")
+    assert study.prepare["warm"].config == folder / "base.yaml"
+    Path("study.yaml").write_text(text.replace("base.yaml", '"a\\0b"'))
+    with pytest.raises(UserError, match=r"^study.yaml: base is 'a\\x00b'; expected a path$"):
+        read_study(Path("study.yaml"))
+
+
 def prepared(steps, more=""):
     stage = f"{{config: base.yaml, overrides: {{train.steps: {steps}}}{more}}}"
     return f"prepare: {{warm: {stage}}}\nstart_from: warm\n{ARMS}"
@@ -197,6 +211,10 @@ MISTAKES = {
         "arms a and b have the same configuration; expected arms that differ",
     ),
     "seeds twice": ("arms: {a: {}}\nseeds: [1, 1]\n", "seeds is [1, 1]; expected one or more"),
+    "many seeds twice, cut": (
+        f"arms: {{a: {{}}}}\nseeds: {[1] * 999}\n",
+        f"seeds is [{'1, ' * 25}1...; expected one or more",
+    ),
     "an arm's seeds twice": (
         "arms: {a: {}}\nseeds_of: {a: [2, 2]}\n",
         "seeds_of.a is [2, 2]; expected one or more",
