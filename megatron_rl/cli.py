@@ -31,8 +31,7 @@ from megatron_rl.config.checks_model import family_is_known
 from megatron_rl.config.estimate import (
     GIB,
     count_parameters,
-    rank_memory,
-    size_text,
+    memory_rows,
     trace_bytes_per_token,
     trace_text,
 )
@@ -326,7 +325,6 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
     """The rows of ``check``: (name, value) of ranks, layout, sizes and input files."""
     ranks = ranks_wanted(config.parallel)
     total, active = count_parameters(config.model)
-    memory = rank_memory(config, ranks)
     distance = config.algorithm.router_shift.distance
     trace, kept = trace_bytes_per_token(config.model, distance), keeps_trace(config.algorithm)
     longest = config.model.max_sequence_length
@@ -334,12 +332,7 @@ def check_rows(config: Config) -> list[tuple[str, str]]:
         ("ranks", str(ranks)),
         ("layout", layout_text(config.parallel, ranks)),
         ("parameters", f"{total:,} ({active:,} active for a token)"),
-        ("memory per rank", f"{size_text(memory.total)} in an update, of which"),
-        ("  weights", f"{size_text(memory.weights)} ({config.model.dtype})"),
-        ("  gradients", f"{size_text(memory.gradients)}"),
-        ("  optimizer state", f"{size_text(memory.optimizer)}"),
-        ("  activations", f"{size_text(memory.activations)} (approximate)"),
-        ("  output layer", f"{size_text(memory.head)}"),
+        *memory_rows(config, ranks),
         ("router trace", f"{trace:,} bytes a token over all pipeline stages"),
         ("  of a batch", trace_text(config, ranks, longest) if kept else "none is kept"),
         *((name, _file_state(path)) for name, path in input_files(config).items()),

@@ -8,8 +8,8 @@
 # With --python X (a command, a path, or a version such as 3.12): .venv-<version> of that interpreter.
 # --slow, --conversion, --fuzz, --servers and --browser run only the tests that the default leaves out: all layouts and variants,
 # nodes, hosts and Slurm, and properties (Hypothesis) with many examples; all Hugging Face families under all layouts;
-# 10,000 hostile inputs of each kind (tools/fuzz); RSPO with vLLM servers, whose environment is .venv-vllm; the report's
-# page in a Chromium or Chrome of the machine. --gpu runs the tests on CUDA devices with the packages of an existing
+# 10,000 hostile inputs of each kind (tools/fuzz); RSPO with vLLM servers, whose environment is .venv-vllm; the pages of
+# reports and studies in a Chromium or Chrome of the machine. --gpu runs the tests on CUDA devices with the packages of an existing
 # interpreter (--python, $PYTHON or python3), because torch, megatron-core and Transformer Engine are the machine's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

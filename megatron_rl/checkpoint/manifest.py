@@ -12,16 +12,17 @@ import os
 import re
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Iterable
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
-from torch.distributed import ProcessGroup
 
 from megatron_rl.config.json_text import BadJson, parse_json
 from megatron_rl.errors import UserError
 from megatron_rl.files import read_bounded
-from megatron_rl.parallel.collective_try import collective_try
+
+if TYPE_CHECKING:  # studies read manifests' names without torch
+    from torch.distributed import ProcessGroup
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -202,6 +203,8 @@ def verify(directory: Path, manifest: Manifest, world: ProcessGroup) -> None:
         Damaged: a file is missing, has another size or another checksum, or is not in the manifest;
             the message names it.
     """
+    from megatron_rl.parallel.collective_try import collective_try
+
     collective_try(world, lambda: verify_share(directory, manifest, world.rank(), world.size()))
 
 

@@ -11,7 +11,7 @@ compressed widths, r the rotated part of d, v the width of a value head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_rl.config.layout import (
     data_parallel_size,
@@ -39,11 +39,13 @@ class Memory:
     optimizer: float
     activations: float
     head: float
+    copies: float = 0.0  #: of experts, with their gradients
+    kept: float = 0.0  #: sets of tokens that the sampler kept
 
     @property
     def total(self) -> float:
         """Their sum, bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        return sum(asdict(self).values())
 
 
 def attention_parameters(model: ModelConfig) -> tuple[int, int]:
@@ -199,7 +201,62 @@ def _stage_memory(config: Config, world_size: int, stage: int) -> Memory:
         optimizer=dense_state / dense_shards + experts / expert_shards * state_of_matrices,
         activations=activation_bytes(config, stage),
         head=head_bytes(config) if last else 0,
+        copies=expert_copies_bytes(config, stage) if _copies_experts(config) else 0,
+        kept=kept_bytes(config, world_size) if last else 0,
     )
+
+
+def memory_rows(config: Config, world_size: int) -> list[tuple[str, str]]:
+    """(name, value) of `rank_memory` and its parts, for ``check``."""
+    memory = rank_memory(config, world_size)
+    rows = [
+        ("memory per rank", f"{size_text(memory.total)} in an update, of which"),
+        ("  weights", f"{size_text(memory.weights)} ({config.model.dtype})"),
+        ("  gradients", f"{size_text(memory.gradients)}"),
+        ("  optimizer state", f"{size_text(memory.optimizer)}"),
+        ("  activations", f"{size_text(memory.activations)} (approximate)"),
+        ("  output layer", f"{size_text(memory.head)}"),
+    ]
+    if _copies_experts(config):
+        rows.append(("  copies of experts", f"{size_text(memory.copies)}, with their gradients"))
+    if config.rollout.keep_sampling_mask:
+        known = f"at most {size_text(memory.kept)} of a rollout batch"
+        rows.append(("  kept tokens", known if config.rollout.top_k else "as many as top_p keeps"))
+    return rows
+
+
+def _copies_experts(config: Config) -> bool:
+    """Whether updates hold copies of all experts for sure; auto takes memory only if it is free."""
+    parallel = config.parallel
+    return parallel.expert_exchange == "weights" and parallel.expert * parallel.expert_tensor > 1
+
+
+def expert_copies_bytes(config: Config, stage: int) -> float:
+    """What ``parallel.expert_exchange`` weights takes on a rank of a pipeline stage: copies of all
+    experts of its MoE layers, and their gradients in fp32 twice, as computed and as received.
+    """
+    model, is_moe = config.model, moe_layers(config.model)
+    layers = sum(is_moe[layer] for layer in stage_layers(model.num_layers, config.parallel)[stage])
+    experts = layers * model.num_experts * expert_parameters(model)
+    return experts * (DTYPE_BYTES[model.dtype] + 8.0)
+
+
+def kept_bytes(config: Config, world_size: int) -> float:
+    """Sets of ``rollout.keep_sampling_mask`` of a rollout batch on the device, if all answers are
+    as long as they may be: top_k ids a token, of each its token and its word in int64. 0 with top_k
+    0, since nothing bounds what top_p keeps.
+
+    Tokens: prompts_per_step x samples_per_prompt x those of an answer, or of the answers of a
+    conversation, / (data x context); tensor-parallel ranks hold the same sets.
+    """
+    rollout, parallel = config.rollout, config.parallel
+    if not rollout.keep_sampling_mask:
+        return 0
+    turns = 1 if rollout.environment is None else rollout.max_turns
+    longest = min(turns * rollout.max_new_tokens, config.model.max_sequence_length)
+    tokens = rollout.prompts_per_step * rollout.samples_per_prompt * longest
+    ranks = data_parallel_size(parallel, world_size) * parallel.context
+    return 16 * rollout.top_k * tokens / ranks
 
 
 def _rank_parameters(config: Config, stage: int) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_rl.config.json_text import MOST_DIGITS, MOST_LEVELS
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, printable
 from megatron_rl.files import read_bounded
 
 _FLOAT = re.compile(
@@ -176,22 +176,23 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     other than plain data, too many levels, nodes or digits, an anchor that contains itself; for a
     duplicate key, a key that is no string, and a file that is no mapping.
     """
+    file = printable(str(path), 900)
     try:
         text = read_bounded(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"config file {path} does not exist; expected a YAML file") from error
+        raise UserError(f"config file {file} does not exist; expected a YAML file") from error
     except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
+        raise UserError(f"cannot read config file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read config file {path}: not UTF-8 text") from error
+        raise UserError(f"cannot read config file {file}: not UTF-8 text") from error
     try:
-        return _parse_file(text, str(path))
+        return _parse_file(text, file)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        where = f"{file}:{mark.line + 1}" if mark else file
         raise UserError(f"{where}: invalid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:  # a control character: the error has no mark
-        raise UserError(f"{path}: invalid YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file}: invalid YAML: {str(error).splitlines()[0]}") from error
 
 
 def _parse_file(text: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:

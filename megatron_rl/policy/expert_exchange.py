@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_rl.config.estimate import DTYPE_BYTES, expert_parameters
-from megatron_rl.config.layout import moe_layers, stage_layers
+from megatron_rl.config.estimate import DTYPE_BYTES, expert_copies_bytes, expert_parameters
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.expert_weights import ExpertWeights, can_gather
@@ -94,13 +93,8 @@ def _matrices(model: ModelConfig) -> int:
 
 
 def _bytes_needed(config: Config) -> float:
-    """Bytes of a rank of the pipeline stage with the most MoE layers: copies of all experts, and
-    their gradients in fp32 twice, as computed and as received.
-    """
-    is_moe = moe_layers(config.model)
-    stages = stage_layers(config.model.num_layers, config.parallel)
-    layers = max(sum(is_moe[layer] for layer in stage) for stage in stages)
-    return layers * _matrices(config.model) * (DTYPE_BYTES[config.model.dtype] + 8.0)
+    """Bytes of a rank of the pipeline stage with the most MoE layers."""
+    return max(expert_copies_bytes(config, stage) for stage in range(config.parallel.pipeline))
 
 
 class ExpertExchange:
@@ -123,7 +117,8 @@ class ExpertExchange:
         Raises:
             UserError: weights are to travel, and the experts are not ours.
         """
-        self._plan, self._wrapped, self._groups = plan, wrapped, groups
+        self.plan = plan
+        self._wrapped, self._groups = wrapped, groups
         self._with_gradients = False
         self._weights: ExpertWeights | None = None
         if not math.isinf(plan.update_rows):
@@ -141,7 +136,7 @@ class ExpertExchange:
         them. A collective, where weights travel.
         """
         rows = packs * length / (self._groups.context.size() * self._groups.tensor.size())
-        fewest = self._plan.score_rows if forward_only else self._plan.update_rows
+        fewest = self.plan.score_rows if forward_only else self.plan.update_rows
         if self._weights is None or rows < fewest:
             yield
             return

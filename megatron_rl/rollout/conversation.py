@@ -93,7 +93,7 @@ class ConversationEngine:
             threads: most calls of the environment at once on this rank.
             stop: whether this rank has heard that the run is to stop.
         """
-        self._engine, self._environment, self._name = engine, environment, name
+        self.engine, self._environment, self._name = engine, environment, name
         self._encode, self._max_turns = encode, max_turns
         self._max_sequence_length = max_sequence_length
         self._groups, self._threads, self._stop = groups, threads, stop
@@ -111,25 +111,25 @@ class ConversationEngine:
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Callable[[], list[RolloutGroup]]:
         """See `Engine`. Only the first turn is sampled in the background."""
-        first = self._engine.begin(prompts, settings)
+        first = self.engine.begin(prompts, settings)
         return lambda: self._converse(first(), settings)
 
     @property
     def version(self) -> int:
         """See `Engine`."""
-        return self._engine.version
+        return self.engine.version
 
     def weights_changed(self) -> None:
         """See `Engine`."""
-        self._engine.weights_changed()
+        self.engine.weights_changed()
 
     def metrics(self) -> dict[str, float]:
         """See `Engine`."""
-        return self._engine.metrics()
+        return self.engine.metrics()
 
     def close(self) -> None:
         """See `Engine`."""
-        self._engine.close()
+        self.engine.close()
 
     def _converse(
         self, groups: Sequence[RolloutGroup], settings: SamplingSettings
@@ -152,7 +152,7 @@ class ConversationEngine:
             if not any(gather_objects(bool(going), self._groups.world)):
                 break
             again = replace(settings, samples=1, seed=turn_seed(settings.seed, turn))
-            answered = self._engine.generate([_as_prompt(talk) for talk in going], again)
+            answered = self.engine.generate([_as_prompt(talk) for talk in going], again)
             for talk, group in zip(going, answered, strict=True):
                 (answer,) = group.completions
                 talk.answers.append(answer)

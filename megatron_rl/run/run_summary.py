@@ -19,10 +19,10 @@ from megatron_rl.config.schema import (
 )
 from megatron_rl.config.schema_rollout import RolloutConfig
 from megatron_rl.data.run_data import RunData
-from megatron_rl.device.memory import spare_bytes
-from megatron_rl.models.build import transformer_config
-from megatron_rl.policy.expert_exchange import exchange_plan
-from megatron_rl.rollout.builtin.plain.plan import plan_of
+from megatron_rl.policy.policy import Policy
+from megatron_rl.rollout.builtin.generate import BuiltinEngine
+from megatron_rl.rollout.conversation import ConversationEngine
+from megatron_rl.rollout.engine import Engine
 from megatron_rl.run.session import Session
 from megatron_rl.run.trace_memory import longest_sequence, trace_fact
 
@@ -51,20 +51,17 @@ def run_facts(session: Session, machine: Mapping[str, str]) -> dict[str, str]:
     return facts
 
 
-def decoding_facts(session: Session) -> dict[str, str]:
-    """How the built-in engine decodes, where that is not the usual way. A collective."""
-    config, device = session.config, session.device
-    if config.rollout.engine != "builtin":
-        return {}
-    megatrons = transformer_config(config.model, config.parallel, device)
-    plan = plan_of(megatrons, session.groups, device.torch_device, spare_bytes())
-    return {"decoding": plan.text()} if plan.text() else {}
+def decoding_facts(engine: Engine) -> dict[str, str]:
+    """How the built-in engine decodes, where that is not the usual way."""
+    answers = engine.engine if isinstance(engine, ConversationEngine) else engine
+    text = answers.plan.text() if isinstance(answers, BuiltinEngine) else ""
+    return {"decoding": text} if text else {}
 
 
-def exchange_facts(session: Session) -> dict[str, str]:
-    """What travels between expert-parallel ranks, where it is not always tokens. A collective."""
-    plan = exchange_plan(session.config, session.groups, session.device.torch_device, spare_bytes())
-    return {"experts": plan.text()} if plan.text() else {}
+def exchange_facts(policy: Policy) -> dict[str, str]:
+    """What travels between expert-parallel ranks, where it is not always tokens."""
+    text = policy.exchange.plan.text()
+    return {"experts": text} if text else {}
 
 
 def stop_text(stop_tokens: Mapping[int, str]) -> str:

@@ -95,14 +95,7 @@ def _run(
     make_task: MakeTask,
 ) -> None:
     with open_session(config, verb, config.train.steps, data.tokenizer) as session:
-        session.console.run_summary(
-            {
-                **run_facts(session, data.machine),
-                **decoding_facts(session),
-                **exchange_facts(session),
-                **facts,
-            }
-        )
+        session.console.run_summary({**run_facts(session, data.machine), **facts})
         policy = build_policy(
             config,
             session.device,
@@ -111,6 +104,7 @@ def _run(
             with_reference=verb == "train" and config.algorithm.reference == "initial",
         )
         engine = build_engine(session, policy.chunks, policy.capture)
+        session.console.run_summary({**decoding_facts(engine), **exchange_facts(policy)})
         with contextlib.closing(engine):
             complete = run_loop(session, policy, lambda: make_task(session, policy, engine))
         if session.is_main:
@@ -147,7 +141,7 @@ def evaluate(config: Config, data: RunData, *, base: bool = False) -> None:
         )
         facts = {"weights": weights, "data": what, **data.facts()}
         session.console.run_summary(
-            {**run_facts(session, data.machine), **decoding_facts(session), **facts}
+            {**run_facts(session, data.machine), **decoding_facts(engine), **facts}
         )
         sums = session.new_sums()
         with contextlib.closing(engine):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 from pathlib import Path
 
+from megatron_rl.checkpoint.directory import find_checkpoint
+from megatron_rl.checkpoint.manifest import MANIFEST
 from megatron_rl.config.checks import input_files
 from megatron_rl.config.own_code import own_code
 from megatron_rl.config.schema import Config
@@ -57,6 +60,8 @@ def contents_of(config: Config, verb: str, made: Path | None = None) -> dict[str
 
 def _of_path(path: Path) -> str:
     if not path.is_dir():
+        if not path.is_file():  # a device is read without end, and a pipe's content is lost
+            raise OSError(errno.EINVAL, "not a regular file")
         return _sha256(_key(path), whole=True)
     inside = sorted(one for one in path.rglob("*") if one.is_file())
     lines = [
@@ -67,15 +72,11 @@ def _of_path(path: Path) -> str:
 
 
 def _of_checkpoint(path: Path) -> str:
-    """The newest checkpoint of a run by its manifest, which has the SHA-256 of every other file."""
-    manifests = {
-        int(number): found
-        for folder in (path / "checkpoints", path)
-        for found in folder.glob("step_*/manifest.json")
-        if (number := found.parent.name.removeprefix("step_")).isdecimal()
-    }
-    newest = manifests[max(manifests)] if manifests else path / "manifest.json"
-    return _of_path(newest if newest.is_file() else path)
+    """The checkpoint that is loaded, by its manifest, which has the SHA-256 of every other file."""
+    try:
+        return _of_path(find_checkpoint(path) / MANIFEST)
+    except UserError:  # there is none: the run says so
+        return _of_path(path)
 
 
 def _key(path: Path) -> _Key:

@@ -5,7 +5,8 @@
     STUDY_DIR/quick/...                       the same of --quick
 
 HASH begins the run's digest, so a run of another configuration never meets the files of this one,
-and a study whose file is changed back finds its old runs done.
+and a study whose file is changed back finds its old runs done. A run that has begun under another
+name of its arm stays in its directory.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ class _Maker:
         self._study, self._quick, self.folder = study, quick, folder
         self.runs: list[PlannedRun] = []
         self._seen: dict[tuple[str, int | None], str] = {}  #: digest, seed -> arm
+        #: seed_N-HASH -> directory of a run that has begun
+        self._begun = {path.name: path for path in sorted(folder.glob("runs/*/seed_*-*"))}
 
     def prepared(self, name: str, stage: Stage, seed: int | None) -> PlannedRun:
         config = self._resolve(
@@ -180,10 +183,12 @@ class _Maker:
         folder: Path,
     ) -> PlannedRun:
         digest = digest_of(verb, config, start)
+        prepared = folder.parts[0] == "prepare"
         path = self.folder / folder.with_name(f"{folder.name}-{digest[:_HASH_LETTERS]}")
+        if not prepared and not path.exists():
+            path = self._begun.get(path.name, path)
         config = config.model_copy(update={"run_dir": path})
         needs = None if start is None else start.index
-        prepared = folder.parts[0] == "prepare"
         run = PlannedRun(len(self.runs), arm, seed, prepared, verb, config, digest, needs)
         self.runs.append(run)
         return run
@@ -299,7 +304,7 @@ def _seeds_of(study: Study, arms: Iterable[str], quick: bool) -> dict[str, list[
         key, value = (f"seeds_of.{arm}", study.seeds_of[arm]) if own else ("seeds", study.seeds)
         seeds = list(range(1, value + 1)) if isinstance(value, int) else value
         if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"{key} is {seeds}; expected one or more, each once")
+            raise UserError(f"{key} is {shown(seeds)}; expected one or more, each once")
         found[arm] = seeds[: study.quick.seeds] if quick else seeds
     return found
 

@@ -10,12 +10,15 @@ from pydantic import Field
 from megatron_rl.catalogue.read import read_settings
 from megatron_rl.catalogue.settings import Settings
 from megatron_rl.config.yaml_text import read_yaml
+from megatron_rl.paths import local_path
 
 #: Values of configuration keys, nested or dotted: ``{algorithm: {name: gmpo}}`` or
 #: ``{algorithm.name: gmpo}``.
 Overrides = dict[str, Any]
 #: A list of seeds, or n for 1 to n.
 Seeds = Annotated[int, Field(ge=1, le=10_000)] | list[Annotated[int, Field(ge=0, lt=2**32)]]
+#: Of a sweep.
+MOST_ARMS = 10_000
 
 
 class Stage(Settings):
@@ -51,7 +54,7 @@ class Sweep(Settings):
     """grid: every combination; random: ``count`` combinations, each key drawn by itself."""
     over: dict[str, list[Any] | Range] = Field(min_length=1)
     """Key -> the values it takes, or (random) the range it is drawn from."""
-    count: int = Field(10, ge=1, le=10_000)
+    count: int = Field(10, ge=1, le=MOST_ARMS)
     """random: arms."""
     seed: int = Field(1, ge=0)
     """random: seed of the draws."""
@@ -108,7 +111,8 @@ class SlurmConfig(Settings):
 
 
 class Study(Settings):
-    """A whole study file. Paths are relative to the current directory."""
+    """A whole study file. Paths are relative to the current directory; ``~`` and ``${VAR}`` are
+    filled in."""
 
     study_dir: Path
     """The directory of everything the study writes."""
@@ -162,8 +166,17 @@ class Study(Settings):
 
 def read_study(path: Path) -> Study:
     """The study in a YAML file. UserError: no such file, bad YAML, a key or value that does not
-    fit."""
+    fit, a path that is none."""
     tree, _ = read_yaml(path)
     study = read_settings(f"{path}: study", "a study", Study, tree)
     assert isinstance(study, Study), "a class with fields gives an object"
-    return study
+
+    def local(key: str, written: Path) -> Path:
+        return Path(local_path(f"{path}: {key}", str(written)))
+
+    stages = {
+        name: stage.model_copy(update={"config": local(f"prepare.{name}.config", stage.config)})
+        for name, stage in study.prepare.items()
+    }
+    paths = {name: local(name, getattr(study, name)) for name in ("study_dir", "base")}
+    return study.model_copy(update={**paths, "prepare": stages})

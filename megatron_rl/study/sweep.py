@@ -9,7 +9,7 @@ import re
 from typing import Any, Sequence
 
 from megatron_rl.errors import UserError, shown
-from megatron_rl.study.schema import Overrides, Range, Sweep
+from megatron_rl.study.schema import MOST_ARMS, Overrides, Range, Sweep
 
 #: An arm's name is a folder's name as well.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,79}")
@@ -51,6 +51,12 @@ def _grid(sweep: Sweep) -> list[tuple[Any, ...]]:
             )
         _refuse_repeats(key, values)
         lists.append(values)
+    count = math.prod(map(len, lists))
+    if count > MOST_ARMS:
+        raise UserError(
+            f"sweep.over has {count:,} combinations; expected at most {MOST_ARMS:,}; list fewer "
+            "values, or set sweep.kind random"
+        )
     return list(itertools.product(*lists))
 
 
@@ -58,11 +64,19 @@ def _draws(sweep: Sweep) -> list[tuple[Any, ...]]:
     for key, values in sweep.over.items():
         if not isinstance(values, Range):
             _refuse_repeats(key, values)
-        elif not values.low < values.high or (values.log and values.low <= 0):
-            least = "0 < low < high" if values.log else "low < high"
+            continue
+        ends = "0 < low < high" if values.log else "low < high"
+        good = values.low < values.high
+        good = good and not (values.log and values.low <= 0)
+        if values.whole:
+            ends += ", and a whole number between them"
+            good = good and math.ceil(values.low) <= math.floor(values.high)
+        if not math.isfinite(values.high - values.low):
+            good, ends = False, f"{ends}, and a finite width"
+        if not good:
             raise UserError(
                 f"sweep.over.{key} is a range from {values.low:g} to {values.high:g}; expected "
-                f"{least}; correct it"
+                f"{ends}; correct it"
             )
     generator = random.Random(sweep.seed)
     found: dict[str, tuple[Any, ...]] = {}

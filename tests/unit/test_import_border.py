@@ -149,22 +149,18 @@ def test_every_room_says_what_its_files_are():
         assert not missing, f"{readme.relative_to(ROOT)} does not name {', '.join(missing)}"
 
 
+#: Without torch, besides the rooms below level 1 and ``study``.
+LIGHT = ("__init__.py", "arguments.py", "cli.py", "__main__.py", "device/launch.py", "extend.py")
+
+
+def is_light(path: Path) -> bool:
+    """Whether a file imports neither torch nor Megatron."""
+    return modules_of(path) in LIGHT or top(path) == "study" or LEVELS[top(path)] < 1
+
+
 @pytest.mark.parametrize("path", FILES, ids=modules_of)
 def test_heavy_libraries_stay_in_their_places(path):
-    name = modules_of(path)
-    light = path == PACKAGE / "__init__.py" or LEVELS[top(path)] < 1
-    light = (
-        light
-        or top(path) == "study"
-        or name
-        in (
-            "arguments.py",
-            "cli.py",
-            "__main__.py",
-            "device/launch.py",
-            "extend.py",
-        )
-    )
+    name, light = modules_of(path), is_light(path)
     for found in imports(path):
         library = found.module.split(".")[0]
         if light:
@@ -173,6 +169,23 @@ def test_heavy_libraries_stay_in_their_places(path):
             assert name.startswith(MEGATRON), f"line {found.line}: Megatron outside its rooms"
         if library in LAZY or found.module.startswith("torch.utils.tensorboard"):
             assert not found.at_load, f"line {found.line}: {found.module} at the top of the file"
+
+
+def test_light_files_import_no_file_that_is_not():
+    """Files that they import as they are imported, and what those import, and so on."""
+    at_load = {path: [found for found in imports(path) if found.at_load] for path in FILES}
+    files = {modules_of(p).removesuffix(".py").removesuffix("/__init__"): p for p in FILES}
+    modules = {"megatron_rl." + name.replace("/", "."): path for name, path in files.items()}
+    left = [path for path in FILES if is_light(path)]
+    seen = set(left)
+    while left:
+        path = left.pop()
+        for found in at_load[path]:
+            library = found.module.split(".")[0]
+            assert library not in ("torch", "megatron"), f"{modules_of(path)}, line {found.line}"
+        new = {modules[found.module] for found in at_load[path] if found.module in modules} - seen
+        seen |= new
+        left += new
 
 
 def test_rooms_on_the_way_to_the_command_line_are_light():

@@ -6,7 +6,10 @@ from megatron_rl.config.estimate import (
     HEAD_TILE,
     activation_bytes,
     count_parameters,
+    expert_copies_bytes,
     head_bytes,
+    kept_bytes,
+    memory_rows,
     rank_memory,
     size_text,
     trace_bytes,
@@ -244,3 +247,67 @@ def test_the_tile_is_the_heads():
     from megatron_rl.parallel.vocab_tiles import TILE
 
     assert max(TILE.values()) == HEAD_TILE
+
+
+def test_copies_of_experts_count_where_their_weights_travel():
+    """Of all 4 experts: a copy in bf16, and its gradients in fp32 as computed and as received."""
+    sent = rank_memory(make("bf16", expert=2, expert_exchange="tokens"), 2)
+    copied = rank_memory(make("bf16", expert=2, expert_exchange="weights"), 2)
+    assert sent.copies == 0 and copied.copies == 4 * EXPERT * (2 + 4 + 4)
+    assert copied.total == sent.total + 4 * EXPERT * 10
+    assert rank_memory(make(expert_tensor=2, tensor=2, expert_exchange="weights"), 2).copies == (
+        4 * EXPERT * (4 + 4 + 4)
+    )
+    assert rank_memory(make(expert_exchange="weights"), 1).copies == 0  # nothing is split
+    stages = make(expert=2, pipeline=2, expert_exchange="weights")
+    assert [expert_copies_bytes(stages, stage) for stage in (0, 1)] == [0, 4 * EXPERT * 12]
+
+
+def truncated(rollout, **parallel):
+    whole = {"prompts_per_step": 6, "samples_per_prompt": 4, "keep_sampling_mask": True}
+    config = {"model": SMALL | {"max_sequence_length": 256}, "parallel": parallel}
+    return Config.model_validate({**config, "rollout": whole | rollout})
+
+
+def test_kept_sets_of_a_batch():
+    """6 x 4 answers of 50 tokens with 20 ids each, over 2 data x 2 context ranks: 300 tokens."""
+    answers = {"max_new_tokens": 50, "top_k": 20}
+    config = truncated(answers, context=2, tensor=2)
+    assert kept_bytes(config, 8) == 300 * 20 * 16
+    without = truncated({**answers, "keep_sampling_mask": False}, context=2, tensor=2)
+    assert kept_bytes(without, 8) == 0
+    assert rank_memory(config, 8).total == rank_memory(without, 8).total + 300 * 20 * 16
+    # four answers a conversation, and one that is cut at the longest sequence
+    talks = {**answers, "environment": "any", "max_turns": 4}
+    assert kept_bytes(truncated(talks), 1) == 24 * 200 * 20 * 16
+    assert kept_bytes(truncated(talks | {"max_turns": 9}), 1) == 24 * 256 * 20 * 16
+    assert kept_bytes(truncated(answers | {"top_k": 0, "top_p": 0.9}), 1) == 0
+    two = truncated(answers, pipeline=2, expert=1)
+    assert rank_memory(two, 2).kept == 24 * 50 * 20 * 16  # of the last stage, which has the head
+
+
+def test_a_kept_id_takes_as_many_bytes_as_a_real_one():
+    import numpy as np
+    import torch
+
+    from megatron_rl.parallel.kept_words import KeptWords
+    from megatron_rl.records import KeptTokens
+
+    sets = KeptTokens.of_sizes(np.arange(12) % 4, np.array([4, 4, 4]))
+    words = KeptWords.of(sets, torch.device("cpu"))
+    answers = {"max_new_tokens": 3, "top_k": 4, "prompts_per_step": 1, "samples_per_prompt": 1}
+    assert kept_bytes(truncated(answers), 1) == words.tokens.nbytes + words.columns.nbytes
+
+
+def test_rows_of_check_name_what_is_counted():
+    def rows(config):
+        return dict(memory_rows(config, 2))
+
+    assert not {"  copies of experts", "  kept tokens"} & rows(make(expert=2)).keys()
+    copied = rows(make(expert=2, expert_exchange="weights"))
+    assert copied["  copies of experts"] == "2.53 KiB, with their gradients"  # 4 x 54 x 12
+    kept = rows(truncated({"max_new_tokens": 64, "top_k": 8, "samples_per_prompt": 16}))
+    # 6 x 16 / 2 x 64 tokens
+    assert kept["  kept tokens"] == "at most 384 KiB of a rollout batch"
+    kept = rows(truncated({"top_k": 0, "top_p": 0.9}))
+    assert kept["  kept tokens"] == "as many as top_p keeps"

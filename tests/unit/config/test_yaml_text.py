@@ -114,6 +114,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     latin.write_bytes(b"a: \xe9\n")
     expected = {
         missing: f"config file {missing} does not exist; expected a YAML file",
+        Path("two\nlines"): r"config file two\nlines does not exist; expected a YAML file",
         tmp_path: f"cannot read config file {tmp_path}: Is a directory",
         latin: f"cannot read config file {latin}: not UTF-8 text",
     }

@@ -140,7 +140,7 @@ def _passes(update_rows, score_rows):
         from megatron_rl.policy.update import update
         from megatron_rl.router.telemetry import RouterTelemetry
 
-        policy.exchange._plan = ExchangePlan(update_rows, score_rows)
+        policy.exchange.plan = ExchangePlan(update_rows, score_rows)
         model = policy.config.model
         telemetry = RouterTelemetry(model.num_layers, model.num_experts, CPU)
         batches = packed_mini_batches(policy, rollout_batch(case))

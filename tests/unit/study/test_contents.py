@@ -100,6 +100,18 @@ def test_start_weights_count_by_the_manifest_of_the_newest_checkpoint(folder):
     assert digest(start) != before
 
 
+def test_start_weights_are_those_that_a_run_would_load(folder):
+    """After resuming from an older step: ``latest`` names it, and newer ones are still there."""
+    lay_out(folder, ARMS)
+    for step in (9, 10):
+        (folder / f"old/checkpoints/step_{step}").mkdir(parents=True)
+        (folder / f"old/checkpoints/step_{step}/manifest.json").write_text(f"{step}")
+    (folder / "old/checkpoints/latest").write_text("step_9\n")
+    found = contents_of(load_config(None, ["--checkpoint.init_from", "old"]), "train")
+    bytes_and_content = hashlib.sha256(b"1 9").hexdigest()
+    assert found["checkpoint.init_from"] == bytes_and_content
+
+
 def test_files_beside_a_tokenizer_json_count(folder):
     (folder / "tokenizer.json").write_text("{}")
     config = load_config(None, ["--data.tokenizer.path", "tokenizer.json"])
@@ -119,6 +131,13 @@ def test_a_prepared_run_that_is_there_counts_as_one_that_is_not_yet(folder):
     assert digest(prepared) == before
     replace(folder / "train.jsonl", "{}")  # of the prepared run as well
     assert digest(prepared) != before
+
+
+def test_a_device_is_refused(folder):
+    """It would be read for ever."""
+    lay_out(folder, ARMS)
+    with pytest.raises(UserError, match=r"/dev/zero cannot be read \(not a regular file\); expect"):
+        digest("overrides: {data.tokenizer.path: /dev/zero}\n")
 
 
 def test_a_file_that_cannot_be_read_is_one_line(folder, monkeypatch):

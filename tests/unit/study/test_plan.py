@@ -8,6 +8,8 @@ import pytest
 from megatron_rl.errors import UserError
 from megatron_rl.study.plan import flat, make_plan
 from megatron_rl.study.schema import read_study
+from megatron_rl.study.state import lay_out as lay_out_run
+from megatron_rl.study.state import mark_done, mark_failed, state_of
 from tests.support.stand_in_study import lay_out
 
 ARMS = "arms: {a: {algorithm.name: gmpo}, b: {algorithm: {name: rspo}}}\nseeds: 2\n"
@@ -74,6 +76,41 @@ def test_the_identity_follows_what_is_trained_and_measured(folder):
         assert not set(digests(folder, f"{ARMS}overrides: {{{key}}}\n")) & set(base)
     more = digests(folder, ARMS.replace("seeds: 2", "seeds: 3"))
     assert more[:4] == base  # a study that gets more seeds keeps its runs
+
+
+def test_the_runs_of_a_renamed_arm_go_on_where_they_began(folder):
+    first = planned(folder, ARMS).runs
+    for run in first[:2]:  # of seed 1: a is done, b has failed
+        lay_out_run(run)
+    mark_done(first[0])
+    mark_failed(first[1], "the disk is odd")
+    swapped = ARMS.replace("a:", "x:").replace("b:", "a:").replace("x:", "b:")
+    for text, arms in (
+        (ARMS.replace("a:", "renamed:"), ["renamed", "b"]),
+        (swapped, ["b", "a"]),  # the other's name
+    ):
+        runs = planned(folder, text).runs
+        assert [run.arm for run in runs] == arms * 2
+        assert [run.run_dir for run in runs[:2]] == [run.run_dir for run in first[:2]]
+        assert [state_of(run).kind for run in runs] == ["done", "failed", "waiting", "waiting"]
+        # of seed 2 none has begun
+        assert runs[2].run_dir == Path(f"out/runs/{arms[0]}/seed_2-{first[2].digest[:8]}")
+    quick = planned(folder, ARMS.replace("a:", "renamed:"), quick=True).runs
+    assert {run.run_dir.parts[1] for run in quick} == {"quick"}
+
+
+def test_paths_of_the_study_are_read_as_those_of_a_configuration(folder, monkeypatch):
+    monkeypatch.setenv("PLACE", str(folder))
+    lay_out(folder, ARMS + "prepare: {warm: {config: '${PLACE}/base.yaml'}}\n")
+    text = Path("study.yaml").read_text()
+    Path("study.yaml").write_text(text.replace("out", "$PLACE/out").replace(": base", ": ~/base"))
+    monkeypatch.setenv("HOME", str(folder))
+    study = read_study(Path("study.yaml"))
+    assert (study.study_dir, study.base) == (folder / "out", folder / "base.yaml")
+    assert study.prepare["warm"].config == folder / "base.yaml"
+    Path("study.yaml").write_text(text.replace("base.yaml", '"a\\0b"'))
+    with pytest.raises(UserError, match=r"^study.yaml: base is 'a\\x00b'; expected a path$"):
+        read_study(Path("study.yaml"))
 
 
 def prepared(steps, more=""):
@@ -174,6 +211,10 @@ MISTAKES = {
         "arms a and b have the same configuration; expected arms that differ",
     ),
     "seeds twice": ("arms: {a: {}}\nseeds: [1, 1]\n", "seeds is [1, 1]; expected one or more"),
+    "many seeds twice, cut": (
+        f"arms: {{a: {{}}}}\nseeds: {[1] * 999}\n",
+        f"seeds is [{'1, ' * 25}1...; expected one or more",
+    ),
     "an arm's seeds twice": (
         "arms: {a: {}}\nseeds_of: {a: [2, 2]}\n",
         "seeds_of.a is [2, 2]; expected one or more",

@@ -78,6 +78,18 @@ def test_a_draw_is_never_drawn_twice():
             {"kind": "random", "over": {"a": {"low": 0, "high": 1, "log": True}}},
             "expected 0 < low < high",
         ),
+        (
+            {"kind": "random", "over": {"a": {"low": 0.2, "high": 0.8, "whole": True}}},
+            "from 0.2 to 0.8; expected low < high, and a whole number between them",
+        ),
+        (
+            {"kind": "random", "over": {"a": {"low": -1e308, "high": 1e308}}},
+            r"from -1e\+308 to 1e\+308; expected low < high, and a finite width",
+        ),
+        (
+            {"over": {"a": list(range(101)), "b": list(range(100))}},
+            "sweep.over has 10,100 combinations; expected at most 10,000",
+        ),
     ],
 )
 def test_values_that_are_none_are_refused(fields, message):
