@@ -30,8 +30,9 @@ def shares_of(prompt_of: Sequence[int], lengths: np.ndarray, threads: int) -> li
     """
     fit = max(len(prompt_of) // SHARE_ROWS, 1)
     count = max(n for n in range(1, threads + 1) if threads % n == 0 and n <= fit)
-    by_length = np.lexsort((prompt_of, -lengths))
-    prompts = np.asarray(prompt_of, dtype=np.int64)[by_length]
+    prompts = np.asarray(prompt_of, dtype=np.int64)
+    by_length = np.lexsort((prompts, -lengths))
+    prompts = prompts[by_length]
     place = np.cumsum(np.diff(prompts, prepend=prompts[:1]) != 0)  # of each row's prompt
     dealt = by_length[np.argsort(place % count, kind="stable")]
     return np.array_split(dealt, count)
@@ -78,7 +79,7 @@ class Shares:
             decoder.compact(decoder.unfinished()[0])
 
     def routes(self, lengths: list[int]) -> list[RoutedExperts]:  # noqa: D102
-        found = {}
+        found: dict[int, RoutedExperts] = {}
         for decoder, rows in zip(self._decoders, self._rows):
             own = rows.tolist()
             found.update(zip(own, decoder.routes([lengths[row] for row in own]), strict=True))
