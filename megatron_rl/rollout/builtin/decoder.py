@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -65,6 +65,17 @@ class BatchPlan:
         lengths = lengths[batch.prompt_of]
         limits = np.minimum(settings.max_new_tokens, longest - lengths)
         return cls(batch, settings, lengths, limits, stop_ids)
+
+    def select(self, rows: np.ndarray) -> BatchPlan:
+        """Of some rows, int64 [R'], and the prompts that they answer."""
+        batch = self.batch
+        prompts, prompt_of = np.unique(np.array(batch.prompt_of)[rows], return_inverse=True)
+        selected = Batch(
+            [batch.prompts[number] for number in prompts],
+            prompt_of.tolist(),
+            [batch.sample_numbers[row] for row in rows],
+        )
+        return replace(self, batch=selected, lengths=self.lengths[rows], limits=self.limits[rows])
 
     @property
     def longest(self) -> int:

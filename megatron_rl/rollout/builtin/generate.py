@@ -36,6 +36,7 @@ from megatron_rl.rollout.builtin.plain.plan import (
     unknown_weight,
 )
 from megatron_rl.rollout.builtin.plain.rounding import Rounding
+from megatron_rl.rollout.builtin.plain.shares import Shares, shares_of
 from megatron_rl.rollout.builtin.plain.step import PlainDecoder
 from megatron_rl.rollout.builtin.rank_sync import RankSync
 from megatron_rl.rollout.builtin.routes import RouteLog, Routes
@@ -207,25 +208,42 @@ class BuiltinEngine(WholeAnswers):
             raise Stopped
 
     def _decoder(self, plan: BatchPlan, model: PlainModel | None, kept: KeptLog | None) -> Decoder:
+        if model is None:
+            log, routes = None, self._routes(plan)
+            if routes is not None and self._capture is not None:
+                log = RouteLog(self._chunks, self._groups, self._capture, routes)
+            return ModuleDecoder(self._chunks, self._groups, self._ranks, plan, log, kept)
+        # Threads cannot take part in collectives each on its own, nor share a record of steps.
+        if self._device.type == "cpu" and self._alone and kept is None:
+            threads = torch.get_num_threads()
+            shares = shares_of(plan.batch.prompt_of, plan.lengths, threads)
+            if len(shares) > 1:
+                own = [self._plain(plan.select(rows), model, None) for rows in shares]
+                return Shares(own, shares)
+        return self._plain(plan, model, kept)
+
+    @property
+    def _alone(self) -> bool:
+        return self._groups.model.size() == 1
+
+    def _plain(self, plan: BatchPlan, model: PlainModel, kept: KeptLog | None) -> Decoder:
+        captured = self._device.type == "cuda" and self._alone
+        steps = CapturedSteps() if captured else Steps()
+        routes = self._routes(plan, logprobs=plan.settings.router_logprobs)
+        return PlainDecoder(model, plan, routes, Buckets(captured), steps, kept)
+
+    def _routes(self, plan: BatchPlan, *, logprobs: bool = False) -> Routes | None:
+        """What keeps the experts, and their log-probabilities; None: they are not wanted."""
+        if not plan.settings.routes:
+            return None
+        capture, config = self._capture, self._config
+        assert capture is not None, "generate has checked it"
+        count = 0  # of log-probabilities
+        if logprobs:
+            chosen, every = config.moe_router_topk, config.num_moe_experts or 0
+            count = every if capture.every_expert else chosen
         shape = (len(plan.lengths), plan.settings.max_new_tokens)
-        routes, capture = None, self._capture
-        if plan.settings.routes:
-            assert capture is not None, "generate has checked it"
-            count = 0  # of log-probabilities; the modules keep none
-            if plan.settings.router_logprobs and model is not None:
-                config = self._config
-                chosen, every = config.moe_router_topk, config.num_moe_experts or 0
-                count = every if capture.every_expert else chosen
-            routes = Routes(capture.layers_of(), self._config, shape, self._device, count)
-        if model is not None:
-            alone = self._groups.model.size() == 1
-            captured = self._device.type == "cuda" and alone
-            steps = CapturedSteps() if captured else Steps()
-            return PlainDecoder(model, plan, routes, Buckets(captured), steps, kept)
-        log = None
-        if routes is not None and capture is not None:
-            log = RouteLog(self._chunks, self._groups, capture, routes)
-        return ModuleDecoder(self._chunks, self._groups, self._ranks, plan, log, kept)
+        return Routes(capture.layers_of(), config, shape, self._device, count)
 
     def _completions(
         self, plan: BatchPlan, decoder: Decoder, kept: KeptLog | None
