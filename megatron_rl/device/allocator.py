@@ -44,7 +44,9 @@ def _grow_in_huge_pages(library: Any) -> None:
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     first = library.sbrk(0)
     size = LARGEST // 2  # larger ones are not of the heap
-    blocks = [library.malloc(size) for _ in range(KEPT // size - 2)]  # all free, it stays below KEPT
+    blocks = [
+        library.malloc(size) for _ in range(KEPT // size - 2)
+    ]  # all free, it stays below KEPT
     last = library.sbrk(0)
     for block in blocks:
         library.free(block)
