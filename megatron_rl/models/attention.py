@@ -188,7 +188,9 @@ def packed_placement(
             device
         ),
         longest=max(segments, default=0),
-        short=_short(shapes, to_buckets, from_buckets) if device.type == "cpu" else None,
+        short=_short(shapes, to_buckets, from_buckets)
+        if torch.device(device).type == "cpu"
+        else None,
         **fields,
     )
 

@@ -178,7 +178,9 @@ def shared_placement(
         query_entries=queries.to(device),
         query_places=places.to(device),
         keys=row_reads(keys, valid, device),
-        short=_short(buckets, queries, places, keys, valid) if device.type == "cpu" else None,
+        short=_short(buckets, queries, places, keys, valid)
+        if torch.device(device).type == "cpu"
+        else None,
     )
 
 

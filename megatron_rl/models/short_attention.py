@@ -72,7 +72,8 @@ class ShortAttention:
         """
         self._buckets = buckets
         self._masks = [torch.where(b.sees, 0.0, -torch.inf)[:, None, :, None, :] for b in buckets]
-        self._rows = query_entries, query_places, key_entries, key_valid
+        valid = key_valid.nonzero().squeeze(1)
+        self._rows = query_entries, query_places, key_entries, valid
         self._entries: dict[int, _Entries] = {}
 
     def attend(
@@ -91,7 +92,7 @@ class ShortAttention:
         return self._entries[groups]
 
     def _spread(self, groups: int) -> _Entries:
-        query_entries, query_places, key_entries, key_valid = self._rows
+        query_entries, query_places, key_entries, valid = self._rows
         group = torch.arange(groups)
         queries, keys = (
             _places([(b.segments, b.sees.shape[axis]) for b in self._buckets], groups)
@@ -100,13 +101,14 @@ class ShortAttention:
         of_queries, of_keys = torch.empty_like(queries), torch.empty_like(keys)
         of_queries.view(-1)[queries] = query_entries[:, None] * groups + group
         of_keys.view(-1)[keys] = key_entries[:, None] * groups + group
-        rows = (key_entries[key_valid][:, None] * groups + group).flatten()
-        counts = torch.bincount(rows, minlength=len(query_places) * groups)
+        rows = (key_entries[valid][:, None] * groups + group).flatten()
+        counts = rows.new_zeros(len(query_places) * groups)
+        counts.index_add_(0, rows, torch.ones_like(rows))
         return _Entries(
             queries=of_queries.flatten(),
             places=queries[query_places].flatten(),
             keys=of_keys.flatten(),
-            readers=keys[key_valid].flatten()[rows.argsort(stable=True)],
+            readers=keys[valid].flatten()[rows.argsort(stable=True)],
             first=counts.cumsum(0) - counts,
         )
 
