@@ -20,6 +20,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.models.short_attention import LONGEST, ShortAttention, ShortBucket
+
 #: A bucket holds sequences of at least this share of its longest one: at most a third of its work
 #: is padding.
 BUCKET_FILL = 0.67
@@ -79,6 +81,7 @@ class PackedPlacement(Placement):
     #: int32, 0 and the end of each sequence; the padding is a last one
     cumulative_lengths: torch.Tensor = field(kw_only=True)
     longest: int = 0  #: longest sequence, padding included
+    short: ShortAttention | None = None  #: how all of it attends; None: by torch's kernels
 
     def attend(  # noqa: D102
         self,
@@ -88,6 +91,8 @@ class PackedPlacement(Placement):
         value: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        if self.short is not None:
+            return self.short.attend(query, key, value, scale)
         sizes = [rows * length for rows, length in self.bucket_shapes]
         parts = [
             into_buckets(tensor, self.to_buckets, self.from_buckets).split(sizes)
@@ -183,8 +188,26 @@ def packed_placement(
             device
         ),
         longest=max(segments, default=0),
+        short=_short(shapes, to_buckets, from_buckets)
+        if torch.device(device).type == "cpu"
+        else None,
         **fields,
     )
+
+
+def _short(
+    shapes: Sequence[tuple[int, int]], to_buckets: torch.Tensor, from_buckets: torch.Tensor
+) -> ShortAttention | None:
+    """The attention of buckets [S, L], each causal; None: they are too long for it."""
+    if max((length for _, length in shapes), default=0) > LONGEST:
+        return None
+    buckets = [
+        ShortBucket(rows, torch.ones(1, length, length, dtype=torch.bool).tril())
+        for rows, length in shapes
+    ]
+    valid = torch.zeros(len(to_buckets), dtype=torch.bool)
+    valid[from_buckets] = True
+    return ShortAttention(buckets, to_buckets, from_buckets, to_buckets, valid)
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:

@@ -86,7 +86,7 @@ class PackRouter(TopKRouter):
     def _apply_expert_bias(
         self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> None:
-        if not self._gradients:
+        if not self._gradients or not self.enable_expert_bias:
             return
         if self.counts is not None:
             routing_map = routing_map * self.counts[:, None]

@@ -19,6 +19,7 @@ from megatron_rl.models.attention import (
     out_of_buckets,
     similar_lengths,
 )
+from megatron_rl.models.short_attention import LONGEST, ShortAttention, ShortBucket
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class SharedPlacement(Placement):
     query_entries: torch.Tensor = field(kw_only=True)
     query_places: torch.Tensor = field(kw_only=True)  #: int64 [T], entry of each row
     keys: RowReads = field(kw_only=True)
+    short: ShortAttention | None = None  #: how all of it attends; None: by torch's kernels
 
     def attend(  # noqa: D102
         self,
@@ -121,6 +123,8 @@ class SharedPlacement(Placement):
         value: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        if self.short is not None:
+            return self.short.attend(query, key, value, scale)
         queries = into_buckets(query, self.query_entries, self.query_places).split(
             [bucket.num_segments * bucket.longest for bucket in self.buckets]
         )
@@ -161,7 +165,7 @@ def shared_placement(
         key_entries.append(torch.cat([front, own], dim=1).flatten())
         key_valid.append(torch.cat([front_valid, own_valid], dim=1).flatten())
         buckets.append(_bucket(front_valid, own.shape[1], device))
-    queries = torch.cat(query_entries)
+    queries, keys, valid = map(torch.cat, (query_entries, key_entries, key_valid))
     places = torch.empty(num_rows, dtype=torch.int64)
     here = torch.cat(query_valid).nonzero().squeeze(1)
     places[queries[here]] = here
@@ -173,8 +177,30 @@ def shared_placement(
         buckets=tuple(buckets),
         query_entries=queries.to(device),
         query_places=places.to(device),
-        keys=row_reads(torch.cat(key_entries), torch.cat(key_valid), device),
+        keys=row_reads(keys, valid, device),
+        short=_short(buckets, queries, places, keys, valid)
+        if torch.device(device).type == "cpu"
+        else None,
     )
+
+
+def _short(
+    buckets: Sequence[_Bucket],
+    query_entries: torch.Tensor,
+    query_places: torch.Tensor,
+    key_entries: torch.Tensor,
+    key_valid: torch.Tensor,
+) -> ShortAttention | None:
+    """The attention of these buckets; None: they are too long for it."""
+    if max((bucket.prompt + bucket.longest for bucket in buckets), default=0) > LONGEST:
+        return None
+    found = []
+    for bucket in buckets:
+        sees = torch.ones(1, bucket.longest, bucket.longest, dtype=torch.bool).tril()
+        found.append(
+            ShortBucket(bucket.num_segments, sees if bucket.mask is None else bucket.mask[:, 0])
+        )
+    return ShortAttention(found, query_entries, query_places, key_entries, key_valid)
 
 
 def entries_of(first: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,10 +27,15 @@ def slow_attention(query, key, value):
     return torch.stack(rows).view(len(query), HEADS, WIDTH)
 
 
+@pytest.mark.parametrize("longest", [0, 64])  #: of what is short: torch's kernels, or products
 @pytest.mark.parametrize(("lengths", "padding"), ROWS)
-def test_values_and_gradients_are_those_of_one_sequence_at_a_time(lengths, padding):
+def test_values_and_gradients_are_those_of_one_sequence_at_a_time(
+    lengths, padding, longest, monkeypatch
+):
+    from megatron_rl.models import attention
     from megatron_rl.models.attention import packed_placement
 
+    monkeypatch.setattr(attention, "LONGEST", longest)
     total = sum(lengths)
     generator = torch.Generator().manual_seed(total)
     shapes = [(total + padding, heads, WIDTH) for heads in (HEADS, GROUPS, GROUPS)]

@@ -49,12 +49,16 @@ def one_by_one(multiple, num_rows):
     return output, [leaf.grad for leaf in leaves]
 
 
-def test_answers_see_their_prompt_and_themselves():
+@pytest.mark.parametrize("longest", [0, 64])  #: of what is short: torch's kernels, or products
+def test_answers_see_their_prompt_and_themselves(longest, monkeypatch):
     cpu_device()
+    from megatron_rl.models import shared_attention
     from megatron_rl.models.shared_attention import shared_placement
 
+    monkeypatch.setattr(shared_attention, "LONGEST", longest)
     num_rows = 48
     placement = shared_placement(LENGTHS, PARENTS, num_rows, CPU)
+    assert (placement.short is None) == (longest == 0)
     *tensors, weights = inputs(num_rows)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     output = placement.attend(1, *leaves, SCALE)

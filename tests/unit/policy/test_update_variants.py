@@ -209,8 +209,8 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
     ("shift", "without"),
     [
         ({"floor": 0.0, "stop_gradient": False}, {"stop_gradient": True}),
-        ({"floor": 1.0, "penalty": 5.0}, {"penalty": 0.0}),
-        ({"floor": 1.0, "layers": "max", "penalty": 5.0}, {"penalty": 0.0}),
+        ({"floor": 1.0, "penalty": 0.5}, {"penalty": 0.0}),
+        ({"floor": 1.0, "layers": "max", "penalty": 0.5}, {"penalty": 0.0}),
     ],
 )
 def test_the_gradient_through_the_distance_is_that_of_the_loss(shift, without):
@@ -231,7 +231,7 @@ def test_the_gradient_through_the_distance_is_that_of_the_loss(shift, without):
             slopes[attached] = slope_of(policy, batches[1], routers, step, attached)
     (found, numeric), (detached, _) = slopes[True], slopes[False]
     assert found == pytest.approx(numeric, rel=0.01)
-    assert detached != pytest.approx(numeric, rel=0.1)
+    assert detached != pytest.approx(numeric, rel=0.03)
 
 
 def slope_of(policy, items, routers, step, numeric):
