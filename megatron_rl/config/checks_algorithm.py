@@ -175,8 +175,13 @@ def gradients_of_the_distance_arrive(config: Config) -> None:
     if not has_gradient(shift):
         return
     found = None
-    if parallel.pipeline > 1:
+    if parallel.pipeline > 1 and not shift.stop_gradient:
         found = f"parallel.pipeline {parallel.pipeline}, whose stages pass distances on without it"
+    elif parallel.pipeline > 1 and shift.layers != "mean":
+        found = (
+            f"parallel.pipeline {parallel.pipeline} and layers {shift.layers}, which each stage "
+            "cannot take of its own layers"
+        )
     elif parallel.recompute == "full":
         found = "parallel.recompute full, whose forward pass records none"
     elif not shift.stop_gradient:

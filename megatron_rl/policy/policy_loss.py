@@ -45,6 +45,8 @@ class LossPlan:
     denominator_per_token: torch.Tensor | None  #: 0-d; None where no term is a mean over tokens
     correction: Callable[[LossInputs], SamplerWeights] | None  #: None: no sampler weights
     gamma_mean: torch.Tensor | None  #: 0-d; None: gamma~ is not normalised
+    #: 0-d, of `forward_compared`; None: no penalty on the routers' distance
+    layer_penalty: torch.Tensor | None
 
 
 def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
@@ -60,15 +62,21 @@ def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
         algorithm.router_shift.penalty,
     )
     normalise = uses_router_shift(algorithm) and algorithm.router_shift.normalise == "batch_mean"
+    per_token = _per_token(policy, packs, denominators) if beside.active else None
+    penalty = None
+    if beside.shift_coef:
+        assert per_token is not None, "a penalty is a mean over tokens"
+        penalty = beside.shift_coef * per_token / policy.relay.rule.divisor(policy.num_moe_layers)
     return LossPlan(
         loss=LOSSES.bind(loss, loss_settings(algorithm)),
         denominators=denominators,
         regularisers=beside,
-        denominator_per_token=_per_token(policy, packs, denominators) if beside.active else None,
+        denominator_per_token=per_token,
         correction=None
         if correction is None
         else CORRECTIONS.bind(correction, correction_settings(algorithm)),
         gamma_mean=gamma_mean(policy, scored) if normalise else None,
+        layer_penalty=penalty,
     )
 
 

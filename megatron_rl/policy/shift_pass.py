@@ -6,6 +6,7 @@ import contextlib
 from typing import Any, Callable, Sequence
 
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_rl.algorithms.router_shift import acting_sum, shift_weight
 from megatron_rl.config.algorithm import uses_router_shift
@@ -26,12 +27,15 @@ def forward_compared(
     model: torch.nn.Module,
     item: ScoredPack,
     telemetry: RouterTelemetry | None,
+    layer_penalty: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a chunk on a pack: its output, and on the last one the distance of all layers, [R_local].
 
     The distance is None on other chunks and without router shift, and 0 where the pack's scores are
     this pass's own. With routing replay the routers use the experts of the trace. The telemetry
-    counts in every case.
+    counts in every case. The relay carries values and no gradients: ``layer_penalty``, 0-d, is what
+    a layer's distance of a trained token costs in the loss's sum, and its gradient is added in the
+    backward pass of each chunk that does not return the distance.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     weights = tensor_slice(pack.trained_rows, policy.groups.tensor)
@@ -48,7 +52,12 @@ def forward_compared(
         own.update({number: layer.pinned() for number, layer in own.items()})
     if not uses_router_shift(algorithm):
         return output, None
-    return output, policy.relay.pass_on(chunk, distances())
+    own_distances = distances()
+    total = policy.relay.pass_on(chunk, own_distances)
+    if total is None and layer_penalty is not None and own_distances.requires_grad:
+        penalty = layer_penalty.to(own_distances.dtype) * (own_distances * weights).sum()
+        output = MoEAuxLossAutoScaler.apply(output, penalty)
+    return output, total
 
 
 def _replayed(

@@ -73,7 +73,9 @@ def accumulate_gradients(
 
     def forward_step(chunk: int, model: Any, index: int) -> tuple[Any, Callable[..., Any]]:
         item = scored[index]
-        output, distance = forward_compared(policy, chunk, model, item, telemetry)
+        output, distance = forward_compared(
+            policy, chunk, model, item, telemetry, plan.layer_penalty
+        )
 
         def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             total, denominator = policy_loss(

@@ -56,7 +56,7 @@ class DistanceRelay:
         if stage == stages - 1 and chunk == len(self._layers_before) - 1:
             return self.rule.total(running)
         if running.numel():  # nothing to send before the first layer, and the other side knows
-            self._send((stage + 1) % stages, running.contiguous())
+            self._send((stage + 1) % stages, running.detach().contiguous())
         return None
 
     def _receive(self, source: int, received: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,11 @@ FOURTH = {
     "mismatch": "kpop",
     "mismatch_settings": {"phi": 2.0},
 }
+#: A gradient of the distance that each stage has of its own layers.
+FIFTH = {
+    "name": "rspo",
+    "router_shift": {"floor": 0.05, "penalty": 2.0},
+}
 LAYOUTS = {
     "TP2": (2, {"tensor": 2}),
     "PP2 VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
@@ -62,11 +67,23 @@ LAYOUTS = {
 }
 CASES = [
     Case(f"{name}, {label}", ranks, parallel, algorithm=algorithm)
-    for label, algorithm in (("one", ONE), ("other", OTHER), ("third", THIRD), ("fourth", FOURTH))
+    for label, algorithm in (
+        *(("one", ONE), ("other", OTHER), ("third", THIRD), ("fourth", FOURTH), ("fifth", FIFTH)),
+    )
     for name, (ranks, parallel) in LAYOUTS.items()
     if algorithm is not FOURTH or "pipeline" not in parallel
 ]
-SLOW = ("TP2, other", "EP2, other", "CP2, other", "EP2, third", "TP2, third", "EP2, fourth")
+SLOW = (
+    "TP2, fifth",
+    "EP2, fifth",
+    "CP2, fifth",
+    "TP2, other",
+    "EP2, other",
+    "CP2, other",
+    "EP2, third",
+    "TP2, third",
+    "EP2, fourth",
+)
 
 
 @functools.cache
@@ -109,7 +126,7 @@ def test_every_part_of_the_variant_counts():
 
 @pytest.mark.slow
 def test_every_part_of_the_newer_rules_counts():
-    whole = {label: reference(label).weights for label in ("third", "fourth")}
+    whole = {label: reference(label).weights for label in ("third", "fourth", "fifth")}
     shift = FOURTH["router_shift"]
     changes = [
         ("third", {"settings": {"anchor": "old"}}),
@@ -119,10 +136,11 @@ def test_every_part_of_the_newer_rules_counts():
         ("fourth", {"router_shift": {**shift, "stop_gradient": True}}),
         ("fourth", {"router_shift": {**shift, "distance": "top_k"}}),
         ("fourth", {"router_shift": {**shift, "penalty": 0.0}}),
+        ("fifth", {"router_shift": {"floor": 0.05}}),
         ("fourth", {"mismatch_settings": {"phi": 1e6}}),
     ]
     for label, change in changes:
-        algorithm = {**(THIRD if label == "third" else FOURTH), **change}
+        algorithm = {**{"third": THIRD, "fourth": FOURTH, "fifth": FIFTH}[label], **change}
         case = dataclasses.replace(CASES[0], algorithm=algorithm)
         weights = run_case(single_process(case)).weights
         furthest = max(float(np.abs(weights[n] - w).max()) for n, w in whole[label].items())

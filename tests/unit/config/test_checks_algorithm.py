@@ -182,7 +182,7 @@ def test_refused(algorithm, message):
 @pytest.mark.parametrize(
     ("parallel", "words"),
     [
-        ({"pipeline": 2}, "parallel.pipeline 2, whose"),
+        ({"pipeline": 2}, "parallel.pipeline 2(, whose| and layers max, which each stage)"),
         ({"recompute": "full"}, "parallel.recompute"),
     ],
 )
@@ -190,7 +190,7 @@ def test_refused(algorithm, message):
     ("shift", "asked"),
     [
         ({"stop_gradient": False}, "stop_gradient is false"),
-        ({"penalty": 0.3}, "penalty is 0.3"),
+        ({"penalty": 0.3, "layers": "max"}, "penalty is 0.3"),
     ],
 )
 def test_a_gradient_of_the_distance_needs_one_recorded_stage(shift, asked, parallel, words):
