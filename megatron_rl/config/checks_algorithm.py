@@ -168,8 +168,8 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
 
 
 def gradients_of_the_distance_arrive(config: Config) -> None:
-    """The gradients of the penalty, and without the stop-gradient of gamma, reach the routers: on
-    one stage whose forward pass is recorded; gamma's in a loss that does not detach its ratio.
+    """The gradients of the penalty, and without the stop-gradient of gamma, reach the routers: the
+    forward pass is recorded, stages need nothing of each other, and the loss keeps gamma's.
     """
     algorithm, parallel, shift = config.algorithm, config.parallel, config.algorithm.router_shift
     if not has_gradient(shift):

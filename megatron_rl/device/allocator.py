@@ -10,8 +10,6 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 #: Bytes that may lie free at the end of the heap, and the largest block that is taken from the heap
 #: (glibc allows no more).
 KEPT, LARGEST = 256 << 20, 32 << 20
-
-
 #: Of mman.h, on Linux. A huge page has this many bytes.
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 << 20
 
@@ -44,9 +42,8 @@ def _grow_in_huge_pages(library: Any) -> None:
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     first = library.sbrk(0)
     size = LARGEST // 2  # larger ones are not of the heap
-    blocks = [
-        library.malloc(size) for _ in range(KEPT // size - 2)
-    ]  # all free, it stays below KEPT
+    # All free, it stays below `KEPT`.
+    blocks = [library.malloc(size) for _ in range(KEPT // size - 2)]
     last = library.sbrk(0)
     for block in blocks:
         library.free(block)
