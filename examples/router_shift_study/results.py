@@ -192,8 +192,8 @@ def _study_table(rows: Sequence[Row], study: str) -> list[str]:
 def _pooled_table(rows: Sequence[Row]) -> list[str]:
     arms = list(dict.fromkeys(row["arm"] for row in rows if row["study"] in CONFIRMING))
     pairs = [(arm, BASE) for arm in arms if arm != BASE]
-    pairs += [(f"{base}_rs", base) for base in ("grpo", "gspo") if f"{base}_rs" in arms]
-    pairs += [("rspo_r2", "rspo"), ("rspo_r2", "gmpo_r2")]
+    pairs += [("grpo_rs", "grpo")]
+    pairs += [("rspo_r2", "rspo"), ("rspo_r2", "gmpo_r2"), ("gmpo_penalty_3", "gmpo_lr_3e-5")]
     lines = []
     for arm, base in pairs:
         found = pooled(rows, arm, base, CONFIRMING)
