@@ -158,7 +158,9 @@ def pooled(rows: Sequence[Row], arm: str, base: str, studies: Sequence[str]) -> 
 
 def tables(rows: Sequence[Row]) -> str:
     """All tables as Markdown."""
-    parts = []
+    across = _across_table(rows)
+    title = f"## {MAIN} of {BASE}, and differences to it in points"
+    parts = [title, "", *across, ""] if across else []
     for study in STUDIES:
         own = [row for row in rows if row["study"] == study]
         if own:
@@ -167,6 +169,23 @@ def tables(rows: Sequence[Row]) -> str:
     if pools:
         parts += [f"## Over {', '.join(CONFIRMING)}", "", *pools, ""]
     return "\n".join(parts)
+
+
+def _across_table(rows: Sequence[Row]) -> list[str]:
+    """A row for each arm that several studies have."""
+    found = {study: differences(rows, study) for study in STUDIES}
+    found = {study: own for study, own in found.items() if own}
+    arms = dict.fromkeys(arm for own in found.values() for arm in own)
+    several = [arm for arm in arms if sum(arm in own for own in found.values()) > 1]
+    if not several:
+        return []
+    lines = [_line(["arm", *found]), _line(["---"] * (len(found) + 1))]
+    of_base = [[row for row in rows if (row["study"], row["arm"]) == (s, BASE)] for s in found]
+    lines.append(_line([BASE, *(_percent(own, MAIN) for own in of_base)]))
+    for arm in several:
+        if arm != BASE:
+            lines.append(_line([arm, *(_points(own.get(arm)) for own in found.values())]))
+    return lines
 
 
 def _study_table(rows: Sequence[Row], study: str) -> list[str]:

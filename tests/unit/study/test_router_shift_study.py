@@ -63,7 +63,8 @@ def test_the_interval_of_many_pairs_is_near_the_normal_one():
 
 def test_the_tables_show_them():
     text = results.tables(TWO)
-    line = next(line for line in text.splitlines() if line.startswith("| rspo |"))
+    across, line, _ = (line for line in text.splitlines() if line.startswith("| rspo |"))
+    assert across == "| rspo | +5.0 [+0.0, +10.0] | +10.0 [+10.0, +10.0] |"
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:5] == ["rspo", "3", "53.3%", "+5.0 [+0.0, +10.0]", "1 of 2"]
     assert results.figure(TWO).count("<circle") == 2
