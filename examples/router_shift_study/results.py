@@ -34,10 +34,11 @@ KEPT = HERE / "results"
 STUDIES = ("sort_small", "countdown_small", "sort_deep", "countdown_deep", "mismatch")
 #: The studies that choose nothing, with an exact sampler: differences are pooled over them.
 CONFIRMING = ("countdown_small", "sort_deep", "countdown_deep")
-BASE, MAIN, SECONDS = "gmpo", "mean@4", "seconds"
+BASE, MAIN, BEFORE, SECONDS = "gmpo", "mean@4", "mean@4_before", "seconds"
 #: Columns of a run: metric, and the number of its curve.
 COLUMNS = {
     MAIN: ("eval/mean@k", "final"),
+    BEFORE: ("eval/mean@k", "first"),
     "pass@1": ("eval/pass@1", "final"),
     "solved": ("reward/solved", "area"),
     "solved_best": ("reward/solved", "best"),
@@ -106,6 +107,8 @@ def _number(curves: Curves, metric: str, number: str, window: int) -> float | No
     steps, values = curves.series(metric)
     if number == "sum":
         return sum(values)
+    if number == "first":
+        return values[0] if values else None
     found = summary(steps, values, 1 if metric.startswith("eval/") else window)
     return None if found is None else float(getattr(found, number))
 
@@ -181,6 +184,7 @@ def _across_table(rows: Sequence[Row]) -> list[str]:
         return []
     lines = [_line(["arm", *found]), _line(["---"] * (len(found) + 1))]
     of_base = [[row for row in rows if (row["study"], row["arm"]) == (s, BASE)] for s in found]
+    lines.append(_line(["after the warm-up", *(_percent(own, BEFORE) for own in of_base)]))
     lines.append(_line([BASE, *(_percent(own, MAIN) for own in of_base)]))
     for arm in several:
         if arm != BASE:
