@@ -230,7 +230,7 @@ def figure(rows: Sequence[Row]) -> str:
     """The differences of all studies beside each other."""
     found = {study: differences(rows, study) for study in STUDIES}
     panels = [Panel(study, own) for study, own in found.items() if own]
-    return forest(panels, f"{MAIN} at the end, difference to {BASE}, points", 100, limit=20)
+    return forest(panels, f"{MAIN} at the end, difference to {BASE}, points", 100, limit=26)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -13,7 +13,8 @@ from html import escape
 
 from megatron_rl.study.statistics import Estimate
 
-_NAMES, _PANEL, _GAP, _ROW, _TOP, _BOTTOM = 160, 200, 18, 20, 32, 36
+_NAMES, _PANEL, _GAP, _ROW, _TOP, _BOTTOM = 160, 200, 36, 20, 32, 36
+_LETTER = 7.2  #: width of a letter of a name, about
 _TICKS = (1, 2, 5, 10, 20, 25, 50)
 _STYLE = """
 .forest { --ground: #fff; --text: #22272e; --line: #d8dde3; --faint: #f3f5f7; --rest: #77828e;
@@ -56,7 +57,8 @@ def forest(panels: Sequence[Panel], axis: str, scale: float = 1.0, limit: float 
     found = [value for panel in panels for value in panel.rows.values() if value is not None]
     furthest = max((abs(scale * end) for one in found for end in _ends(one)), default=1.0)
     reach = min(limit, furthest * 1.05) or 1.0
-    width, bottom = _NAMES + len(panels) * (_PANEL + _GAP), _TOP + _ROW * len(arms)
+    names = max(_NAMES, round(_LETTER * max(map(len, arms), default=0)) + 16)
+    width, bottom = names + len(panels) * (_PANEL + _GAP), _TOP + _ROW * len(arms)
     parts = [
         f'<svg class="forest" xmlns="http://www.w3.org/2000/svg" width="{width}" '
         f'height="{bottom + _BOTTOM}" viewBox="0 0 {width} {bottom + _BOTTOM}" role="img" '
@@ -67,16 +69,16 @@ def forest(panels: Sequence[Panel], axis: str, scale: float = 1.0, limit: float 
         y = _TOP + _ROW * row
         if row % 2 == 0:
             parts.append(f'<rect class="stripe" y="{y}" width="{width}" height="{_ROW}"/>')
-        parts.append(f'<text class="arm" x="{_NAMES - 10}" y="{y + 14}">{escape(arm)}</text>')
+        parts.append(f'<text class="arm" x="{names - 10}" y="{y + 14}">{escape(arm)}</text>')
     for place, panel in enumerate(panels):
-        middle = _NAMES + place * (_PANEL + _GAP) + _PANEL / 2
+        middle = names + place * (_PANEL + _GAP) + _PANEL / 2
         parts.append(f'<text class="title" x="{middle}" y="20">{escape(panel.title)}</text>')
         parts += _grid(middle, bottom, reach)
         for row, arm in enumerate(arms):
             one = panel.rows.get(arm)
             if one is not None:
                 parts += _mark(one, scale / reach, middle, _TOP + _ROW * row + _ROW // 2)
-    label = f'<text class="tick" x="{(_NAMES + width) / 2}" y="{bottom + 30}">{escape(axis)}</text>'
+    label = f'<text class="tick" x="{(names + width) / 2}" y="{bottom + 30}">{escape(axis)}</text>'
     return "\n".join([*parts, label, "</svg>"]) + "\n"
 
 

@@ -80,7 +80,7 @@ def test_panels_share_rows_and_axis():
     root, marks = drawn(one, two)
     (_, left, right), (_, a_left, a_right), (_, b_left, b_right) = spans(marks)
     assert (right - left) == pytest.approx(a_right - a_left, abs=0.11)  # drawn to tenths
-    assert a_left - left == pytest.approx(218)  # width of a panel and the gap
+    assert a_left - left == pytest.approx(236)  # width of a panel and the gap
     assert b_right - b_left == pytest.approx(3 * (a_right - a_left), abs=0.2)
     titles = [e.text for e in root.iter(f"{SVG}text") if e.get("class") == "title"]
     assert titles == ["one", "two & more"]
