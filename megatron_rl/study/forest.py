@@ -18,7 +18,7 @@ _LETTER = 7.2  #: width of a letter of a name, about
 _TICKS = (1, 2, 5, 10, 20, 25, 50)
 _STYLE = """
 .forest { --ground: #fff; --text: #22272e; --line: #d8dde3; --faint: #f3f5f7; --rest: #77828e;
-  --right: #1f5f99; --left: #c8641e; max-width: 100%; height: auto; }
+  --right: #1f5f99; --left: #c8641e; }
 @media screen and (prefers-color-scheme: dark) { .forest { --ground: #171b21; --text: #dfe3e8;
   --line: #39424d; --faint: #1f252d; --rest: #9aa4b0; --right: #6aaee6; --left: #eb9a5c; } }
 .forest text { font: 12px system-ui, sans-serif; fill: var(--text); }
@@ -32,7 +32,7 @@ _STYLE = """
 .forest .rest { stroke: var(--rest); fill: var(--rest); }
 .forest .right { stroke: var(--right); fill: var(--right); }
 .forest .left { stroke: var(--left); fill: var(--left); }
-.forest .mark { stroke-width: 1.8; }
+.forest .interval { stroke-width: 1.8; }
 """
 
 
@@ -111,7 +111,7 @@ def _mark(one: Estimate, scale: float, middle: float, y: int) -> list[str]:
     if one.low is None:
         kind = "rest"
     ends = [across(low), across(high)]
-    parts = [f'<path class="mark {kind}" d="M{ends[0]} {y}H{ends[1]}"/>']
+    parts = [f'<path class="interval {kind}" d="M{ends[0]} {y}H{ends[1]}"/>']
     for value, side in ((low, -1), (high, 1)):
         if scale * value * side > 1:  # beyond the axis
             x = across(value)

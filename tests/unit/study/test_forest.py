@@ -20,7 +20,7 @@ def drawn(*panels, **more):
 
 def spans(marks):
     """(class, left, right) of each interval."""
-    lines = [e for e in marks if e.get("class").startswith("mark")]
+    lines = [e for e in marks if e.get("class").startswith("interval")]
     ends = [e.get("d")[1:].replace("H", " ").split() for e in lines]
     return [
         (line.get("class").split()[1], float(left), float(right))
