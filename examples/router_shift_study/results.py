@@ -205,8 +205,11 @@ def _study_table(rows: Sequence[Row], study: str) -> list[str]:
         cells = [arm, str(len(own)), _percent(own, MAIN), _points(found[arm])]
         cells += ["" if arm == BASE else f"{won} of {len(pairs)}"]
         cells += [_percent(own, "pass@1"), _percent(own, "solved")]
-        cells += [str(sum(bool(row[name]) for row in own)) for name in ("collapsed",)]
-        cells += [_mean(own, "spikes", "{:.1f}"), _percent(own, "clipped")]
+        cells += [
+            str(sum(bool(row["collapsed"]) for row in own)),
+            _mean(own, "spikes", "{:.1f}"),
+            _percent(own, "clipped"),
+        ]
         cells += [_mean(own, name, "{:.2f}") for name in ("ess_sequence", "gamma")]
         lines.append(_line([*cells, _mean(own, SECONDS, "{:.0f}")]))
     return lines

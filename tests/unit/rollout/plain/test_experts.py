@@ -73,6 +73,16 @@ def slow_mixture(x, router, up, down, shared, gate, top_k):
     return torch.stack(rows)
 
 
+def drawn(seed, tokens):
+    """x, router, up, down, (up, down) and gate of the shared expert."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x, router = make(tokens, WIDTH), make(EXPERTS, WIDTH)
+    up, down = make(EXPERTS, 2 * INNER, WIDTH), make(EXPERTS, WIDTH, INNER)
+    shared, gate = (make(2 * INNER, WIDTH), make(WIDTH, INNER)), make(1, WIDTH)
+    return x, router, up, down, shared, gate
+
+
 @pytest.mark.parametrize("bounds", [(0, 8), (0, 3, 8), (0, 1, 2, 8)])
 @pytest.mark.parametrize("tokens", [1, TOKENS])
 @pytest.mark.parametrize("threads", [1, 2])
@@ -82,11 +92,7 @@ def test_parts_of_the_experts_add_up_to_a_loop_over_tokens(bounds, tokens, threa
     from megatron_rl.rollout.builtin.plain.experts import Routing, mixture
     from megatron_rl.rollout.builtin.plain.weights import Dense, Mixture
 
-    generator = torch.Generator().manual_seed(2)
-    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    x, router = make(tokens, WIDTH), make(EXPERTS, WIDTH)
-    up, down = make(EXPERTS, 2 * INNER, WIDTH), make(EXPERTS, WIDTH, INNER)
-    shared, gate = (make(2 * INNER, WIDTH), make(WIDTH, INNER)), make(1, WIDTH)
+    x, router, up, down, shared, gate = drawn(2, tokens)
     routing = Routing(2, "softmax", False, None, None, None)
     total = torch.zeros(tokens, WIDTH)
     for first, end in itertools.pairwise(bounds):
@@ -130,11 +136,7 @@ def test_experts_run_on_some_tokens_and_the_router_on_all(threads, monkeypatch):
     from megatron_rl.rollout.builtin.plain.experts import Routing, mixture
     from megatron_rl.rollout.builtin.plain.weights import Dense, Mixture
 
-    generator = torch.Generator().manual_seed(3)
-    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    x, router = make(TOKENS, WIDTH), make(EXPERTS, WIDTH)
-    up, down = make(EXPERTS, 2 * INNER, WIDTH), make(EXPERTS, WIDTH, INNER)
-    shared, gate = (make(2 * INNER, WIDTH), make(WIDTH, INNER)), make(1, WIDTH)
+    x, router, up, down, shared, gate = drawn(3, TOKENS)
     held = Mixture(router, None, up, down, 0, Dense(*shared), gate)
     keep = torch.tensor([36, 4, 11])
     found, (ids, _) = mixture(x, held, Routing(2, "softmax", False, None, None, None), keep)
