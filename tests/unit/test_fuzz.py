@@ -1,5 +1,6 @@
 """Hostile inputs of every kind of tools/fuzz: a few by default, 10,000 of each with --fuzz."""
 
+import ctypes
 import random
 import time
 from collections import Counter
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from megatron_rl.device.allocator import keep_freed_memory
 from megatron_rl.errors import UserError
 from tools.fuzz import runner
 from tools.fuzz.kind import Kind, Verdict, Wrong, all_kinds
@@ -80,7 +82,12 @@ def test_what_the_runner_counts():
     assert len(result.found) == 8 and not result.good
 
 
-def test_memory_that_grows_is_seen():
+@pytest.mark.parametrize("freed_mib", [0, 200])
+def test_memory_that_grows_is_seen(freed_mib):
+    """Also where the C library has as much left of what was freed before."""
+    keep_freed_memory()
+    blocks = [ctypes.create_string_buffer(b"x" * (1 << 20)) for _ in range(freed_mib)]
+    del blocks
     kept = []
 
     def grow():
