@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 #: Of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 #: Bytes that may lie free at the end of the heap, and the largest block that is taken from the heap
 #: (glibc allows no more).
 KEPT, LARGEST = 256 << 20, 32 << 20
@@ -26,6 +26,7 @@ def keep_freed_memory() -> None:
     if set_option is not None:
         set_option(_TRIM_THRESHOLD, KEPT)
         set_option(_MMAP_THRESHOLD, LARGEST)
+        set_option(_ARENA_MAX, 1)  # of another heap, of a thread's own, all this is not true
         _grow_in_huge_pages(library)
 
 

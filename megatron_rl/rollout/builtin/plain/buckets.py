@@ -21,7 +21,7 @@ class Buckets:
     """
 
     captured: bool  #: steps are captured
-    #: a cache has at first room for this many positions behind the prompts
+    #: captured, a cache has at first room for this many positions behind the prompts
     room: int = 256
 
     def rows(self, count: int, most: int) -> int:
@@ -47,24 +47,28 @@ class Buckets:
             most: of them in the end, see `length`.
 
         Returns:
-            Rows, and the positions that are read of them; those of neighbours differ.
+            Rows, and the positions that are read of them. They change with the rows only, not from
+            one step to the next: neighbours are one part if their longest rows are equally long.
         """
         rows = len(counts)
         number = 1 if self.captured else min(max(rows // PART_ROWS, 1), 4)
         parts: list[tuple[slice, int]] = []
         for part in range(number):
             first, end = rows * part // number, rows * (part + 1) // number
-            length = self.length(int(counts[first:end].max()), most)
-            if parts and parts[-1][1] == length:
+            longest = int(counts[first:end].max())
+            if parts and parts[-1][1] == longest:
                 first = parts.pop()[0].start
-            parts.append((slice(first, end), length))
-        return parts
+            parts.append((slice(first, end), longest))
+        return [(place, self.length(longest, most)) for place, longest in parts]
 
     def capacity(self, count: int, most: int) -> int:
-        """The positions that a cache should have where ``count`` are in use: half as many again or
-        ``room`` more, but no more than ``most`` will be.
+        """The positions that a part of the cache should have where ``count`` are in use, but no
+        more than ``most`` will be. Captured, half as many again or ``room`` more: other tensors
+        need other graphs. Else no more than are read: to lay a part out anew costs less than gaps.
         """
-        return min(_up(count + max(self.room, count // 2), 64), _up(most, 8))
+        if self.captured:
+            return min(_up(count + max(self.room, count // 2), 64), _up(most, 8))
+        return self.length(count, most)
 
     def worth_moving(self, rows: int, unfinished: int) -> bool:
         """Whether rows should leave: captured, when a smaller bucket would do."""

@@ -8,51 +8,108 @@ from __future__ import annotations
 
 from typing import Callable, Protocol, Sequence
 
+import numpy as np
 import torch
 
 from megatron_rl.models.attention import PackedPlacement, dot_product_attention
 
 #: int64 [T] -> cos and sin, see `Place`
 Rotations = tuple[torch.Tensor, torch.Tensor]
+#: consecutive rows, and of each part a number of positions
+Parts = Sequence[tuple[slice, int]]
 
 
 class Cache:
-    """Keys and values of this rank's layers, [R, G, C, d] each, zero where nothing was written.
+    """Keys and values of this rank's layers, zero where nothing was written.
+
+    Rows lie in parts, each a tensor [R', G, C, d] of its own for every layer, and a step reads the
+    first positions of every row. On a CPU that takes twice as long where C is more than these: the
+    rest is a gap between what is read. Where rows are wanted otherwise they are laid out anew.
 
     Latent attention keeps the compressed vector and the rotated part of the key behind it, one
     group for all heads. It has no values: they are the first columns of the keys.
     """
 
     def __init__(
-        self,
-        widths: Sequence[tuple[int, int, int]],
-        rows: int,
-        capacity: int,
-        like: torch.Tensor,
+        self, widths: Sequence[tuple[int, int, int]], parts: Parts, like: torch.Tensor
     ) -> None:
         """
         Args:
             widths: of each layer the groups, and the widths of a key and of a value (0: none).
-            rows, capacity: R and C.
+            parts: rows, one part behind the other, and their C.
             like: of the type and on the device of the cache.
         """
-        self.rows, self.capacity = rows, capacity
-        self.keys = [like.new_zeros(rows, groups, capacity, key) for groups, key, _ in widths]
-        self.values = [like.new_zeros(rows, groups, capacity, value) for groups, _, value in widths]
+        self.parts = list(parts)
+        make = lambda groups, width: [  # noqa: E731
+            like.new_zeros(rows.stop - rows.start, groups, capacity, width)
+            for rows, capacity in parts
+        ]
+        #: of each layer, of each part
+        self.keys = [make(groups, key) for groups, key, _ in widths]
+        self.values = [make(groups, value) for groups, _, value in widths]
 
-    def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` positions, in new tensors."""
-        for store in (self.keys, self.values):
-            for place, tensor in enumerate(store):
-                grown = tensor.new_zeros(*tensor.shape[:2], capacity, tensor.shape[3])
-                grown[:, :, : self.capacity] = tensor
-                store[place] = grown
-        self.capacity = capacity
+    def holds(self, parts: Parts) -> bool:
+        """Whether these are its parts, with as many positions or more."""
+        return [rows for rows, _ in parts] == [rows for rows, _ in self.parts] and all(
+            length <= capacity for (_, length), (_, capacity) in zip(parts, self.parts)
+        )
 
-    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy rows ``sources`` int64 [n] over rows ``targets`` [n], which are others."""
-        for tensor in (*self.keys, *self.values):
-            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+    def lay_out(self, parts: Parts, sources: np.ndarray | None = None) -> None:
+        """Take other parts, in new tensors where they differ.
+
+        Args:
+            parts: with room for all that was written to their rows.
+            sources: int64 [R], of each row the one that it was; None: the same.
+        """
+        rows_before = np.arange(parts[-1][0].stop) if sources is None else sources
+        plans = [
+            [
+                (old, self._index(places), self._index(numbers))
+                for old, (old_rows, _) in enumerate(self.parts)
+                for places, numbers in [_common(rows_before[rows], old_rows)]
+                if len(places)
+            ]
+            for rows, _ in parts
+        ]
+        same = [
+            sources is None and number < len(self.parts) and part == self.parts[number]
+            for number, part in enumerate(parts)
+        ]
+        for stores in (self.keys, self.values):
+            for layer, before in enumerate(stores):
+                stores[layer] = [
+                    before[number] if same[number] else _copied(before, part, plans[number])
+                    for number, part in enumerate(parts)
+                ]
+        self.parts = list(parts)
+
+    def _index(self, numbers: np.ndarray) -> slice | torch.Tensor:
+        """A slice where they are consecutive, which copies nothing."""
+        if (np.diff(numbers) == 1).all() and len(numbers):
+            return slice(int(numbers[0]), int(numbers[-1]) + 1)
+        return torch.from_numpy(numbers).to(self.keys[0][0].device)
+
+
+def _copied(
+    before: list[torch.Tensor],
+    part: tuple[slice, int],
+    plan: list[tuple[int, slice | torch.Tensor, slice | torch.Tensor]],
+) -> torch.Tensor:
+    """A part made of rows of others: of which one, to which rows, from which rows."""
+    rows, capacity = part
+    _, groups, _, width = before[0].shape
+    made = before[0].new_empty(rows.stop - rows.start, groups, capacity, width)
+    for old, to_rows, from_rows in plan:
+        both = min(capacity, before[old].shape[2])
+        made[to_rows, :, :both] = before[old][from_rows, :, :both]
+        made[to_rows, :, both:] = 0
+    return made
+
+
+def _common(sources: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Which of ``sources`` are of these rows, int64 [n], and their numbers among the rows [n]."""
+    places = np.flatnonzero((rows.start <= sources) & (sources < rows.stop))
+    return places, sources[places] - rows.start
 
 
 class Place(Protocol):
@@ -104,10 +161,16 @@ class Prefill:
         self._rows, self._sources = rows, sources
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:  # noqa: D102
-        for tensor, store in ((key, self._cache.keys), (value, self._cache.values)):
-            if tensor.shape[-1]:
-                copies = tensor[self._sources].transpose(1, 2)
-                store[layer][self._rows, :, : copies.shape[2]] = copies
+        first, end = self._rows.start, self._rows.stop
+        for tensor, stores in ((key, self._cache.keys), (value, self._cache.values)):
+            if not tensor.shape[-1]:
+                continue
+            for (rows, capacity), part in zip(self._cache.parts, stores[layer]):
+                begin, until = max(rows.start, first), min(rows.stop, end)
+                if begin < until:
+                    sources = self._sources[begin - first : until - first, :capacity]
+                    copies = tensor[sources].transpose(1, 2)
+                    part[begin - rows.start : until - rows.start, :, : copies.shape[2]] = copies
 
     def attend(  # noqa: D102
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -129,7 +192,7 @@ class Decoding:
         cache: Cache,
         positions: torch.Tensor,
         rotations: Rotations,
-        parts: Sequence[tuple[slice, int]],
+        parts: Parts,
         value_width: int,
     ) -> None:
         """
@@ -137,18 +200,18 @@ class Decoding:
             cache: of R rows or more.
             positions: int64 [R], of the new tokens.
             rotations: cos and sin of these positions.
-            parts: consecutive rows, and how many positions of the cache are read of them: above all
-                of theirs.
+            parts: those of the cache, and how many positions are read of them: above all of theirs.
             value_width: columns of a key that are its value, where the cache has no values; 0: no
                 latent attention.
         """
         self.cos, self.sin = rotations
         self._cache, self._value_width = cache, value_width
-        groups = cache.keys[0].shape[1]
+        assert cache.holds(parts), "the cache is laid out for them"
+        groups = cache.keys[0][0].shape[1]
         columns = torch.arange(max(length for _, length in parts), device=positions.device)
         mask = (columns <= positions[:, None])[:, None, None]
         self._attention: Callable[..., torch.Tensor] = dot_product_attention
-        if cache.keys[0].dtype == torch.float32 and not value_width:
+        if cache.keys[0][0].dtype == torch.float32 and not value_width:
             # What is added to the scores. Latent attention would be 1.5e-5 from the scoring pass.
             self._attention = _products
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
@@ -156,27 +219,31 @@ class Decoding:
         self._parts = [(rows, length, mask[rows, ..., :length]) for rows, length in parts]
         if self._attention is _products:  # its two first dimensions in one, copied once a step
             self._parts = [(rows, length, mask.flatten(0, 1)) for rows, length, mask in self._parts]
-        pairs = torch.arange(len(positions) * groups, device=positions.device).view(-1, groups)
-        self._index = (pairs * cache.capacity + positions[:, None]).flatten()
+        self._cells = []  # of the new tokens, in each part
+        for rows, capacity in cache.parts:
+            count = (rows.stop - rows.start) * groups
+            first = torch.arange(0, count * capacity, capacity, device=positions.device)
+            self._cells.append((first.view(-1, groups) + positions[rows, None]).flatten())
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:  # noqa: D102
-        for tensor, store in ((key, self._cache.keys), (value, self._cache.values)):
+        for tensor, stores in ((key, self._cache.keys), (value, self._cache.values)):
             width = tensor.shape[-1]
-            if width:
-                flat = store[layer].view(-1, width)
-                flat.index_copy_(0, self._index, tensor.reshape(-1, width))
+            if not width:
+                continue
+            for (rows, *_), part, cells in zip(self._parts, stores[layer], self._cells):
+                part.view(-1, width).index_copy_(0, cells, tensor[rows].reshape(-1, width))
 
     def attend(  # noqa: D102
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        if not values.shape[-1]:
-            values = keys[..., : self._value_width]
+        if not values[0].shape[-1]:
+            values = [part[..., : self._value_width] for part in keys]
         outputs = [
             self._attention(
-                query[rows], keys[rows, :, :length], values[rows, :, :length], scale, mask=mask
+                query[rows], keys[n][:, :, :length], values[n][:, :, :length], scale, mask=mask
             )
-            for rows, length, mask in self._parts
+            for n, (rows, length, mask) in enumerate(self._parts)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_rl.device.memory import spare_bytes
 from megatron_rl.models.attention import PositionalRotaryEmbedding
 from megatron_rl.models.gpt.chunk import Chunk
 from megatron_rl.parallel.groups import Groups
@@ -17,6 +18,7 @@ from megatron_rl.rollout.builtin.plain.forward import PlainModel, angles_of
 from megatron_rl.rollout.builtin.plain.gather import with_all_experts, with_own_share
 from megatron_rl.rollout.builtin.plain.plan import Plan, shared_by_tensor_ranks
 from megatron_rl.rollout.builtin.plain.rounding import Rounding, rounded
+from megatron_rl.rollout.builtin.plain.transposed import transposed
 from megatron_rl.rollout.builtin.plain.weights import ChunkWeights, chunk_weights
 
 
@@ -35,10 +37,13 @@ def plain_model(
         groups: process groups.
         plan: that says how.
         longest: tokens of a prompt and its answer together.
-        rounding: none: the weights are views; else rounded copies of what this rank holds.
+        rounding: of the weights, in copies of what this rank holds.
     """
     config = chunks[0].config
     weights = tuple(_weights(chunk, config, groups, plan, rounding) for chunk in chunks)
+    if next(chunks[0].parameters()).device.type == "cpu":
+        most_bytes = spare_bytes() / len(chunks)
+        weights = tuple(transposed(chunk, most_bytes) for chunk in weights)
     rotary = next(m for m in chunks[0].modules() if isinstance(m, PositionalRotaryEmbedding))
     dtype, device = config.params_dtype, next(chunks[0].parameters()).device
     return PlainModel(

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from megatron_rl.rollout.builtin.plain.weights import ChunkWeights
+from megatron_rl.rollout.builtin.plain.weights import LINEAR, ChunkWeights, mapped
 
 Rounding = Literal["none", "bf16", "fp8"]
 
 #: Largest finite number of float8_e4m3fn.
 FP8_MAX = 448.0
-#: Weights of the linear layers and experts. vLLM's fp8 leaves routers, embedding, output layer,
-#: norms and biases in bf16.
-_LINEAR = frozenset(
-    {"qkv", "out", "query_down", "query", "latent_down", "latent_up", "up", "down"}
-)  # fmt: skip
 #: The routers' bias is fp32 in every precision.
 _KEPT = frozenset({"bias"})
 
@@ -26,10 +21,16 @@ def rounded(weights: ChunkWeights, how: Rounding) -> ChunkWeights:
     """The chunk with rounded copies of its weights, of the same types; ``none``: itself."""
     if how == "none":
         return weights
-    copy = _copy(weights, how)
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name in _KEPT:
+            return weight
+        # vLLM's fp8 leaves routers, embedding, output layer, norms and biases in bf16.
+        return to_fp8(weight) if how == "fp8" and name in LINEAR else to_bf16(weight)
+
+    copy = mapped(weights, change)
     if weights.head is weights.words:
         copy = dataclasses.replace(copy, head=copy.words)
-    assert isinstance(copy, ChunkWeights), "a copy of one"
     return copy
 
 
@@ -47,18 +48,3 @@ def to_fp8(weight: torch.Tensor) -> torch.Tensor:
     # 448 times a rounded scale may lie just above the largest weight.
     eighths = (exact / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return (eighths.float() * scale).to(weight.dtype)
-
-
-def _copy(part: Any, how: Rounding) -> Any:
-    """A dataclass of weights with all of them rounded, those within it included."""
-    changed: dict[str, Any] = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, torch.Tensor) and field.name not in _KEPT:
-            linear = how == "fp8" and field.name in _LINEAR
-            changed[field.name] = to_fp8(value) if linear else to_bf16(value)
-        elif isinstance(value, tuple):
-            changed[field.name] = tuple(_copy(one, how) for one in value)
-        elif dataclasses.is_dataclass(value):
-            changed[field.name] = _copy(value, how)
-    return dataclasses.replace(part, **changed)

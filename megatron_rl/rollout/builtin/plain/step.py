@@ -18,7 +18,7 @@ from megatron_rl.rollout.builtin.batches import split_by_tokens
 from megatron_rl.rollout.builtin.decoder import BatchPlan
 from megatron_rl.rollout.builtin.kept import KeptLog
 from megatron_rl.rollout.builtin.plain.buckets import Buckets
-from megatron_rl.rollout.builtin.plain.cache import Cache, Decoding, Prefill
+from megatron_rl.rollout.builtin.plain.cache import Cache, Decoding, Parts, Prefill
 from megatron_rl.rollout.builtin.plain.forward import PlainModel
 from megatron_rl.rollout.builtin.plain.graphs import Steps
 from megatron_rl.rollout.builtin.routes import Routes
@@ -54,7 +54,6 @@ class PlainDecoder:
         self._prompts = _Sorted(plan.batch.prompts, plan.batch.prompt_of)
         device, num_rows = model.device, len(plan.lengths)
         self._num_rows, order = num_rows, self._prompts.rows
-        room = max(num_rows, 1)
         # The last row of the results takes what is drawn for places without a row.
         shape = (num_rows + 1, plan.settings.max_new_tokens)
         self._tokens_out = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -68,9 +67,8 @@ class PlainDecoder:
         #: int64 [R], of the rows' newest tokens; rows that have finished may have been passed by
         self._reached = plan.lengths[order] - 1
         self._most = plan.longest + plan.settings.max_new_tokens
-        capacity = buckets.capacity(plan.longest + 1, self._most)
         like = torch.empty(0, dtype=model.dtype, device=device)
-        self._cache = Cache(model.widths(), room, capacity, like)
+        self._cache = Cache(model.widths(), self._roomy(self._next_parts(num_rows)), like)
 
     @property
     def tokens_out(self) -> torch.Tensor:  # noqa: D102
@@ -90,13 +88,12 @@ class PlainDecoder:
     def advance(self) -> None:  # noqa: D102
         if not self._num_rows:
             return
-        self._reached += 1
         rows = self._buckets.rows(self._num_rows, len(self._numbers))
-        parts = self._buckets.parts(self._reached[:rows] + 1, self._most)
+        parts = self._next_parts(rows)
+        self._reached += 1
+        if not self._cache.holds(parts):
+            self._lay_out(parts)
         length = max(length for _, length in parts)
-        if length > self._cache.capacity:
-            self._cache.grow(self._buckets.capacity(length, self._most))
-            self._steps.forget()
         self._steps.run((rows, length), lambda: self._advance(rows, parts))
         self._keep(rows)
 
@@ -115,18 +112,36 @@ class PlainDecoder:
         finished = self._finished[: self._num_rows]
         holes = finished[:unfinished].nonzero().squeeze(1)
         movers = (~finished[unfinished:]).nonzero().squeeze(1) + unfinished
-        self._cache.move(movers, holes)
         for tensor in self._row_tensors():
             tensor[holes] = tensor[movers]
-        self._reached[holes.cpu().numpy()] = self._reached[movers.cpu().numpy()]
+        sources = np.arange(len(self._reached))
+        sources[holes.cpu().numpy()] = movers.cpu().numpy()
+        self._reached = self._reached[sources]
         # What is drawn behind them from now on is nobody's.
         self._numbers[unfinished:] = len(self._tokens_out) - 1
         self._finished[unfinished:] = True
         self._num_rows = unfinished
+        if unfinished:
+            rows = self._buckets.rows(unfinished, len(self._numbers))
+            self._lay_out(self._next_parts(rows), sources[:rows])
 
     def routes(self, lengths: list[int]) -> list[RoutedExperts]:  # noqa: D102
         assert self._routes is not None, "they were wanted"
         return self._routes.take(self._prompts.prompt_of_row, lengths)
+
+    def _next_parts(self, rows: int) -> Parts:
+        """Of the first rows in the next step, and the positions that it reads."""
+        if not rows:
+            return [(slice(0, 0), 0)]
+        return self._buckets.parts(self._reached[:rows] + 2, self._most)
+
+    def _roomy(self, parts: Parts) -> Parts:
+        """With the positions that the cache should have."""
+        return [(rows, self._buckets.capacity(length, self._most)) for rows, length in parts]
+
+    def _lay_out(self, parts: Parts, sources: np.ndarray | None = None) -> None:
+        self._cache.lay_out(self._roomy(parts), sources)
+        self._steps.forget()
 
     @property
     def _keeps_logits(self) -> bool:
@@ -136,7 +151,7 @@ class PlainDecoder:
         state = (self._numbers, self._positions, self._limits, self._finished, self._tokens)
         return (*state, self._uniforms)
 
-    def _advance(self, rows: int, parts: list[tuple[slice, int]]) -> None:
+    def _advance(self, rows: int, parts: Parts) -> None:
         """One step of the first ``rows``: feed their tokens, draw the next."""
         positions = self._positions[:rows]
         place = Decoding(

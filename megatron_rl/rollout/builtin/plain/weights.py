@@ -7,8 +7,9 @@ here. A linear weight is [outputs, inputs].
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 
@@ -28,6 +29,13 @@ from megatron_rl.models.gpt.chunk import Chunk, layer_numbers
 from megatron_rl.models.gpt.names import name_in_model
 
 _MLP, _EXPERTS = "mlp", "mlp.experts"
+
+#: Fields of the classes below that are weights of linear layers and experts.
+LINEAR = frozenset(
+    {"qkv", "out", "query_down", "query", "latent_down", "latent_up", "up", "down"}
+)  # fmt: skip
+#: A weight of a field's name in place of another.
+Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class UnknownWeight(ValueError):
@@ -123,6 +131,27 @@ def chunk_weights(chunk: Chunk, first_expert: int) -> ChunkWeights:
     weights = ChunkWeights(words, layers, found.take(FINAL_NORM), head)
     found.all_taken()
     return weights
+
+
+def mapped(weights: ChunkWeights, change: Change) -> ChunkWeights:
+    """The chunk with each of its weights replaced."""
+    copy = _mapped(weights, change)
+    assert isinstance(copy, ChunkWeights), "a copy of one"
+    return copy
+
+
+def _mapped(part: Any, change: Change) -> Any:
+    """A dataclass of weights, those within it included."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, torch.Tensor):
+            changed[field.name] = change(field.name, value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(_mapped(one, change) for one in value)
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _mapped(value, change)
+    return dataclasses.replace(part, **changed)
 
 
 #: The copy of the embedding on a last pipeline stage.

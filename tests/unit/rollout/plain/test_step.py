@@ -90,6 +90,9 @@ def test_parts_of_the_rows_read_up_to_their_own_longest():
     assert free.parts(halves + 1, 99) == [(slice(0, 65), 48), (slice(65, 130), 40)]
     assert free.parts(halves[1:], 99) == [(slice(0, 64), 40), (slice(64, 129), 32)]
     assert free.parts(halves[:128], 99) == [(slice(0, 128), 40)]  # row 64 is in the second half
+    # They stay two parts in the steps where both read as much.
+    both = np.array([40] * 64 + [34] * 64)
+    assert free.parts(both, 99) == [(slice(0, 64), 40), (slice(64, 128), 40)]
     assert free.parts(halves[3:], 99) == [(slice(0, 127), 40)]  # too few to be two parts
     lengths = [length for _, length in free.parts(np.arange(999, 0, -1), 9999)]
     assert lengths == [1000, 752, 504, 256]
