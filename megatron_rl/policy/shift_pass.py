@@ -43,6 +43,9 @@ def forward_compared(
     if item.traces:
         trace = on_device(item.traces[chunk], policy.device.torch_device)
     own = item.own.traces[chunk] if item.own is not None and item.own.traces else None
+    relayed = uses_router_shift(algorithm)
+    if relayed:
+        policy.relay.expect(chunk, len(weights), weights.device)
     with (
         contextlib.nullcontext() if item.own is not None else _replayed(policy, chunk, trace),
         policy.capture.compare(chunk, trace, weights, telemetry, own) as distances,
@@ -50,7 +53,7 @@ def forward_compared(
         output = forward_pack(model, pack)
     if own is not None and algorithm.trace_store == "pinned":
         own.update({number: layer.pinned() for number, layer in own.items()})
-    if not uses_router_shift(algorithm):
+    if not relayed:
         return output, None
     own_distances = distances()
     total = policy.relay.pass_on(chunk, own_distances)

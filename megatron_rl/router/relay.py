@@ -3,9 +3,10 @@
 A stage joins its own layers' distances to the running value of the stages before, by the
 `LayerRule` of the run. For the mean and the maximum that is one number: 4 bytes a token and
 boundary, no gather of traces, no second forward pass. For a quantile it is every distance so far:
-4 bytes for each MoE layer before the boundary, at most 4 L. Sends do not block. Receives match in
-order: both schedules of Megatron (1F1B and interleaved) run the forward passes of a stage pair in
-the same order on either side, so a channel (one direction between neighbours) is a queue.
+4 bytes for each MoE layer before the boundary, at most 4 L. Sends do not block, and a receive
+begins before the forward pass whose distances it is joined with. They match in order: both
+schedules of Megatron (1F1B and interleaved) run the forward passes of a stage pair in the same
+order on either side, so a channel (one direction between neighbours) is a queue.
 """
 
 from __future__ import annotations
@@ -35,9 +36,27 @@ class DistanceRelay:
         self._layers_before = tuple(layers_before)
         self._pending: list[tuple[dist.Work, torch.Tensor]] = []
         self._waiting: list[torch.Tensor] = []
+        self._coming: tuple[dist.Work, torch.Tensor] | None = None
+
+    def expect(self, chunk: int, num_tokens: int, device: torch.device) -> None:
+        """Begin to receive the running value of a micro-batch that is about to run through a chunk.
+
+        Args:
+            chunk: its index.
+            num_tokens: T_local.
+            device: of the value.
+        """
+        if self._group.size() == 1 or not self._has_value_before(chunk, num_tokens):
+            return
+        shape = (self.rule.rows(self._layers_before[chunk]), num_tokens)
+        coming = torch.empty(shape, dtype=torch.float32, device=device)
+        source = (self._group.rank() - 1) % self._group.size()
+        work = dist.irecv(coming, src=dist.get_global_rank(self._group, source), group=self._group)
+        assert work is not None, "this rank is in its own group"
+        self._coming = work, coming
 
     def pass_on(self, chunk: int, distances: torch.Tensor) -> torch.Tensor | None:
-        """Join this chunk's distances to the running value of its micro-batch.
+        """Join this chunk's distances to the running value of its micro-batch; after `expect`.
 
         Args:
             chunk: index of the model chunk that ran.
@@ -49,9 +68,8 @@ class DistanceRelay:
         """
         stage, stages = self._group.rank(), self._group.size()
         running = self.rule.running(distances.float())
-        shape = (self.rule.rows(self._layers_before[chunk]), *distances.shape[1:])
-        if (stage > 0 or chunk > 0) and 0 not in shape:
-            before = self._receive((stage - 1) % stages, running.new_empty(shape))
+        before = self._received(chunk, distances.shape[1])
+        if before is not None:
             running = self.rule.join(before, running)
         if stage == stages - 1 and chunk == len(self._layers_before) - 1:
             return self.rule.total(running)
@@ -59,10 +77,19 @@ class DistanceRelay:
             self._send((stage + 1) % stages, running.detach().contiguous())
         return None
 
-    def _receive(self, source: int, received: torch.Tensor) -> torch.Tensor:
+    def _has_value_before(self, chunk: int, num_tokens: int) -> bool:
+        first = self._group.rank() == 0 and chunk == 0
+        return not first and self.rule.rows(self._layers_before[chunk]) * num_tokens > 0
+
+    def _received(self, chunk: int, num_tokens: int) -> torch.Tensor | None:
+        if not self._has_value_before(chunk, num_tokens):
+            return None
         if self._group.size() == 1:
             return self._waiting.pop(0)
-        dist.recv(received, src=dist.get_global_rank(self._group, source), group=self._group)
+        assert self._coming is not None, "expect comes before"
+        work, received = self._coming
+        self._coming = None
+        work.wait()
         return received
 
     def _send(self, target: int, running: torch.Tensor) -> None:

@@ -36,6 +36,7 @@ def _relayed(parallel, micro_batches, forward_only):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
         place = chunk * groups.pipeline.size() + groups.pipeline.rank()
+        relay.expect(chunk, TOKENS, tokens.device)
         output = forward_row(model, tokens, placement)
         total = relay.pass_on(chunk, 100.0 * number + place + torch.arange(TOKENS)[None] / 8)
 
@@ -120,6 +121,8 @@ def _appended(parallel, micro_batches, moe):
     def step(iterator, model):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
+        for relay in relays:
+            relay.expect(chunk, TOKENS, tokens.device)
         output = forward_row(model, tokens, placement)
         own = [100.0 * number + layer for layer in held[chunk] if layer in moe]
         rows = torch.tensor(own)[:, None] + torch.arange(TOKENS) / 8
