@@ -18,7 +18,6 @@ class Groups:
     world: ProcessGroup
     tensor: ProcessGroup
     pipeline: ProcessGroup
-    relay: ProcessGroup  #: the pipeline's ranks again, for messages beside activations
     context: ProcessGroup
     data: ProcessGroup  #: ranks with other data, same shard of the dense weights
     data_context: ProcessGroup  #: data x context: ranks over which dense gradients are summed
@@ -54,14 +53,12 @@ def build_groups(config: ParallelConfig) -> Groups:
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor,
     )
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is initialised"
     return Groups(
         world=world,
         tensor=parallel_state.get_tensor_model_parallel_group(),
-        pipeline=pipeline,
-        relay=_twin(pipeline),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -74,19 +71,6 @@ def build_groups(config: ParallelConfig) -> Groups:
         pipeline_stages=config.pipeline,
         virtual_stages=config.virtual_pipeline,
     )
-
-
-def _twin(group: ProcessGroup) -> ProcessGroup:
-    """A second group of the same ranks. Every rank makes all such groups, in the same order. A
-    group of one rank is returned as it is.
-    """
-    if group.size() == 1:
-        return group
-    mine = dist.get_process_group_ranks(group)
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    twins = {tuple(ranks): dist.new_group(ranks) for ranks in sorted(set(map(tuple, everyone)))}
-    return twins[tuple(mine)]
 
 
 def destroy_groups() -> None:

@@ -35,7 +35,8 @@ def forward_compared(
     this pass's own. With routing replay the routers use the experts of the trace. The telemetry
     counts in every case. The relay carries values and no gradients: ``layer_penalty``, 0-d, is what
     a layer's distance of a trained token costs in the loss's sum, and its gradient is added in the
-    backward pass of each chunk that does not return the distance.
+    backward pass of each chunk that does not return the distance. With router shift run the
+    schedule with ``measures_shift``.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     weights = tensor_slice(pack.trained_rows, policy.groups.tensor)
@@ -43,9 +44,8 @@ def forward_compared(
     if item.traces:
         trace = on_device(item.traces[chunk], policy.device.torch_device)
     own = item.own.traces[chunk] if item.own is not None and item.own.traces else None
-    relayed = uses_router_shift(algorithm)
-    if relayed:
-        policy.relay.expect(chunk, len(weights), weights.device)
+    relay, relays = policy.relay, uses_router_shift(algorithm)
+    before = relay.take(policy.chunks[chunk], chunk, len(weights)) if relays else None
     with (
         contextlib.nullcontext() if item.own is not None else _replayed(policy, chunk, trace),
         policy.capture.compare(chunk, trace, weights, telemetry, own) as distances,
@@ -53,14 +53,16 @@ def forward_compared(
         output = forward_pack(model, pack)
     if own is not None and algorithm.trace_store == "pinned":
         own.update({number: layer.pinned() for number, layer in own.items()})
-    if not relayed:
+    if not relays:
         return output, None
     own_distances = distances()
-    total = policy.relay.pass_on(chunk, own_distances)
-    if total is None and layer_penalty is not None and own_distances.requires_grad:
+    running = relay.join(before, own_distances)
+    if relay.ends_at(chunk):
+        return output, relay.rule.total(running)
+    if layer_penalty is not None and own_distances.requires_grad:
         penalty = layer_penalty.to(own_distances.dtype) * (own_distances * weights).sum()
         output = MoEAuxLossAutoScaler.apply(output, penalty)
-    return output, total
+    return relay.put(output, running), None
 
 
 def _replayed(
@@ -73,8 +75,7 @@ def _replayed(
 
 
 def finish_pass(policy: Policy) -> None:
-    """Finish the relay and the replay of a schedule's forward passes; call after the schedule."""
-    policy.relay.finish()
+    """Finish the replay of a schedule's forward passes; call after the schedule."""
     if policy.replay is not None:
         policy.replay.finish()
 
@@ -121,7 +122,8 @@ def gamma_mean(policy: Policy, scored: Sequence[ScoredPack]) -> torch.Tensor:
 
         return output, keep
 
-    run_schedule(policy, [item.pack for item in scored], forward_step, forward_only=True)
+    packs = [item.pack for item in scored]
+    run_schedule(policy, packs, forward_step, forward_only=True, measures_shift=True)
     finish_pass(policy)
     total, count = all_reduce(torch.stack(sums).sum(0), policy.groups.data)
     return torch.where(count > 0.5, total / count.clamp(min=1.0), 1.0)

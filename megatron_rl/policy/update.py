@@ -7,6 +7,7 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from megatron_rl.config.algorithm import uses_router_shift
 from megatron_rl.models.router import set_router_loss_scale
 from megatron_rl.observe.metrics import MetricSums
 from megatron_rl.parallel.collectives import all_reduce
@@ -123,7 +124,8 @@ def _run_backward(policy: Policy, packs: Sequence[PackTensors], forward_step: Fo
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
-    run_schedule(policy, packs, forward_step, forward_only=False)
+    shifts = uses_router_shift(policy.config.algorithm)
+    run_schedule(policy, packs, forward_step, forward_only=False, measures_shift=shifts)
     finish_pass(policy)
 
 

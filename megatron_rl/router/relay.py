@@ -1,12 +1,12 @@
-"""Carries each micro-batch's running distance from stage to stage, beside the activations.
+"""Carries each micro-batch's running distance from stage to stage, in rows behind its activations.
 
 A stage joins its own layers' distances to the running value of the stages before, by the
 `LayerRule` of the run. For the mean and the maximum that is one number: 4 bytes a token and
 boundary, no gather of traces, no second forward pass. For a quantile it is every distance so far:
-4 bytes for each MoE layer before the boundary, at most 4 L. Sends do not block, and a receive
-begins before the forward pass whose distances it is joined with. They match in order: both
-schedules of Megatron (1F1B and interleaved) run the forward passes of a stage pair in the same
-order on either side, so a channel (one direction between neighbours) is a queue.
+4 bytes for each MoE layer before the boundary, at most 4 L. Megatron's schedules send it with the
+activations of its micro-batch: there is no message, order or process group of its own.
+
+Legend: T_local tokens of this rank's part of a row, D hidden size, R rows of the running value.
 """
 
 from __future__ import annotations
@@ -14,95 +14,78 @@ from __future__ import annotations
 from typing import Sequence
 
 import torch
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from megatron_rl.algorithms.layer_rules import LayerRule
+from megatron_rl.models.gpt.chunk import Chunk
 
 
 class DistanceRelay:
-    """The side channel of one rank. With one stage and one chunk nothing is sent."""
+    """The running distances of one rank's chunks."""
 
-    def __init__(self, group: ProcessGroup, rule: LayerRule, layers_before: Sequence[int]) -> None:
+    def __init__(
+        self,
+        rule: LayerRule,
+        layers_before: Sequence[int],
+        *,
+        num_layers: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        is_first: bool,
+        is_last: bool,
+    ) -> None:
         """
         Args:
-            group: a process group of the pipeline's ranks that nothing else uses.
             rule: how the distances of the layers become one.
             layers_before: of each of this rank's chunks (virtual stages), the number of MoE layers
                 in front of it.
+            num_layers: MoE layers of the whole model.
+            hidden_size: D.
+            dtype: of activations between stages.
+            is_first: this rank holds the first pipeline stage.
+            is_last: this rank holds the last one.
         """
         self.rule = rule
-        self._group = group
         self._layers_before = tuple(layers_before)
-        self._pending: list[tuple[dist.Work, torch.Tensor]] = []
-        self._waiting: list[torch.Tensor] = []
-        self._coming: tuple[dist.Work, torch.Tensor] | None = None
+        self._num_layers = num_layers
+        self._floats_in_row = hidden_size * dtype.itemsize // 4
+        self._is_first, self._is_last = is_first, is_last
 
-    def expect(self, chunk: int, num_tokens: int, device: torch.device) -> None:
-        """Begin to receive the running value of a micro-batch that is about to run through a chunk.
-
-        Args:
-            chunk: its index.
-            num_tokens: T_local.
-            device: of the value.
+    def rows_behind(self, num_tokens: int) -> int:
+        """The rows [1, D] that the running value of T_local tokens takes between any two stages; 0
+        where there is one stage.
         """
-        if self._group.size() == 1 or not self._has_value_before(chunk, num_tokens):
-            return
-        shape = (self.rule.rows(self._layers_before[chunk]), num_tokens)
-        coming = torch.empty(shape, dtype=torch.float32, device=device)
-        source = (self._group.rank() - 1) % self._group.size()
-        work = dist.irecv(coming, src=dist.get_global_rank(self._group, source), group=self._group)
-        assert work is not None, "this rank is in its own group"
-        self._coming = work, coming
+        if self._is_first and self._is_last:
+            return 0
+        return -(-self.rule.rows(self._num_layers) * num_tokens // self._floats_in_row)
 
-    def pass_on(self, chunk: int, distances: torch.Tensor) -> torch.Tensor | None:
-        """Join this chunk's distances to the running value of its micro-batch; after `expect`.
-
-        Args:
-            chunk: index of the model chunk that ran.
-            distances: of each MoE layer of the chunk, possibly none, [L_chunk, T_local].
-
-        Returns:
-            The total of all layers, [T_local], on the last chunk of the last stage; None elsewhere,
-            after sending the running value on.
+    def take(self, model: Chunk, chunk: int, num_tokens: int) -> torch.Tensor | None:
+        """Cut off what came behind the activations [T_local, 1, D] that the chunk is about to run
+        on: the running value [R, T_local] of the layers before, None if there are none.
         """
-        stage, stages = self._group.rank(), self._group.size()
-        running = self.rule.running(distances.float())
-        before = self._received(chunk, distances.shape[1])
-        if before is not None:
-            running = self.rule.join(before, running)
-        if stage == stages - 1 and chunk == len(self._layers_before) - 1:
-            return self.rule.total(running)
-        if running.numel():  # nothing to send before the first layer, and the other side knows
-            self._send((stage + 1) % stages, running.detach().contiguous())
-        return None
-
-    def _has_value_before(self, chunk: int, num_tokens: int) -> bool:
-        first = self._group.rank() == 0 and chunk == 0
-        return not first and self.rule.rows(self._layers_before[chunk]) * num_tokens > 0
-
-    def _received(self, chunk: int, num_tokens: int) -> torch.Tensor | None:
-        if not self._has_value_before(chunk, num_tokens):
+        if self._is_first and chunk == 0:
             return None
-        if self._group.size() == 1:
-            return self._waiting.pop(0)
-        assert self._coming is not None, "expect comes before"
-        work, received = self._coming
-        self._coming = None
-        work.wait()
-        return received
+        received = model.decoder.input_tensor
+        model.set_input_tensor(received[:num_tokens])
+        rows = self.rule.rows(self._layers_before[chunk])
+        floats = received.detach()[num_tokens:].flatten().view(torch.float32)
+        return floats[: rows * num_tokens].view(rows, num_tokens) if rows else None
 
-    def _send(self, target: int, running: torch.Tensor) -> None:
-        if self._group.size() == 1:
-            self._waiting.append(running)
-            return
-        rank = dist.get_global_rank(self._group, target)
-        work = dist.isend(running, dst=rank, group=self._group)
-        assert work is not None, "this rank is in its own group"
-        self._pending.append((work, running))
+    def join(self, before: torch.Tensor | None, distances: torch.Tensor) -> torch.Tensor:
+        """The running value behind a chunk: of what `take` gave and the distances of each MoE layer
+        of the chunk, possibly none, [L_chunk, T_local].
+        """
+        running = self.rule.running(distances.float())
+        return running if before is None else self.rule.join(before, running)
 
-    def finish(self) -> None:
-        """Wait for all sends; call once the schedule has ended."""
-        for work, _ in self._pending:
-            work.wait()
-        self._pending.clear()
+    def ends_at(self, chunk: int) -> bool:
+        """Whether the chunk is the last of the model: its running value is that of all layers."""
+        return self._is_last and chunk == len(self._layers_before) - 1
+
+    def put(self, output: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+        """A chunk's output [T_local, 1, D] with the running value behind it; no gradient flows
+        through that.
+        """
+        num_tokens, _, hidden_size = output.shape
+        behind = running.new_zeros(self.rows_behind(num_tokens) * self._floats_in_row)
+        behind[: running.numel()] = running.detach().flatten()
+        return torch.cat([output, behind.view(output.dtype).view(-1, 1, hidden_size)])

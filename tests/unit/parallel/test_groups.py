@@ -1,6 +1,5 @@
 import dataclasses
 
-import torch
 import torch.distributed as dist
 
 from megatron_rl.config.schema import ParallelConfig
@@ -8,7 +7,7 @@ from tests.support.ranks import run_on_ranks
 
 
 def _members(parallel):
-    """On a rank: the global ranks of each of its groups, and a sum over the relay's twin group."""
+    """On a rank: the global ranks of each of its groups."""
     from megatron.core import parallel_state
 
     from megatron_rl.parallel.groups import build_groups, destroy_groups
@@ -16,16 +15,12 @@ def _members(parallel):
     if parallel_state.model_parallel_is_initialized():
         destroy_groups()
     groups = build_groups(ParallelConfig(**parallel))
-    total = torch.tensor([float(dist.get_rank())])
-    dist.all_reduce(total, group=groups.relay)
     members = {
         field.name: dist.get_process_group_ranks(getattr(groups, field.name))
         for field in dataclasses.fields(groups)
         if isinstance(getattr(groups, field.name), dist.ProcessGroup)
     }
     members["stages"] = (groups.is_first_stage, groups.is_last_stage)
-    members["relay is its own"] = groups.relay is not groups.pipeline
-    members["sum over the relay"] = total.item()
     destroy_groups()
     members["destroyed"] = not parallel_state.model_parallel_is_initialized()
     return members
@@ -35,8 +30,7 @@ def test_tensor_is_the_fastest_axis_and_pipeline_the_slowest():
     results = run_on_ranks(4, _members, {"tensor": 2, "pipeline": 2})
     for rank, found in enumerate(results):
         assert found["tensor"] == [[0, 1], [0, 1], [2, 3], [2, 3]][rank]
-        assert found["pipeline"] == found["relay"] == [[0, 2], [1, 3]][rank % 2]
-        assert found["relay is its own"] and found["sum over the relay"] == [2.0, 4.0][rank % 2]
+        assert found["pipeline"] == [[0, 2], [1, 3]][rank % 2]
         assert found["data"] == found["expert"] == [rank]
         assert found["model"] == found["world"] == [0, 1, 2, 3]
         # Experts are whole on both tensor-parallel ranks: copies of each other.
@@ -52,4 +46,3 @@ def test_expert_groups_lie_in_the_data_parallel_ranks():
         assert found["expert"] == [[0, 1], [0, 1], [2, 3], [2, 3]][rank]
         assert found["expert_data"] == [[0, 2], [1, 3]][rank % 2]
         assert found["tensor"] == found["pipeline"] == [rank]
-        assert not found["relay is its own"]

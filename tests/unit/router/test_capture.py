@@ -192,12 +192,11 @@ def test_an_attached_distance_has_the_gradient_of_the_definition(distance):
 
 @pytest.mark.parametrize("layers", ["mean", "max", "quantile", "last"])
 def test_what_runs_is_the_published_formula(monkeypatch, layers):
-    """Every layer is measured by `shift_distance`, and what the relay makes of the layers is, bit
+    """Every layer is measured by `shift_distance`, and what the rule makes of the layers is, bit
     for bit, `shift_distance` of all of them at once.
     """
     from megatron_rl.algorithms import distance_rules
     from megatron_rl.algorithms.layer_rules import layer_rule
-    from megatron_rl.router.relay import DistanceRelay
 
     seen = []
 
@@ -214,10 +213,8 @@ def test_what_runs_is_the_published_formula(monkeypatch, layers):
     assert new.shape == (ROOM, len(trace), watched.config.model.moe_top_k)
     assert torch.equal(old, torch.stack([trace[n].logprobs for n in sorted(trace)], dim=1))
 
-    class OneRank:
-        rank, size = (lambda self: 0), (lambda self: 1)
-
-    total = DistanceRelay(OneRank(), layer_rule(layers, 0.5), [0]).pass_on(0, distances)
+    rule = layer_rule(layers, 0.5)
+    total = rule.total(rule.running(distances))
     assert total.min() > 1e-3
     assert torch.equal(total, shift_distance(new, old, layers, 0.5))
 

@@ -9,10 +9,24 @@ from tests.support.tiny import cpu_device, tiny_config
 TOKENS = 8
 
 
-def _relayed(parallel, micro_batches, forward_only):
+def relay_of(groups, rule, layers_before, chunks, num_layers=4, **changed):
+    from megatron_rl.router.relay import DistanceRelay
+
+    config = chunks[0].config
+    settings = dict(
+        num_layers=num_layers,
+        hidden_size=config.hidden_size,
+        dtype=config.pipeline_dtype,
+        is_first=groups.is_first_stage,
+        is_last=groups.is_last_stage,
+    )
+    return DistanceRelay(rule, layers_before, **(settings | changed))
+
+
+def _relayed(parallel, micro_batches, forward_only, dtype="fp32"):
     """On a rank: {micro-batch: total} as its loss saw it.
 
-    Each chunk adds 100 * micro-batch + its number in the model + token / 8.
+    Each chunk adds 100 * micro-batch + its number in the model + token / 8, and a third.
     """
     cpu_device()
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,12 +34,11 @@ def _relayed(parallel, micro_batches, forward_only):
     from megatron_rl.algorithms.layer_rules import layer_rule
     from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
-    from megatron_rl.router.relay import DistanceRelay
     from tests.support.tiny import build_tiny
 
-    config = tiny_config(parallel=parallel, model={"num_layers": 4})
+    config = tiny_config(parallel=parallel, model={"num_layers": 4, "dtype": dtype})
     groups, _, chunks = build_tiny(config)
-    relay = DistanceRelay(groups.relay, layer_rule("mean"), [0] * len(chunks))
+    relay = relay_of(groups, layer_rule("mean"), [0] * len(chunks), chunks)
     tokens, placement = (
         torch.arange(TOKENS),
         packed_placement([TOKENS], TOKENS, torch.device("cpu")),
@@ -36,16 +49,18 @@ def _relayed(parallel, micro_batches, forward_only):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
         place = chunk * groups.pipeline.size() + groups.pipeline.rank()
-        relay.expect(chunk, TOKENS, tokens.device)
+        before = relay.take(model, chunk, TOKENS)
         output = forward_row(model, tokens, placement)
-        total = relay.pass_on(chunk, 100.0 * number + place + torch.arange(TOKENS)[None] / 8)
+        own = 100.0 * number + place + torch.arange(TOKENS)[None] / 8 + 1 / 3
+        running = relay.join(before, own)
 
         def loss(logits):
-            totals[number] = total
+            totals[number] = relay.rule.total(running)
             return logits.sum() * 0, torch.tensor(1, dtype=torch.int), {}
 
-        assert (total is not None) == (place == len(chunks) * groups.pipeline.size() - 1)
-        return output, loss
+        last = place == len(chunks) * groups.pipeline.size() - 1
+        assert relay.ends_at(chunk) == last
+        return output if last else relay.put(output, running), loss
 
     iterators = [iter(range(micro_batches)) for _ in chunks]
     get_forward_backward_func()(
@@ -53,11 +68,10 @@ def _relayed(parallel, micro_batches, forward_only):
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=micro_batches,
-        seq_length=TOKENS,
+        seq_length=TOKENS + relay.rows_behind(TOKENS),
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    relay.finish()
     return totals
 
 
@@ -73,23 +87,23 @@ def _relayed(parallel, micro_batches, forward_only):
     ids=["one stage", "two", "four", "interleaved"],
 )
 def test_each_micro_batch_meets_its_own_sum(ranks, parallel, micro_batches, forward_only):
+    _check_sums(ranks, parallel, micro_batches, forward_only)
+
+
+def test_between_stages_in_bf16_the_sums_stay_fp32():
+    _check_sums(2, {"pipeline": 2}, 3, False, "bf16")
+
+
+def _check_sums(ranks, parallel, micro_batches, *settings):
     chunks = ranks * parallel.get("virtual_pipeline", 1)
-    *others, last = run_on_ranks(ranks, _relayed, parallel, micro_batches, forward_only)
+    *others, last = run_on_ranks(ranks, _relayed, parallel, micro_batches, *settings)
     assert others == [{}] * (ranks - 1)
     assert sorted(last) == list(range(micro_batches))
     for number, total in last.items():
-        constant = chunks * 100.0 * number + chunks * (chunks - 1) / 2
-        assert total.tolist() == [constant + chunks * t / 8 for t in range(TOKENS)]
-
-
-class _OneRank:
-    """A process group of one rank, as far as the relay looks at it."""
-
-    def rank(self):
-        return 0
-
-    def size(self):
-        return 1
+        expected = torch.zeros(TOKENS)
+        for place in range(chunks):
+            expected = expected + (100.0 * number + place + torch.arange(TOKENS) / 8 + 1 / 3)
+        assert total.tolist() == expected.tolist()
 
 
 def _appended(parallel, micro_batches, moe):
@@ -103,7 +117,6 @@ def _appended(parallel, micro_batches, moe):
     from megatron_rl.algorithms.layer_rules import layer_rule
     from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
-    from megatron_rl.router.relay import DistanceRelay
     from tests.support.tiny import build_tiny
 
     config = tiny_config(parallel=parallel, model={"num_layers": 8})
@@ -111,7 +124,7 @@ def _appended(parallel, micro_batches, moe):
     held = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in chunks]
     before = [sum(number < layers[0] for number in moe) for layers in held]
     rules = [layer_rule("quantile", rank / len(moe)) for rank in range(1, len(moe) + 1)]
-    relays = [DistanceRelay(groups.relay, rule, before) for rule in rules]
+    relays = [relay_of(groups, rule, before, chunks, len(moe)) for rule in rules]
     tokens, placement = (
         torch.arange(TOKENS),
         packed_placement([TOKENS], TOKENS, torch.device("cpu")),
@@ -121,18 +134,18 @@ def _appended(parallel, micro_batches, moe):
     def step(iterator, model):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
-        for relay in relays:
-            relay.expect(chunk, TOKENS, tokens.device)
+        so_far = relays[0].take(model, chunk, TOKENS)  # the same for all
         output = forward_row(model, tokens, placement)
         own = [100.0 * number + layer for layer in held[chunk] if layer in moe]
         rows = torch.tensor(own)[:, None] + torch.arange(TOKENS) / 8
-        every = [relay.pass_on(chunk, rows) for relay in relays]
+        running = relays[0].join(so_far, rows)
 
         def loss(logits):
+            every = [relay.rule.total(running) for relay in relays]
             seen[number] = torch.stack(every).tolist()
             return logits.sum() * 0, torch.tensor(1, dtype=torch.int), {}
 
-        return output, loss
+        return output if relays[0].ends_at(chunk) else relays[0].put(output, running), loss
 
     get_forward_backward_func()(
         forward_step_func=step,
@@ -141,12 +154,10 @@ def _appended(parallel, micro_batches, moe):
         else iter(range(micro_batches)),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=micro_batches,
-        seq_length=TOKENS,
+        seq_length=TOKENS + relays[0].rows_behind(TOKENS),
         micro_batch_size=1,
         forward_only=False,
     )
-    for relay in relays:
-        relay.finish()
     return seen
 
 
@@ -165,21 +176,35 @@ def test_for_a_quantile_the_last_stage_has_the_distance_of_every_layer(ranks, pa
         assert last[number] == expected
 
 
-@pytest.mark.parametrize(
-    ("layers", "totals"),
-    [("mean", [18.0, 1.5]), ("max", [10.0, 1.0]), ("quantile", [7.0, 0.5])],
-)
-def test_chunks_of_one_rank_pass_on_without_sending(layers, totals):
-    """Of two micro-batches, chunk by chunk; the second chunk of three has no MoE layer."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_put_behind_activations_is_taken_bit_by_bit_and_gradients_pass_by(dtype):
+    """Three rows of five tokens behind activations of width 4: in fp32 four rows of it."""
+    cpu_device()
     from megatron_rl.algorithms.layer_rules import layer_rule
     from megatron_rl.router.relay import DistanceRelay
 
-    relay = DistanceRelay(_OneRank(), layer_rule(layers, 0.5), layers_before=[0, 1, 1])
-    assert relay.pass_on(0, torch.tensor([[1.0, 2.0]])) is None
-    assert relay.pass_on(0, torch.tensor([[0.0, 0.5]])) is None
-    assert relay.pass_on(1, torch.zeros(0, 2)) is None
-    assert relay.pass_on(1, torch.zeros(0, 2)) is None
-    found = relay.pass_on(2, torch.tensor([[7.0, 7.0], [10.0, 0.0]]))
-    assert found.tolist() == [totals[0], {"mean": 9.0, "max": 7.0, "quantile": 2.0}[layers]]
-    found = relay.pass_on(2, torch.tensor([[0.5, 0.5], [1.0, 0.25]]))
-    assert found.tolist() == [totals[1], {"mean": 1.25, "max": 0.5, "quantile": 0.5}[layers]]
+    make = lambda first, last: DistanceRelay(  # noqa: E731
+        layer_rule("quantile", 0.5), [3], num_layers=3, hidden_size=4, dtype=dtype, is_first=first,
+        is_last=last,
+    )  # fmt: skip
+    assert make(True, True).rows_behind(5) == 0
+    assert make(True, False).rows_behind(5) == {torch.float32: 4, torch.bfloat16: 8}[dtype]
+    running = torch.tensor([0.1, float("nan"), 1e-42, 3.3e38, -1 / 3]).repeat(3).view(3, 5)
+    output = torch.randn(5, 1, 4).to(dtype).requires_grad_()
+    sent = make(True, False).put(output, running)
+    assert torch.equal(sent[:5], output)
+
+    class Model:
+        decoder = type("Block", (), {})()
+
+        def set_input_tensor(self, tensor):
+            self.decoder.input_tensor = tensor
+
+    received, model = sent.detach().requires_grad_(), Model()
+    model.set_input_tensor(received)
+    taken = make(False, True).take(model, 0, 5)
+    assert torch.equal(taken.view(torch.int32), running.view(torch.int32))
+    weights = torch.randn(5, 1, 4).to(dtype)
+    (model.decoder.input_tensor * weights).sum().backward()
+    sent.backward(received.grad)
+    assert torch.equal(output.grad, weights) and not taken.requires_grad
