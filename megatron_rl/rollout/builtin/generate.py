@@ -227,10 +227,12 @@ class BuiltinEngine(WholeAnswers):
         return self._groups.model.size() == 1
 
     def _plain(self, plan: BatchPlan, model: PlainModel, kept: KeptLog | None) -> Decoder:
-        captured = self._device.type == "cuda" and self._alone
+        on_cuda = self._device.type == "cuda"
+        captured = on_cuda and self._alone
+        buckets = Buckets(captured, tight=not on_cuda)  # only a CPU's caches mind gaps
         steps = CapturedSteps() if captured else Steps()
         routes = self._routes(plan, logprobs=plan.settings.router_logprobs)
-        return PlainDecoder(model, plan, routes, Buckets(captured), steps, kept)
+        return PlainDecoder(model, plan, routes, buckets, steps, kept)
 
     def _routes(self, plan: BatchPlan, *, logprobs: bool = False) -> Routes | None:
         """What keeps the experts, and their log-probabilities; None: they are not wanted."""

@@ -21,8 +21,8 @@ class Buckets:
     """
 
     captured: bool  #: steps are captured
-    #: captured, a cache has at first room for this many positions behind the prompts
-    room: int = 256
+    tight: bool = False  #: a cache has room for no more than a step reads
+    room: int = 256  #: else, at first, for this many positions behind the prompts
 
     def rows(self, count: int, most: int) -> int:
         """The rows of a step in which ``count`` >= 1 still generate: captured, a power of two of at
@@ -63,12 +63,11 @@ class Buckets:
 
     def capacity(self, count: int, most: int) -> int:
         """The positions that a part of the cache should have where ``count`` are in use, but no
-        more than ``most`` will be. Captured, half as many again or ``room`` more: other tensors
-        need other graphs. Else no more than are read: to lay a part out anew costs less than gaps.
+        more than ``most`` will be: as many as are read, or half as many again or ``room`` more.
         """
-        if self.captured:
-            return min(_up(count + max(self.room, count // 2), 64), _up(most, 8))
-        return self.length(count, most)
+        if self.tight:
+            return self.length(count, most)
+        return min(_up(count + max(self.room, count // 2), 64), _up(most, 8))
 
     def worth_moving(self, rows: int, unfinished: int) -> bool:
         """Whether rows should leave: captured, when a smaller bucket would do."""

@@ -1,4 +1,4 @@
-"""A key/value cache of fixed strides, and the places of tokens that fill it and read it.
+"""A key/value cache whose rows lie in parts, and the places of tokens that fill it and read it.
 
 Legend: R rows, T tokens of a pass, G key/value groups and H query heads of this rank, d width of a
 head, C positions of the cache.

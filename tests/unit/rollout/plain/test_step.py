@@ -42,7 +42,7 @@ def buckets_as_captured():
             step()
 
     with (
-        mock.patch.object(generate, "Buckets", lambda captured: Buckets(True, room=8)),
+        mock.patch.object(generate, "Buckets", lambda captured, tight: Buckets(True, room=8)),
         mock.patch.object(generate, "Steps", Recorded),
     ):
         yield keys
@@ -73,7 +73,9 @@ def test_buckets():
     ]  # fmt: skip
     assert all(captured.length(n, 999) >= n for n in range(1, 1000))
     assert [free.length(n, 100) for n in (1, 16, 17, 97)] == [8, 16, 24, 104]
-    for buckets in (captured, free):
+    tight = Buckets(False, tight=True)
+    assert [tight.capacity(n, 100) for n in (1, 16, 17, 97)] == [8, 16, 24, 104]
+    for buckets in (captured, free, tight):
         for count in range(1, 2000):
             capacity = buckets.capacity(count, 2000)
             assert capacity >= buckets.length(count, 2000) and capacity <= 2000
