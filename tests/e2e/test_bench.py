@@ -51,3 +51,12 @@ def test_growth_of_a_size_and_of_ranks(tmp_path):
         ("EP ranks", "wall"),
     ]
     assert all(len(row["times"]) == 2 and row["times"][0]["median"] > 0 for row in rows)
+
+
+def test_growth_takes_real_steps(tmp_path):
+    file = tmp_path / "rows.json"
+    words = ["--smallest", "--factors", "1", "--rounds", "1", "--only", "batch"]
+    _run("growth.py", *words, "--json", str(file), limit=180)
+    rows = json.loads(file.read_text())
+    assert [row["stage"] for row in rows] == ["rollout", "score", "update", "optimizer"]
+    assert all(row["times"][0]["median"] > 0 and row["expected"] == 1.0 for row in rows)

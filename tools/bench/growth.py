@@ -44,8 +44,8 @@ CLOSE = 0.15
 
 _FIXED = "a decoding step has costs that do not grow, such as launching its operators"
 _PREFILL = "tokens of a prompt cost less than decoded ones, for they are passed over together"
-_LOGITS = "logits are computed at prompts too; the formula counts them at answers only"
-_PADDING = f"a step's packs are all as long as the fullest: padding adds 20% (50% at x2); {_LOGITS}"
+_PASSED = "no pass scores (`rollout.scores`): what is left grows with samples, not with the model"
+_TILES = "logits of a pack no longer fit in one tile, so the backward pass computes them again"
 _SHARED = "tokens of a prompt are passed over once for all its answers; the formula counts each"
 _ROWS = "the experts' products have fewer rows each, and more weights are read"
 _STEP = "an optimizer step has costs that do not grow"
@@ -55,21 +55,22 @@ WHY = {
     ("batch", "rollout", "below"): _FIXED,
     ("answer", "rollout", "above"): f"{_PREFILL}, and answers go from 67% to 94% of all",
     ("prompt", "rollout", "below"): f"{_PREFILL}, and prompts go from 33% to 80% of all",
-    ("prompt", "score", "above"): _PADDING,
-    ("prompt", "update", "above"): _PADDING,
-    ("prompt", "score", "below"): _SHARED,
+    ("answer", "score", "below"): _PASSED,
+    ("answer", "update", "above"): f"{_SHARED}, and answers go from 67% to 94% of all",
+    ("prompt", "score", "below"): _PASSED,
     ("prompt", "update", "below"): _SHARED,
     ("layers", "rollout", "below"): _FIXED,
+    ("layers", "score", "below"): _PASSED,
     ("experts", "rollout", "above"): _ROWS,
     ("experts", "score", "above"): _ROWS,
     ("experts", "update", "above"): f"{_ROWS}; more gradients are cleared and summed",
     ("vocabulary", "rollout", "below"): _FIXED,
-    ("vocabulary", "score", "above"): _LOGITS,
-    ("vocabulary", "update", "above"): _LOGITS,
+    ("vocabulary", "score", "below"): _PASSED,
+    ("vocabulary", "update", "above"): _TILES,
     ("DP ranks", "cpu", "above"): _WAIT,
     ("DP ranks", "wall", "above"): _WAIT,
-    ("EP ranks", "cpu", "above"): f"{_WAIT}; tokens are copied to their experts' ranks and back",
-    ("EP ranks", "wall", "above"): f"{_WAIT}, and in every layer for the busiest experts' rank",
+    ("EP ranks", "cpu", "above"): f"{_WAIT}; experts' weights, or tokens, travel between ranks",
+    ("EP ranks", "wall", "above"): f"{_WAIT}; experts' weights, or tokens, travel between ranks",
     **{(size, "optimizer", "below"): _STEP for size in ("layers", "experts", "vocabulary")},
 }
 

@@ -117,7 +117,7 @@ class Ranks:
         config = config_of(point)
         self.groups = self.groups or build_groups(config.parallel)
         policy = build_policy(config, self.device, self.groups, optimizer_steps=1000)
-        words = SimpleNamespace(eos_id=0, decode=lambda ids: " ".join(map(str, ids)))
+        words = SimpleNamespace(eos_id=0, piece=str, decode=lambda ids: " ".join(map(str, ids)))
         # no token ends an answer
         rest = (words, {}, SilentConsole(), _processor_timers(), StopRequest())
         session = TaskSession(config, self.launch, self.device, self.groups, *rest)
