@@ -9,6 +9,8 @@ import numpy as np
 #: Finished rows leave when at most this share of the rows still generates (not captured).
 COMPACT_BELOW = 0.9
 
+#: From so many positions on, a cache without gaps costs more copying than gaps would.
+LONG = 256
 
 #: Rows of similar length that read the cache together (not captured), at least.
 PART_ROWS = 64
@@ -21,7 +23,7 @@ class Buckets:
     """
 
     captured: bool  #: steps are captured
-    tight: bool = False  #: a cache has room for no more than a step reads
+    tight: bool = False  #: a cache has room for little more than a step reads
     room: int = 256  #: else, at first, for this many positions behind the prompts
 
     def rows(self, count: int, most: int) -> int:
@@ -63,10 +65,12 @@ class Buckets:
 
     def capacity(self, count: int, most: int) -> int:
         """The positions that a part of the cache should have where ``count`` are in use, but no
-        more than ``most`` will be: as many as are read, or half as many again or ``room`` more.
+        more than ``most`` will be: half as many again or ``room`` more. Tight: as many as are read,
+        from `LONG` on an eighth more at most.
         """
         if self.tight:
-            return self.length(count, most)
+            unit = 8 if count < LONG else 1 << (count.bit_length() - 4)
+            return min(_up(count, unit), _up(most, 8))
         return min(_up(count + max(self.room, count // 2), 64), _up(most, 8))
 
     def worth_moving(self, rows: int, unfinished: int) -> bool:

@@ -75,6 +75,13 @@ def test_buckets():
     assert [free.length(n, 100) for n in (1, 16, 17, 97)] == [8, 16, 24, 104]
     tight = Buckets(False, tight=True)
     assert [tight.capacity(n, 100) for n in (1, 16, 17, 97)] == [8, 16, 24, 104]
+    assert [tight.capacity(n, 2000) for n in (255, 257, 511, 513, 1990)] == [
+        256,
+        288,
+        512,
+        576,
+        2000,
+    ]
     for buckets in (captured, free, tight):
         for count in range(1, 2000):
             capacity = buckets.capacity(count, 2000)
