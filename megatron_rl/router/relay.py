@@ -2,9 +2,10 @@
 
 A stage joins its own layers' distances to the running value of the stages before, by the
 `LayerRule` of the run. For the mean and the maximum that is one number: 4 bytes a token and
-boundary, no gather of traces, no second forward pass. For a quantile it is every distance so far:
-4 bytes for each MoE layer before the boundary, at most 4 L. Megatron's schedules send it with the
-activations of its micro-batch: there is no message, order or process group of its own.
+boundary, no gather of traces, no second forward pass. For a quantile it is every distance so far,
+in room for those of all L layers: 4 L bytes. Megatron's schedules send it with the activations of
+its micro-batch, in whole rows of them, and rows of zeros with their gradients: there is no message,
+order or process group of its own.
 
 Legend: T_local tokens of this rank's part of a row, D hidden size, R rows of the running value.
 """
@@ -47,7 +48,7 @@ class DistanceRelay:
         self.rule = rule
         self._layers_before = tuple(layers_before)
         self._num_layers = num_layers
-        self._floats_in_row = hidden_size * dtype.itemsize // 4
+        self._row_bytes = hidden_size * dtype.itemsize
         self._is_first, self._is_last = is_first, is_last
 
     def rows_behind(self, num_tokens: int) -> int:
@@ -56,7 +57,7 @@ class DistanceRelay:
         """
         if self._is_first and self._is_last:
             return 0
-        return -(-self.rule.rows(self._num_layers) * num_tokens // self._floats_in_row)
+        return -(-4 * self.rule.rows(self._num_layers) * num_tokens // self._row_bytes)
 
     def take(self, model: Chunk, chunk: int, num_tokens: int) -> torch.Tensor | None:
         """Cut off what came behind the activations [T_local, 1, D] that the chunk is about to run
@@ -67,8 +68,11 @@ class DistanceRelay:
         received = model.decoder.input_tensor
         model.set_input_tensor(received[:num_tokens])
         rows = self.rule.rows(self._layers_before[chunk])
-        floats = received.detach()[num_tokens:].flatten().view(torch.float32)
-        return floats[: rows * num_tokens].view(rows, num_tokens) if rows else None
+        if not rows:
+            return None
+        behind = received.detach()[num_tokens:].flatten()
+        used = behind[: 4 * rows * num_tokens // behind.itemsize].clone()  # which is aligned
+        return used.view(torch.float32).view(rows, num_tokens)
 
     def join(self, before: torch.Tensor | None, distances: torch.Tensor) -> torch.Tensor:
         """The running value behind a chunk: of what `take` gave and the distances of each MoE layer
@@ -86,6 +90,7 @@ class DistanceRelay:
         through that.
         """
         num_tokens, _, hidden_size = output.shape
-        behind = running.new_zeros(self.rows_behind(num_tokens) * self._floats_in_row)
-        behind[: running.numel()] = running.detach().flatten()
-        return torch.cat([output, behind.view(output.dtype).view(-1, 1, hidden_size)])
+        values = running.detach().flatten().view(output.dtype)
+        behind = output.new_zeros(self.rows_behind(num_tokens), 1, hidden_size)
+        behind.view(-1)[: len(values)] = values
+        return torch.cat([output, behind])

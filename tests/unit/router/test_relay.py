@@ -176,21 +176,26 @@ def test_for_a_quantile_the_last_stage_has_the_distance_of_every_layer(ranks, pa
         assert last[number] == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_put_behind_activations_is_taken_bit_by_bit_and_gradients_pass_by(dtype):
-    """Three rows of five tokens behind activations of width 4: in fp32 four rows of it."""
+@pytest.mark.parametrize(
+    ("dtype", "width", "rows"),
+    [(torch.float32, 4, 4), (torch.bfloat16, 4, 8), (torch.bfloat16, 7, 5)],
+)
+def test_what_is_put_behind_activations_is_taken_bit_by_bit_and_gradients_pass_by(
+    dtype, width, rows
+):
+    """Three values of five tokens, 60 bytes, behind activations."""
     cpu_device()
     from megatron_rl.algorithms.layer_rules import layer_rule
     from megatron_rl.router.relay import DistanceRelay
 
+    rule, shape = layer_rule("quantile", 0.5), dict(num_layers=3, hidden_size=width, dtype=dtype)
     make = lambda first, last: DistanceRelay(  # noqa: E731
-        layer_rule("quantile", 0.5), [3], num_layers=3, hidden_size=4, dtype=dtype, is_first=first,
-        is_last=last,
-    )  # fmt: skip
+        rule, [3], is_first=first, is_last=last, **shape
+    )
     assert make(True, True).rows_behind(5) == 0
-    assert make(True, False).rows_behind(5) == {torch.float32: 4, torch.bfloat16: 8}[dtype]
+    assert make(True, False).rows_behind(5) == rows
     running = torch.tensor([0.1, float("nan"), 1e-42, 3.3e38, -1 / 3]).repeat(3).view(3, 5)
-    output = torch.randn(5, 1, 4).to(dtype).requires_grad_()
+    output = torch.randn(5, 1, width).to(dtype).requires_grad_()
     sent = make(True, False).put(output, running)
     assert torch.equal(sent[:5], output)
 
@@ -204,7 +209,7 @@ def test_what_is_put_behind_activations_is_taken_bit_by_bit_and_gradients_pass_b
     model.set_input_tensor(received)
     taken = make(False, True).take(model, 0, 5)
     assert torch.equal(taken.view(torch.int32), running.view(torch.int32))
-    weights = torch.randn(5, 1, 4).to(dtype)
+    weights = torch.randn(5, 1, width).to(dtype)
     (model.decoder.input_tensor * weights).sum().backward()
     sent.backward(received.grad)
     assert torch.equal(output.grad, weights) and not taken.requires_grad

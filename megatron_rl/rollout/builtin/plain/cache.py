@@ -23,8 +23,8 @@ class Cache:
     """Keys and values of this rank's layers, zero where nothing was written.
 
     Rows lie in parts, each a tensor [R', G, C, d] of its own for every layer, and a step reads the
-    first positions of every row. On a CPU that takes twice as long where C is more than these: the
-    rest is a gap between what is read. Where rows are wanted otherwise they are laid out anew.
+    first positions of every row. On a CPU that takes longer where C is more than these: the rest is
+    a gap between what is read. Where rows are wanted otherwise they are laid out anew.
 
     Latent attention keeps the compressed vector and the rotated part of the key behind it, one
     group for all heads. It has no values: they are the first columns of the keys.

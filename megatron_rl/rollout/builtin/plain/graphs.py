@@ -44,3 +44,4 @@ class CapturedSteps(Steps):
     def forget(self) -> None:  # noqa: D102
         self._called.clear()
         self._graphs.clear()
+        self._pool = None  # it went with its last graph

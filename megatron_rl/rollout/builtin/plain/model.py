@@ -8,7 +8,6 @@ import torch
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_rl.device.memory import spare_bytes
 from megatron_rl.models.attention import PositionalRotaryEmbedding
 from megatron_rl.models.gpt.chunk import Chunk
 from megatron_rl.parallel.groups import Groups
@@ -42,8 +41,7 @@ def plain_model(
     config = chunks[0].config
     weights = tuple(_weights(chunk, config, groups, plan, rounding) for chunk in chunks)
     if next(chunks[0].parameters()).device.type == "cpu":
-        most_bytes = spare_bytes() / len(chunks)
-        weights = tuple(transposed(chunk, most_bytes) for chunk in weights)
+        weights = tuple(map(transposed, weights))
     rotary = next(m for m in chunks[0].modules() if isinstance(m, PositionalRotaryEmbedding))
     dtype, device = config.params_dtype, next(chunks[0].parameters()).device
     return PlainModel(

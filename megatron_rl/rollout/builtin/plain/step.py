@@ -140,7 +140,13 @@ class PlainDecoder:
         return [(rows, self._buckets.capacity(length, self._most)) for rows, length in parts]
 
     def _lay_out(self, parts: Parts, sources: np.ndarray | None = None) -> None:
-        self._cache.lay_out(self._roomy(parts), sources)
+        roomy = self._roomy(parts)
+        if sources is None:  # parts that have room stay where they are
+            roomy = [
+                old if old[0] == rows and old[1] >= length else new
+                for (rows, length), new, old in zip(parts, roomy, self._cache.parts, strict=True)
+            ]
+        self._cache.lay_out(roomy, sources)
         self._steps.forget()
 
     @property

@@ -1,4 +1,4 @@
-"""Attention over the cache of fixed strides."""
+"""Attention over the cache, and how its rows are laid out."""
 
 import numpy as np
 import pytest

@@ -9,6 +9,7 @@ import torch
 
 from megatron_rl.rollout.engine import SamplingSettings
 from tests.support.host_syncs import HostSyncs
+from tests.support.layout_cases import LATENT
 from tests.support.tiny import build_tiny, random_prompts, tiny_config, tiny_engine, uneven_norms
 
 LENGTHS = [5, 1, 12, 7, 3, 9]
@@ -58,6 +59,39 @@ def test_the_answers_do_not_depend_on_the_buckets(tiny):
     assert rows == sorted(rows, reverse=True)
     assert set(rows) <= {1, 2, 4, 8, 16, 24} and len(set(rows)) > 2
     assert {length for _, length in keys} == {56}  # 12 + 40 tokens, in eights
+
+
+@pytest.mark.parametrize("model", [{}, LATENT], ids=["grouped", "latent"])
+def test_the_answers_do_not_depend_on_the_parts(model):
+    """Rows in up to four parts, of prompts and answers of all lengths, of which most end early."""
+    from megatron_rl.rollout.builtin.plain import buckets, cache
+
+    config = tiny_config(model=model)
+    built = build_tiny(config)
+    stops = (5, 7, 12, 40, 50, 61)
+    engine = lambda: tiny_engine(config, *built, stops)  # noqa: E731
+    expected = engine().generate(random_prompts(LENGTHS), SETTINGS)
+    laid, lay_out = [], cache.Cache.lay_out
+
+    def seen(self, parts, sources=None):
+        laid.append((len(parts), sources is not None))
+        lay_out(self, parts, sources)
+
+    with (
+        mock.patch.object(buckets, "PART_ROWS", 2),
+        mock.patch.object(cache.Cache, "lay_out", seen),
+    ):
+        found = engine().generate(random_prompts(LENGTHS), SETTINGS)
+    assert answers(found) == answers(expected)
+    for one, other in zip(found, expected, strict=True):
+        for mine, wanted in zip(one.completions, other.completions, strict=True):
+            torch.testing.assert_close(
+                torch.from_numpy(mine.logprobs),
+                torch.from_numpy(wanted.logprobs),
+                rtol=0,
+                atol=1e-5,
+            )
+    assert {1, 4} <= {parts for parts, _ in laid} and {moved for _, moved in laid} == {True, False}
 
 
 def test_buckets():
@@ -138,8 +172,9 @@ def test_a_step_is_called_then_captured_then_replayed():
         ]  # fmt: skip
         steps.forget()
         log.clear()
-        steps.run(1, lambda: log.append("step"))
-        assert log == ["step"]
+        for _ in range(2):
+            steps.run(1, lambda: log.append("step"))
+        assert log == ["step", "capture in None", "step", "replay"]
 
 
 @pytest.mark.parametrize("routes", [False, True])
