@@ -33,6 +33,7 @@ QUICK = (
     "EP2, sigmoid and bias",
     "PP2, tied embeddings",
     "TP2, aux and z loss",
+    "EP2, aux and z loss",
     "CP2, aux and z loss",
     "TP2 PP2 EP2",
     "EP2 sharded optimizer",

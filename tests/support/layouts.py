@@ -114,15 +114,15 @@ def layout_config(case: Case) -> Config:
 def rollout_batch(case: Case) -> list[Sample]:
     """24 ragged sequences, mini-batch by mini-batch: the same in every layout.
 
-    2 to 23 tokens, so that a mini-batch takes three packs on one rank; 13 to 23 where no two fit in
-    a pack.
+    2 to 23 tokens, so that a mini-batch takes three packs on one rank; 14 to 23, all but the
+    last of which take a row, where no two sequences fit in a pack.
     """
     rng = np.random.default_rng(7 + case.seed)
     vocab_size = layout_config(case).model.vocab_size
     samples = []
     for _ in range(MINI_BATCHES * SEQUENCES):
         prompt, answer = int(rng.integers(1, 8)), int(rng.integers(1, 17))
-        prompt += max(0, 13 - prompt - answer) if case.one_per_pack else 0
+        prompt += max(0, 14 - prompt - answer) if case.one_per_pack else 0
         samples.append(
             Sample.of(
                 *np.split(rng.integers(0, vocab_size, prompt + answer), [prompt]),
@@ -180,6 +180,8 @@ def _train(policy: Any, case: Case) -> dict[str, Any]:
 
     config = policy.config
     mini_batches = packed_mini_batches(policy, rollout_batch(case))
+    if case.one_per_pack:
+        assert all(pack.num_sequences <= 1 for packs in mini_batches for pack in packs)
     first = [] if case.scored else unscored(policy, mini_batches[0], with_traces=True)
     scored_by_pass = mini_batches if case.scored else mini_batches[1:]
     flat = score(policy, [pack for packs in scored_by_pass for pack in packs], with_traces=True)
