@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -101,16 +102,24 @@ def build_policy(
             attached=has_gradient(shift),
         ),
         replay=RouteReplay(routers) if config.algorithm.routing_replay != "none" else None,
-        relay=DistanceRelay(
-            layer_rule(shift.layers, shift.quantile),
-            [sum(moe[: layers[0] - 1]) for layers in held],
-            num_layers=sum(moe),
-            hidden_size=transformer.hidden_size,
-            dtype=transformer.pipeline_dtype,
-            is_first=groups.is_first_stage,
-            is_last=groups.is_last_stage,
-        ),
+        relay=_relay(config, transformer, groups, held),
         exchange=exchange,
         num_moe_layers=sum(moe),
         reference=ReferenceWeights(chunks) if with_reference else None,
+    )
+
+
+def _relay(
+    config: Config, transformer: TransformerConfig, groups: Groups, held: Sequence[Sequence[int]]
+) -> DistanceRelay:
+    """held: of each chunk the numbers of its layers, from 1."""
+    moe, shift = moe_layers(config.model), config.algorithm.router_shift
+    return DistanceRelay(
+        layer_rule(shift.layers, shift.quantile),
+        [sum(moe[: layers[0] - 1]) for layers in held],
+        num_layers=sum(moe),
+        hidden_size=transformer.hidden_size,
+        dtype=transformer.pipeline_dtype,
+        is_first=groups.is_first_stage,
+        is_last=groups.is_last_stage,
     )

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_rl.algorithms.router_shift import acting_sum, shift_weight
 from megatron_rl.config.algorithm import uses_router_shift
+from megatron_rl.models.gpt.chunk import cut_input
 from megatron_rl.parallel.collectives import all_reduce, gather_first_dim
 from megatron_rl.parallel.sequence_shards import tensor_slice
 from megatron_rl.policy.batch import PackTensors
@@ -45,7 +46,10 @@ def forward_compared(
         trace = on_device(item.traces[chunk], policy.device.torch_device)
     own = item.own.traces[chunk] if item.own is not None and item.own.traces else None
     relay, relays = policy.relay, uses_router_shift(algorithm)
-    before = relay.take(policy.chunks[chunk], chunk, len(weights)) if relays else None
+    before = None  # of the layers in front of the chunk
+    if relays and not relay.is_first(chunk):
+        behind = cut_input(policy.chunks[chunk], len(weights))
+        before = relay.read(behind, chunk, len(weights))
     with (
         contextlib.nullcontext() if item.own is not None else _replayed(policy, chunk, trace),
         policy.capture.compare(chunk, trace, weights, telemetry, own) as distances,

@@ -17,7 +17,6 @@ from typing import Sequence
 import torch
 
 from megatron_rl.algorithms.layer_rules import LayerRule
-from megatron_rl.models.gpt.chunk import Chunk
 
 
 class DistanceRelay:
@@ -59,23 +58,23 @@ class DistanceRelay:
             return 0
         return -(-4 * self.rule.rows(self._num_layers) * num_tokens // self._row_bytes)
 
-    def take(self, model: Chunk, chunk: int, num_tokens: int) -> torch.Tensor | None:
-        """Cut off what came behind the activations [T_local, 1, D] that the chunk is about to run
-        on: the running value [R, T_local] of the layers before, None if there are none.
+    def is_first(self, chunk: int) -> bool:
+        """Whether nothing comes before the chunk."""
+        return self._is_first and chunk == 0
+
+    def read(self, behind: torch.Tensor, chunk: int, num_tokens: int) -> torch.Tensor | None:
+        """What `put` wrote into the rows that came ``behind`` a chunk's activations: the running
+        value [R, T_local] of the layers before, None if there are none.
         """
-        if self._is_first and chunk == 0:
-            return None
-        received = model.decoder.input_tensor
-        model.set_input_tensor(received[:num_tokens])
         rows = self.rule.rows(self._layers_before[chunk])
         if not rows:
             return None
-        behind = received.detach()[num_tokens:].flatten()
-        used = behind[: 4 * rows * num_tokens // behind.itemsize].clone()  # which is aligned
+        flat = behind.detach().flatten()
+        used = flat[: 4 * rows * num_tokens // flat.itemsize].clone()  # which is aligned
         return used.view(torch.float32).view(rows, num_tokens)
 
     def join(self, before: torch.Tensor | None, distances: torch.Tensor) -> torch.Tensor:
-        """The running value behind a chunk: of what `take` gave and the distances of each MoE layer
+        """The running value behind a chunk: of what `read` gave and the distances of each MoE layer
         of the chunk, possibly none, [L_chunk, T_local].
         """
         running = self.rule.running(distances.float())

@@ -89,6 +89,15 @@ def head_of(chunk: Chunk) -> VocabHead:
     return VocabHead(weight, words, group, fp32=chunk.fp32_head)
 
 
+def cut_input(chunk: Chunk, num_rows: int) -> torch.Tensor:
+    """Leave the chunk the first rows of the activations [T, 1, D] that it has received and is about
+    to run on; the others, which came behind them.
+    """
+    received = chunk.decoder.input_tensor
+    chunk.set_input_tensor(received[:num_rows])
+    return received[num_rows:]
+
+
 def layer_numbers(chunk: Chunk) -> list[int]:
     """Numbers of the chunk's layers in the whole model, from 1, ascending."""
     return [layer.layer_number for layer in chunk.decoder.layers]

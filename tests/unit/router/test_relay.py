@@ -34,6 +34,7 @@ def _relayed(parallel, micro_batches, forward_only, dtype="fp32"):
     from megatron_rl.algorithms.layer_rules import layer_rule
     from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
+    from megatron_rl.models.gpt.chunk import cut_input
     from tests.support.tiny import build_tiny
 
     config = tiny_config(parallel=parallel, model={"num_layers": 4, "dtype": dtype})
@@ -49,7 +50,9 @@ def _relayed(parallel, micro_batches, forward_only, dtype="fp32"):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
         place = chunk * groups.pipeline.size() + groups.pipeline.rank()
-        before = relay.take(model, chunk, TOKENS)
+        before = None
+        if not relay.is_first(chunk):
+            before = relay.read(cut_input(model, TOKENS), chunk, TOKENS)
         output = forward_row(model, tokens, placement)
         own = 100.0 * number + place + torch.arange(TOKENS)[None] / 8 + 1 / 3
         running = relay.join(before, own)
@@ -117,6 +120,7 @@ def _appended(parallel, micro_batches, moe):
     from megatron_rl.algorithms.layer_rules import layer_rule
     from megatron_rl.models.attention import packed_placement
     from megatron_rl.models.forward import forward_row
+    from megatron_rl.models.gpt.chunk import cut_input
     from tests.support.tiny import build_tiny
 
     config = tiny_config(parallel=parallel, model={"num_layers": 8})
@@ -134,7 +138,9 @@ def _appended(parallel, micro_batches, moe):
     def step(iterator, model):
         number = next(iterator)
         chunk = next(i for i, other in enumerate(chunks) if other is model)
-        so_far = relays[0].take(model, chunk, TOKENS)  # the same for all
+        so_far = None  # the same for all
+        if not relays[0].is_first(chunk):
+            so_far = relays[0].read(cut_input(model, TOKENS), chunk, TOKENS)
         output = forward_row(model, tokens, placement)
         own = [100.0 * number + layer for layer in held[chunk] if layer in moe]
         rows = torch.tensor(own)[:, None] + torch.arange(TOKENS) / 8
@@ -186,6 +192,7 @@ def test_what_is_put_behind_activations_is_taken_bit_by_bit_and_gradients_pass_b
     """Three values of five tokens, 60 bytes, behind activations."""
     cpu_device()
     from megatron_rl.algorithms.layer_rules import layer_rule
+    from megatron_rl.models.gpt.chunk import cut_input
     from megatron_rl.router.relay import DistanceRelay
 
     rule, shape = layer_rule("quantile", 0.5), dict(num_layers=3, hidden_size=width, dtype=dtype)
@@ -207,7 +214,8 @@ def test_what_is_put_behind_activations_is_taken_bit_by_bit_and_gradients_pass_b
 
     received, model = sent.detach().requires_grad_(), Model()
     model.set_input_tensor(received)
-    taken = make(False, True).take(model, 0, 5)
+    assert [relay.is_first(0) for relay in (make(True, True), make(False, True))] == [True, False]
+    taken = make(False, True).read(cut_input(model, 5), 0, 5)
     assert torch.equal(taken.view(torch.int32), running.view(torch.int32))
     weights = torch.randn(5, 1, width).to(dtype)
     (model.decoder.input_tensor * weights).sum().backward()
