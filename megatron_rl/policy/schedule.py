@@ -41,9 +41,7 @@ def run_schedule(
     iterators = [iter(range(len(packs))) for _ in policy.wrapped]
     single = len(policy.wrapped) == 1
     length = len(packs[0].row)
-    parts = policy.groups.context.size()  # that a row is cut into
-    if policy.transformer.sequence_parallel:
-        parts *= policy.groups.tensor.size()
+    parts = policy.groups.tensor_context.size()  # that a row is cut into
     behind = policy.relay.rows_behind(length // parts) if measures_shift else 0
     with policy.exchange.in_pass(len(packs), length, forward_only=forward_only):
         return get_forward_backward_func()(

@@ -39,11 +39,11 @@ def plain_model(
         rounding: of the weights, in copies of what this rank holds.
     """
     config = chunks[0].config
+    dtype, device = config.params_dtype, next(chunks[0].parameters()).device
     weights = tuple(_weights(chunk, config, groups, plan, rounding) for chunk in chunks)
-    if next(chunks[0].parameters()).device.type == "cpu":
+    if device.type == "cpu":
         weights = tuple(map(transposed, weights))
     rotary = next(m for m in chunks[0].modules() if isinstance(m, PositionalRotaryEmbedding))
-    dtype, device = config.params_dtype, next(chunks[0].parameters()).device
     return PlainModel(
         chunks=weights,
         heads=_heads(chunks[0], groups),
