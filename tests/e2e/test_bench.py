@@ -60,3 +60,17 @@ def test_growth_takes_real_steps(tmp_path):
     rows = json.loads(file.read_text())
     assert [row["stage"] for row in rows] == ["rollout", "score", "update", "optimizer"]
     assert all(row["times"][0]["median"] > 0 and row["expected"] == 1.0 for row in rows)
+
+
+def test_router_shift_cost_of_a_layout():
+    """Both sides of all pairs run; exit code 1 says that it was slow."""
+    script = str(ROOT / "tools" / "bench" / "router_shift_cost.py")
+    words = ["--layouts", "EP2", "--pairs", "4"]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    head, row, count, size = done.stdout.splitlines()
+    assert row.split()[0] == "EP2" and row.count("..") == 2, row
+    assert count.startswith("medians (95% intervals) of 2 turns of two pairs; ")
+    assert size.startswith("trace at L=48, K=8, E=128: 1,920 bytes a token; ")

@@ -14,7 +14,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.tiny import build_tiny
-from tools.bench import growth, rl_step, rl_step_parts
+from tools.bench import growth, rl_step, rl_step_parts, router_shift_cost
 from tools.bench.common import (
     PASSES,
     Shape,
@@ -289,3 +289,22 @@ def test_ranks_beyond_the_cores_share_them(monkeypatch):
     assert [wall / walls[0] for wall in walls] == [1.0, 0.5, 0.5]
     assert len({growth.work_per_unit(point, "cpu") for point in points}) == 1
     assert config_of(points[-1]).parallel.expert == 8
+
+
+def test_the_cost_of_router_shift_is_free_of_order_and_drift():
+    """True ratio 1.01; whatever comes first in a pair takes 1.1 times as long."""
+    pairs = []
+    for turn in range(5):
+        without = 1.0 + 0.3 * turn  # the machine slows down
+        pairs += [(1.01 * without, 1.1 * without), (1.01 * 1.1 * without, without)]
+    cost = router_shift_cost.Cost.of(pairs)
+    assert (cost.median, cost.low, cost.high) == pytest.approx((1.01, 1.01, 1.01))
+    pairs[3] = (9.0, 1.0)  # one disturbed turn
+    assert router_shift_cost.Cost.of(pairs).median == pytest.approx(1.01)
+
+
+def test_the_interval_of_the_cost():
+    """Turns of 1 and 4 (1 and 16), as often: the median is between them, its interval both."""
+    cost = router_shift_cost.Cost.of([(1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (16.0, 1.0)] * 4)
+    assert (cost.median, cost.low, cost.high) == pytest.approx((2.5, 1.0, 4.0))
+    assert str(cost) == "2.5000 (1.0000 .. 4.0000)"

@@ -4,10 +4,12 @@ trace.
     python tools/bench/router_shift_cost.py [--device cpu|cuda] [--layouts PP1,PP2,TP2,EP2]
 
 Starts the ranks of each layout itself (torchrun, one thread a CPU rank). In one run the same model,
-packs and optimizer take turns: a pair is one update with each loss, the first of them alternating.
-rspo is gmpo with router shift (on unchanged routers the two are equal bit for bit), so the ratio is
-the joint cost of comparing the routers, the relay, gamma and the routers' telemetry. Exit code 1 if
-a layout's median is above 1.02 or the trace is above 1,920 bytes a token.
+packs and optimizer take turns: a pair is one update with each loss, and two pairs are a turn, rspo
+first in one of them and gmpo in the other, so that neither order nor a machine that slows down
+counts. rspo is gmpo with router shift (on unchanged routers the two are equal bit for bit), so the
+ratio is the joint cost of comparing the routers, the relay, gamma and the routers' telemetry. Shown
+are medians over the turns, with their 95% intervals. Exit code 1 if a layout's median is above 1.02
+or the trace is above 1,920 bytes a token.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
@@ -56,6 +58,8 @@ PACK_TOKENS = {"cpu": 256, "cuda": 8192}
 PACKS = 4  #: of a step, over all data-parallel ranks
 SEQUENCES = 4  #: of a pack
 WARM_UP = 2  #: pairs that are not counted
+RESAMPLES = 2000  #: for the interval of a median
+SCORING = 2  #: pairs of updates for a pair of scoring passes
 MOST_TIME = 1.02
 #: Shape of the 30B-A3B model of the paper: L layers, K of E experts.
 SHAPE = ModelConfig(**MODEL_PRESETS["qwen3_30b_a3b"])
@@ -73,16 +77,17 @@ def main() -> int:
     slow = False
     for name in arguments.layouts.split(","):
         result = _run_layout(name, arguments)
-        update, cpu, scoring = (
-            _Ratios.of(result[kind]) for kind in ("update", "update_cpu", "score")
-        )
+        update, cpu, scoring = (Cost.of(result[kind]) for kind in ("update", "update_cpu", "score"))
         busy = f"{cpu.median:.4f}" if arguments.device == "cpu" else "-"
         print(ROW.format(name, str(update), busy, str(scoring), f"{result['gmpo_s']:.2f} s"))
         sys.stdout.flush()
         slow |= update.median > MOST_TIME
     size = trace_bytes_per_token(SHAPE)
     dense = SHAPE.num_layers * SHAPE.num_experts * 4
-    print(f"medians (quartiles) of {arguments.pairs} pairs; load average {os.getloadavg()[0]:.1f}")
+    print(
+        f"medians (95% intervals) of {arguments.pairs // 2} turns of two pairs; "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
     print(f"trace at L=48, K=8, E=128: {size:,} bytes a token; dense fp32 logits: {dense:,}")
     return 1 if slow or size > MOST_BYTES else 0
 
@@ -91,7 +96,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated")
-    parser.add_argument("--pairs", type=int, default=40, help="updates with each loss")
+    parser.add_argument(
+        "--pairs", type=int, default=120, help="updates with each loss; whole turns"
+    )
     parser.add_argument("--out", help=argparse.SUPPRESS)  # of a rank: where rank 0 writes
     arguments = parser.parse_args()
     unknown = set(arguments.layouts.split(",")) - set(LAYOUTS)
@@ -99,22 +106,29 @@ def _arguments() -> argparse.Namespace:
         parser.error(
             f"unknown layouts {', '.join(sorted(unknown))}; known are {', '.join(LAYOUTS)}"
         )
+    if arguments.pairs < 2 * SCORING or arguments.pairs % (2 * SCORING):
+        parser.error(f"--pairs {arguments.pairs}: give a multiple of {2 * SCORING}: whole turns")
     return arguments
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ratios:
-    """Median and quartiles of the pairs' ratios."""
+class Cost:
+    """Median of the turns' ratios, and its 95% bootstrap interval."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, pairs: list[tuple[float, float]]) -> _Ratios:
-        """The ratios of pairs (seconds with, seconds without)."""
-        low, median, high = np.percentile([a / b for a, b in pairs], [25, 50, 75])
-        return cls(float(median), float(low), float(high))
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> Cost:
+        """Of pairs (seconds with, seconds without), two after another a turn of either order; a
+        turn's ratio is the geometric mean of its pairs'.
+        """
+        ratios = np.asarray([a / b for a, b in pairs]).reshape(-1, 2)
+        turns = np.sqrt(ratios.prod(axis=1))
+        drawn = np.random.default_rng(0).choice(turns, (RESAMPLES, len(turns)))
+        low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+        return cls(float(np.median(turns)), float(low), float(high))
 
     def __str__(self) -> str:
         return f"{self.median:.4f} ({self.low:.4f} .. {self.high:.4f})"
@@ -202,7 +216,7 @@ def _times(policy: Any, without: Any, pairs: int) -> dict[str, Any]:
         return lambda: score(policy, packs, with_traces=with_traces)
 
     updates = _pairs(step(policy), step(without), pairs, policy)
-    scores = _pairs(scoring(True), scoring(False), pairs, policy)
+    scores = _pairs(scoring(True), scoring(False), pairs // SCORING, policy)
     return {
         "update": [(a[0], b[0]) for a, b in updates],
         "update_cpu": [(a[1], b[1]) for a, b in updates],
