@@ -7,7 +7,7 @@ from megatron_rl.catalogue.find import find
 from megatron_rl.catalogue.kinds import ADVANTAGES, CORRECTIONS, LOSSES
 from megatron_rl.catalogue.read import read_settings, with_key
 from megatron_rl.catalogue.settings import Settings
-from megatron_rl.config.schema import AlgorithmConfig, RouterShiftConfig
+from megatron_rl.config.schema import AlgorithmConfig, Config, RouterShiftConfig
 from megatron_rl.errors import UserError
 
 
@@ -82,6 +82,15 @@ def uses_router_shift(algorithm: AlgorithmConfig) -> bool:
 def has_gradient(shift: RouterShiftConfig) -> bool:
     """Whether something in the loss has a gradient through the routers' distance."""
     return not shift.stop_gradient or shift.penalty > 0
+
+
+def distance_is_attached(config: Config) -> bool:
+    """Whether the distance in the loss has a gradient: all layers are of one stage, whose forward
+    pass is recorded. Elsewhere the gradient of a penalty is added at each router.
+    """
+    parallel = config.parallel
+    recorded = parallel.pipeline == 1 and parallel.recompute != "full"
+    return recorded and has_gradient(config.algorithm.router_shift)
 
 
 def keeps_trace(algorithm: AlgorithmConfig) -> bool:

@@ -12,6 +12,7 @@ from megatron_rl.config.algorithm import (
     anchored_on_the_sampler,
     correction_of,
     correction_settings,
+    distance_is_attached,
     has_gradient,
     loss_of,
     loss_settings,
@@ -169,21 +170,20 @@ def router_shift_variants_have_an_effect(config: Config) -> None:
 
 def gradients_of_the_distance_arrive(config: Config) -> None:
     """The gradients of the penalty, and without the stop-gradient of gamma, reach the routers: the
-    forward pass is recorded, stages need nothing of each other, and the loss keeps gamma's.
+    loss has them, or each router can add its own; and the loss keeps gamma's.
     """
     algorithm, parallel, shift = config.algorithm, config.parallel, config.algorithm.router_shift
     if not has_gradient(shift):
         return
     found = None
-    if parallel.pipeline > 1 and not shift.stop_gradient:
-        found = f"parallel.pipeline {parallel.pipeline}, whose stages pass distances on without it"
-    elif parallel.pipeline > 1 and shift.layers != "mean":
+    if not distance_is_attached(config) and (not shift.stop_gradient or shift.layers != "mean"):
         found = (
-            f"parallel.pipeline {parallel.pipeline} and layers {shift.layers}, which each stage "
-            "cannot take of its own layers"
+            f"parallel.pipeline {parallel.pipeline}, whose stages pass distances on without it"
+            if parallel.pipeline > 1
+            else "parallel.recompute full, whose forward pass records none"
         )
-    elif parallel.recompute == "full":
-        found = "parallel.recompute full, whose forward pass records none"
+        if shift.stop_gradient:
+            found += f", and layers {shift.layers}, where no router knows its part"
     elif not shift.stop_gradient:
         arrives = load("megatron_rl.algorithms.trial:shift_has_a_gradient")
         if not arrives(loss_of(algorithm), loss_settings(algorithm)):

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.algorithms.distance_rules import distance_rule
 from megatron_rl.algorithms.layer_rules import layer_rule
-from megatron_rl.config.algorithm import has_gradient
+from megatron_rl.config.algorithm import distance_is_attached
 from megatron_rl.config.layout import moe_layers
 from megatron_rl.config.schema import Config
 from megatron_rl.device.memory import spare_bytes
@@ -99,7 +99,7 @@ def build_policy(
             routers,
             [[layer for layer in layers if moe[layer - 1]] for layers in held],
             distance_rule(shift.distance, shift.experts),
-            attached=has_gradient(shift),
+            attached=distance_is_attached(config),
         ),
         replay=RouteReplay(routers) if config.algorithm.routing_replay != "none" else None,
         relay=_relay(config, transformer, groups, held),

@@ -19,6 +19,7 @@ from megatron_rl.catalogue.kinds import CORRECTIONS, LOSSES
 from megatron_rl.config.algorithm import (
     correction_of,
     correction_settings,
+    distance_is_attached,
     loss_of,
     loss_settings,
     uses_router_shift,
@@ -45,7 +46,8 @@ class LossPlan:
     denominator_per_token: torch.Tensor | None  #: 0-d; None where no term is a mean over tokens
     correction: Callable[[LossInputs], SamplerWeights] | None  #: None: no sampler weights
     gamma_mean: torch.Tensor | None  #: 0-d; None: gamma~ is not normalised
-    #: 0-d, of `forward_compared`; None: no penalty on the routers' distance
+    #: 0-d, of `forward_compared`; None: no penalty on the routers' distance, or one whose gradient
+    #: the loss has
     layer_penalty: torch.Tensor | None
 
 
@@ -64,7 +66,7 @@ def plan_loss(policy: Policy, scored: Sequence[ScoredPack]) -> LossPlan:
     normalise = uses_router_shift(algorithm) and algorithm.router_shift.normalise == "batch_mean"
     per_token = _per_token(policy, packs, denominators) if beside.active else None
     penalty = None
-    if beside.shift_coef:
+    if beside.shift_coef and not distance_is_attached(policy.config):
         assert per_token is not None, "a penalty is a mean over tokens"
         penalty = beside.shift_coef * per_token / policy.relay.rule.divisor(policy.num_moe_layers)
     return LossPlan(

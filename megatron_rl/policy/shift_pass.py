@@ -6,7 +6,6 @@ import contextlib
 from typing import Any, Callable, Sequence
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_rl.algorithms.router_shift import acting_sum, shift_weight
 from megatron_rl.config.algorithm import uses_router_shift
@@ -35,9 +34,9 @@ def forward_compared(
     The distance is None on other chunks and without router shift, and 0 where the pack's scores are
     this pass's own. With routing replay the routers use the experts of the trace. The telemetry
     counts in every case. The relay carries values and no gradients: ``layer_penalty``, 0-d, is what
-    a layer's distance of a trained token costs in the loss's sum, and its gradient is added in the
-    backward pass of each chunk that does not return the distance. With router shift run the
-    schedule with ``measures_shift``.
+    a layer's distance of a trained token costs in the loss's sum, and its gradient is added at the
+    routers; the distance then has none. With router shift run the schedule with
+    ``measures_shift``.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     weights = tensor_slice(pack.trained_rows, policy.groups.tensor)
@@ -52,20 +51,16 @@ def forward_compared(
         before = relay.read(behind, chunk, len(weights))
     with (
         contextlib.nullcontext() if item.own is not None else _replayed(policy, chunk, trace),
-        policy.capture.compare(chunk, trace, weights, telemetry, own) as distances,
+        policy.capture.compare(chunk, trace, weights, telemetry, own, layer_penalty) as distances,
     ):
         output = forward_pack(model, pack)
     if own is not None and algorithm.trace_store == "pinned":
         own.update({number: layer.pinned() for number, layer in own.items()})
     if not relays:
         return output, None
-    own_distances = distances()
-    running = relay.join(before, own_distances)
+    running = relay.join(before, distances())
     if relay.ends_at(chunk):
         return output, relay.rule.total(running)
-    if layer_penalty is not None and own_distances.requires_grad:
-        penalty = layer_penalty.to(own_distances.dtype) * (own_distances * weights).sum()
-        output = MoEAuxLossAutoScaler.apply(output, penalty)
     return relay.put(output, running), None
 
 
@@ -79,7 +74,12 @@ def _replayed(
 
 
 def finish_pass(policy: Policy) -> None:
-    """Finish the replay of a schedule's forward passes; call after the schedule."""
+    """Call after a schedule: all that its passes have left for recomputations is done.
+
+    Raises:
+        RouterError: a router was not recomputed as often as it ran.
+    """
+    policy.capture.finish()
     if policy.replay is not None:
         policy.replay.finish()
 

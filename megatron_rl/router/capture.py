@@ -1,18 +1,22 @@
 """Records what the routers of a model choose, and measures how far they have moved since.
 
 `RouterCapture` wraps the `routing` method of each router instance, which takes the logits that the
-router has just made and returns its choice. So nothing is computed twice, and nothing is changed.
-Calls outside an open pass, such as the recomputation of activations during the backward pass, are
-not recorded.
+router has just made and returns its choice. So nothing is computed twice, and no value is changed:
+what a distance costs in the loss is attached to the gradient of the router's weights. Calls outside
+an open pass are not recorded; the recomputation of activations during the backward pass attaches
+the costs of the pass that it repeats.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections import deque
 from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_rl.algorithms.distance_rules import DistanceRule, OldTopK
@@ -27,8 +31,16 @@ class RouterError(RuntimeError):
 
 
 class _Observer(Protocol):
-    def __call__(self, number: int, logits: torch.Tensor, routing_map: torch.Tensor, /) -> None:
-        """Called with logits [T_local, E] and the choice bool [T_local, E] of one router."""
+    def __call__(
+        self, number: int, logits: torch.Tensor, routing_map: torch.Tensor, /
+    ) -> torch.Tensor | None:
+        """Called with logits [T_local, E] and the choice bool [T_local, E] of one router; what this
+        costs, 0-d, in the loss's sum.
+        """
+
+
+#: logits, choice -> distance, or what they cost
+_Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RouterCapture:
@@ -57,6 +69,8 @@ class RouterCapture:
         self._observer: _Observer | None = None
         self._rule: DistanceRule = rule or OldTopK()
         self._attached = attached
+        #: by layer, of the passes that will be recomputed, in their order
+        self._later: dict[int, deque[_Measure]] = {}
         for of_chunk, expected in zip(self._routers, expected_layers, strict=True):
             if sorted(of_chunk) != sorted(expected):
                 raise RouterError(
@@ -64,6 +78,7 @@ class RouterCapture:
                 )
             for number, router in of_chunk.items():
                 _refuse_hidden_logits(router)
+                self._later[number] = deque()
                 router.routing = self._watched(number, router.routing)
 
     def close(self) -> None:
@@ -72,11 +87,31 @@ class RouterCapture:
             for router in routers.values():
                 del router.routing
 
+    def finish(self) -> None:
+        """Call when a schedule has ended.
+
+        Raises:
+            RouterError: a router was not recomputed as often as it ran, so that a cost is missing
+                or of another micro-batch.
+        """
+        left = {number: len(costs) for number, costs in self._later.items() if costs}
+        for costs in self._later.values():
+            costs.clear()
+        if left:
+            raise RouterError(f"distances that no recomputation has met, by layer: {left}")
+
     def _watched(self, number: int, routing: Callable[..., Any]) -> Callable[..., Any]:
+        later = self._later[number]
+
         def watch(logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
             probs, routing_map = routing(logits, *args, **kwargs)
+            cost = None
             if self._observer is not None:
-                self._observer(number, logits.flatten(0, -2), routing_map)
+                cost = self._observer(number, logits.flatten(0, -2), routing_map)
+            elif later and torch.is_grad_enabled():
+                cost = later.popleft()(logits.flatten(0, -2), routing_map)
+            if cost is not None:
+                probs = MoEAuxLossAutoScaler.apply(probs, cost)
             return probs, routing_map
 
         return watch
@@ -92,10 +127,12 @@ class RouterCapture:
             raise RouterError("a pass over the routers is open already")
         fired: list[int] = []
 
-        def count(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+        def count(
+            number: int, logits: torch.Tensor, routing_map: torch.Tensor
+        ) -> torch.Tensor | None:
             fired.append(number)
             with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
-                observe(number, logits if attached else logits.detach(), routing_map)
+                return observe(number, logits if attached else logits.detach(), routing_map)
 
         self._observer = count
         try:
@@ -166,6 +203,7 @@ class RouterCapture:
         weights: torch.Tensor,
         telemetry: RouterTelemetry | None,
         own: dict[int, LayerTrace] | None = None,
+        penalty: torch.Tensor | None = None,
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """Measure how far the routers in the pass inside are from the trace, token by token.
 
@@ -176,6 +214,9 @@ class RouterCapture:
             telemetry: receives the per-layer sums; None: nothing is counted.
             own: receives the trace of this pass, which the pass is compared with: every distance is
                 0. None: compare with ``trace``.
+            penalty: 0-d, what a distance costs in the loss's sum each time its token counts. Its
+                gradient is added at the routers, see `_attach`, and the distances have none. None:
+                nothing is added.
 
         Yields:
             A function that gives the distance of each MoE layer of this chunk, ascending, fp32
@@ -183,7 +224,9 @@ class RouterCapture:
         """
         distances: list[torch.Tensor] = []
 
-        def observe(number: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+        def observe(
+            number: int, logits: torch.Tensor, routing_map: torch.Tensor
+        ) -> torch.Tensor | None:
             if telemetry is not None:
                 telemetry.add_choice(number - 1, weights, _entropy(logits.detach()), routing_map)
             if own is not None:
@@ -191,27 +234,62 @@ class RouterCapture:
             elif trace is not None:
                 old = trace[number]
             else:
-                return
-            if len(old.expert_ids) != len(logits):
-                raise RouterError(
-                    f"layer {number}: the trace holds {len(old.expert_ids)} tokens, "
-                    f"the pass {len(logits)}"
-                )
-            ids = old.expert_ids.long()
-            scored = every_expert(logits) if self._rule.every_expert else ids
-            new = score_logprobs(logits, scored, self._routers[chunk][number].score_function)
-            distance = self._rule.distance(new, old.logprobs, ids, routing_map)
-            distances.append(distance)
+                return None
+            measure = functools.partial(self._distance, chunk, number, old)
+            distance = measure(logits, routing_map)
             if telemetry is not None:
-                overlap = routing_map.gather(1, ids).float().mean(dim=1)
+                overlap = routing_map.gather(1, old.expert_ids.long()).float().mean(dim=1)
                 telemetry.add_shift(number - 1, weights, distance.detach(), overlap)
+            distances.append(distance if penalty is None else distance.detach())
+            if penalty is None:
+                return None
+            cost = functools.partial(_cost, penalty, weights)
+            return self._attach(number, cost, distance, measure)
 
         def measured() -> torch.Tensor:
             none = torch.zeros(0, len(weights), device=weights.device)
             return torch.stack(distances) if distances else none
 
-        with self._pass([chunk], observe, self._attached):
+        with self._pass([chunk], observe, self._attached or penalty is not None):
             yield measured
+
+    def _attach(
+        self,
+        number: int,
+        cost: Callable[[torch.Tensor], torch.Tensor],
+        distance: torch.Tensor,
+        measure: _Measure,
+    ) -> torch.Tensor | None:
+        """What a router's distance costs, where it has a gradient.
+
+        Of layers that it will recompute Megatron keeps no graph, and their recomputation attaches
+        the cost of the distance that it measures again. Costs wait in a queue for each router:
+        both schedules run the backward passes of a chunk in the order of its forward passes, and
+        `finish` sees that all were met.
+        """
+        if torch.is_grad_enabled():
+            return cost(distance)
+        self._later[number].append(lambda *again: cost(measure(*again)))
+        return None
+
+    def _distance(
+        self,
+        chunk: int,
+        number: int,
+        old: LayerTrace,
+        logits: torch.Tensor,
+        routing_map: torch.Tensor,
+    ) -> torch.Tensor:
+        """How far a router is from an old choice: logits, choice [T_local, E] -> fp32 [T_local]."""
+        if len(old.expert_ids) != len(logits):
+            raise RouterError(
+                f"layer {number}: the trace holds {len(old.expert_ids)} tokens, "
+                f"the pass {len(logits)}"
+            )
+        ids = old.expert_ids.long()
+        scored = every_expert(logits) if self._rule.every_expert else ids
+        new = score_logprobs(logits, scored, self._routers[chunk][number].score_function)
+        return self._rule.distance(new, old.logprobs, ids, routing_map)
 
 
 def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -225,6 +303,10 @@ def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str)
     if score_function == "sigmoid":
         return F.logsigmoid(picked)
     return picked - logits.logsumexp(dim=1, keepdim=True)
+
+
+def _cost(penalty: torch.Tensor, weights: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    return penalty.to(distance.dtype) * (distance * weights).sum()
 
 
 def every_expert(logits: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ FOURTH = {
     "mismatch": "kpop",
     "mismatch_settings": {"phi": 2.0},
 }
-#: A gradient of the distance that each stage has of its own layers.
+#: A gradient that each router adds where stages or a recomputation hide the distance.
 FIFTH = {
     "name": "rspo",
     "router_shift": {"floor": 0.05, "penalty": 2.0},
@@ -65,6 +65,14 @@ LAYOUTS = {
     "EP2": (2, {"expert": 2}),
     "CP2": (2, {"context": 2}),
 }
+FULL = {"recompute": "full"}
+RECOMPUTED = {
+    "recompute": (1, FULL),
+    "TP2 recompute": (2, {"tensor": 2, **FULL}),
+    "PP2 VPP2 recompute": (2, {"pipeline": 2, "virtual_pipeline": 2, **FULL}),
+    "EP2 recompute": (2, {"expert": 2, **FULL}),
+    "CP2 recompute": (2, {"context": 2, **FULL}),
+}
 CASES = [
     Case(f"{name}, {label}", ranks, parallel, algorithm=algorithm)
     for label, algorithm in (
@@ -73,7 +81,13 @@ CASES = [
     for name, (ranks, parallel) in LAYOUTS.items()
     if algorithm is not FOURTH or "pipeline" not in parallel
 ]
+CASES += [
+    Case(f"{name}, fifth", ranks, parallel, algorithm=FIFTH)
+    for name, (ranks, parallel) in RECOMPUTED.items()
+]
 SLOW = (
+    "TP2 recompute, fifth",
+    "EP2 recompute, fifth",
     "TP2, fifth",
     "EP2, fifth",
     "CP2, fifth",

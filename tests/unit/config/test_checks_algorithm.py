@@ -182,8 +182,8 @@ def test_refused(algorithm, message):
 @pytest.mark.parametrize(
     ("parallel", "words"),
     [
-        ({"pipeline": 2}, "parallel.pipeline 2(, whose| and layers max, which each stage)"),
-        ({"recompute": "full"}, "parallel.recompute"),
+        ({"pipeline": 2}, "parallel.pipeline 2, whose stages"),
+        ({"recompute": "full"}, "parallel.recompute full, whose forward"),
     ],
 )
 @pytest.mark.parametrize(
@@ -197,6 +197,12 @@ def test_a_gradient_of_the_distance_needs_one_recorded_stage(shift, asked, paral
     config = make(algorithm={"router_shift": shift}, parallel=parallel)
     with pytest.raises(UserError, match=f"{asked} with {words}"):
         check_config(config, None, "train", files=False)
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"recompute": "full"}])
+def test_each_router_adds_the_gradient_of_a_penalty_on_the_mean(parallel):
+    algorithm = {"router_shift": {"penalty": 0.3, "layers": "mean"}}
+    check_config(make(algorithm=algorithm, parallel=parallel), None, "train", files=False)
 
 
 def test_supervised_training_does_not_look_at_the_loss():

@@ -69,9 +69,10 @@ class Watched:
             self.forward()
         return trace
 
-    def compare(self, trace):
+    def compare(self, trace, weights=None, penalty=None):
+        weights = torch.ones(ROOM, dtype=torch.bool) if weights is None else weights
         with self.capture.compare(
-            0, trace, torch.ones(ROOM, dtype=torch.bool), self.telemetry()
+            0, trace, weights, self.telemetry(), penalty=penalty
         ) as distances:
             output = self.forward()
         return distances(), output
@@ -242,6 +243,44 @@ def test_recomputation_changes_neither_distances_nor_gradients():
         assert torch.equal(distance, results[0][0])
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, results[0][1][name], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("distance", ["top_k", "union"])
+def test_a_penalty_at_the_routers_has_the_gradient_of_one_in_the_loss(distance, recompute):
+    weights = torch.arange(ROOM) % 3  # as often does a token count
+    results = []
+    for penalty in (None, torch.tensor(0.7, dtype=torch.float64)):
+        parallel = {} if penalty is None else {"recompute": recompute}
+        watched = Watched(None, parallel, distance, attached=penalty is None)
+        trace = watched.record()
+        watched.move()
+        for _ in range(2):  # as two micro-batches
+            distances, output = watched.compare(trace, weights, penalty)
+            loss = output.square().sum()
+            if penalty is None:
+                loss = loss + 0.7 * (distances * weights).sum()
+            else:
+                assert not distances.requires_grad
+            loss.backward()
+        watched.capture.finish()
+        results.append(dict(watched.chunk.named_parameters()))
+    for name, expected in results[0].items():
+        found = results[1][name].grad
+        torch.testing.assert_close(found, expected.grad, atol=2e-4, rtol=1e-5, msg=name)
+
+
+def test_a_penalty_that_no_recomputation_has_met_is_an_error():
+    from megatron_rl.router.capture import RouterError
+
+    watched = Watched(parallel={"recompute": "full"})
+    trace = watched.record()
+    watched.compare(trace, penalty=torch.tensor(1.0))
+    with pytest.raises(RouterError, match=r"met, by layer: \{1: 1, 2: 1\}"):
+        watched.capture.finish()
+    watched.capture.finish()  # nothing is left for the next schedule
+    watched.compare(trace)  # and without a penalty nothing is kept
+    watched.capture.finish()
 
 
 def test_each_router_computes_its_logits_once():
