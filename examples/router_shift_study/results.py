@@ -1,40 +1,41 @@
 """The results of all studies here: tables, a figure, and a line a run that can be compared.
 
-    python examples/router_shift_study/results.py            # print the tables of the runs so far
-    python examples/router_shift_study/results.py --keep     # and write results/ beside this file
-    python examples/router_shift_study/results.py --compare  # are runs equal to those in results/?
+    python examples/router_shift_study/results.py              # the tables of the runs so far
+    python examples/router_shift_study/results.py --keep NAME  # and write results/NAME beside this
+    python examples/router_shift_study/results.py --compare    # do runs equal a set of results/?
+    python examples/router_shift_study/results.py --sets       # what the sets of results/ agree on
 
-``results/runs.csv`` has a line a run and all that the tables are made of but seconds; numbers are
-written in full, so that a run of the same code on such a machine gives the same line.
+A set is what one machine gave (`kept.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_rl.errors import UserError
-from megatron_rl.files import write_whole
-from megatron_rl.study.analysis import analyse
-from megatron_rl.study.forest import Panel, forest
-from megatron_rl.study.plan import make_plan
-from megatron_rl.study.results import Curves
-from megatron_rl.study.schema import read_study
-from megatron_rl.study.statistics import RESAMPLES, Estimate, estimate, paired_difference, summary
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.router_shift_study.kept import SECONDS, Row, as_csv, compare, read_sets  # noqa: E402
+from megatron_rl.errors import UserError  # noqa: E402
+from megatron_rl.files import write_whole  # noqa: E402
+from megatron_rl.study.analysis import analyse  # noqa: E402
+from megatron_rl.study.forest import Panel, forest  # noqa: E402
+from megatron_rl.study.plan import make_plan  # noqa: E402
+from megatron_rl.study.results import Curves  # noqa: E402
+from megatron_rl.study.schema import read_study  # noqa: E402
+from megatron_rl.study.statistics import RESAMPLES, Estimate, estimate, paired_difference, summary  # noqa: E402
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results"
 STUDIES = ("sort_small", "countdown_small", "sort_deep", "countdown_deep", "mismatch")
 #: The studies that choose nothing, with an exact sampler: differences are pooled over them.
 CONFIRMING = ("countdown_small", "sort_deep", "countdown_deep")
-BASE, MAIN, BEFORE, SECONDS = "gmpo", "mean@4", "mean@4_before", "seconds"
+BASE, MAIN, BEFORE = "gmpo", "mean@4", "mean@4_before"
 #: Columns of a run: metric, and the number of its curve.
 COLUMNS = {
     MAIN: ("eval/mean@k", "final"),
@@ -51,15 +52,18 @@ COLUMNS = {
     "entropy": ("entropy", "final"),
     SECONDS: ("time/step_s", "sum"),
 }
-Row = dict[str, Any]  # study, arm, seed, the columns, spikes, collapsed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1: runs that differ from the kept ones; 2: nothing to read, in one line."""
+    """0; 1: runs that equal no kept set; 2: nothing to read, in one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--keep", action="store_true", help="write results/")
-    parser.add_argument("--compare", action="store_true", help="with results/runs.csv, run by run")
+    parser.add_argument("--keep", metavar="NAME", help="write a set, results/NAME")
+    parser.add_argument("--compare", action="store_true", help="with the kept sets, run by run")
+    parser.add_argument("--sets", action="store_true", help="the kept sets beside each other")
     asked = parser.parse_args(argv)
+    if asked.sets:
+        print("\n".join(sets_table(read_sets(KEPT))))
+        return 0
     try:
         rows = [row for study in STUDIES for row in runs_of(study)]
         if not rows:
@@ -68,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"results.py: error: {error}", file=sys.stderr)
         return 2
     if asked.compare:
-        return compare(rows)
+        return compare(rows, read_sets(KEPT))
     print(tables(rows))
     if asked.keep:
-        KEPT.mkdir(exist_ok=True)
-        write_whole(KEPT / "runs.csv", as_csv(rows))
-        write_whole(KEPT / "tables.md", "# Results of the studies\n\n" + tables(rows))
-        write_whole(KEPT / "differences.svg", figure(rows))
+        folder = KEPT / asked.keep
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "runs.csv", as_csv(rows))
+        write_whole(folder / "tables.md", "# Results of the studies\n\n" + tables(rows))
+        write_whole(folder / "differences.svg", figure(rows))
     return 0
 
 
@@ -216,17 +221,22 @@ def _study_table(rows: Sequence[Row], study: str) -> list[str]:
 
 
 def _pooled_table(rows: Sequence[Row]) -> list[str]:
-    arms = list(dict.fromkeys(row["arm"] for row in rows if row["study"] in CONFIRMING))
-    pairs = [(arm, BASE) for arm in arms if arm != BASE]
-    pairs += [("grpo_rs", "grpo")]
-    pairs += [("rspo_r2", "rspo"), ("rspo_r2", "gmpo_r2"), ("gmpo_penalty_3", "gmpo_lr_3e-5")]
     lines = []
-    for arm, base in pairs:
+    for arm, base in _pooled_pairs(rows):
         found = pooled(rows, arm, base, CONFIRMING)
         if found is not None:
             lines.append(_line([f"{arm} - {base}", _points(found), str(found.count)]))
     head = [f"difference in {MAIN}", "points, 95% interval", "pairs"]
     return [_line(head), _line(["---"] * len(head)), *lines] if lines else []
+
+
+def _pooled_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The arms whose differences are pooled: of each arm to BASE, and some others."""
+    arms = dict.fromkeys(row["arm"] for row in rows if row["study"] in CONFIRMING)
+    pairs = [(arm, BASE) for arm in arms if arm != BASE]
+    pairs += [("grpo_rs", "grpo")]
+    pairs += [("rspo_r2", "rspo"), ("rspo_r2", "gmpo_r2"), ("gmpo_penalty_3", "gmpo_lr_3e-5")]
+    return [pair for pair in pairs if set(pair) <= arms.keys()]
 
 
 def figure(rows: Sequence[Row]) -> str:
@@ -257,40 +267,46 @@ def _points(found: Estimate | None) -> str:
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
-# ------------------------------------------------------------------ runs, kept and compared
+# ------------------------------------------------------------------ sets beside each other
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """A line a run, without seconds; an empty cell: the run has no such number."""
-    text = io.StringIO()
-    table = csv.DictWriter(
-        text,
-        [name for name in rows[0] if name != SECONDS],
-        lineterminator="\n",
-        extrasaction="ignore",
-    )
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
+def sets_table(sets: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The pooled differences of each set beside each other, and what two sets agree on."""
+    pairs = dict.fromkeys(pair for rows in sets.values() for pair in _pooled_pairs(rows))
+    lines = [_line([f"difference in {MAIN}", *sets]), _line(["---"] * (len(sets) + 1))]
+    for arm, base in pairs:
+        found = [_points(pooled(rows, arm, base, CONFIRMING)) for rows in sets.values()]
+        lines.append(_line([f"{arm} - {base}", *found]))
+    for first, second in itertools.combinations(sets, 2):
+        lines += ["", *_agreement(first, sets[first], second, sets[second])]
+    return lines
 
 
-def compare(rows: Sequence[Row]) -> int:
-    """Say which runs differ from the kept ones in any digit, and how many do not; 1 if any does."""
-    kept = {
-        _known(row): row for row in csv.DictReader(io.StringIO((KEPT / "runs.csv").read_text()))
-    }
-    own = {_known(row): row for row in csv.DictReader(io.StringIO(as_csv(rows)))}
-    common = sorted(kept.keys() & own.keys())
-    unlike = [known for known in common if kept[known] != own[known]]
-    for known in unlike:
-        names = [name for name, value in kept[known].items() if own[known].get(name) != value]
-        print(f"{' '.join(known)}: {', '.join(names)} differ")
-    print(f"{len(common) - len(unlike)} of {len(common)} runs are equal, {len(kept)} are kept")
-    return int(bool(unlike))
+def _agreement(
+    first: str, first_rows: Sequence[Row], second: str, second_rows: Sequence[Row]
+) -> list[str]:
+    """How the differences to BASE of two sets agree, over arms and studies."""
+    both = []
+    for study in STUDIES:
+        ours, theirs = (differences(rows, study) for rows in (first_rows, second_rows))
+        both += [(ours[arm], theirs[arm]) for arm in ours if ours[arm] and theirs.get(arm)]
+    clear = [pair for pair in both if all(map(_excludes_0, pair))]
+    same = sum((a.mean > 0) == (b.mean > 0) for a, b in clear)
+    within = sum(bool(_overlap(a, b)) for a, b in both)
+    one = sum(_excludes_0(a) != _excludes_0(b) for a, b in both)
+    return [
+        f"{first} and {second}: {len(both)} differences of an arm to {BASE} in a study. The "
+        f"intervals of {within} overlap. Both exclude 0 in {len(clear)}, with the same sign in "
+        f"{same}; one of them does in {one}."
+    ]
 
 
-def _known(row: Mapping[str, str]) -> tuple[str, str, str]:
-    return row["study"], row["arm"], row["seed"]
+def _excludes_0(found: Estimate) -> bool:
+    return found.low is not None and (found.low > 0 or found.high < 0)
+
+
+def _overlap(a: Estimate, b: Estimate) -> bool:
+    return None not in (a.low, b.low) and max(a.low, b.low) <= min(a.high, b.high)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """The numbers of the example's scripts, worked out by hand; its data are not needed."""
 
-import csv
-import io
 import math
 
 import numpy as np
 import pytest
 
-from examples.router_shift_study import gradients, results
+from examples.router_shift_study import gradients, kept, results
 
 
 def rows(values):
     """study -> arm -> seed -> mean@4, as rows of runs."""
-    others = dict.fromkeys([*results.COLUMNS, "spikes"], 0.25)
+    others = dict.fromkeys(results.COLUMNS, 0.25)
+    counts = {"spikes": 1, "collapsed": 0}
     return [
-        {"study": study, "arm": arm, "seed": seed, **others, "mean@4": value, "collapsed": 0}
+        {"study": study, "arm": arm, "seed": seed, **others, "mean@4": value, **counts}
         for study, arms in values.items()
         for arm, seeds in arms.items()
         for seed, value in seeds.items()
@@ -70,21 +69,61 @@ def test_the_tables_show_them():
     assert results.figure(TWO).count("<circle") == 2
 
 
-def test_runs_are_compared_to_the_last_digit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(results, "KEPT", tmp_path)
-    (tmp_path / "runs.csv").write_text(results.as_csv(TWO))
-    kept = list(csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text())))
-    assert float(kept[2]["mean@4"]) == 0.3 and "seconds" not in kept[2]
-    assert results.compare(TWO[1:]) == 0
-    assert capsys.readouterr().out == "8 of 8 runs are equal, 9 are kept\n"
-    changed = [dict(row) for row in TWO]
-    changed[3]["mean@4"] = math.nextafter(0.4, 1.0)
-    changed[4]["seconds"] = 99.0  # a time is no result
-    assert results.compare(changed) == 1
+def changed(number):
+    found = [dict(row) for row in TWO]
+    found[number]["mean@4"] = math.nextafter(found[number]["mean@4"], 1.0)
+    return found
+
+
+def test_a_kept_run_is_what_it_was(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "runs.csv").write_text(kept.as_csv([{**TWO[0], "gamma": None}, TWO[2]]))
+    first, second = kept.read_sets(tmp_path)["one"]
+    assert first == {k: v for k, v in {**TWO[0], "gamma": None}.items() if k != "seconds"}
+    assert second["mean@4"] == 0.3 and "seconds" not in second
+    assert kept.read_sets(tmp_path / "absent") == {}
+
+
+def test_runs_are_compared_to_the_last_digit(capsys):
+    sets = {"one": TWO, "other": [{**row, "entropy": 0.5} for row in TWO]}
+    assert kept.compare(TWO[1:], sets) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "sort_deep rspo 2: mean@4 differ",
-        "8 of 9 runs are equal, 9 are kept",
+        "one: 8 of 8 runs are equal, 9 are kept",
+        "other: 0 of 8 runs are equal, 9 are kept",
     ]
+    own = changed(3)
+    own[4]["seconds"] = 99.0  # a time is no result
+    assert kept.compare(own, sets) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "one: 8 of 9 runs are equal, 9 are kept",
+        "other: 0 of 9 runs are equal, 9 are kept",
+        "sort_deep rspo 2: mean@4 differ",
+    ]
+
+
+def test_runs_of_another_machine_are_not_listed(capsys):
+    assert kept.compare(TWO, {"other": [{**row, "entropy": 0.5} for row in TWO]}) == 1
+    assert capsys.readouterr().out == "other: 0 of 9 runs are equal, 9 are kept\n"
+    assert kept.compare(TWO, {}) == 1  # nothing is kept that they could equal
+
+
+def test_sets_beside_each_other():
+    """In sort_deep the intervals are [0, 10] and [-10, 0] points, in countdown_deep [10, 10] and
+    [-10, -10].
+    """
+    opposite = [{**row, "mean@4": 1.0 - row["mean@4"]} for row in TWO]
+    *_, blank, text = results.sets_table({"one": TWO, "other": opposite})
+    assert blank == "" and text == (
+        "one and other: 2 differences of an arm to gmpo in a study. The intervals of 1 overlap. "
+        "Both exclude 0 in 1, with the same sign in 0; one of them does in 0."
+    )
+
+
+def test_pooled_differences_of_sets_beside_each_other(monkeypatch):
+    monkeypatch.setattr(results, "CONFIRMING", STUDIES)
+    lines = results.sets_table({"one": TWO, "other": TWO[:2] + TWO[5:7]})
+    assert lines[0] == "| difference in mean@4 | one | other |"
+    assert lines[2] == "| rspo - gmpo | +7.5 [+5.0, +10.0] |  |"
 
 
 def arms(**numbers):
