@@ -276,7 +276,8 @@ def sets_table(sets: Mapping[str, Sequence[Row]]) -> list[str]:
     lines = [_line([f"difference in {MAIN}", *sets]), _line(["---"] * (len(sets) + 1))]
     for arm, base in pairs:
         found = [_points(pooled(rows, arm, base, CONFIRMING)) for rows in sets.values()]
-        lines.append(_line([f"{arm} - {base}", *found]))
+        if any(found):
+            lines.append(_line([f"{arm} - {base}", *found]))
     for first, second in itertools.combinations(sets, 2):
         lines += ["", *_agreement(first, sets[first], second, sets[second])]
     return lines
