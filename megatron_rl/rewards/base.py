@@ -70,12 +70,6 @@ def require(record: Mapping[str, Any], key: str, verifier: str) -> Any:
     return record[key]
 
 
-def shown_value(value: Any) -> str:
-    """A value of a record for a message: in ASCII, cut if long."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def prompt_texts(value: Any) -> list[str]:
     """The texts of a prompt: text, or chat messages."""
     if isinstance(value, str):

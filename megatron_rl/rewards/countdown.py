@@ -17,8 +17,8 @@ from fractions import Fraction
 from typing import Any, Mapping
 
 from megatron_rl.catalogue.verifiers import CountdownSettings
-from megatron_rl.errors import UserError
-from megatron_rl.rewards.base import Reward, make_reward, require, shown_value
+from megatron_rl.errors import UserError, shown
+from megatron_rl.rewards.base import Reward, make_reward, require
 
 #: Longest answer, characters; with the next two it bounds time, memory and recursion.
 MAX_CHARACTERS = 1024
@@ -191,12 +191,12 @@ def _problem(record: Mapping[str, Any]) -> tuple[list[int], int]:
     target = require(record, "target", "countdown")
     if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
         raise UserError(
-            f"numbers {shown_value(numbers)}; the verifier 'countdown' expects a list of integers; "
+            f"numbers {shown(numbers)}; the verifier 'countdown' expects a list of integers; "
             "correct the data set"
         )
     if type(target) is not int:
         raise UserError(
-            f"target {shown_value(target)}; the verifier 'countdown' expects an integer; correct "
+            f"target {shown(target)}; the verifier 'countdown' expects an integer; correct "
             "the data set"
         )
     return list(numbers), target

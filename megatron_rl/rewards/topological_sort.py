@@ -11,8 +11,8 @@ from collections import Counter
 from typing import Any, Mapping
 
 from megatron_rl.catalogue.verifiers import TopologicalSortSettings
-from megatron_rl.errors import UserError
-from megatron_rl.rewards.base import Reward, make_reward, require, shown_value
+from megatron_rl.errors import UserError, shown
+from megatron_rl.rewards.base import Reward, make_reward, require
 from megatron_rl.rewards.countdown import ExpressionError, extract_answer
 
 _NAME = "topological_sort"
@@ -72,7 +72,7 @@ def _problem(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]
     names = isinstance(items, (list, tuple)) and all(_is_name(item) for item in items)
     if not names or not items or len(set(items)) < len(items):
         raise UserError(
-            f"items {shown_value(items)}; the verifier {_NAME!r} expects a list of different names "
+            f"items {shown(items)}; the verifier {_NAME!r} expects a list of different names "
             "without white space or commas; correct the data set"
         )
     known = set(items)
@@ -84,7 +84,7 @@ def _problem(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]
     )
     if not pairs:
         raise UserError(
-            f"before {shown_value(before)}; the verifier {_NAME!r} expects a list of pairs of "
+            f"before {shown(before)}; the verifier {_NAME!r} expects a list of pairs of "
             "items; correct the data set"
         )
     return list(items), [(first, second) for first, second in before]
