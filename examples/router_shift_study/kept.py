@@ -23,7 +23,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     table = csv.DictWriter(
         text,
-        [name for name in rows[0] if name != SECONDS],
+        [name for row in rows[:1] for name in row if name != SECONDS],
         lineterminator="\n",
         extrasaction="ignore",
     )
@@ -41,23 +41,24 @@ def read_sets(folder: Path) -> dict[str, list[Row]]:
 
 
 def compare(rows: Sequence[Row], sets: Mapping[str, Sequence[Row]]) -> int:
-    """Say how many runs equal those of each set in every digit, and which do not equal the nearest
-    set's; 0 if all of them equal those of one set.
+    """Say how many runs equal those of each set in every digit, and how the others differ from the
+    set that most of them equal; 0 if all of them equal those of one set.
     """
     own = _texts(rows)
-    unlike: dict[str, dict[Known, list[str]]] = {}
+    equal, unlike = {}, {}
     for name, kept_rows in sets.items():
         kept = _texts(kept_rows)
-        common = sorted(kept.keys() & own.keys())
-        columns = {known: _unlike(kept[known], own[known]) for known in common}
+        columns = {known: _unlike(kept.get(known, {}), line) for known, line in own.items()}
         unlike[name] = {known: names for known, names in columns.items() if names}
-        equal = len(common) - len(unlike[name])
-        print(f"{name}: {equal} of {len(common)} runs are equal, {len(kept)} are kept")
-    nearest = min(unlike.values(), key=len, default={})
-    if nearest and len(nearest) < len(own):  # else another machine's, all of them
-        for known, names in nearest.items():
-            print(f"{' '.join(known)}: {', '.join(names)} differ")
-    return int(bool(nearest) or not unlike)
+        equal[name] = len(own) - len(unlike[name])
+        print(f"{name}: {equal[name]} of {len(own)} runs are equal, {len(kept)} are kept")
+    nearest = max(equal, key=lambda name: equal[name], default=None)
+    if nearest is None or not equal[nearest]:
+        print("no run equals a kept one; another processor rounds differently")
+        return 1
+    for known, names in sorted(unlike[nearest].items()):
+        print(f"{' '.join(known)}: {', '.join(names)} differ from {nearest}")
+    return int(bool(unlike[nearest]))
 
 
 def _lines(text: str) -> list[dict[str, str]]:
@@ -70,7 +71,8 @@ def _texts(rows: Sequence[Row]) -> dict[Known, dict[str, str]]:
 
 
 def _unlike(kept: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
-    return [name for name, value in kept.items() if own.get(name) != value]
+    """The columns in which a run differs from a kept one; all of them where none is kept."""
+    return [name for name, value in own.items() if kept.get(name) != value]
 
 
 def _numbers(line: Mapping[str, str]) -> Row:

@@ -175,15 +175,18 @@ def gradients_of_the_distance_arrive(config: Config) -> None:
     algorithm, parallel, shift = config.algorithm, config.parallel, config.algorithm.router_shift
     if not has_gradient(shift):
         return
-    found = None
-    if not distance_is_attached(config) and (not shift.stop_gradient or shift.layers != "mean"):
-        found = (
-            f"parallel.pipeline {parallel.pipeline}, whose stages pass distances on without it"
+    found, expected = None, "a gradient that arrives at the routers"
+    if not distance_is_attached(config):
+        hidden = (
+            f"parallel.pipeline {parallel.pipeline}, whose stages pass distances on without one"
             if parallel.pipeline > 1
             else "parallel.recompute full, whose forward pass records none"
         )
-        if shift.stop_gradient:
-            found += f", and layers {shift.layers}, where no router knows its part"
+        if not shift.stop_gradient:
+            found = hidden
+        elif shift.layers != "mean":
+            found = f"layers {shift.layers} and {hidden}"
+            expected = "layers mean, of which each router adds its part of the gradient"
     elif not shift.stop_gradient:
         arrives = load("megatron_rl.algorithms.trial:shift_has_a_gradient")
         if not arrives(loss_of(algorithm), loss_settings(algorithm)):
@@ -191,8 +194,7 @@ def gradients_of_the_distance_arrive(config: Config) -> None:
     if found is not None:
         asked = f"penalty is {shift.penalty:g}" if shift.stop_gradient else "stop_gradient is false"
         raise UserError(
-            f"algorithm.router_shift.{asked} with {found}; expected a gradient that arrives at the "
-            "routers; change one of them"
+            f"algorithm.router_shift.{asked} with {found}; expected {expected}; change one of them"
         )
 
 

@@ -226,8 +226,8 @@ class RouterShiftConfig(Section):
     penalty: float = Field(0.0, ge=0.0)
     """Coefficient of the routers' distance from the old policy, nats, a mean over trained tokens
     beside the loss; its gradient goes into the routers. With floor 1 it is all that is left of
-    router shift. Over pipeline stages and with full recomputation with layers mean. Not in the
-    paper."""
+    router shift. Over pipeline stages and with full recomputation only with layers mean. Not in
+    the paper."""
 
 
 class AlgorithmConfig(Section):

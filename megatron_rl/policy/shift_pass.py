@@ -33,10 +33,10 @@ def forward_compared(
 
     The distance is None on other chunks and without router shift, and 0 where the pack's scores are
     this pass's own. With routing replay the routers use the experts of the trace. The telemetry
-    counts in every case. The relay carries values and no gradients: ``layer_penalty``, 0-d, is what
-    a layer's distance of a trained token costs in the loss's sum, and its gradient is added at the
-    routers; the distance then has none. With router shift run the schedule with
-    ``measures_shift``.
+    counts in every case. Where the distance has no gradient (over stages, since the relay carries
+    none, and with recomputed layers) ``layer_penalty``, 0-d, is what a layer's distance of a
+    trained token costs in the loss's sum; its gradient is added at the routers. With router shift
+    run the schedule with ``measures_shift``.
     """
     pack, algorithm = item.pack, policy.config.algorithm
     weights = tensor_slice(pack.trained_rows, policy.groups.tensor)
@@ -79,9 +79,11 @@ def finish_pass(policy: Policy) -> None:
     Raises:
         RouterError: a router was not recomputed as often as it ran.
     """
-    policy.capture.finish()
-    if policy.replay is not None:
-        policy.replay.finish()
+    try:
+        policy.capture.finish()
+    finally:
+        if policy.replay is not None:
+            policy.replay.finish()
 
 
 def gamma_of(

@@ -203,8 +203,8 @@ def _problem(record: Mapping[str, Any]) -> tuple[list[int], int]:
 
 
 def _listed(numbers: list[int]) -> str:
-    shown = " ".join(map(str, numbers[:8]))
-    return shown + " ..." if len(numbers) > 8 else shown
+    listed = " ".join(map(str, numbers[:8]))
+    return listed + " ..." if len(numbers) > 8 else listed
 
 
 def _short(value: Fraction) -> str:

@@ -95,8 +95,8 @@ def _is_name(item: Any) -> bool:
 
 
 def _listed(items: list[str]) -> str:
-    shown = " ".join(map(_short, items[:8]))
-    return shown + " ..." if len(items) > 8 else shown
+    listed = " ".join(map(_short, items[:8]))
+    return listed + " ..." if len(items) > 8 else listed
 
 
 def _short(item: str) -> str:

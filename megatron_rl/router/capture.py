@@ -1,10 +1,10 @@
 """Records what the routers of a model choose, and measures how far they have moved since.
 
 `RouterCapture` wraps the `routing` method of each router instance, which takes the logits that the
-router has just made and returns its choice. So nothing is computed twice, and no value is changed:
-what a distance costs in the loss is attached to the gradient of the router's weights. Calls outside
-an open pass are not recorded; the recomputation of activations during the backward pass attaches
-the costs of the pass that it repeats.
+router has just made and returns the weights of its choice. So no router computes its logits for
+this, and no value is changed: what a distance costs in the loss comes with the gradient of these
+weights. Calls outside an open pass are not recorded; a recomputation of activations during the
+backward pass measures the distances again that cost something, for their gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import torch
@@ -25,8 +26,8 @@ from megatron_rl.router.trace import LayerTrace, RouterTrace, id_dtype
 
 
 class RouterError(RuntimeError):
-    """A router fired never or twice in a pass, or its tokens do not match the trace: the result
-    would be wrong.
+    """A router fired never or twice in a pass, was not recomputed as often as it ran, or its tokens
+    do not match the trace: the result would be wrong.
     """
 
 
@@ -39,8 +40,17 @@ class _Observer(Protocol):
         """
 
 
-#: logits, choice -> distance, or what they cost
-_Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+@dataclass(frozen=True)
+class _Cost:
+    """What the distance of a router's tokens costs in the loss's sum."""
+
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  #: logits, choice -> distance
+    weights: torch.Tensor
+    penalty: torch.Tensor
+
+    def of(self, distance: torch.Tensor) -> torch.Tensor:
+        """Distances [T_local] -> 0-d."""
+        return self.penalty.to(distance.dtype) * (distance * self.weights).sum()
 
 
 class RouterCapture:
@@ -70,7 +80,7 @@ class RouterCapture:
         self._rule: DistanceRule = rule or OldTopK()
         self._attached = attached
         #: by layer, of the passes that will be recomputed, in their order
-        self._later: dict[int, deque[_Measure]] = {}
+        self._later: dict[int, deque[_Cost]] = {}
         for of_chunk, expected in zip(self._routers, expected_layers, strict=True):
             if sorted(of_chunk) != sorted(expected):
                 raise RouterError(
@@ -109,7 +119,8 @@ class RouterCapture:
             if self._observer is not None:
                 cost = self._observer(number, logits.flatten(0, -2), routing_map)
             elif later and torch.is_grad_enabled():
-                cost = later.popleft()(logits.flatten(0, -2), routing_map)
+                again = later.popleft()
+                cost = again.of(again.measure(logits.flatten(0, -2), routing_map))
             if cost is not None:
                 probs = MoEAuxLossAutoScaler.apply(probs, cost)
             return probs, routing_map
@@ -210,12 +221,12 @@ class RouterCapture:
         Args:
             chunk: index of the model chunk that runs.
             trace: of the same tokens, from `record`; None: measure no distance.
-            weights: bool or int64 [T_local], how often each token counts in the telemetry.
+            weights: bool or int64 [T_local], how often each token counts.
             telemetry: receives the per-layer sums; None: nothing is counted.
             own: receives the trace of this pass, which the pass is compared with: every distance is
                 0. None: compare with ``trace``.
             penalty: 0-d, what a distance costs in the loss's sum each time its token counts. Its
-                gradient is added at the routers, see `_attach`, and the distances have none. None:
+                gradient is added at the routers, see `_cost`, and the distances have none. None:
                 nothing is added.
 
         Yields:
@@ -241,10 +252,9 @@ class RouterCapture:
                 overlap = routing_map.gather(1, old.expert_ids.long()).float().mean(dim=1)
                 telemetry.add_shift(number - 1, weights, distance.detach(), overlap)
             distances.append(distance if penalty is None else distance.detach())
-            if penalty is None:
+            if penalty is None or own is not None:  # from itself it is 0, at a minimum
                 return None
-            cost = functools.partial(_cost, penalty, weights)
-            return self._attach(number, cost, distance, measure)
+            return self._cost(number, _Cost(measure, weights, penalty), distance)
 
         def measured() -> torch.Tensor:
             none = torch.zeros(0, len(weights), device=weights.device)
@@ -253,23 +263,16 @@ class RouterCapture:
         with self._pass([chunk], observe, self._attached or penalty is not None):
             yield measured
 
-    def _attach(
-        self,
-        number: int,
-        cost: Callable[[torch.Tensor], torch.Tensor],
-        distance: torch.Tensor,
-        measure: _Measure,
-    ) -> torch.Tensor | None:
+    def _cost(self, number: int, cost: _Cost, distance: torch.Tensor) -> torch.Tensor | None:
         """What a router's distance costs, where it has a gradient.
 
-        Of layers that it will recompute Megatron keeps no graph, and their recomputation attaches
-        the cost of the distance that it measures again. Costs wait in a queue for each router:
-        both schedules run the backward passes of a chunk in the order of its forward passes, and
-        `finish` sees that all were met.
+        Of layers that it will recompute Megatron keeps no graph; their recomputation adds the
+        gradient. Until then costs wait in a queue for each router: both schedules run the backward
+        passes of a chunk in the order of its forward passes, and `finish` sees that all were met.
         """
         if torch.is_grad_enabled():
-            return cost(distance)
-        self._later[number].append(lambda *again: cost(measure(*again)))
+            return cost.of(distance)
+        self._later[number].append(cost)
         return None
 
     def _distance(
@@ -303,10 +306,6 @@ def score_logprobs(logits: torch.Tensor, ids: torch.Tensor, score_function: str)
     if score_function == "sigmoid":
         return F.logsigmoid(picked)
     return picked - logits.logsumexp(dim=1, keepdim=True)
-
-
-def _cost(penalty: torch.Tensor, weights: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-    return penalty.to(distance.dtype) * (distance * weights).sum()
 
 
 def every_expert(logits: torch.Tensor) -> torch.Tensor:

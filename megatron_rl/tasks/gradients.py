@@ -34,7 +34,7 @@ from megatron_rl.tasks.task_session import TaskSession
 MiniBatch = list[ScoredPack]
 #: Keys of the algorithm, and of its router_shift, that the policy and its batch are made with.
 _SHARED = ("advantages", "trace_store")
-_SHARED_OF_SHIFT = ("distance", "layers", "quantile", "stop_gradient", "penalty")
+_SHARED_OF_SHIFT = ("distance", "experts", "layers", "quantile", "stop_gradient", "penalty")
 
 
 @dataclass(frozen=True)

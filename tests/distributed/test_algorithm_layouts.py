@@ -69,6 +69,7 @@ FULL = {"recompute": "full"}
 RECOMPUTED = {
     "recompute": (1, FULL),
     "TP2 recompute": (2, {"tensor": 2, **FULL}),
+    "PP2 recompute": (2, {"pipeline": 2, **FULL}),
     "PP2 VPP2 recompute": (2, {"pipeline": 2, "virtual_pipeline": 2, **FULL}),
     "EP2 recompute": (2, {"expert": 2, **FULL}),
     "CP2 recompute": (2, {"context": 2, **FULL}),
@@ -88,6 +89,7 @@ CASES += [
 SLOW = (
     "TP2 recompute, fifth",
     "EP2 recompute, fifth",
+    "CP2 recompute, fifth",
     "TP2, fifth",
     "EP2, fifth",
     "CP2, fifth",

@@ -45,13 +45,14 @@ QUANTILE = {
         "normalise": "batch_mean",
     },
 }
+PENALTY = {"router_shift": {"floor": 0.05, "penalty": 0.5}}
 SIGMOID_GROUPS = {**SIGMOID, **GROUPS}
 
 CASES = (
     Case("TP2 EP2, sigmoid groups, R3", 2, {**TP2, **EP2}, SIGMOID_GROUPS, algorithm=R3),
     Case("CP2 recompute, R3", 2, {**CP2, **FULL}, algorithm=R3),
     Case("PP2 recompute, R3 quantile", 2, {**PP2, **FULL}, algorithm={**R3, **QUANTILE}),
-    Case("PP2 VPP2 recompute, R2", 2, {**VPP2, **FULL}, algorithm=R2),
+    Case("PP2 VPP2 recompute, R2 penalty", 2, {**VPP2, **FULL}, algorithm={**R2, **PENALTY}),
     # The rest takes a minute and is marked slow.
     Case("recompute, R2", 1, FULL, algorithm=R2),
     Case("PP2 VPP2, quantile", 2, VPP2, {"moe_layer_freq": [0, 0, 1, 1]}, algorithm=QUANTILE),

@@ -10,6 +10,7 @@ from tests.support.layouts import References, compare, run_case
 
 BATCH_MEAN = {"router_shift": {"floor": 0.05, "normalise": "batch_mean"}}
 QUANTILE = {"router_shift": {"floor": 0.05, "layers": "quantile", "quantile": 0.5}}
+PENALTY = {"router_shift": {"floor": 0.05, "penalty": 2.0}}
 CASES = (
     Case("one process", 1, {}),
     Case("TP2", 2, TP2),
@@ -20,6 +21,7 @@ CASES = (
     Case("EP2, batch mean", 2, EP2, algorithm=BATCH_MEAN),
     Case("R2", 1, {}, algorithm={"routing_replay": "r2"}),
     Case("PP2 recompute full, R2", 2, {**PP2, **FULL}, algorithm={"routing_replay": "r2"}),
+    Case("PP2 recompute full, penalty", 2, {**PP2, **FULL}, algorithm=PENALTY),
     Case("gmpo", 1, {}, algorithm={"name": "gmpo"}),
     Case("sampler weights", 1, {}, algorithm={"mismatch": "tis"}),
     Case("reference", 1, {}, algorithm={"reference": "initial", "kl_coef": 0.5}),

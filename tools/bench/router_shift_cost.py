@@ -85,7 +85,8 @@ def main() -> int:
     size = trace_bytes_per_token(SHAPE)
     dense = SHAPE.num_layers * SHAPE.num_experts * 4
     print(
-        f"medians (95% intervals) of {arguments.pairs // 2} turns of two pairs; "
+        f"medians (95% intervals) of {arguments.pairs // 2} turns of two pairs "
+        f"(scoring: {arguments.pairs // 2 // SCORING}); "
         f"load average {os.getloadavg()[0]:.1f}"
     )
     print(f"trace at L=48, K=8, E=128: {size:,} bytes a token; dense fp32 logits: {dense:,}")

@@ -182,20 +182,26 @@ def test_refused(algorithm, message):
 @pytest.mark.parametrize(
     ("parallel", "words"),
     [
-        ({"pipeline": 2}, "parallel.pipeline 2, whose stages"),
-        ({"recompute": "full"}, "parallel.recompute full, whose forward"),
+        ({"pipeline": 2}, "parallel.pipeline 2, whose stages pass distances on without one; "),
+        ({"recompute": "full"}, "parallel.recompute full, whose forward pass records none; "),
     ],
 )
 @pytest.mark.parametrize(
-    ("shift", "asked"),
+    ("shift", "asked", "expected"),
     [
-        ({"stop_gradient": False}, "stop_gradient is false"),
-        ({"penalty": 0.3, "layers": "max"}, "penalty is 0.3"),
+        ({"stop_gradient": False}, "stop_gradient is false with ", "a gradient that arrives at"),
+        (
+            {"penalty": 0.3, "layers": "max"},
+            "penalty is 0.3 with layers max and ",
+            "layers mean, of which each router",
+        ),
     ],
 )
-def test_a_gradient_of_the_distance_needs_one_recorded_stage(shift, asked, parallel, words):
+def test_a_gradient_of_the_distance_needs_one_recorded_stage(
+    shift, asked, expected, parallel, words
+):
     config = make(algorithm={"router_shift": shift}, parallel=parallel)
-    with pytest.raises(UserError, match=f"{asked} with {words}"):
+    with pytest.raises(UserError, match=f"{asked}{words}expected {expected}"):
         check_config(config, None, "train", files=False)
 
 

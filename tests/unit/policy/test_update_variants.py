@@ -17,9 +17,9 @@ from tests.support.slow_losses import slow_loss, slow_regularisers
 
 
 @contextlib.contextmanager
-def scored(**algorithm):
+def scored(parallel=None, **algorithm):
     """(policy, scored mini-batches) of the fixed rollout batch; a reference where one is asked."""
-    case = Case("one", 1, {}, algorithm=algorithm)
+    case = Case("one", 1, parallel or {}, algorithm=algorithm)
     with policy_of(layout_config(case)) as policy:
         from megatron_rl.policy.score import score, score_reference
 
@@ -206,21 +206,24 @@ def test_gamma_is_of_the_mean_largest_or_quantile_distance_of_the_layers(layers,
 
 
 @pytest.mark.parametrize(
-    ("shift", "without"),
+    ("shift", "without", "recompute"),
     [
-        ({"floor": 0.0, "stop_gradient": False}, {"stop_gradient": True}),
-        ({"floor": 1.0, "penalty": 0.5}, {"penalty": 0.0}),
-        ({"floor": 1.0, "layers": "max", "penalty": 0.5}, {"penalty": 0.0}),
+        ({"floor": 0.0, "stop_gradient": False}, {"stop_gradient": True}, "none"),
+        ({"floor": 1.0, "penalty": 0.5}, {"penalty": 0.0}, "none"),
+        ({"floor": 1.0, "penalty": 0.5}, {"penalty": 0.0}, "full"),
+        ({"floor": 1.0, "layers": "max", "penalty": 0.5}, {"penalty": 0.0}, "none"),
     ],
 )
-def test_the_gradient_through_the_distance_is_that_of_the_loss(shift, without):
+def test_the_gradient_through_the_distance_is_that_of_the_loss(shift, without, recompute):
     """In a direction of all router weights, against differences of the loss. Replay keeps the
     choice of experts: where it changes, the loss jumps.
     """
     slopes = {}
     for attached in (True, False):
         own = shift if attached else {**shift, **without}
-        with scored(name="rspo", routing_replay="r2", router_shift=own) as (policy, batches):
+        parallel = {"recompute": recompute}
+        algorithm = {"name": "rspo", "routing_replay": "r2", "router_shift": own}
+        with scored(parallel, **algorithm) as (policy, batches):
             one_update(policy, batches[0])
             one_update(policy, batches[0])
             routers = {

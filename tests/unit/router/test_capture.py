@@ -21,8 +21,11 @@ ROUTERS = {
 
 
 @pytest.fixture(autouse=True)
-def megatron():
+def megatron(monkeypatch):
     cpu_device()
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
 
 
 class Watched:
@@ -268,6 +271,29 @@ def test_a_penalty_at_the_routers_has_the_gradient_of_one_in_the_loss(distance, 
     for name, expected in results[0].items():
         found = results[1][name].grad
         torch.testing.assert_close(found, expected.grad, atol=2e-4, rtol=1e-5, msg=name)
+
+
+def test_recomputations_meet_the_penalties_of_their_own_passes():
+    """Backward passes in the order of the forward passes, as the schedules run them."""
+    weights = [torch.arange(ROOM) % 3, torch.arange(ROOM) % 2]
+    found = []
+    for order in ("in turn", "forward first"):
+        watched = Watched(parallel={"recompute": "full"})
+        traces, losses = [], []
+        for _ in weights:
+            traces.append(watched.record())
+            watched.move()
+        for trace, counted in zip(traces, weights):
+            _, output = watched.compare(trace, counted, torch.tensor(0.7))
+            losses.append(output.square().sum())
+            if order == "in turn":
+                losses.pop().backward()
+        for loss in losses:
+            loss.backward()
+        watched.capture.finish()
+        found.append(dict(watched.chunk.named_parameters()))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name].grad, expected.grad, atol=2e-5, rtol=1e-5)
 
 
 def test_a_penalty_that_no_recomputation_has_met_is_an_error():

@@ -84,8 +84,13 @@ def test_a_kept_run_is_what_it_was(tmp_path):
     assert kept.read_sets(tmp_path / "absent") == {}
 
 
+def elsewhere(rows):
+    """The same runs with other digits."""
+    return [{**row, "entropy": 0.5} for row in rows]
+
+
 def test_runs_are_compared_to_the_last_digit(capsys):
-    sets = {"one": TWO, "other": [{**row, "entropy": 0.5} for row in TWO]}
+    sets = {"one": TWO, "other": elsewhere(TWO)}
     assert kept.compare(TWO[1:], sets) == 0
     assert capsys.readouterr().out.splitlines() == [
         "one: 8 of 8 runs are equal, 9 are kept",
@@ -97,14 +102,29 @@ def test_runs_are_compared_to_the_last_digit(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "one: 8 of 9 runs are equal, 9 are kept",
         "other: 0 of 9 runs are equal, 9 are kept",
-        "sort_deep rspo 2: mean@4 differ",
+        "sort_deep rspo 2: mean@4 differ from one",
     ]
 
 
+def test_runs_that_are_not_kept_are_not_equal(capsys):
+    """Neither a set of which a few runs are kept, equal or not, nor one without any of them counts
+    for a whole one.
+    """
+    sets = {"few": TWO[:1], "unlike": elsewhere(TWO[:1]), "none": [], "most": TWO[:8]}
+    assert kept.compare(TWO, sets) == 1
+    *counts, line = capsys.readouterr().out.splitlines()
+    assert [count.split()[1] for count in counts] == ["1", "0", "0", "8"]
+    assert line.startswith("countdown_deep rspo 2: study, arm, seed, ")
+    assert line.endswith(" differ from most")
+
+
 def test_runs_of_another_machine_are_not_listed(capsys):
-    assert kept.compare(TWO, {"other": [{**row, "entropy": 0.5} for row in TWO]}) == 1
-    assert capsys.readouterr().out == "other: 0 of 9 runs are equal, 9 are kept\n"
-    assert kept.compare(TWO, {}) == 1  # nothing is kept that they could equal
+    words = "no run equals a kept one; another processor rounds differently"
+    assert kept.compare(TWO, {"other": elsewhere(TWO)}) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("other: 0 of 9 runs are equal, 9 are kept", words)
+    assert kept.compare(TWO, {}) == 1
+    assert capsys.readouterr().out.splitlines() == [words]
 
 
 def test_sets_beside_each_other():

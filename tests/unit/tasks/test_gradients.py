@@ -115,6 +115,7 @@ def test_after_a_drift_the_numbers_are_those_of_the_updates_gradients(policy, mi
             "algorithm.advantages is reinforce_pp in b and group_norm",
         ),
         ({"router_shift": {"layers": "max"}}, "algorithm.router_shift.layers is max in b and mean"),
+        ({"router_shift": {"experts": 1}}, "algorithm.router_shift.experts is 1 in b and None"),
         ({"reference": "initial", "kl_coef": 0.1}, "arm b needs a reference policy or"),
         ({"routing_replay": "r3"}, "arm b needs a reference policy or the sampler's experts"),
     ],
