@@ -234,6 +234,8 @@ class RouterCapture:
             [L_chunk, T_local]; no layer where there is no trace.
         """
         distances: list[torch.Tensor] = []
+        if own is not None:
+            penalty = None  # the distance of a pass from itself is 0, at a minimum
 
         def observe(
             number: int, logits: torch.Tensor, routing_map: torch.Tensor
@@ -252,7 +254,7 @@ class RouterCapture:
                 overlap = routing_map.gather(1, old.expert_ids.long()).float().mean(dim=1)
                 telemetry.add_shift(number - 1, weights, distance.detach(), overlap)
             distances.append(distance if penalty is None else distance.detach())
-            if penalty is None or own is not None:  # from itself it is 0, at a minimum
+            if penalty is None:
                 return None
             return self._cost(number, _Cost(measure, weights, penalty), distance)
 
