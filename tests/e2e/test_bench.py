@@ -68,5 +68,6 @@ def test_router_shift_cost_of_a_layout():
     out = _run("router_shift_cost.py", *words, limit=300, codes=(0, 1))
     head, row, count, size = out.splitlines()
     assert row.split()[0] == "EP2" and row.count("..") == 2, row
-    assert count.startswith("medians (95% intervals) of 2 turns of two pairs (scoring: 1); ")
+    assert int(row.split(")")[1].split()[0]) in (4, 8, 12, 16), row  # more while undecided
+    assert count.startswith("medians (95% intervals) of turns of two pairs (scoring: 2 pairs); ")
     assert size.startswith("trace at L=48, K=8, E=128: 1,920 bytes a token; ")

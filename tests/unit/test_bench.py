@@ -308,3 +308,9 @@ def test_the_interval_of_the_cost():
     cost = router_shift_cost.Cost.of([(1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (16.0, 1.0)] * 4)
     assert (cost.median, cost.low, cost.high) == pytest.approx((2.5, 1.0, 4.0))
     assert str(cost) == "2.5000 (1.0000 .. 4.0000)"
+    assert cost.undecided  # the limit, 1.02, is in it
+
+
+@pytest.mark.parametrize("cost", [(1.0, 0.99, 1.019), (1.05, 1.021, 1.08)])
+def test_a_cost_beside_the_limit_is_decided(cost):
+    assert not router_shift_cost.Cost(*cost).undecided
