@@ -314,3 +314,9 @@ def test_the_interval_of_the_cost():
 @pytest.mark.parametrize("cost", [(1.0, 0.99, 1.019), (1.05, 1.021, 1.08)])
 def test_a_cost_beside_the_limit_is_decided(cost):
     assert not router_shift_cost.Cost(*cost).undecided
+
+
+@pytest.mark.parametrize("enough, rounds", [(1, 1), (3, 3), (99, 4)])
+def test_a_layout_is_measured_until_it_is_decided(enough, rounds):
+    found = router_shift_cost.until_decided(lambda: [0], lambda found: len(found) < enough)
+    assert found == [0] * rounds

@@ -224,16 +224,31 @@ def _times(policy: Any, without: Any, pairs: int) -> dict[str, Any]:
     def scoring(with_traces: bool) -> Callable[[], None]:
         return lambda: score(policy, packs, with_traces=with_traces)
 
-    updates = _pairs(step(policy), step(without), pairs, policy)
-    while len(updates) < MOST_ROUNDS * pairs and _undecided(updates, device):
-        updates += _pairs(step(policy), step(without), pairs, policy)
+    updates = until_decided(
+        lambda: _pairs(step(policy), step(without), pairs, policy),
+        lambda updates: _undecided(updates, device),
+    )
     scores = _pairs(scoring(True), scoring(False), pairs // SCORING, policy)
     return {
-        "update": [(a[0], b[0]) for a, b in updates],
+        "update": _wall(updates),
         "update_cpu": [(a[1], b[1]) for a, b in updates],
-        "score": [(a[0], b[0]) for a, b in scores],
+        "score": _wall(scores),
         "gmpo_s": float(np.median([b[0] for _, b in updates])),
     }
+
+
+def until_decided(measure: Callable[[], list[Any]], undecided: Callable[[list], bool]) -> list[Any]:
+    """All that was measured, of one round or, while they leave it open, of up to MOST_ROUNDS."""
+    found = measure()
+    for _ in range(MOST_ROUNDS - 1):
+        if not undecided(found):
+            break
+        found += measure()
+    return found
+
+
+def _wall(timed: list[Any]) -> list[tuple[float, float]]:
+    return [(a[0], b[0]) for a, b in timed]
 
 
 def _undecided(updates: list[Any], device: Any) -> bool:
@@ -241,8 +256,7 @@ def _undecided(updates: list[Any], device: Any) -> bool:
     import torch
     import torch.distributed as dist
 
-    cost = Cost.of([(a[0], b[0]) for a, b in updates])
-    answer = torch.tensor(float(cost.undecided), device=device)
+    answer = torch.tensor(float(Cost.of(_wall(updates)).undecided), device=device)
     dist.broadcast(answer, 0)
     return bool(answer)
 
